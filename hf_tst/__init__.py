@@ -1,0 +1,51 @@
+"""Token Superposition Training for Hugging Face Transformers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .arguments import TSTTrainingArguments
+    from .bags import offset_weights
+    from .collator import DataCollatorForTokenSuperposition
+    from .loss import multi_hot_cross_entropy
+    from .phases import PhaseSchedule
+    from .superposition import token_superposition
+    from .trainer import TSTTrainer
+
+# Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
+_MODULES = {
+    "DataCollatorForTokenSuperposition": "collator",
+    "PhaseSchedule": "phases",
+    "TSTTrainer": "trainer",
+    "TSTTrainingArguments": "arguments",
+    "multi_hot_cross_entropy": "loss",
+    "offset_weights": "bags",
+    "token_superposition": "superposition",
+}
+
+__all__ = [
+    "DataCollatorForTokenSuperposition",
+    "PhaseSchedule",
+    "TSTTrainer",
+    "TSTTrainingArguments",
+    "__version__",
+    "multi_hot_cross_entropy",
+    "offset_weights",
+    "token_superposition",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,97 @@
+"""TSTTrainingArguments: the ordinary TrainingArguments and five fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .bags import OffsetWeighting, resolve_weighting
+from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+
+
+@dataclass
+class TSTTrainingArguments(TrainingArguments):
+    """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+
+    With `tst_phase_ratio=0` or `tst_bag_size=1` training is that of the plain `Trainer`, bit for bit.
+
+    Args:
+        tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
+            in [0, 1]. The first `round(r · steps)` steps are superposition, the others next-token training.
+        tst_bag_size (`int`, defaults to 6): Tokens a bag, s, at least 1. A superposition step reads s times the
+            tokens of an ordinary step at the same compute.
+        tst_offset_weighting (`str`, defaults to `"uniform"`): Weight of a token in the target bag by its offset
+            i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
+            `"first_token"`, only i = 1. The paper prefers uniform below s = 8, a power law from 8 on.
+        tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
+            averages the input and predicts the next token; `"output"` reads single tokens and predicts the
+            next s.
+        tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
+
+    Raises:
+        ValueError: If a field is out of range, or another argument cannot go with superposition.
+
+    Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
+    """
+
+    tst_phase_ratio: float = field(
+        default=0.3,
+        metadata={"help": "Fraction r of the optimizer steps that trains on bags of tokens, from 0 to 1. 0 is plain training."},
+    )
+    tst_bag_size: int = field(
+        default=6,
+        metadata={"help": "Tokens a bag, s: a superposition step reads s times the tokens. 1 is plain training."},
+    )
+    tst_offset_weighting: OffsetWeighting = field(
+        default="uniform",
+        metadata={
+            "help": "Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
+            "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law."
+        },
+    )
+    tst_mode: TSTMode = field(
+        default="full",
+        metadata={
+            "help": "What is superposed: full (average the input, predict the next bag), input (average the input, "
+            "predict the next token) or output (read tokens, predict the next s)."
+        },
+    )
+    tst_save_at_switch: bool = field(
+        default=True,
+        metadata={"help": "Save a checkpoint when superposition ends, whatever save_strategy says."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_phase_ratio(self.tst_phase_ratio)
+        check_bag_size(self.tst_bag_size)
+        check_mode(self.tst_mode)
+        resolve_weighting(self.tst_mode, self.tst_offset_weighting)
+        if self.tst_enabled:
+            self._check_other_arguments()
+
+    @property
+    def tst_enabled(self) -> bool:
+        """Whether any superposition is asked for: r > 0 and s > 1."""
+        return self.tst_phase_ratio > 0 and self.tst_bag_size > 1
+
+    def _check_other_arguments(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets: set it to 0."
+            )
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if getattr(self, "group_by_length", False):  # transformers before 5.1
+            strategy = "group_by_length"
+        if strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
+                "length in their order: use 'random' or 'sequential'."
+            )
+        liger = getattr(self, "liger_kernel_config", None) or {}
+        if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                "use_liger_kernel replaces the model's loss, and superposition with it: set "
+                'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
+            )

@@ -1,0 +1,88 @@
+"""The multi-hot cross entropy of token superposition. A pure function of tensors.
+
+Shapes: V vocabulary, s tokens a target bag.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def multi_hot_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Weighted mean of the s cross entropies of every position, from one logsumexp in float32.
+
+    With CE(z, y) = logsumexp(z) - z[y], the loss is the sum of w_i · CE(z_t, y_{t,i}) over all valid targets,
+    divided by the sum of w_i over the same targets. A position whose targets are all ignored contributes
+    nothing; if every target is ignored, loss and gradient are 0.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., V)`): Scores, already aligned with `labels`: nothing is shifted.
+        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens; `ignore_index` marks those that do not count.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset, used as given; `1/s` each
+            by default.
+        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights,
+            so that losses of several micro-batches add up to the loss of one large batch. With weights that
+            sum to 1 it is the number of target bags (see [`count_target_bags`]).
+        ignore_index (`int`, defaults to -100): Label that is no target.
+
+    Returns:
+        `torch.FloatTensor`: The loss in nats, float32, 0-dim.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
+    gives the same value.
+    """
+    if labels.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
+            "all dimensions but the last must agree."
+        )
+    weights = _resolve_weights(weights, labels)
+    logits = logits.float()
+    valid = labels != ignore_index
+    target_logits = logits.gather(-1, labels.masked_fill(~valid, 0))
+    weights = weights * valid
+    cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
+    total = (weights * cross_entropies).sum()
+    if num_items_in_batch is None:
+        return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Sum of the weights of all valid targets: the number of target bags, when the weights sum to 1.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): As in [`multi_hot_cross_entropy`].
+        ignore_index (`int`, defaults to -100): Label that is no target.
+
+    Returns:
+        `torch.FloatTensor`: 0-dim float32.
+    """
+    valid_by_offset = (labels != ignore_index).flatten(0, -2).sum(dim=0)
+    return (_resolve_weights(weights, labels) * valid_by_offset).sum()
+
+
+def _resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
+    bag_size = labels.shape[-1]
+    if weights is None:
+        return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
+    if weights.shape != (bag_size,):
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
+            f"give one weight for each of the {bag_size} offsets."
+        )
+    return weights.to(labels.device, torch.float32)

@@ -1,0 +1,187 @@
+"""The model hook: token superposition on an unmodified Transformers model, and its undo.
+
+Nothing of a model class is edited. One forward pre-hook on the model instance turns 3-D `input_ids` into the
+averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels. Both act on 3-D tensors only, so
+ordinary 2-D batches (evaluation, generation) pass through as if nothing were there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
+from .loss import multi_hot_cross_entropy
+from .phases import TSTMode, check_bag_size, check_mode
+
+
+@contextmanager
+def token_superposition(
+    model: nn.Module,
+    bag_size: int,
+    *,
+    offset_weighting: OffsetWeighting = "uniform",
+    mode: TSTMode = "full",
+) -> Iterator[nn.Module]:
+    """Context in which a causal language model reads bags of tokens and predicts the next bag.
+
+    Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are of shape
+    `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
+    makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
+    Calls with ordinary 2-D ids and labels behave as ever. After the context, also after an exception, the
+    model's hooks, attributes, outputs and loss are what they were.
+
+    Args:
+        model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
+        bag_size (`int`): Tokens a bag, s.
+        offset_weighting (`str`, defaults to `"uniform"`): See [`offset_weights`].
+        mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
+            bag; `"output"` reads single tokens and predicts the next s.
+
+    Yields:
+        The same `model`.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model cannot be served (the message says why).
+        RuntimeError: If the model is inside such a context already.
+
+    Example:
+        >>> with token_superposition(model, bag_size=4):
+        ...     loss = model(input_ids=bags, labels=labels).loss
+        ...     loss.backward()
+    """
+    check_bag_size(bag_size)
+    check_mode(mode)
+    weighting = resolve_weighting(mode, offset_weighting)
+    called, core = find_language_model(model)
+    if isinstance(vars(core).get("_loss_function"), _SuperpositionLoss):
+        raise RuntimeError("The model is inside token_superposition already: leave that context first.")
+
+    weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
+    loss = _SuperpositionLoss(core.loss_function, bag_size, weights)
+    had_own_loss = "_loss_function" in vars(core)
+    own_loss = vars(core).get("_loss_function")
+    handle = called.register_forward_pre_hook(_make_input_hook(core, bag_size, mode), with_kwargs=True)
+    try:
+        core.loss_function = loss
+        yield model
+    finally:
+        handle.remove()
+        if had_own_loss:
+            core.loss_function = own_loss
+        else:
+            vars(core).pop("_loss_function", None)
+
+
+def find_language_model(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module that is called (a PEFT wrapper or the model itself) and the Transformers model inside it.
+
+    Raises:
+        ValueError: With the reason, if superposition cannot train this model.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    called = extract_model_from_parallel(model)
+    core = _unwrap_peft(called)
+    _check_model(core)
+    return called, core
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(type(model), "loss_function"):
+        raise ValueError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
+    if model.get_output_embeddings() is None or not _is_causal(model):
+        raise ValueError(
+            f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
+        )
+    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
+    if getattr(config.get_text_config(), "vocab_size_per_layer_input", None):
+        raise ValueError(
+            f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
+            "embeddings would not give it the whole bag."
+        )
+
+
+def _is_causal(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = type(model).__name__
+    listed = {
+        entry
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for entry in ([names] if isinstance(names, str) else names)
+    }
+    if name not in listed and getattr(model, "loss_type", None) != "ForCausalLM":
+        return False
+    # BERT-like models share a class between both directions and are causal only as decoders. Families that
+    # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
+    sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
+    if hasattr(inspect.getmodule(type(model)), sibling):
+        return bool(getattr(model.config, "is_decoder", False))
+    return True
+
+
+class _SuperpositionLoss:
+    """A model's loss function: the multi-hot loss for 3-D labels, the model's own for any other."""
+
+    def __init__(self, own_loss: Callable[..., Tensor], bag_size: int, weights: Tensor) -> None:
+        self.own_loss = own_loss
+        self.bag_size = bag_size
+        self.weights = weights
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if labels.dim() != 3:
+            return self.own_loss(logits, labels, *args, **kwargs)
+        if labels.shape[-1] != self.bag_size:
+            raise ValueError(f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {self.bag_size}.")
+        return multi_hot_cross_entropy(
+            logits,
+            labels.to(logits.device),
+            weights=self.weights,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            ignore_index=kwargs.get("ignore_index", -100),
+        )
+
+
+def _make_input_hook(
+    core: nn.Module, bag_size: int, mode: TSTMode
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    def feed_averaged_bags(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None or input_ids.dim() != 3:
+            return None
+        if mode == "output":
+            raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
+        if input_ids.shape[-1] != bag_size:
+            raise ValueError(f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {bag_size}.")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
+                f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        kwargs["inputs_embeds"] = average_embeddings(core.get_input_embeddings(), input_ids)
+        return (None, *args[1:]) if args else (), kwargs
+
+    return feed_averaged_bags
+
+
+def _unwrap_peft(model: nn.Module) -> nn.Module:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+        raise ValueError("Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens.")
+    return model.get_base_model()
