@@ -37,11 +37,15 @@ class TSTTrainingArguments(TrainingArguments):
 
     tst_phase_ratio: float = field(
         default=0.3,
-        metadata={"help": "Fraction r of the optimizer steps that trains on bags of tokens, from 0 to 1. 0 is plain training."},
+        metadata={
+            "help": "Fraction r of the optimizer steps that trains on bags of tokens, from 0 to 1. 0 is plain training."
+        },
     )
     tst_bag_size: int = field(
         default=6,
-        metadata={"help": "Tokens a bag, s: a superposition step reads s times the tokens. 1 is plain training."},
+        metadata={
+            "help": "Tokens a bag, s: a superposition step reads s times the tokens. 1 is plain training."
+        },
     )
     tst_offset_weighting: OffsetWeighting = field(
         default="uniform",

@@ -66,13 +66,14 @@ class PhaseSwitchCallback(TrainerCallback):
 class TokenMeterCallback(TrainerCallback):
     """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
 
-    [`TSTTrainer`] sets `schedule` and `tokens_per_step` (latent tokens an optimizer step, `None` if the block
-    length is not known) before training starts.
+    [`TSTTrainer`] sets `schedule` and `rows_per_step` (over all devices and accumulation steps) before training
+    starts, and `latent_length` (positions a row, the same in both phases) from the batches.
     """
 
     def __init__(self) -> None:
         self.schedule: PhaseSchedule | None = None
-        self.tokens_per_step: int | None = None
+        self.rows_per_step: int | None = None
+        self.latent_length: int | None = None
         self._seconds = 0.0
         self._since = 0.0
         self._last_report = (0, 0.0)
@@ -117,7 +118,7 @@ class TokenMeterCallback(TrainerCallback):
         if self.schedule is None:
             return {}
         entries: dict[str, Any] = {"tst_phase": self.schedule.phase(max(step - 1, 0))}
-        if self.tokens_per_step is None:
+        if self.rows_per_step is None or self.latent_length is None:
             return entries
         raw, latent = self._tokens(step)
         entries |= {"tst_raw_tokens": raw, "tst_latent_tokens": latent}
@@ -132,5 +133,7 @@ class TokenMeterCallback(TrainerCallback):
 
     def _tokens(self, step: int) -> tuple[int, int]:
         assert self.schedule is not None
-        assert self.tokens_per_step is not None
-        return self.schedule.tokens_seen(step, self.tokens_per_step), step * self.tokens_per_step
+        assert self.rows_per_step is not None
+        assert self.latent_length is not None
+        tokens_per_step = self.rows_per_step * self.latent_length
+        return self.schedule.tokens_seen(step, tokens_per_step), step * tokens_per_step

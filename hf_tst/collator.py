@@ -60,7 +60,9 @@ class DataCollatorForTokenSuperposition:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for feature in features:
             if "input_ids" not in feature:
-                raise ValueError(f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data.")
+                raise ValueError(
+                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data."
+                )
         lengths = sorted({len(feature["input_ids"]) for feature in features})
         if len(lengths) > 1:
             raise ValueError(
@@ -90,7 +92,10 @@ class DataCollatorForTokenSuperposition:
         tokens = _stack(features, "input_ids")
         targets = _stack(features, "labels") if "labels" in features[0] else tokens
         if self.mode == "output":
-            return {"input_ids": tokens, "labels": next_window_labels(targets, self.bag_size, self.ignore_index)}
+            return {
+                "input_ids": tokens,
+                "labels": next_window_labels(targets, self.bag_size, self.ignore_index),
+            }
         return {
             "input_ids": fold_into_bags(tokens, self.bag_size),
             "labels": next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index),

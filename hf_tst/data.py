@@ -92,7 +92,9 @@ class DataPlan:
         blocks[in_switch_pass] = self._left_over_blocks(position[in_switch_pass], left_over, used_groups)
         later = position[~in_switch_pass] - left_over
         passes, position = np.divmod(later, self.num_blocks)
-        blocks[~in_switch_pass] = self._permute(passes + self.switch_pass + 1, position, self.num_blocks, "blocks")
+        blocks[~in_switch_pass] = self._permute(
+            passes + self.switch_pass + 1, position, self.num_blocks, "blocks"
+        )
         return blocks
 
     def _left_over_blocks(self, position: Indices, left_over: int, used_groups: int) -> Indices:
@@ -148,7 +150,8 @@ def plan_for_passes(
     fits, too_many = 0, budget // rows_per_step + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if _has_groups(plan(middle)) and plan(middle).blocks_consumed <= budget:
+        candidate = plan(middle)
+        if _has_groups(candidate) and candidate.blocks_consumed <= budget:
             fits = middle
         else:
             too_many = middle
@@ -218,7 +221,10 @@ class PlannedRows(Dataset[Row]):
         if indices[0] < self.plan.superposed_rows:
             size = self.plan.schedule.blocks_per_row
             starts = self.plan.superposed_groups(indices)
-            return [Row(_concatenate(self._bag_blocks(range(s, s + size))), superposed=True) for s in starts.tolist()]
+            return [
+                Row(_concatenate(self._bag_blocks(range(s, s + size))), superposed=True)
+                for s in starts.tolist()
+            ]
         blocks = self._blocks(self.plan.recovery_blocks(indices).tolist())
         return [Row(columns, superposed=False) for columns in blocks]
 
@@ -247,6 +253,7 @@ class StreamedRows(IterableDataset[Row]):
         self.schedule = schedule
         self.rows_per_step = rows_per_step
         self.columns = columns
+        self.block_length: int | None = None
 
     def __iter__(self) -> Iterator[Row]:
         superposed_rows = self.schedule.switch_step * self.rows_per_step
@@ -263,13 +270,22 @@ class StreamedRows(IterableDataset[Row]):
         while True:
             count = 0
             for block in self.blocks:
+                self._check(block, count)
                 count += 1
                 yield block
             if not count:
-                raise ValueError("The stream of training data is empty: check the data set's name, split and files.")
+                raise ValueError(
+                    "The stream of training data is empty: check the data set's name, split and files."
+                )
             logger.warning(
                 f"The stream of training data ended after {count} blocks, before the run did: it is read again."
             )
+
+    def _check(self, block: Mapping[str, Any], index: int) -> None:
+        _check_has_tokens(block)
+        if self.block_length is None:
+            self.block_length = len(block["input_ids"])
+        _check_length(len(block["input_ids"]), self.block_length, index)
 
 
 class EpochSampler(Sampler[int]):
@@ -334,9 +350,7 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None) -> int:
     if len(blocks) == 0:
         raise ValueError("The training data is empty: it has no block of tokens.")
     first = blocks[0]
-    if not isinstance(first, Mapping) or "input_ids" not in first:
-        names = sorted(first) if isinstance(first, Mapping) else type(first).__name__
-        raise ValueError(f"The training data needs a column 'input_ids', but has {names}: tokenise and pack it.")
+    _check_has_tokens(first)
     length = len(first["input_ids"])
     sample = {int(index) for index in np.linspace(0, len(blocks) - 1, num=256)}
     for index in sorted(sample):
@@ -356,6 +370,14 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None) -> int:
     if hasattr(blocks, "with_format"):
         _check_stored_lengths(blocks, length)
     return length
+
+
+def _check_has_tokens(block: Any) -> None:
+    if not isinstance(block, Mapping) or "input_ids" not in block:
+        names = sorted(block) if isinstance(block, Mapping) else type(block).__name__
+        raise ValueError(
+            f"The training data needs a column 'input_ids', but has {names}: tokenise and pack it."
+        )
 
 
 def _check_stored_lengths(blocks: Any, length: int) -> None:
@@ -378,7 +400,9 @@ def _check_length(found: int, length: int, index: int) -> None:
         )
 
 
-def _select(blocks: Any, columns: list[str], as_arrays: bool) -> Callable[[Sequence[int]], list[Mapping[str, Any]]]:
+def _select(
+    blocks: Any, columns: list[str], as_arrays: bool
+) -> Callable[[Sequence[int]], list[Mapping[str, Any]]]:
     """A function that reads the `columns` of some blocks."""
     if hasattr(blocks, "select_columns"):  # datasets.Dataset
         blocks = blocks.select_columns(columns)

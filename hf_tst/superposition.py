@@ -142,7 +142,9 @@ class _SuperpositionLoss:
         if labels.dim() != 3:
             return self.own_loss(logits, labels, *args, **kwargs)
         if labels.shape[-1] != self.bag_size:
-            raise ValueError(f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {self.bag_size}.")
+            raise ValueError(
+                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {self.bag_size}."
+            )
         return multi_hot_cross_entropy(
             logits,
             labels.to(logits.device),
@@ -164,7 +166,9 @@ def _make_input_hook(
         if mode == "output":
             raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
         if input_ids.shape[-1] != bag_size:
-            raise ValueError(f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {bag_size}.")
+            raise ValueError(
+                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {bag_size}."
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
             raise ValueError(
@@ -183,5 +187,7 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-        raise ValueError("Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens.")
+        raise ValueError(
+            "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
+        )
     return model.get_base_model()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
@@ -58,6 +58,7 @@ class TSTTrainer(Trainer):
         - `train`: leaves superposition however training ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
+        - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
         - `log`: phase, raw and latent tokens.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
@@ -115,22 +116,20 @@ class TSTTrainer(Trainer):
         Raises:
             ValueError: If the data has no full blocks of equal length, or too few of them.
         """
-        self._plan = self._switch.schedule = self._meter.schedule = self._meter.tokens_per_step = None
+        self._plan = self._switch.schedule = self._meter.schedule = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
         rows_per_step = self.get_total_train_batch_size(self.args)
         rows: PlannedRows | StreamedRows
         if isinstance(self.train_dataset, TorchIterableDataset):
-            block_length = None
             schedule = self._make_schedule(self.args.max_steps)
             rows = self._stream_rows(schedule, rows_per_step)
         else:
-            block_length = check_blocks(self.train_dataset, self._padding_token_id())
+            check_blocks(self.train_dataset, self._padding_token_id())
             self._plan = self._make_plan(rows_per_step)
             schedule = self._plan.schedule
             rows = self._plan_rows(self._plan)
         self._meter.schedule = schedule
-        self._meter.tokens_per_step = None if block_length is None else rows_per_step * block_length
         if schedule.switch_step == 0:
             logger.warning(
                 f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there "
@@ -155,8 +154,14 @@ class TSTTrainer(Trainer):
         values = super().set_initial_training_values(args, dataloader, *rest)
         if self._meter.schedule is None:
             self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
-            self._meter.tokens_per_step = self._plain_tokens_per_step()
+        self._meter.rows_per_step = self.get_total_train_batch_size(args)
         return values
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; notes the latent length of the rows, for the token counts."""
+        if isinstance(inputs.get("input_ids"), Tensor):
+            self._meter.latent_length = inputs["input_ids"].shape[1]
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
@@ -181,8 +186,12 @@ class TSTTrainer(Trainer):
         if not self.model_accepts_loss_kwargs:
             return None
         args = self.args
-        weights = offset_weights(resolve_weighting(args.tst_mode, args.tst_offset_weighting), args.tst_bag_size)
-        bags = torch.stack([count_target_bags(batch["labels"], weights=weights) for batch in batch_samples]).sum()
+        weights = offset_weights(
+            resolve_weighting(args.tst_mode, args.tst_offset_weighting), args.tst_bag_size
+        )
+        bags = torch.stack(
+            [count_target_bags(batch["labels"], weights=weights) for batch in batch_samples]
+        ).sum()
         bags = bags.to(device)
         if args.average_tokens_across_devices and args.world_size > 1:
             bags = self.accelerator.gather(bags).sum()
@@ -192,7 +201,9 @@ class TSTTrainer(Trainer):
         is_best = super()._determine_best_metric(metrics, trial)
         schedule = self._switch.schedule
         at_switch = schedule is not None and self.state.global_step == schedule.switch_step
-        keep_switch = at_switch and self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
+        keep_switch = (
+            at_switch and self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
+        )
         return is_best or keep_switch
 
     def _check_superposition(self) -> None:
@@ -203,7 +214,9 @@ class TSTTrainer(Trainer):
             )
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
-                raise ValueError(f"{name} parallelism (size {size}) splits rows of bags, which is not supported.")
+                raise ValueError(
+                    f"{name} parallelism (size {size}) splits rows of bags, which is not supported."
+                )
         if isinstance(self.train_dataset, TorchIterableDataset) and self.args.dataloader_num_workers > 0:
             raise ValueError(
                 f"dataloader_num_workers={self.args.dataloader_num_workers} would read a streamed data set several "
@@ -223,7 +236,9 @@ class TSTTrainer(Trainer):
         shuffle = getattr(args, "train_sampling_strategy", "random") != "sequential"
         num_blocks = len(self.train_dataset)
         if args.max_steps > 0:
-            return plan_for_steps(num_blocks, self._make_schedule(args.max_steps), rows_per_step, seed, shuffle)
+            return plan_for_steps(
+                num_blocks, self._make_schedule(args.max_steps), rows_per_step, seed, shuffle
+            )
         return plan_for_passes(
             num_blocks, args.num_train_epochs, self._make_schedule, rows_per_step, seed, shuffle
         )
@@ -241,7 +256,11 @@ class TSTTrainer(Trainer):
         if not self.args.remove_unused_columns:
             return columns
         self._set_signature_columns_if_needed()
-        return [name for name in columns if name in self._signature_columns] if columns else self._signature_columns
+        return (
+            [name for name in columns if name in self._signature_columns]
+            if columns
+            else self._signature_columns
+        )
 
     def _make_sampler(self, rows: Any) -> EpochSampler:
         assert self._plan is not None
@@ -255,15 +274,6 @@ class TSTTrainer(Trainer):
         pad = getattr(self.processing_class, "pad_token_id", None)
         others = [getattr(self.processing_class, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
         return None if pad in others else pad
-
-    def _plain_tokens_per_step(self) -> int | None:
-        """Tokens a step of plain training, if the data set tells its block length."""
-        if self.train_dataset is None or not has_length(self.train_dataset) or len(self.train_dataset) == 0:
-            return None
-        first = self.train_dataset[0]
-        if not isinstance(first, Mapping) or "input_ids" not in first:
-            return None
-        return self.get_total_train_batch_size(self.args) * len(first["input_ids"])
 
 
 def _is_superposed(batch: Any) -> bool:
@@ -279,7 +289,10 @@ def _make_collators(args: TSTTrainingArguments, data_collator: Any) -> tuple[Any
         return superposition, recovery
     if not isinstance(data_collator, DataCollatorForTokenSuperposition) or data_collator.bag_size == 1:
         return superposition, data_collator
-    if args.tst_enabled and (data_collator.bag_size, data_collator.mode) != (args.tst_bag_size, args.tst_mode):
+    if args.tst_enabled and (data_collator.bag_size, data_collator.mode) != (
+        args.tst_bag_size,
+        args.tst_mode,
+    ):
         raise ValueError(
             f"data_collator makes bags of {data_collator.bag_size} in mode {data_collator.mode!r}, but the arguments "
             f"say tst_bag_size={args.tst_bag_size} and tst_mode={args.tst_mode!r}: leave data_collator out."

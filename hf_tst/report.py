@@ -1,0 +1,104 @@
+"""What a run did, phase by phase, from the log history in its `trainer_state.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LogHistory = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of a run. Losses in nats: a bag's mean cross entropy in superposition, next-token in recovery."""
+
+    phase: str
+    first_step: int
+    last_step: int
+    raw_tokens: int
+    latent_tokens: int
+    first_loss: float
+    last_loss: float
+    eval_loss: float | None
+
+
+def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
+    """The phases of a run in order; `log_history` as in `TrainerState`, with [`TSTTrainer`]'s entries."""
+    summaries: list[PhaseSummary] = []
+    done_step = done_raw = done_latent = 0
+    for phase in ("superposition", "recovery"):
+        entries = [entry for entry in log_history if entry.get("tst_phase") == phase]
+        losses = [entry for entry in entries if "loss" in entry and "tst_raw_tokens" in entry]
+        if not losses:
+            continue
+        evals = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+        last = losses[-1]
+        summaries.append(
+            PhaseSummary(
+                phase=phase,
+                first_step=done_step,
+                last_step=last["step"] - 1,
+                raw_tokens=last["tst_raw_tokens"] - done_raw,
+                latent_tokens=last["tst_latent_tokens"] - done_latent,
+                first_loss=losses[0]["loss"],
+                last_loss=last["loss"],
+                eval_loss=evals[-1] if evals else None,
+            )
+        )
+        done_step, done_raw, done_latent = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
+    return summaries
+
+
+def format_phases(summaries: Sequence[PhaseSummary]) -> str:
+    """The summaries as a table of text."""
+    header = ("phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss")
+    rows = [
+        (
+            summary.phase,
+            f"{summary.first_step}-{summary.last_step}",
+            f"{summary.raw_tokens:,}",
+            f"{summary.latent_tokens:,}",
+            f"{summary.first_loss:.3f}",
+            f"{summary.last_loss:.3f}",
+            "-" if summary.eval_loss is None else f"{summary.eval_loss:.3f}",
+        )
+        for summary in summaries
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int | None = None) -> Path:
+    """Draw training and evaluation loss over steps as a PNG, with the phase switch marked.
+
+    Args:
+        log_history: As in `TrainerState`.
+        path: Where to write the picture.
+        switch_step (`int`, *optional*): First step of recovery.
+
+    Raises:
+        ImportError: If matplotlib is not installed (extra `plot`).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for phase, label in (("superposition", "training loss on bags"), ("recovery", "training loss, next token")):
+        points = [(e["step"], e["loss"]) for e in log_history if "loss" in e and e.get("tst_phase") == phase]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    points = [(e["step"], e["eval_loss"]) for e in log_history if "eval_loss" in e]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o--", color="black", markersize=4, label="evaluation loss, next token")
+    if switch_step:
+        axes.axvline(switch_step, color="grey", linestyle=":")
+        axes.annotate("switch", (switch_step, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return Path(path)
