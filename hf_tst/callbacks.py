@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
@@ -137,3 +137,27 @@ class TokenMeterCallback(TrainerCallback):
         assert self.latent_length is not None
         tokens_per_step = self.rows_per_step * self.latent_length
         return self.schedule.tokens_seen(step, tokens_per_step), step * tokens_per_step
+
+
+class PhaseProgressCallback(ProgressCallback):
+    """Trainer's progress bar with the phase in front."""
+
+    def __init__(self, meter: TokenMeterCallback) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def on_train_begin(
+        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._show_phase(state.global_step)
+
+    def on_step_end(
+        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._show_phase(state.global_step)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def _show_phase(self, step: int) -> None:
+        if self.training_bar is not None and self._meter.schedule is not None:
+            self.training_bar.set_description(self._meter.schedule.phase(step), refresh=False)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
-from .callbacks import PhaseSwitchCallback, TokenMeterCallback
+from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
 from .collator import DataCollatorForTokenSuperposition
 from .data import (
     DataPlan,
@@ -95,6 +95,10 @@ class TSTTrainer(Trainer):
         self._plan: DataPlan | None = None
         self.add_callback(self._switch)
         self.add_callback(self._meter)
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback) is ProgressCallback:
+                self.remove_callback(callback)
+                self.add_callback(PhaseProgressCallback(self._meter))
         if args.tst_enabled:
             self._check_superposition()
 
