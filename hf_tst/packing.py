@@ -41,7 +41,9 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         raise ValueError(f"The file {path} is empty: name one that holds text.")
     loader = FILE_LOADERS[file.suffix]
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    return datasets.load_dataset(loader, data_files={"train": path}, split=split, streaming=streaming, **options)
+    return datasets.load_dataset(
+        loader, data_files={"train": path}, split=split, streaming=streaming, **options
+    )
 
 
 def tokenize_documents(
@@ -70,7 +72,9 @@ def tokenize_documents(
         return documents
     column = text_column or ("text" if "text" in columns else columns[0])
     if column not in columns:
-        raise ValueError(f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these.")
+        raise ValueError(
+            f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these."
+        )
     eos = tokenizer.eos_token_id
     if append_eos and eos is None:
         raise ValueError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")

@@ -67,7 +67,10 @@ def format_phases(summaries: Sequence[PhaseSummary]) -> str:
         for summary in summaries
     ]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -86,16 +89,31 @@ def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int 
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for phase, label in (("superposition", "training loss on bags"), ("recovery", "training loss, next token")):
+    for phase, label in (
+        ("superposition", "training loss on bags"),
+        ("recovery", "training loss, next token"),
+    ):
         points = [(e["step"], e["loss"]) for e in log_history if "loss" in e and e.get("tst_phase") == phase]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     points = [(e["step"], e["eval_loss"]) for e in log_history if "eval_loss" in e]
     if points:
-        axes.plot(*zip(*points, strict=True), "o--", color="black", markersize=4, label="evaluation loss, next token")
+        axes.plot(
+            *zip(*points, strict=True),
+            "o--",
+            color="black",
+            markersize=4,
+            label="evaluation loss, next token",
+        )
     if switch_step:
         axes.axvline(switch_step, color="grey", linestyle=":")
-        axes.annotate("switch", (switch_step, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+        axes.annotate(
+            "switch",
+            (switch_step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -12),
+            textcoords="offset points",
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)

@@ -72,10 +72,12 @@ class ModelArguments:
     """Which model to train."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on training from. Leave it out to train from scratch."}
+        default=None,
+        metadata={"help": "Checkpoint to go on training from. Leave it out to train from scratch."},
     )
     model_type: str | None = field(
-        default=None, metadata={"help": "Architecture to train from scratch, for example llama, qwen3 or mixtral."}
+        default=None,
+        metadata={"help": "Architecture to train from scratch, for example llama, qwen3 or mixtral."},
     )
     config_name: str | None = field(
         default=None, metadata={"help": "Hub id or path of a configuration to train from scratch with."}
@@ -88,15 +90,21 @@ class ModelArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    dtype: str | None = field(default=None, metadata={"help": "Dtype of the weights, for example float32 or bfloat16."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of the weights, for example float32 or bfloat16."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, …"}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes from the Hub."}
+    )
 
     def __post_init__(self) -> None:
         if self.config_overrides and self.model_name_or_path:
-            raise ValueError("config_overrides cannot change a trained model: leave out it or model_name_or_path.")
+            raise ValueError(
+                "config_overrides cannot change a trained model: leave out it or model_name_or_path."
+            )
 
 
 @dataclass
@@ -110,22 +118,34 @@ class DataArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training data to evaluate on, where there is no validation data."}
+        default=5,
+        metadata={"help": "Share of the training data to evaluate on, where there is no validation data."},
     )
-    text_column: str | None = field(default=None, metadata={"help": "Column of text; 'text' or the first by default."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of text; 'text' or the first by default."}
+    )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens a block, L; the model's context up to 1024 by default."}
     )
     append_eos: bool | None = field(
         default=None,
-        metadata={"help": "End each row of text with the end-of-sequence token; by default all but lines of .txt files."},
+        metadata={
+            "help": "End each row of text with the end-of-sequence token; by default all but lines of .txt files."
+        },
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read and tokenise the training data as training goes on; needs max_steps."}
+        default=False,
+        metadata={"help": "Read and tokenise the training data as training goes on; needs max_steps."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks to train on."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks to evaluate on."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes to tokenise with."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many blocks to train on."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many blocks to evaluate on."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes to tokenise with."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file:
@@ -144,14 +164,19 @@ class DataArguments:
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
     """Arguments from an optional YAML or JSON file, named first, and flags, which win."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TSTTrainingArguments), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TSTTrainingArguments), description=__doc__.split("\n")[0]
+    )
     values: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         values, argv = read_config(argv[0]), argv[1:]
     known = {entry.name for dataclass_type in parser.dataclass_types for entry in fields(dataclass_type)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The configuration file has unknown arguments: {', '.join(unknown)}.")
-    named = [values.get(name) or any(a.startswith(f"--{name}") for a in argv) for name in ("dataset_name", "train_file")]
+    named = [
+        values.get(name) or any(a.startswith(f"--{name}") for a in argv)
+        for name in ("dataset_name", "train_file")
+    ]
     parser.set_defaults(**({} if any(named) else QUICK_START) | values)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     return model_args, data_args, training_args
@@ -209,7 +234,10 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: An
     name = args.tokenizer_name or args.model_name_or_path or args.config_name
     if name:
         return AutoTokenizer.from_pretrained(
-            name, cache_dir=args.cache_dir, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+            name,
+            cache_dir=args.cache_dir,
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
         )
     if data_args.is_quick_start:
         return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
@@ -218,10 +246,17 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: An
 
 def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A trained model to go on with, or a new one whose vocabulary fits the tokenizer."""
-    options = {"cache_dir": args.cache_dir, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    options = {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
     if args.model_name_or_path:
         return AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=args.dtype or "auto", attn_implementation=args.attn_implementation, **options
+            args.model_name_or_path,
+            dtype=args.dtype or "auto",
+            attn_implementation=args.attn_implementation,
+            **options,
         )
     if args.config_name:
         config = AutoConfig.from_pretrained(args.config_name, **options)
@@ -296,15 +331,23 @@ def main(argv: list[str] | None = None) -> TSTTrainer:
         block_size = data_args.block_size or min(1024, context)
         if block_size > context:
             raise ValueError(f"block_size={block_size} is more than the model's context of {context} tokens.")
-        train_blocks = prepare_blocks(data_args, train_documents, tokenizer, block_size, data_args.max_train_samples)
+        train_blocks = prepare_blocks(
+            data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
+        )
         eval_blocks = None
         if eval_documents is not None:
-            eval_blocks = prepare_blocks(data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples)
+            eval_blocks = prepare_blocks(
+                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples
+            )
 
     if eval_blocks is None:
         args.eval_strategy = "no"
     trainer = TSTTrainer(
-        model=model, args=args, train_dataset=train_blocks, eval_dataset=eval_blocks, processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
     )
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):

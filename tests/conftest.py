@@ -1,0 +1,86 @@
+"""Tiny models made from configurations, and blocks of random tokens. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from hf_tst import TSTTrainingArguments
+
+VOCAB_SIZE = 97
+BLOCK_LENGTH = 12
+
+DENSE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+MOE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": DENSE,
+    "qwen2": DENSE,
+    "qwen3": DENSE | {"head_dim": 8},
+    "mistral": DENSE,
+    "mixtral": DENSE | MOE | {"num_local_experts": 4},
+    "qwen3_moe": DENSE | MOE | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt2": {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+
+def make_model(model_type: str, **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = CONFIG_MAPPING[model_type](**TINY[model_type], **special | overrides)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def _llama() -> Any:
+    return make_model("llama")
+
+
+@pytest.fixture
+def llama(_llama: Any) -> Any:
+    return copy.deepcopy(_llama)
+
+
+def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[dict[str, Any]]:
+    tokens = torch.randint(0, VOCAB_SIZE, (count, length), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
+
+
+@pytest.fixture
+def make_args(tmp_path: Path) -> Any:
+    def make(**overrides: Any) -> TSTTrainingArguments:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 10,
+            "tst_bag_size": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return TSTTrainingArguments(**defaults | overrides)
+
+    return make

@@ -1,0 +1,96 @@
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_tst import TSTTrainingArguments
+from hf_tst.bags import OFFSET_WEIGHTINGS
+
+FIELDS = [field for field in dataclasses.fields(TSTTrainingArguments) if field.name.startswith("tst_")]
+
+
+def test_defaults():
+    args = TSTTrainingArguments(output_dir="x")
+    assert {field.name: getattr(args, field.name) for field in FIELDS} == {
+        "tst_phase_ratio": 0.3,
+        "tst_bag_size": 6,
+        "tst_offset_weighting": "uniform",
+        "tst_mode": "full",
+        "tst_save_at_switch": True,
+    }
+
+
+def test_every_field_has_help_and_comes_through_the_parser():
+    assert all(field.metadata["help"] for field in FIELDS)
+    flags = "--output_dir x --tst_phase_ratio 0.2 --tst_bag_size 8 --tst_offset_weighting power_law --tst_mode output"
+    (args,) = HfArgumentParser(TSTTrainingArguments).parse_args_into_dataclasses(
+        [*flags.split(), "--no_tst_save_at_switch"]
+    )
+    assert args.tst_phase_ratio == 0.2
+    assert args.tst_bag_size == 8
+    assert args.tst_offset_weighting == "power_law"
+    assert args.tst_mode == "output"
+    assert not args.tst_save_at_switch
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+def test_arguments_survive_a_round_trip(weighting):
+    args = TSTTrainingArguments(output_dir="x", tst_offset_weighting=weighting)
+    again = {field.name: args.to_dict()[field.name] for field in FIELDS}
+    assert TSTTrainingArguments(output_dir="x", **again).to_dict()["tst_offset_weighting"] == weighting
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tst_phase_ratio": 1.5}, "tst_phase_ratio"),
+        ({"tst_phase_ratio": math.nan}, "tst_phase_ratio"),
+        ({"tst_bag_size": 0}, "tst_bag_size"),
+        ({"tst_offset_weighting": "linear"}, "tst_offset_weighting"),
+        ({"tst_mode": "both"}, "tst_mode"),
+        ({"tst_mode": "input", "tst_offset_weighting": "power_law"}, "single target"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"use_liger_kernel": True}, "liger"),
+    ],
+)
+def test_nonsense_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TSTTrainingArguments(output_dir="x", **wrong)
+
+
+def test_sorting_rows_by_length_is_refused():
+    names = {field.name for field in dataclasses.fields(TSTTrainingArguments)}
+    wrong = (
+        {"train_sampling_strategy": "group_by_length"}
+        if "train_sampling_strategy" in names
+        else {"group_by_length": True}
+    )
+    with pytest.raises(ValueError, match="group_by_length"):
+        TSTTrainingArguments(output_dir="x", **wrong)
+
+
+def test_plain_training_may_use_what_superposition_cannot():
+    TSTTrainingArguments(output_dir="x", tst_phase_ratio=0, label_smoothing_factor=0.1)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, hf_tst; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
+
+
+def test_the_trainer_needs_neither_datasets_nor_evaluate_nor_peft():
+    code = (
+        "import sys\n"
+        "for name in ('evaluate', 'peft', 'matplotlib'): sys.modules[name] = None\n"
+        "from hf_tst import *\n"
+        "from hf_tst import packing, quickstart, report\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+
+from hf_tst.bags import (
+    OFFSET_WEIGHTINGS,
+    average_embeddings,
+    fold_into_bags,
+    next_bag_labels,
+    next_window_labels,
+    offset_weights,
+    resolve_weighting,
+)
+
+
+def test_fold_keeps_contiguous_tokens_together():
+    tokens = torch.arange(12).view(1, 12)
+    assert fold_into_bags(tokens, 3).tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]]
+
+
+def test_a_row_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of the bag size"):
+        fold_into_bags(torch.zeros(1, 10, dtype=torch.long), 3)
+
+
+def test_next_bag_labels_leave_the_last_position_without_a_target():
+    bags = fold_into_bags(torch.arange(6).view(1, 6), 2)
+    assert next_bag_labels(bags).tolist() == [[[2, 3], [4, 5], [-100, -100]]]
+
+
+def test_next_window_labels_hold_the_next_tokens():
+    labels = next_window_labels(torch.arange(4).view(1, 4), 2)
+    assert labels.tolist() == [[[1, 2], [2, 3], [3, -100], [-100, -100]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_is_the_float32_mean_in_the_dtype_of_the_embedding(dtype):
+    embedding = torch.nn.Embedding(50, 8, dtype=dtype)
+    bags = torch.randint(0, 50, (2, 5, 16))
+    mean = torch.stack([embedding.weight.float()[bags[..., i]] for i in range(16)]).sum(0) / 16
+    average = average_embeddings(embedding, bags)
+    assert average.dtype == dtype
+    torch.testing.assert_close(average, mean.to(dtype))
+
+
+def test_weights_follow_their_laws():
+    assert offset_weights("uniform", 4).tolist() == [0.25] * 4
+    torch.testing.assert_close(offset_weights("power_law", 2), torch.tensor([2 / 3, 1 / 3]))
+    ratio = offset_weights("exponential", 3)
+    assert ratio[1] / ratio[0] == pytest.approx(math.exp(-1))
+    assert offset_weights("first_token", 3).tolist() == [1, 0, 0]
+    fitted = offset_weights("fitted_power_law", 2)
+    assert fitted[0] / fitted[1] == pytest.approx((3.63 + 1.35) / (3.63 + 1.35 * 2**-1.25))
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+@pytest.mark.parametrize("bag_size", [1, 6, 16])
+def test_weights_sum_to_one(weighting, bag_size):
+    assert offset_weights(weighting, bag_size).sum().item() == pytest.approx(1)
+
+
+def test_unknown_weightings_and_idle_ones_are_refused():
+    with pytest.raises(ValueError, match="tst_offset_weighting"):
+        offset_weights("linear", 4)
+    with pytest.raises(ValueError, match="single target"):
+        resolve_weighting("input", "power_law")
+    assert resolve_weighting("input", "uniform") == "first_token"

@@ -1,0 +1,163 @@
+import datasets
+import numpy as np
+import pytest
+from conftest import make_blocks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_tst import PhaseSchedule
+from hf_tst.data import (
+    DataPlan,
+    EpochSampler,
+    PlannedRows,
+    StreamedRows,
+    check_blocks,
+    plan_for_passes,
+    plan_for_steps,
+)
+from hf_tst.permutation import Permutation
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**32))
+def test_permutation_is_one(size, seed):
+    order = Permutation(size, (seed,))(np.arange(size))
+    assert sorted(order.tolist()) == list(range(size))
+
+
+def test_permutation_answers_alone_what_it_answers_together():
+    permutation = Permutation(10**12, (7,))
+    positions = np.array([0, 5, 999_999_999_999])
+    assert permutation(positions).tolist() == [permutation(np.array([p])).item() for p in positions]
+    assert permutation(positions).max() < 10**12
+
+
+def test_permutation_shuffles():
+    order = Permutation(1000, (0,))(np.arange(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+    assert (order != Permutation(1000, (1,))(np.arange(1000))).mean() > 0.9
+
+
+def read_all(plan):
+    """Blocks of all rows, by phase."""
+    superposed = plan.superposed_groups(np.arange(plan.superposed_rows))
+    size = plan.schedule.blocks_per_row
+    groups = (superposed[:, None] + np.arange(size)).ravel().tolist()
+    return groups, plan.recovery_blocks(np.arange(plan.superposed_rows, plan.total_rows)).tolist()
+
+
+@given(
+    blocks=st.integers(1, 400),
+    passes=st.sampled_from([0.5, 1, 1.5, 2, 3]),
+    ratio=st.floats(0, 1),
+    bag_size=st.integers(1, 7),
+    rows=st.integers(1, 9),
+    shuffle=st.booleans(),
+)
+@settings(deadline=None)
+def test_no_block_is_read_more_often_than_there_are_passes(blocks, passes, ratio, bag_size, rows, shuffle):
+    def schedule(steps):
+        return PhaseSchedule(steps, ratio, bag_size)
+
+    try:
+        plan = plan_for_passes(blocks, passes, schedule, rows, seed=3, shuffle=shuffle)
+    except ValueError:
+        assert blocks * passes < 2 * rows * bag_size or blocks < bag_size
+        return
+    superposed, recovery = read_all(plan)
+    assert len(superposed) + len(recovery) == plan.schedule.blocks_needed(rows)
+    counts = np.bincount(superposed + recovery, minlength=blocks)
+    assert len(counts) == blocks
+    assert counts.max() <= np.ceil(passes)
+    # One step more would not have fitted.
+    bigger = DataPlan(blocks, schedule(plan.schedule.max_steps + 1), rows, seed=3)
+    assert bigger.groups_per_pass == 0 or bigger.blocks_consumed > passes * blocks - 1
+
+
+def test_superposition_reads_consecutive_blocks_and_recovery_the_others():
+    plan = plan_for_steps(47, PhaseSchedule(10, 0.5, 4), rows_per_step=1, seed=0)
+    superposed, recovery = read_all(plan)
+    assert [block % 4 for block in superposed[::4]] == [0] * 5
+    assert not set(superposed) & set(recovery)
+    assert sorted(set(superposed + recovery)) == sorted(superposed + recovery)
+
+
+def test_without_shuffling_the_order_is_that_of_the_data():
+    plan = plan_for_steps(12, PhaseSchedule(4, 0.5, 3), rows_per_step=1, seed=0, shuffle=False)
+    assert read_all(plan) == ([0, 1, 2, 3, 4, 5], [6, 7])
+
+
+def test_too_few_blocks_say_how_many_and_what_to_change():
+    with pytest.raises(ValueError, match=r"needs 44 blocks .* has 43: lower max_steps to about"):
+        plan_for_steps(
+            43, PhaseSchedule(10, 0.3, 6, mode="full"), rows_per_step=2, seed=0
+        ) and plan_for_steps(43, PhaseSchedule(10, 0.3, 5), rows_per_step=2, seed=0)
+    with pytest.raises(ValueError, match="too few for one optimizer step"):
+        plan_for_passes(3, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_rows_hold_the_tokens_of_their_blocks(as_dataset):
+    blocks = make_blocks(40)
+    source = datasets.Dataset.from_list(blocks) if as_dataset else blocks
+    plan = plan_for_steps(40, PhaseSchedule(8, 0.5, 3), rows_per_step=2, seed=1)
+    rows = PlannedRows(source, plan, ["input_ids"])
+    assert len(rows) == 16
+    superposed, recovery = read_all(plan)
+    for i in range(8):
+        expected = [token for block in superposed[3 * i : 3 * i + 3] for token in blocks[block]["input_ids"]]
+        assert rows[i].superposed
+        assert list(rows[i].columns["input_ids"]) == expected
+    for i in range(8, 16):
+        assert not rows[i].superposed
+        assert list(rows[i].columns["input_ids"]) == blocks[recovery[i - 8]]["input_ids"]
+
+
+def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
+    blocks = [{"input_ids": [i]} for i in range(10)]
+    rows = list(StreamedRows(blocks, PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+    assert [row.superposed for row in rows] == [True] * 3 + [False] * 3
+    assert [list(row.columns["input_ids"]) for row in rows] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9],
+        [0],
+        [1],
+    ]
+    with pytest.raises(ValueError, match="empty"):
+        list(StreamedRows([], PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+    with pytest.raises(ValueError, match="equal length"):
+        list(
+            StreamedRows([{"input_ids": [1]}, {"input_ids": [1, 2]}], PhaseSchedule(6, 0, 3), rows_per_step=1)
+        )
+
+
+def test_the_sampler_starts_where_training_is():
+    plan = plan_for_steps(100, PhaseSchedule(10, 0.2, 2), rows_per_step=2, seed=0)
+    assert list(EpochSampler(plan, 4, lambda: 0)) == list(range(8))
+    assert list(EpochSampler(plan, 4, lambda: 5)) == list(range(8, 16))
+    assert list(EpochSampler(plan, 4, lambda: 8)) == list(range(16, 20))
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty"),
+        ([{"text": "abc"}], "input_ids"),
+        (
+            [{"input_ids": [1, 2]}] * 700 + [{"input_ids": [1]}] + [{"input_ids": [1, 2]}] * 2,
+            "block 700 has 1",
+        ),
+        ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], "padded"),
+        ([{"input_ids": [1, 96]}], "padding token 96"),
+    ],
+)
+def test_data_that_is_no_blocks_is_refused(rows, message, as_dataset):
+    if as_dataset:
+        rows = datasets.Dataset.from_list(rows)
+    elif "700" in message:
+        rows = rows[699:]
+        message = "block 1 has 1"
+    with pytest.raises(ValueError, match=message):
+        check_blocks(rows, pad_token_id=96)

@@ -1,0 +1,202 @@
+import pytest
+import torch
+from conftest import TINY, VOCAB_SIZE, make_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    T5Config,
+)
+
+from hf_tst import multi_hot_cross_entropy, offset_weights, token_superposition
+from hf_tst.bags import OFFSET_WEIGHTINGS, fold_into_bags, next_bag_labels, next_window_labels
+
+
+def make_bags(bag_size=4, rows=2, length=6):
+    tokens = torch.randint(
+        0, VOCAB_SIZE, (rows, length * bag_size), generator=torch.Generator().manual_seed(3)
+    )
+    bags = fold_into_bags(tokens, bag_size)
+    return bags, next_bag_labels(bags)
+
+
+def aux_loss(model, outputs):
+    return model.config.router_aux_loss_coef * outputs.aux_loss if hasattr(outputs, "aux_loss") else 0
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_output_equals_the_model_fed_the_mean_embedding(model_type):
+    model = make_model(model_type).eval()
+    bags, labels = make_bags()
+    mean = model.get_input_embeddings()(bags).float().mean(2)
+    expected = model(inputs_embeds=mean)
+    with token_superposition(model, 4, offset_weighting="power_law"):
+        outputs = model(input_ids=bags, labels=labels)
+        positional = model(bags, labels=labels)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    torch.testing.assert_close(positional.logits, expected.logits)
+    loss = multi_hot_cross_entropy(expected.logits, labels, weights=offset_weights("power_law", 4))
+    torch.testing.assert_close(outputs.loss, loss + aux_loss(model, expected))
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_token_does_not_reach_earlier_positions(model_type):
+    model = make_model(model_type).eval()
+    bags, labels = make_bags()
+    changed = bags.clone()
+    changed[:, 3, 1] = (changed[:, 3, 1] + 1) % VOCAB_SIZE
+    with token_superposition(model, 4), torch.no_grad():
+        before, after = (
+            model(input_ids=bags, labels=labels).logits,
+            model(input_ids=changed, labels=labels).logits,
+        )
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.equal(before[:, 3], after[:, 3])
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_fresh_model_starts_at_log_v(model_type, weighting):
+    model = make_model(model_type)
+    bags, labels = make_bags(rows=8)
+    with token_superposition(model, 4, offset_weighting=weighting):
+        outputs = model(input_ids=bags, labels=labels)
+    loss = (outputs.loss - aux_loss(model, outputs)).item()
+    assert loss == pytest.approx(torch.tensor(VOCAB_SIZE).log().item(), rel=0.02)
+
+
+def test_modes(llama):
+    bags, labels = make_bags()
+    with token_superposition(llama, 4, mode="input"):
+        outputs = llama(input_ids=bags, labels=labels)
+    first = multi_hot_cross_entropy(outputs.logits, labels[..., :1])
+    torch.testing.assert_close(outputs.loss, first)
+    tokens = bags.flatten(1)
+    labels = next_window_labels(tokens, 4)
+    expected = llama(input_ids=tokens).logits
+    with token_superposition(llama, 4, mode="output"):
+        outputs = llama(input_ids=tokens, labels=labels)
+        with pytest.raises(ValueError, match="single tokens"):
+            llama(input_ids=bags, labels=labels)
+    torch.testing.assert_close(outputs.logits, expected)
+    torch.testing.assert_close(outputs.loss, multi_hot_cross_entropy(expected, labels))
+
+
+def test_ordinary_batches_pass_through(llama):
+    tokens = make_bags()[0].flatten(1)
+    expected = llama(input_ids=tokens, labels=tokens)
+    with token_superposition(llama, 4):
+        outputs = llama(input_ids=tokens, labels=tokens)
+        generated = llama.generate(tokens[:, :5], max_new_tokens=3, do_sample=False)
+    assert torch.equal(outputs.loss, expected.loss)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(generated, llama.generate(tokens[:, :5], max_new_tokens=3, do_sample=False))
+
+
+def snapshot(model):
+    attributes = {
+        name: {k: v for k, v in vars(m).items() if not k.startswith("_forward")}
+        for name, m in model.named_modules()
+    }
+    hooks = {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()}
+    return {name: set(values) for name, values in attributes.items()}, hooks, model.config.to_dict()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_undone(llama, fails):
+    tokens = make_bags()[0].flatten(1)
+    before, loss = snapshot(llama), llama(input_ids=tokens, labels=tokens).loss
+    keys, own_loss = list(llama.state_dict()), llama.loss_function
+    try:
+        with token_superposition(llama, 4):
+            assert snapshot(llama) != before
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert snapshot(llama) == before
+    assert list(llama.state_dict()) == keys
+    assert llama.loss_function is own_loss
+    assert torch.equal(llama(input_ids=tokens, labels=tokens).loss, loss)
+
+
+def test_a_loss_of_the_users_own_comes_back(llama):
+    def own_loss(logits, labels, vocab_size, **kwargs):
+        return logits.sum() * 0 + 7
+
+    llama.loss_function = own_loss
+    tokens = make_bags()[0].flatten(1)
+    with token_superposition(llama, 4):
+        assert llama(input_ids=tokens, labels=tokens).loss == 7
+    assert llama.loss_function is own_loss
+
+
+def test_nesting_is_refused_and_leaves_the_outer_context_whole(llama):
+    bags, labels = make_bags()
+    with token_superposition(llama, 4):
+        loss = llama(input_ids=bags, labels=labels).loss
+        with pytest.raises(RuntimeError, match="already"), token_superposition(llama, 4):
+            pass
+        assert torch.equal(llama(input_ids=bags, labels=labels).loss, loss)
+
+
+def test_wrong_shapes_are_refused(llama):
+    bags, labels = make_bags()
+    with token_superposition(llama, 3), pytest.raises(ValueError, match="input_ids hold bags of 4"):
+        llama(input_ids=bags, labels=labels)
+    with token_superposition(llama, 4):
+        with pytest.raises(ValueError, match="one entry a bag"):
+            llama(input_ids=bags, labels=labels, attention_mask=torch.ones(2, 24))
+        with pytest.raises(ValueError, match="labels hold bags of 2"):
+            llama(input_ids=bags, labels=labels[..., :2])
+
+
+def test_a_bag_level_mask_hides_bags(llama):
+    bags, labels = make_bags()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    with token_superposition(llama, 4):
+        plain = llama(input_ids=bags, labels=labels)
+        assert torch.equal(llama(input_ids=bags, labels=labels, attention_mask=mask).logits, plain.logits)
+
+
+def test_models_that_cannot_be_served_say_why():
+    bert = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    models = {
+        "encoder-decoder": AutoModelForSeq2SeqLM.from_config(
+            T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+        ),
+        "causal language model": AutoModelForMaskedLM.from_config(BertConfig(**bert)),
+        "needs a causal": AutoModelForSequenceClassification.from_config(
+            LlamaConfig(**TINY["llama"], pad_token_id=0)
+        ),
+        "but BertLMHeadModel is none": AutoModelForCausalLM.from_config(BertConfig(**bert)),
+        "PreTrainedModel": torch.nn.Linear(2, 2),
+    }
+    for reason, model in models.items():
+        with pytest.raises(ValueError, match=reason), token_superposition(model, 4):
+            pass
+    decoder = AutoModelForCausalLM.from_config(BertConfig(**bert, is_decoder=True))
+    with token_superposition(decoder, 4):
+        assert decoder(torch.zeros(1, 2, 4, dtype=torch.long)).logits.shape == (1, 2, 50)
+
+
+def test_peft_adapters_train_through_the_wrapper(llama):
+    peft = pytest.importorskip("peft")
+    bags, labels = make_bags()
+    with token_superposition(llama, 4):
+        expected = llama(input_ids=bags, labels=labels).loss
+    model = peft.get_peft_model(llama, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with token_superposition(model, 4):
+        loss = model(input_ids=bags, labels=labels).loss
+        loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
