@@ -87,10 +87,10 @@ def test_without_shuffling_the_order_is_that_of_the_data():
 
 
 def test_too_few_blocks_say_how_many_and_what_to_change():
-    with pytest.raises(ValueError, match=r"needs 44 blocks .* has 43: lower max_steps to about"):
-        plan_for_steps(
-            43, PhaseSchedule(10, 0.3, 6, mode="full"), rows_per_step=2, seed=0
-        ) and plan_for_steps(43, PhaseSchedule(10, 0.3, 5), rows_per_step=2, seed=0)
+    schedule = PhaseSchedule(10, 0.3, 6)
+    with pytest.raises(ValueError, match=r"needs 50 blocks .* has 49: lower max_steps to about 9,"):
+        plan_for_steps(49, schedule, rows_per_step=2, seed=0)
+    assert plan_for_steps(50, schedule, rows_per_step=2, seed=0).blocks_consumed == 50
     with pytest.raises(ValueError, match="too few for one optimizer step"):
         plan_for_passes(3, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
 

@@ -1,0 +1,485 @@
+"""TSTTrainer against independent checks: the plain Trainer, one large batch, the checkpoint of a plain model."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments
+from hf_tst.bags import OFFSET_WEIGHTINGS
+
+LOG_V = math.log(VOCAB_SIZE)
+
+
+class Recorder(TrainerCallback):
+    """Notes what the model is given in each forward pass of training."""
+
+    def __init__(self):
+        self.batches = []
+
+    def watch(self, model):
+        def note(module, args, kwargs):
+            if module.training:
+                self.batches.append((kwargs["input_ids"].clone(), kwargs["labels"].clone()))
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_equal(one, other):
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+# The plain Trainer
+
+
+@pytest.mark.parametrize("off", [{"tst_phase_ratio": 0}, {"tst_bag_size": 1}])
+@pytest.mark.parametrize("length", [{"max_steps": 7}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_switched_off_it_is_the_plain_trainer_bit_for_bit(llama, make_args, off, length):
+    blocks = make_blocks(10)
+    llama.config.attention_dropout = 0.1
+    plain_model = copy.deepcopy(llama)
+    args = make_args(gradient_accumulation_steps=2, **length, **off)
+    trainer = TSTTrainer(llama, args, train_dataset=blocks)
+    trainer.train()
+    names = set(TrainingArguments.__dataclass_fields__)
+    plain_args = TrainingArguments(
+        **{
+            k: v
+            for k, v in args.to_dict().items()
+            if k in names and TrainingArguments.__dataclass_fields__[k].init
+        }
+    )
+    plain = Trainer(plain_model, plain_args, train_dataset=blocks)
+    plain.train()
+    assert losses(trainer) == losses(plain)
+    assert weights_equal(llama, plain_model)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+def test_the_first_logged_loss_is_log_v(llama, make_args, weighting, accumulation):
+    args = make_args(tst_offset_weighting=weighting, gradient_accumulation_steps=accumulation, max_steps=2)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(LOG_V, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["full", "input", "output"])
+def test_accumulation_gives_one_large_batch(llama, make_args, mode):
+    blocks = make_blocks(200)
+    for block in blocks[::3]:
+        block["labels"] = [-100] * 5 + block["labels"][5:]  # micro-batches with different numbers of targets
+    other = copy.deepcopy(llama)
+    common = {"tst_mode": mode, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
+    large = TSTTrainer(llama, make_args(per_device_train_batch_size=8, **common), train_dataset=blocks)
+    small_args = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
+    small = TSTTrainer(other, small_args, train_dataset=blocks)
+    large.train()
+    small.train()
+    torch.testing.assert_close(losses(small), losses(large), rtol=1e-5, atol=1e-5)
+    for a, b in zip(llama.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# Phases
+
+
+def test_phases_data_and_the_switch(llama, make_args):
+    blocks = make_blocks(200)
+    recorder = Recorder()
+    recorder.watch(llama)
+    trainer = TSTTrainer(
+        llama,
+        make_args(gradient_accumulation_steps=2, tst_phase_ratio=0.3),
+        train_dataset=blocks,
+        callbacks=[recorder],
+    )
+    trainer.train()
+    dims = [ids.dim() for ids, _ in recorder.batches]
+    assert dims == [3] * 6 + [2] * 14  # 3 of 10 steps, two micro-batches each
+    order = {tuple(block["input_ids"]): i for i, block in enumerate(blocks)}
+    used = []
+    for ids, labels in recorder.batches[:6]:
+        assert ids.shape == labels.shape == (2, BLOCK_LENGTH, 4)
+        for row in ids:
+            group = [order[tuple(block)] for block in row.flatten().view(4, BLOCK_LENGTH).tolist()]
+            assert group == list(range(group[0], group[0] + 4))
+            used += group
+    used += [order[tuple(block)] for ids, _ in recorder.batches[6:] for block in ids.tolist()]
+    assert len(used) == len(set(used)) == trainer.schedule.blocks_needed(4)
+
+
+def test_one_optimizer_and_one_schedule(llama, make_args):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+            parameter = next(iter(optimizer.state))
+            seen.append((id(optimizer), lr_scheduler.last_epoch, int(optimizer.state[parameter]["step"])))
+
+    TSTTrainer(llama, make_args(), train_dataset=make_blocks(200), callbacks=[Watch()]).train()
+    assert len({optimizer for optimizer, _, _ in seen}) == 1
+    assert [(step, state) for _, step, state in seen] == [(i, i) for i in range(1, 11)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 0.5])
+def test_epochs_give_the_steps_that_the_data_gives(llama, make_args, epochs):
+    args = make_args(max_steps=-1, num_train_epochs=epochs, tst_phase_ratio=0.5, eval_strategy="epoch")
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(100), eval_dataset=make_blocks(4))
+    trainer.train()
+    steps = trainer.state.global_step
+    assert trainer.schedule.max_steps == steps == {1: 20, 2: 39, 0.5: 10}[epochs] or steps == 40
+    assert trainer.schedule.blocks_needed(2) <= epochs * 100 + 8
+    assert len([e for e in trainer.state.log_history if "eval_loss" in e]) == math.ceil(epochs)
+
+
+def test_two_runs_are_the_same_and_another_seed_differs(llama, make_args):
+    runs = []
+    for seed in (1, 1, 2):
+        trainer = TSTTrainer(copy.deepcopy(llama), make_args(seed=seed), train_dataset=make_blocks(200))
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 7])
+def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, stop):
+    """Before the switch, at it, and after it."""
+    blocks = make_blocks(200)
+    resumed_model = copy.deepcopy(llama)
+    llama.config.attention_dropout = resumed_model.config.attention_dropout = 0.1
+    whole = TSTTrainer(llama, make_args(save_strategy="steps", save_steps=stop), train_dataset=blocks)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / f"checkpoint-{stop}"
+    resumed = TSTTrainer(resumed_model, make_args(output_dir="unused"), train_dataset=blocks)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    assert weights_equal(resumed_model, llama)
+
+
+def test_a_stream_trains_through_the_switch(llama, make_args):
+    stream = datasets.Dataset.from_list(make_blocks(200)).to_iterable_dataset()
+    trainer = TSTTrainer(llama, make_args(), train_dataset=stream)
+    trainer.train()
+    assert [e["tst_phase"] for e in trainer.state.log_history if "loss" in e] == ["superposition"] * 3 + [
+        "recovery"
+    ] * 7
+    assert trainer.state.log_history[-2]["tst_raw_tokens"] == (3 * 4 + 7) * 2 * BLOCK_LENGTH
+
+
+def test_workers_do_not_change_the_run(llama, make_args):
+    runs = []
+    for workers in (0, 2):
+        args = make_args(dataloader_num_workers=workers, max_steps=5)
+        trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(100))
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+
+
+# Evaluation
+
+
+def test_evaluation_and_prediction_are_next_token_in_both_phases(llama, make_args):
+    found = []
+
+    class Compare(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+            clean = copy.deepcopy(model)
+            clean._forward_pre_hooks.clear()
+            vars(clean).pop("_loss_function", None)
+            clean.eval()
+            ids = torch.tensor([block["input_ids"] for block in evaluation])
+            found.append((metrics["eval_loss"], clean(input_ids=ids, labels=ids).loss.item()))
+
+    evaluation = make_blocks(4, seed=9)
+    args = make_args(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    trainer = TSTTrainer(
+        llama, args, train_dataset=make_blocks(200), eval_dataset=evaluation, callbacks=[Compare()]
+    )
+    trainer.train()
+    assert len(found) == 10
+    for ours, oracle in found:
+        assert ours == pytest.approx(oracle, rel=1e-5)
+    assert trainer.predict(evaluation).predictions.shape == (4, BLOCK_LENGTH, VOCAB_SIZE)
+
+
+# Logs
+
+
+def test_logs_name_phase_and_tokens(llama, make_args):
+    trainer = TSTTrainer(llama, make_args(gradient_accumulation_steps=2), train_dataset=make_blocks(200))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    latent = 2 * 2 * BLOCK_LENGTH
+    for step, entry in enumerate(entries, start=1):
+        assert entry["tst_phase"] == ("superposition" if step <= 3 else "recovery")
+        assert entry["tst_latent_tokens"] == step * latent
+        assert entry["tst_raw_tokens"] == (min(step, 3) * 4 + max(step - 3, 0)) * latent
+        ratio = entry["tst_raw_tokens_per_second"] / entry["tst_latent_tokens_per_second"]
+        assert ratio == pytest.approx(4 if step <= 3 else 1, rel=0.01)
+
+
+def test_flops_count_latent_work(llama, make_args):
+    flops = []
+    for ratio in (0, 1):
+        trainer = TSTTrainer(
+            copy.deepcopy(llama), make_args(tst_phase_ratio=ratio), train_dataset=make_blocks(200)
+        )
+        trainer.train()
+        flops.append(trainer.state.total_flos)
+    assert flops[0] == flops[1] > 0
+
+
+# Checkpoints
+
+
+def test_the_checkpoint_is_that_of_a_plain_model(llama, make_args, tmp_path):
+    expected = json.loads(llama.config.to_json_string(use_diff=False))
+    keys = set(llama.state_dict())
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    trainer.train()
+    switch = Path(trainer.args.output_dir) / "checkpoint-3"
+    trainer.save_model(tmp_path / "final")
+    for folder in (switch, tmp_path / "final"):
+        config = json.loads((folder / "config.json").read_text())
+        assert "tst" not in (folder / "config.json").read_text().lower()
+        changed = {k for k, v in config.items() if expected.get(k) != v}
+        assert changed <= {"architectures", "dtype", "use_cache"}
+        assert set(load_file(folder / "model.safetensors")) == keys
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert weights_equal(loaded, llama)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_a_checkpoint_at_the_switch(llama, make_args, save):
+    trainer = TSTTrainer(llama, make_args(tst_save_at_switch=save), train_dataset=make_blocks(200))
+    trainer.train()
+    saved = [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
+    assert saved == (["checkpoint-3"] if save else [])
+
+
+def test_saving_the_best_keeps_the_switch(llama, make_args):
+    args = make_args(
+        save_strategy="best",
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="worst",
+        greater_is_better=True,
+    )
+
+    def compute_metrics(prediction):
+        compute_metrics.value -= 1
+        return {"worst": compute_metrics.value}
+
+    compute_metrics.value = 0
+    trainer = TSTTrainer(
+        llama,
+        args,
+        train_dataset=make_blocks(200),
+        eval_dataset=make_blocks(4),
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    assert {path.name for path in Path(args.output_dir).glob("checkpoint-*")} == {
+        "checkpoint-1",
+        "checkpoint-3",
+    }
+
+
+def test_the_model_is_clean_after_training_and_after_a_failure(llama, make_args):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError("stop")
+
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200), callbacks=[Fail()])
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert "_loss_function" not in vars(llama)
+    assert not llama._forward_pre_hooks
+    TSTTrainer(llama, make_args(tst_phase_ratio=1), train_dataset=make_blocks(200)).train()
+    assert "_loss_function" not in vars(llama)
+    assert not llama._forward_pre_hooks
+
+
+# Families and options
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_families_train_through_the_switch(model_type, make_args):
+    model = make_model(model_type)
+    if model_type in ("mixtral", "qwen3_moe"):
+        # Without a penalty on the router its gates would still move; this sees that the penalty is in the loss.
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = 10.0
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = TSTTrainer(model, make_args(), train_dataset=make_blocks(200))
+    trainer.train()
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert unmoved == []
+    if model_type in ("mixtral", "qwen3_moe"):
+        assert min(losses(trainer)) > LOG_V + 10 * 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": "adafactor"},
+        {"report_to": "tensorboard"},
+        {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1},
+        {"save_strategy": "epoch"},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"include_num_input_tokens_seen": "all"},
+        {"train_sampling_strategy": "sequential"},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"remove_unused_columns": False},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_trainer_options_still_work(llama, make_args, options):
+    unknown = set(options) - set(TSTTrainingArguments.__dataclass_fields__)
+    if unknown:
+        pytest.skip(f"this transformers has no {unknown}")
+    args = make_args(**options)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
+    trainer.train()
+    assert trainer.state.global_step == 10
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+    if options.get("report_to") == "tensorboard":
+        assert list(Path(args.output_dir).rglob("events.out*")) or list(Path().rglob("events.out*"))
+
+
+def test_best_model_early_stopping_and_metrics(llama, make_args):
+    args = make_args(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="accuracy", greater_is_better=True,
+    )  # fmt: skip
+    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+    trainer = TSTTrainer(
+        llama,
+        args,
+        train_dataset=make_blocks(200),
+        eval_dataset=make_blocks(4),
+        compute_metrics=lambda prediction: {"accuracy": next(values)},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert weights_equal(best, llama)
+
+
+@pytest.mark.slow
+def test_torch_compile_recompiles_once_at_the_switch(llama, make_args):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    other = copy.deepcopy(llama)
+    plain = TSTTrainer(other, make_args(), train_dataset=make_blocks(200))
+    plain.train()
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    llama.compile(backend=backend)
+    trainer.train()
+    torch.testing.assert_close(losses(trainer), losses(plain))
+    assert len(graphs) == 2
+
+
+def test_a_collator_of_the_users_own_serves_recovery_and_evaluation(llama, make_args):
+    calls = []
+
+    def collate(features):
+        calls.append(len(features))
+        assert set(features[0]) == {"input_ids", "labels"}
+        return default_data_collator(features)
+
+    trainer = TSTTrainer(
+        llama, make_args(), collate, train_dataset=make_blocks(200), eval_dataset=make_blocks(4)
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert calls == [2] * 7 + [4]
+
+
+# Bad input, before the first step
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([], "empty"),
+        ([{"input_ids": [1] * 12}] * 40 + [{"input_ids": [1] * 11}], "equal length"),
+        ([{"input_ids": [1] * 12, "attention_mask": [1] * 11 + [0]}] * 60, "padded"),
+        ([{"input_ids": [1] * 12}] * 37, "needs 38 blocks .* has 37"),
+        ([{"tokens": [1] * 12}] * 60, "input_ids"),
+    ],
+)
+def test_bad_data_is_refused_before_the_first_step(llama, make_args, blocks, message):
+    steps = []
+    llama.register_forward_pre_hook(lambda *_: steps.append(1))
+    trainer = TSTTrainer(llama, make_args(), train_dataset=blocks)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not steps
+
+
+def test_plain_arguments_are_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match="needs TSTTrainingArguments"):
+        TSTTrainer(llama, TrainingArguments(output_dir=str(tmp_path)), train_dataset=make_blocks(4))
+
+
+def test_data_parallel_is_refused_unless_training_is_plain(llama, make_args):
+    args = make_args()
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        TSTTrainer(llama, args, train_dataset=make_blocks(4))
+
+
+def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        TSTTrainer(llama, make_args(), train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
+    with pytest.raises(ValueError, match="leave data_collator out"):
+        TSTTrainer(llama, make_args(), DataCollatorForTokenSuperposition(3), train_dataset=make_blocks(4))
+    stream = datasets.Dataset.from_list(make_blocks(4)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="dataloader_num_workers"):
+        TSTTrainer(llama, make_args(dataloader_num_workers=1), train_dataset=stream)
+
+
+def test_a_model_that_is_not_causal_is_refused(make_args):
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(ValueError, match="causal language model"):
+        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
