@@ -53,8 +53,8 @@ def test_a_token_does_not_reach_earlier_positions(model_type):
             model(input_ids=bags, labels=labels).logits,
             model(input_ids=changed, labels=labels).logits,
         )
-    assert torch.equal(before[:, :3], after[:, :3])
-    assert not torch.equal(before[:, 3], after[:, 3])
+    torch.testing.assert_close(before[:, :3], after[:, :3], rtol=0, atol=1e-6)  # experts batch tokens
+    assert (before[:, 3] - after[:, 3]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)

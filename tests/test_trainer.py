@@ -407,11 +407,18 @@ def test_torch_compile_recompiles_once_at_the_switch(llama, make_args):
     other = copy.deepcopy(llama)
     plain = TSTTrainer(other, make_args(), train_dataset=make_blocks(200))
     plain.train()
-    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    graphs_after_step = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs_after_step.append(len(graphs))
+
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200), callbacks=[Count()])
     llama.compile(backend=backend)
     trainer.train()
     torch.testing.assert_close(losses(trainer), losses(plain))
-    assert len(graphs) == 2
+    first = graphs_after_step[0]
+    assert graphs_after_step == [first] * 3 + [first + 1] * 7
 
 
 def test_a_collator_of_the_users_own_serves_recovery_and_evaluation(llama, make_args):

@@ -1,0 +1,31 @@
+"""Imports inside the package go one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_tst"
+# A module may import those of the lines above its own.
+LAYERS = [
+    {"version", "phases", "bags", "permutation"},
+    {"loss", "report", "packing", "quickstart"},
+    {"superposition", "collator", "data", "arguments"},
+    {"callbacks"},
+    {"trainer"},
+]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("scripts"), f"{path.name} imports scripts"
+            if node.level:
+                yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_modules_import_from_lower_layers_only(path):
+    layer = next(i for i, names in enumerate(LAYERS) if path.stem in names)
+    allowed = set().union(*LAYERS[:layer])
+    assert set(imports(path)) <= allowed

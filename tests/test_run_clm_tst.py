@@ -1,0 +1,122 @@
+"""The script as a user runs it: in a process of its own, on the embedded default and on files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "run_clm_tst.py"
+TINY = {
+    "model_type": "llama",
+    "config_overrides": "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,"
+    "num_key_value_heads=1,max_position_embeddings=32",
+    "block_size": 16,
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def run(*flags, cwd, fails=False):
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert (result.returncode != 0) == fails, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A tokenizer, a corpus and a configuration file."""
+    from hf_tst.quickstart import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("workspace")
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
+    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
+    )
+    (folder / "empty.txt").touch()
+    config = TINY | {"train_file": "corpus.jsonl", "tokenizer_name": "tokenizer", "output_dir": "out"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_without_data_it_trains_on_the_standard_library(tmp_path):
+    result = run(
+        "--max_steps", 8, "--max_eval_samples", 8, "--logging_steps", 1, "--eval_steps", 4, cwd=tmp_path
+    )
+    output = tmp_path / "runs" / "quickstart"
+    assert "superposition  0-1" in result.stdout
+    assert "recovery       2-7" in result.stdout
+    assert "final evaluation loss" in result.stdout
+    assert (output / "loss_curve.png").is_file()
+    assert (output / "checkpoint-2" / "model.safetensors").is_file()
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] == ids.shape[1] + 2
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "config.json"])
+def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
+    run(config, "--output_dir", tmp_path / "run", "--max_steps", 4, "--tst_phase_ratio", 0.5, cwd=workspace)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    phases = [entry["tst_phase"] for entry in state["log_history"] if "loss" in entry]
+    assert phases == ["superposition"] * 2 + ["recovery"] * 2
+    assert "eval_loss" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--train_file", "corpus.txt"], ["--streaming", "--validation_split_percentage", 0]]
+)
+def test_text_files_and_streams(workspace, tmp_path, flags):
+    result = run("config.yaml", "--output_dir", tmp_path / "run", *flags, cwd=workspace)
+    assert "recovery       2-5" in result.stdout
+
+
+def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path):
+    common = ("config.yaml", "--save_steps", 3, "--save_strategy", "steps")
+    run(*common, "--output_dir", tmp_path / "whole", cwd=workspace)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    import shutil
+
+    for step in (6,):
+        shutil.rmtree(tmp_path / "whole" / f"checkpoint-{step}")
+    run(*common, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "last", cwd=workspace)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_file", "empty.txt"], "empty.txt is empty"),
+        (["--train_file", "nothing.txt"], "There is no file"),
+        (["--tst_phase_ratio", 2], "tst_phase_ratio must be from 0 to 1"),
+        (["--block_size", 64], "more than the model's context of 32"),
+        (["--max_steps", 100_000], "lower max_steps to about"),
+        (["--streaming"], "cannot be split"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
+        (["--model_type", "nonsense"], "model_type is 'nonsense'"),
+        (["--dataset_name", "some/data"], "name one of them"),
+    ],
+)
+def test_bad_input_is_one_sentence(workspace, tmp_path, flags, message):
+    result = run("config.yaml", "--output_dir", tmp_path / "run", *flags, cwd=workspace, fails=True)
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_names_in_a_file_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("max_step: 3\n")
+    assert "max_step" in run("config.yaml", cwd=tmp_path, fails=True).stderr.splitlines()[-1]
+    assert "no configuration file" in run("missing.yaml", cwd=tmp_path, fails=True).stderr
