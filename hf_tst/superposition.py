@@ -77,7 +77,7 @@ def token_superposition(
             vars(core).pop("_loss_function", None)
 
 
-def find_language_model(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """The module that is called (a PEFT wrapper or the model itself) and the Transformers model inside it.
 
     Raises:
@@ -91,7 +91,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return called, core
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
@@ -155,7 +155,7 @@ class _SuperpositionLoss:
 
 
 def _make_input_hook(
-    core: nn.Module, bag_size: int, mode: TSTMode
+    core: Any, bag_size: int, mode: TSTMode
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
     def feed_averaged_bags(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,7 +182,7 @@ def _make_input_hook(
     return feed_averaged_bags
 
 
-def _unwrap_peft(model: nn.Module) -> nn.Module:
+def _unwrap_peft(model: Any) -> Any:
     """The Transformers model inside a PEFT wrapper, or the model itself."""
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model

@@ -201,10 +201,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         )
         return documents["train"], documents["test"]
     share = args.validation_split_percentage
-    if args.train_file:
+    train_file = args.train_file
+    if train_file:
 
         def load(split: str) -> Any:
-            return load_text_file(args.train_file, split, streaming=args.streaming and split == "train")
+            return load_text_file(train_file, split, streaming=args.streaming and split == "train")
 
         validation = load_text_file(args.validation_file) if args.validation_file else None
     else:

@@ -166,7 +166,7 @@ def test_two_runs_are_the_same_and_another_seed_differs(llama, make_args):
 
 
 @pytest.mark.parametrize("stop", [2, 3, 7])
-def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, stop):
+def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, tmp_path, stop):
     """Before the switch, at it, and after it."""
     blocks = make_blocks(200)
     resumed_model = copy.deepcopy(llama)
@@ -174,7 +174,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, stop):
     whole = TSTTrainer(llama, make_args(save_strategy="steps", save_steps=stop), train_dataset=blocks)
     whole.train()
     checkpoint = Path(whole.args.output_dir) / f"checkpoint-{stop}"
-    resumed = TSTTrainer(resumed_model, make_args(output_dir="unused"), train_dataset=blocks)
+    resumed = TSTTrainer(resumed_model, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(whole)
     assert weights_equal(resumed_model, llama)
