@@ -173,11 +173,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TST
     known = {entry.name for dataclass_type in parser.dataclass_types for entry in fields(dataclass_type)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"The configuration file has unknown arguments: {', '.join(unknown)}.")
-    named = [
-        values.get(name) or any(a.startswith(f"--{name}") for a in argv)
-        for name in ("dataset_name", "train_file")
-    ]
-    parser.set_defaults(**({} if any(named) else QUICK_START) | values)
+    flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
+    parser.set_defaults(**({} if names_data else QUICK_START) | values)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     return model_args, data_args, training_args
 
@@ -217,7 +215,6 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
                 split=split,
                 streaming=args.streaming and split in ("train", "validation"),
                 cache_dir=model_args.cache_dir,
-                trust_remote_code=model_args.trust_remote_code or None,
             )
 
         names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
@@ -373,4 +370,5 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"run_clm_tst.py: {error}")
+        print(f"run_clm_tst.py: {error}", file=sys.stderr)
+        sys.exit(2)
