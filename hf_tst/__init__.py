@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from .arguments import TSTTrainingArguments
     from .bags import offset_weights
     from .collator import DataCollatorForTokenSuperposition
+    from .linear_loss import linear_multi_hot_cross_entropy
     from .loss import multi_hot_cross_entropy
     from .phases import PhaseSchedule
-    from .superposition import token_superposition
+    from .superposition import fused_next_token_loss, token_superposition
     from .trainer import TSTTrainer
 
 # Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
@@ -22,6 +23,8 @@ _MODULES = {
     "PhaseSchedule": "phases",
     "TSTTrainer": "trainer",
     "TSTTrainingArguments": "arguments",
+    "fused_next_token_loss": "superposition",
+    "linear_multi_hot_cross_entropy": "linear_loss",
     "multi_hot_cross_entropy": "loss",
     "offset_weights": "bags",
     "token_superposition": "superposition",
@@ -33,6 +36,8 @@ __all__ = [
     "TSTTrainer",
     "TSTTrainingArguments",
     "__version__",
+    "fused_next_token_loss",
+    "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
     "offset_weights",
     "token_superposition",

@@ -1,4 +1,4 @@
-"""TSTTrainingArguments: the ordinary TrainingArguments and five fields."""
+"""TSTTrainingArguments: the ordinary TrainingArguments and the fields of token superposition."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .bags import OffsetWeighting, resolve_weighting
+from .fused import FusedLoss, check_fused_loss
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 
 
@@ -28,6 +29,9 @@ class TSTTrainingArguments(TrainingArguments):
             averages the input and predicts the next token; `"output"` reads single tokens and predicts the
             next s.
         tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
+        tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head in training, so that the logits
+            of a batch never exist: `"auto"` in both phases of a run with superposition, where the model allows it;
+            `"on"` also in plain training, and an error where the model does not; `"off"` never.
 
     Raises:
         ValueError: If a field is out of range, or another argument cannot go with superposition.
@@ -66,25 +70,37 @@ class TSTTrainingArguments(TrainingArguments):
         metadata={"help": "Save a checkpoint when superposition ends, whatever save_strategy says."},
     )
 
+    tst_fused_loss: FusedLoss = field(
+        default="auto",
+        metadata={
+            "help": "Fuse loss and head, so that the logits of a batch never exist: auto (in runs with superposition, where "
+            "the model allows it), on (also in plain training; an error where the model does not), off."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting)
+        check_fused_loss(self.tst_fused_loss)
         if self.tst_enabled:
-            self._check_other_arguments()
+            self._check_order_of_rows()
+        if self.tst_replaces_loss:
+            self._check_loss()
 
     @property
     def tst_enabled(self) -> bool:
         """Whether any superposition is asked for: r > 0 and s > 1."""
         return self.tst_phase_ratio > 0 and self.tst_bag_size > 1
 
-    def _check_other_arguments(self) -> None:
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets: set it to 0."
-            )
+    @property
+    def tst_replaces_loss(self) -> bool:
+        """Whether training computes another loss function than the model's own: superposed, fused, or both."""
+        return self.tst_enabled or self.tst_fused_loss == "on"
+
+    def _check_order_of_rows(self) -> None:
         strategy = getattr(self, "train_sampling_strategy", "random")
         if getattr(self, "group_by_length", False):  # transformers before 5.1
             strategy = "group_by_length"
@@ -93,9 +109,16 @@ class TSTTrainingArguments(TrainingArguments):
                 f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
                 "length in their order: use 'random' or 'sequential'."
             )
+
+    def _check_loss(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets nor for the "
+                "fused loss: set it to 0."
+            )
         liger = getattr(self, "liger_kernel_config", None) or {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
             raise ValueError(
-                "use_liger_kernel replaces the model's loss, and superposition with it: set "
+                "use_liger_kernel replaces the loss of superposition and the fused loss: set "
                 'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
             )

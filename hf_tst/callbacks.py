@@ -1,4 +1,4 @@
-"""What happens to the model at the phase switch, and what is logged by phase."""
+"""What happens to the model at the start and at the phase switch, and what is logged by phase."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .phases import PhaseSchedule
-from .superposition import token_superposition
+from .superposition import fused_next_token_loss, token_superposition
 
 logger = logging.get_logger(__name__)
 
 
 class PhaseSwitchCallback(TrainerCallback):
-    """Puts the model into token superposition when training starts there, and takes it out at the switch.
+    """Puts the model into token superposition or the fused next-token loss, as the phase of training asks.
 
-    [`TSTTrainer`] sets `schedule` once the number of steps is known, and calls [`close`] when training ends,
-    however it ends.
+    [`TSTTrainer`] sets `schedule` once the number of steps is known (`None` for plain training), and calls [`close`]
+    when training ends, however it ends.
     """
 
     def __init__(self) -> None:
@@ -35,32 +35,44 @@ class PhaseSwitchCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.close()
-        if self.schedule is None or self.schedule.phase(state.global_step) == "recovery":
-            return
-        self._context.enter_context(
-            token_superposition(
-                model,
-                args.tst_bag_size,
-                offset_weighting=args.tst_offset_weighting,
-                mode=args.tst_mode,
-            )
-        )
+        self._enter(args, state.global_step, model)
 
     def on_step_end(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TSTTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
         if self.schedule is None or state.global_step != self.schedule.switch_step:
             return
-        self.close()
+        self._enter(args, state.global_step, model)
         control.should_log = True
         if args.tst_save_at_switch:
             control.should_save = True
         logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
 
     def close(self) -> None:
-        """Take the model out of superposition, if it is in it."""
+        """Give the model its own input and loss back."""
         self._context.close()
+
+    def _enter(self, args: TSTTrainingArguments, step: int, model: Any) -> None:
+        """Leave the phase that the model is in, and enter that of `step`."""
+        self.close()
+        if self.schedule is not None and self.schedule.phase(step) == "superposition":
+            context = token_superposition(
+                model,
+                args.tst_bag_size,
+                offset_weighting=args.tst_offset_weighting,
+                mode=args.tst_mode,
+                fused_loss=args.tst_fused_loss,
+            )
+        elif args.tst_replaces_loss:
+            context = fused_next_token_loss(model, args.tst_fused_loss)
+        else:
+            return
+        self._context.enter_context(context)
 
 
 class TokenMeterCallback(TrainerCallback):

@@ -37,7 +37,8 @@ def multi_hot_cross_entropy(
         `torch.FloatTensor`: The loss in nats, float32, 0-dim.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+            On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
 
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
@@ -47,7 +48,9 @@ def multi_hot_cross_entropy(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
             "all dimensions but the last must agree."
         )
-    weights = _resolve_weights(weights, labels)
+    weights = resolve_weights(weights, labels)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    check_weights(weights)
     logits = logits.float()
     valid = labels != ignore_index
     target_logits = logits.gather(-1, labels.masked_fill(~valid, 0))
@@ -73,10 +76,15 @@ def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_i
         `torch.FloatTensor`: 0-dim float32.
     """
     valid_by_offset = (labels != ignore_index).flatten(0, -2).sum(dim=0)
-    return (_resolve_weights(weights, labels) * valid_by_offset).sum()
+    return (resolve_weights(weights, labels) * valid_by_offset).sum()
 
 
-def _resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
+def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
+    """The weight of each offset, float32 of shape `(s,)` beside `labels`: those given, or `1/s` each.
+
+    Raises:
+        ValueError: If `weights` is of another shape.
+    """
     bag_size = labels.shape[-1]
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
@@ -86,3 +94,34 @@ def _resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
             f"give one weight for each of the {bag_size} offsets."
         )
     return weights.to(labels.device, torch.float32)
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
+    """Raise `ValueError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if _holds_nowhere(wrong, "A label is outside the vocabulary."):
+        return
+    raise ValueError(
+        f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
+        f"{vocabulary - 1}, or {ignore_index} where there is no target."
+    )
+
+
+def check_weights(weights: Tensor) -> None:
+    """Raise `ValueError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
+    wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
+    if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
+        return
+    raise ValueError(
+        f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
+    )
+
+
+def _holds_nowhere(wrong: Tensor, message: str) -> bool:
+    """Whether `wrong` is false everywhere. On a device the answer is not waited for: the device asserts it."""
+    if torch.compiler.is_compiling() or wrong.is_meta:
+        return True
+    if wrong.device.type == "cpu":
+        return not bool(wrong.any())
+    torch._assert_async(~wrong.any(), message)
+    return True

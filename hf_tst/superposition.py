@@ -1,8 +1,8 @@
 """The model hook: token superposition on an unmodified Transformers model, and its undo.
 
 Nothing of a model class is edited. One forward pre-hook on the model instance turns 3-D `input_ids` into the
-averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels. Both act on 3-D tensors only, so
-ordinary 2-D batches (evaluation, generation) pass through as if nothing were there.
+averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels (see `fused.py`). Both act on 3-D tensors
+only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
-from .loss import multi_hot_cross_entropy
+from .fused import FusedLoss, TSTLoss, replaced_loss
 from .phases import TSTMode, check_bag_size, check_mode
 
 
@@ -26,6 +26,7 @@ def token_superposition(
     *,
     offset_weighting: OffsetWeighting = "uniform",
     mode: TSTMode = "full",
+    fused_loss: FusedLoss = "auto",
 ) -> Iterator[nn.Module]:
     """Context in which a causal language model reads bags of tokens and predicts the next bag.
 
@@ -41,6 +42,9 @@ def token_superposition(
         offset_weighting (`str`, defaults to `"uniform"`): See [`offset_weights`].
         mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
             bag; `"output"` reads single tokens and predicts the next s.
+        fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
+            a batch never exist: then `outputs.logits` of a forward pass with bags of labels is empty. `"auto"` does
+            so where the model allows it, `"on"` insists, `"off"` never does.
 
     Yields:
         The same `model`.
@@ -58,23 +62,43 @@ def token_superposition(
     check_mode(mode)
     weighting = resolve_weighting(mode, offset_weighting)
     called, core = find_language_model(model)
-    if isinstance(vars(core).get("_loss_function"), _SuperpositionLoss):
-        raise RuntimeError("The model is inside token_superposition already: leave that context first.")
-
+    _refuse_nesting(core)
     weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
-    loss = _SuperpositionLoss(core.loss_function, bag_size, weights)
-    had_own_loss = "_loss_function" in vars(core)
-    own_loss = vars(core).get("_loss_function")
-    handle = called.register_forward_pre_hook(_make_input_hook(core, bag_size, mode), with_kwargs=True)
-    try:
-        core.loss_function = loss
+    with replaced_loss(called, core, weights, fused_loss):
+        handle = called.register_forward_pre_hook(_make_input_hook(core, bag_size, mode), with_kwargs=True)
+        try:
+            yield model
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
+    """Context in which a causal language model computes its next-token loss fused with its head.
+
+    The loss is the model's own up to rounding, but in training mode the logits of a batch never exist:
+    `outputs.logits` of a forward pass with labels is empty. This is what superposition does to the loss, for the
+    recovery phase and for baselines that are to be compared with it. After the context the model is as before.
+
+    Args:
+        model: As for [`token_superposition`].
+        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+
+    Raises:
+        ValueError: If `fused_loss` is `"on"` and the model cannot be served.
+        RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
+    """
+    called, core = find_language_model(model)
+    _refuse_nesting(core)
+    with replaced_loss(called, core, None, fused_loss):
         yield model
-    finally:
-        handle.remove()
-        if had_own_loss:
-            core.loss_function = own_loss
-        else:
-            vars(core).pop("_loss_function", None)
+
+
+def _refuse_nesting(core: nn.Module) -> None:
+    if isinstance(vars(core).get("_loss_function"), TSTLoss):
+        raise RuntimeError(
+            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
+        )
 
 
 def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -85,7 +109,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """
     from accelerate.utils import extract_model_from_parallel
 
-    called = extract_model_from_parallel(model)
+    called = extract_model_from_parallel(model, keep_torch_compile=False)
     core = _unwrap_peft(called)
     _check_model(core)
     return called, core
@@ -128,30 +152,6 @@ def _is_causal(model: nn.Module) -> bool:
     if hasattr(inspect.getmodule(type(model)), sibling):
         return bool(getattr(model.config, "is_decoder", False))
     return True
-
-
-class _SuperpositionLoss:
-    """A model's loss function: the multi-hot loss for 3-D labels, the model's own for any other."""
-
-    def __init__(self, own_loss: Callable[..., Tensor], bag_size: int, weights: Tensor) -> None:
-        self.own_loss = own_loss
-        self.bag_size = bag_size
-        self.weights = weights
-
-    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if labels.dim() != 3:
-            return self.own_loss(logits, labels, *args, **kwargs)
-        if labels.shape[-1] != self.bag_size:
-            raise ValueError(
-                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {self.bag_size}."
-            )
-        return multi_hot_cross_entropy(
-            logits,
-            labels.to(logits.device),
-            weights=self.weights,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-            ignore_index=kwargs.get("ignore_index", -100),
-        )
 
 
 def _make_input_hook(

@@ -29,6 +29,7 @@ from .data import (
     plan_for_passes,
     plan_for_steps,
 )
+from .fused import check_fusable
 from .loss import count_target_bags
 from .phases import PhaseSchedule
 from .superposition import find_language_model
@@ -99,6 +100,8 @@ class TSTTrainer(Trainer):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
+        if args.tst_replaces_loss:
+            self._check_loss()
         if args.tst_enabled:
             self._check_superposition()
 
@@ -210,12 +213,16 @@ class TSTTrainer(Trainer):
         )
         return is_best or keep_switch
 
-    def _check_superposition(self) -> None:
-        find_language_model(self.model)
+    def _check_loss(self) -> None:
+        _, model = find_language_model(self.model)
+        check_fusable(model, self.args.tst_fused_loss)
         if self.compute_loss_func is not None:
             raise ValueError(
-                "compute_loss_func would replace the superposition loss: leave it out, or set tst_phase_ratio=0."
+                "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
+                "tst_phase_ratio=0 and tst_fused_loss='auto'."
             )
+
+    def _check_superposition(self) -> None:
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
                 raise ValueError(

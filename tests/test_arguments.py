@@ -20,6 +20,7 @@ def test_defaults():
         "tst_offset_weighting": "uniform",
         "tst_mode": "full",
         "tst_save_at_switch": True,
+        "tst_fused_loss": "auto",
     }
 
 
@@ -51,6 +52,8 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"tst_bag_size": 0}, "tst_bag_size"),
         ({"tst_offset_weighting": "linear"}, "tst_offset_weighting"),
         ({"tst_mode": "both"}, "tst_mode"),
+        ({"tst_fused_loss": "yes"}, "tst_fused_loss"),
+        ({"tst_phase_ratio": 0, "tst_fused_loss": "on", "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"tst_mode": "input", "tst_offset_weighting": "power_law"}, "single target"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"use_liger_kernel": True}, "liger"),

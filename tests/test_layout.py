@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
     {"version", "phases", "bags", "permutation"},
-    {"loss", "report", "packing", "quickstart"},
+    {"kernels", "loss", "head", "report", "packing", "quickstart"},
+    {"linear_loss"},
+    {"fused"},
     {"superposition", "collator", "data", "arguments"},
     {"callbacks"},
     {"trainer"},

@@ -1,0 +1,203 @@
+"""The model's loss, fused with its head: in training, the logits of a whole batch never exist.
+
+Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head hands
+on an empty tensor in training, and the loss function asks the head for the loss instead of for the logits. The
+request runs inside the head's own call, where FSDP and DeepSpeed have its weight whole. Whatever the model does
+between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
+(see [`inspect_head`]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.utils import logging
+
+from .head import LinearHead, UnfusableHeadError, inspect_head, replaced_attribute
+from .linear_loss import linear_multi_hot_cross_entropy
+from .loss import multi_hot_cross_entropy
+
+FusedLoss = Literal["auto", "on", "off"]
+
+FUSED_LOSS_CHOICES: tuple[FusedLoss, ...] = get_args(FusedLoss)
+
+logger = logging.get_logger(__name__)
+
+
+def check_fused_loss(choice: str) -> None:
+    """Raise `ValueError` unless `choice` is one of `FUSED_LOSS_CHOICES`."""
+    if choice not in FUSED_LOSS_CHOICES:
+        raise ValueError(
+            f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}."
+        )
+
+
+@contextmanager
+def replaced_loss(
+    called: nn.Module, model: Any, weights: Tensor | None, choice: FusedLoss = "auto"
+) -> Iterator[None]:
+    """Context in which a model computes the multi-hot loss, or its own next-token loss, fused where it can be.
+
+    Args:
+        called: The module that is called: the model, or a PEFT wrapper of it.
+        model (`PreTrainedModel`): The Transformers model whose head and loss it is.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weights of the offsets: labels of three dimensions
+            get the multi-hot loss, others the model's own. Without them, ordinary labels get the fused loss.
+        choice (`str`, defaults to `"auto"`): `"auto"` fuses where the head allows it, `"on"` insists, `"off"` never
+            does. Which of them it came to, and why, is logged.
+
+    Raises:
+        ValueError: If `choice` is `"on"` and this model's head and loss cannot be fused.
+    """
+    head = _choose_head(model, choice, next_token=weights is None)
+    loss = TSTLoss(model.loss_function, weights, head)
+    with ExitStack() as stack:
+        if head is not None:
+            stack.enter_context(replaced_attribute(head.module, "forward", loss.head_forward))
+            handle = called.register_forward_pre_hook(loss.before_forward, with_kwargs=True)
+            stack.callback(handle.remove)
+            # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
+            after = called.register_forward_hook(loss.after_forward, always_call=True)
+            stack.callback(after.remove)
+        stack.enter_context(replaced_attribute(model, "_loss_function", loss))
+        yield
+
+
+def check_fusable(model: Any, choice: FusedLoss) -> None:
+    """Raise `ValueError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
+    if choice == "on":
+        _find_head(model, choice, next_token=True)
+
+
+def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
+    """The head to fuse the loss with, or `None`; says in the log which, and why."""
+    found = _find_head(model, choice, next_token)
+    phase, name = "next-token" if next_token else "superposition", type(model).__name__
+    if isinstance(found, LinearHead):
+        logger.info(f"The {phase} loss of {name} is fused with its head{_describe(found)}.")
+        return found
+    logger.info(f"The {phase} loss of {name} is computed from all logits: {found}.")
+    return None
+
+
+def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | str:
+    """The head to fuse the loss with, or the reason why not."""
+    check_fused_loss(choice)
+    if choice == "off":
+        return "tst_fused_loss is 'off'"
+    try:
+        if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
+            raise UnfusableHeadError("it has a loss function of its own")
+        return inspect_head(model)
+    except UnfusableHeadError as error:
+        if choice == "on":
+            raise ValueError(
+                f"tst_fused_loss='on', but {type(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
+            ) from error
+        return str(error)
+
+
+def _describe(head: LinearHead) -> str:
+    parts = ["a linear layer" + (" with bias" if head.module.bias is not None else "")]
+    if head.logit_scale != 1:
+        parts.append(f"logits scaled by {head.logit_scale:g}")
+    if head.softcap is not None:
+        parts.append(f"logits capped at {head.softcap:g}")
+    return f" ({', '.join(parts)})"
+
+
+class TSTLoss:
+    """The loss function of a model in superposition, or with a fused next-token loss.
+
+    A forward pass in training goes: `before_forward` sees the labels; `head_forward` keeps the hidden states and
+    returns an empty tensor; the model calls this loss function with it, which calls the head once more, and this
+    time `head_forward` returns the loss. Other forward passes are as ever.
+
+    Args:
+        own_loss: The model's own loss function.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
+        head (`LinearHead`, *optional*): The head to fuse the loss with.
+    """
+
+    def __init__(
+        self, own_loss: Callable[..., Tensor], weights: Tensor | None, head: LinearHead | None
+    ) -> None:
+        self.own_loss = own_loss
+        self.weights = weights
+        self.head = head
+        self._fuses = False
+        self._hidden: Tensor | None = None
+        self._request: dict[str, Any] | None = None
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: whether this pass computes a fused loss."""
+        labels = kwargs.get("labels")
+        dimensions = 2 if self.weights is None else 3
+        self._fuses = module.training and isinstance(labels, Tensor) and labels.dim() == dimensions
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: the pass is over, also when it failed."""
+        self._fuses, self._hidden, self._request = False, None, None
+
+    def head_forward(self, hidden: Tensor) -> Tensor:
+        """The head's forward: logits, an empty tensor in their place, or the loss that was asked for."""
+        assert self.head is not None
+        module = self.head.module
+        if self._request is not None:
+            return self._fused_loss(hidden, **self._request)
+        if self._fuses:
+            self._hidden = hidden
+            return hidden.new_empty((*hidden.shape[:-1], 0))
+        return type(module).forward(module, hidden)
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.weights is not None and labels.dim() != 3:
+            return self.own_loss(logits, labels, *args, **kwargs)
+        hidden, self._hidden = self._hidden, None
+        if hidden is None and self.weights is None:
+            return self.own_loss(logits, labels, *args, **kwargs)
+        weights, ignore_index = self.weights, kwargs.get("ignore_index", -100)
+        if weights is None:
+            labels = _next_tokens(labels, kwargs.get("shift_labels"), ignore_index)
+        elif labels.shape[-1] != len(weights):
+            raise ValueError(
+                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(weights)}."
+            )
+        options = {
+            "weights": weights,
+            "num_items_in_batch": kwargs.get("num_items_in_batch"),
+            "ignore_index": ignore_index,
+        }
+        if hidden is None:
+            return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
+        assert self.head is not None
+        self._request = {"labels": labels, **options}
+        try:
+            return self.head.module(hidden)
+        finally:
+            self._request = None
+
+    def _fused_loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        assert self.head is not None
+        module, scale, softcap = self.head.module, self.head.logit_scale, self.head.softcap
+        if isinstance(module.weight, DTensor):  # split by something that does not gather it for the forward pass
+            logits = type(module).forward(module, hidden).float() * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
+        return linear_multi_hot_cross_entropy(
+            hidden, module.weight, labels, bias=module.bias, softcap=softcap, logit_scale=scale, **options
+        )
+
+
+def _next_tokens(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """Targets of next-token prediction as bags of one, `(B, l, 1)`: position t is asked for token t + 1."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.unsqueeze(-1)

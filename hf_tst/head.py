@@ -1,0 +1,208 @@
+"""What a causal language model does between its last hidden state and its loss, found out by trying.
+
+Families differ there: most apply a plain linear head, some scale the logits (Cohere, Granite), some cap them
+(Gemma), some do more. Instead of a list of families, the model's own `forward` is run once with the body and the head
+replaced by stand-ins, on numbers whose fate tells what happens to logits on their way to the loss function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+_PROBE_ROWS = 3
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A head that a fused linear loss can serve: `z = logit_scale · (W h + b)`, then `softcap · tanh(z / softcap)`.
+
+    Args:
+        module (`nn.Linear`): The head, whose `weight` and `bias` are read at each step.
+        logit_scale (`float`): Factor on its output; 1 for none.
+        softcap (`float`, *optional*): Cap on the scaled logits.
+    """
+
+    module: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+
+class UnfusableHeadError(ValueError):
+    """The loss of this model cannot be fused with its head; the message says why."""
+
+
+def inspect_head(model: Any) -> LinearHead:
+    """The head of a Transformers model, if head and loss can be fused.
+
+    Nothing of the model changes, and none of its layers runs: this costs milliseconds at any size.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped.
+
+    Raises:
+        UnfusableHeadError: If the head is not a plain linear layer on the hidden states, or what follows it is
+            neither a scale nor a soft cap.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        raise UnfusableHeadError(f"its head is a {type(head).__name__}, not a plain nn.Linear")
+    is_sharded = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
+        raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
+    if nn.utils.parametrize.is_parametrized(head):
+        raise UnfusableHeadError("the weight of its head is parametrized")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise UnfusableHeadError("its head is split by tensor parallelism")
+    probe = _probe_values(head.out_features)
+    scale, softcap = _fit(probe, _logits_at_loss(model, head, probe))
+    # What the fused path returns in place of logits must go through the rest of forward, too.
+    _logits_at_loss(model, head, probe[..., :0])
+    return LinearHead(head, scale, softcap)
+
+
+def _probe_values(vocabulary: int) -> Tensor:
+    """Logits from tiny to huge, float32 of shape `(1, _PROBE_ROWS, vocabulary)`."""
+    magnitudes = torch.tensor([1e-3, 0.5, 3.0, 20.0, 150.0, 1e4, -1e-3, -0.5, -3.0, -20.0, -150.0, -1e4])
+    count = _PROBE_ROWS * vocabulary
+    return magnitudes.repeat(-(-count // len(magnitudes)))[:count].view(1, _PROBE_ROWS, vocabulary)
+
+
+def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """Scale and soft cap that turn `probe` into `logits`."""
+    if logits.shape != probe.shape:
+        raise UnfusableHeadError(
+            f"its loss is given logits of shape {tuple(logits.shape)}, not the head's {tuple(probe.shape)}"
+        )
+    given, found = probe.double().cpu(), logits.double().cpu()
+    one, its_logit = given.flatten()[1], found.flatten()[1]
+    scale = _rounded((its_logit / one).item())
+    if _agrees(given * scale, found):
+        return scale, None
+    softcap = _rounded(found.abs().max().item())
+    scale = _rounded((softcap * torch.atanh(its_logit / softcap) / one).item())
+    if _agrees(softcap * torch.tanh(given * scale / softcap), found):
+        return scale, softcap
+    raise UnfusableHeadError("what it does with logits before the loss is neither a scale nor a soft cap")
+
+
+def _rounded(value: float) -> float:
+    """`value` without the last bits of float32, where these hide a round number such as 1."""
+    if not math.isfinite(value):
+        return value
+    rounded = float(f"{value:.6g}")
+    return rounded if abs(rounded - value) <= 2e-7 * abs(value) else value
+
+
+def _agrees(expected: Tensor, found: Tensor) -> bool:
+    return bool(torch.isclose(expected, found, rtol=1e-4, atol=1e-6).all())
+
+
+@dataclass
+class _AnyOutput(ModelOutput):
+    """Output of the stand-in body: a hidden state, and `None` under every other name."""
+
+    last_hidden_state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a module: answers calls with `answer`, and anything else as the module would."""
+
+    def __init__(self, module: nn.Module, answer: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "module", module)
+        self.answer = answer
+        self.calls: list[Any] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(args[0] if args else None)
+        return self.answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "module"), name)
+
+
+class _LossReached(Exception):  # noqa: N818  (not an error: it ends the trial)
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def _reach_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    raise _LossReached(logits)
+
+
+def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
+    """What the loss function is given when the head returns `returned`."""
+    device = head.weight.device
+    hidden = torch.zeros(1, _PROBE_ROWS, head.in_features, device=device, dtype=head.weight.dtype)
+    ids = torch.zeros(1, _PROBE_ROWS, dtype=torch.long, device=device)
+    options = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    stand_in = _StandIn(head, returned.to(device))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(replaced_attribute(model, "_loss_function", _reach_loss))
+        stack.enter_context(_replaced_module(model, head, stand_in))
+        if model.base_model is not model:
+            body = _StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
+            stack.enter_context(_replaced_module(model, model.base_model, body))
+        try:
+            type(model).forward(model, input_ids=ids, labels=ids, **options)
+        except _LossReached as reached:
+            logits = reached.logits
+        except Exception as error:  # whatever a family does with what the stand-ins lack
+            raise UnfusableHeadError(
+                f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
+            ) from error
+        else:
+            raise UnfusableHeadError("its forward does not call loss_function")
+    if len(stand_in.calls) != 1 or getattr(stand_in.calls[0], "shape", None) != hidden.shape:
+        raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
+    return logits
+
+
+@contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which the instance `owner` has its own attribute `name`; afterwards it is as it was before."""
+    attributes = vars(owner)
+    had_own = name in attributes
+    own = attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if had_own:
+            attributes[name] = own
+        else:
+            attributes.pop(name, None)
+
+
+@contextmanager
+def _replaced_module(root: nn.Module, module: nn.Module, stand_in: nn.Module) -> Iterator[None]:
+    """Context in which `stand_in` has the place of `module`, wherever that is inside `root`."""
+    places = [
+        (parent, name)
+        for parent in root.modules()
+        for name, child in parent._modules.items()
+        if child is module
+    ]
+    for parent, name in places:
+        parent._modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for parent, name in places:
+            parent._modules[name] = module

@@ -1,0 +1,286 @@
+"""The fused loss against the naive loop of s cross entropies over all logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loss import naive_loss
+
+from hf_tst import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, offset_weights
+from hf_tst.bags import OFFSET_WEIGHTINGS
+from hf_tst.linear_loss import chunk_rows
+
+
+def make_case(rows=37, size=12, vocabulary=53, bag_size=4, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    labels = torch.randint(0, vocabulary, (rows, bag_size), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    labels[0] = 0  # one token, as often as there are places in the bag
+    labels[-1] = -100
+    return normal(rows, size), normal(vocabulary, size), normal(vocabulary), labels
+
+
+def naive(hidden, weight, bias, labels, weights, softcap=None, logit_scale=None):
+    logits = F.linear(hidden, weight, bias)
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return naive_loss(logits, labels, weights)
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, [x for x in inputs if x is not None])
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"rows": 1, "bag_size": 1},
+        {"rows": 2, "size": 1, "vocabulary": 2},
+        {"rows": 64, "bag_size": 16},
+        {"vocabulary": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_loss_and_gradients_equal_the_loop(weighting, shape, has_bias):
+    hidden, weight, bias, labels = make_case(**shape)
+    labels[0] = 0
+    bias = bias if has_bias else None
+    weights = offset_weights(weighting, labels.shape[1])
+    expected = naive(hidden, weight, bias, labels, weights)
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, weights=weights)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        gradients(3 * loss, hidden, weight, bias), gradients(3 * expected, hidden, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    rows=st.integers(1, 70),
+    vocabulary=st.integers(1, 60),
+    bag_size=st.integers(1, 9),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    logit_scale=st.sampled_from([None, 0.0625, 2.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_shape_scale_and_cap(rows, vocabulary, bag_size, softcap, logit_scale):
+    hidden, weight, bias, labels = make_case(rows, 5, vocabulary, bag_size)
+    labels[0] = 0
+    options = {"softcap": softcap, "logit_scale": logit_scale}
+    weights = offset_weights("power_law", bag_size)
+    expected = naive(hidden, weight, bias, labels, weights, **options)
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, weights=weights, **options)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bag_size", [1, 8])
+def test_errors_are_no_larger_than_the_loops(dtype, bag_size):
+    """Against float64: the loop in the same dtype has the larger root-mean-square error, or the same."""
+    hidden, weight, bias, labels = make_case(256, 32, 1000, bag_size, dtype=dtype)
+    weights = offset_weights("uniform", bag_size)
+    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    exact = naive(*exact_inputs, labels, weights.double())
+    exact_gradients = gradients(exact, *exact_inputs)
+
+    def errors(loss):
+        found = [loss, *gradients(loss, hidden, weight, bias)]
+        return [
+            (a.double() - b).square().mean().sqrt().item()
+            for a, b in zip(found, [exact, *exact_gradients], strict=True)
+        ]
+
+    ours = errors(linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias, weights=weights))
+    loop = errors(naive(hidden, weight, bias, labels, weights))
+    # 5 %: two float32 sums of the same numbers in another order differ that much in their error.
+    tolerance = 1.05 * torch.tensor(loop) + torch.tensor([1e-6, 0, 0, 0])
+    assert (torch.tensor(ours) <= tolerance).all(), (ours, loop)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(dtype):
+    hidden, weight, bias, labels = make_case(64, 32, 200)
+    expected = naive(hidden, weight, bias, labels, offset_weights("uniform", 4))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
+    found = gradients(loss * 2.0**14, hidden, weight, bias)  # as a gradient scaler does
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=5e-3)
+    for ours, theirs in zip(found, gradients(expected * 2.0**14, hidden, weight, bias), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_small_gradients_survive_float16():
+    """A gradient divided by a large batch is below float16's smallest number; multiplied by the loss scale it is not."""
+    hidden, weight, _, labels = make_case(64, 32, 200, dtype=torch.float16)
+    items = 2.0**20
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, num_items_in_batch=items)
+    (found,) = gradients(loss * items, hidden)
+    reference = linear_multi_hot_cross_entropy(
+        hidden.float(), weight.float(), labels, num_items_in_batch=1.0
+    )
+    torch.testing.assert_close(found.float(), gradients(reference, hidden)[0].float(), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
+def test_frozen_tensors_get_no_gradient(frozen):
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias, labels = make_case()
+    tensors = dict(zip(names, (hidden, weight, bias), strict=True))
+    expected = gradients(naive(hidden, weight, bias, labels, offset_weights("uniform", 4)), *tensors.values())
+    for name in frozen:
+        tensors[name] = tensors[name].detach()
+    loss = linear_multi_hot_cross_entropy(
+        tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"]
+    )
+    assert loss.requires_grad == (len(frozen) < 3)
+    if loss.requires_grad:
+        loss.backward()
+    for name, gradient in zip(names, expected, strict=True):
+        if name in frozen:
+            assert tensors[name].grad is None
+        else:
+            torch.testing.assert_close(tensors[name].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_leading_dimensions_and_micro_batches():
+    hidden, weight, bias, labels = make_case(rows=36)
+    whole = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
+    shaped = linear_multi_hot_cross_entropy(
+        hidden.view(4, 9, -1), weight, labels.view(4, 9, -1), bias=bias, num_items_in_batch=None
+    )
+    torch.testing.assert_close(shaped, whole)
+    items = ((labels != -100).sum() / 4).item()
+    parts = [
+        linear_multi_hot_cross_entropy(
+            hidden[part], weight, labels[part], bias=bias, num_items_in_batch=torch.tensor(items)
+        )
+        for part in (slice(0, 5), slice(5, 36))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_the_loss_goes_through_checkpointing_as_it_is():
+    hidden, weight, bias, labels = make_case()
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
+    expected = gradients(loss, hidden, weight, bias)
+    for reentrant in (True, False):
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda *inputs: linear_multi_hot_cross_entropy(inputs[0], inputs[1], labels, bias=inputs[2]),
+            hidden, weight, bias, use_reentrant=reentrant,
+        )  # fmt: skip
+        for tensor in (hidden, weight, bias):
+            tensor.grad = None
+        loss.backward()
+        for tensor, gradient in zip((hidden, weight, bias), expected, strict=True):
+            torch.testing.assert_close(tensor.grad, gradient)
+
+
+def test_torch_compile_needs_no_graph_break():
+    hidden, weight, bias, labels = make_case()
+
+    def loss_of(hidden, weight, bias):
+        return linear_multi_hot_cross_entropy(hidden * 2, weight, labels, bias=bias)
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    expected, loss = loss_of(hidden, weight, bias), compiled(hidden, weight, bias)
+    assert torch.equal(loss, expected)
+    for ours, theirs in zip(
+        gradients(loss, hidden, weight, bias), gradients(expected, hidden, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operator_keeps_its_contract():
+    """Schema, shapes under fake tensors and autograd registration, as PyTorch itself checks them."""
+    hidden, weight, bias, labels = make_case()
+    arguments = (
+        hidden, weight, bias, labels, offset_weights("uniform", 4), torch.tensor(3.0),
+        -100, None, 1.0, torch.float32, [True, True, True],
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.hf_tst.linear_multi_hot_cross_entropy.default,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_all_ignored_gives_zero_loss_and_gradient():
+    hidden, weight, bias, labels = make_case()
+    loss = linear_multi_hot_cross_entropy(hidden, weight, torch.full_like(labels, -100), bias=bias)
+    assert loss.item() == 0
+    for gradient in gradients(loss, hidden, weight, bias):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, bias, labels = make_case()
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="instead of using retain_graph"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("bag_size", [1, 16])
+def test_never_more_than_a_chunk_of_logits_is_held(bag_size):
+    """The largest tensors that are allocated, in the forward and the backward pass."""
+    rows, vocabulary = 512, 2000
+    hidden, weight, bias, labels = make_case(rows, 8, vocabulary, bag_size)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias).backward()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    gradients_size = 4 * (hidden.numel() + weight.numel() + bias.numel())
+    assert 0 < peak - gradients_size < 0.1 * 4 * rows * vocabulary
+
+
+def test_chunks_are_under_a_tenth():
+    for device in ("cpu", "cuda"):
+        for rows in (1000, 8192, 65536):
+            assert 0 < chunk_rows(rows, 128_256, device) * 10 <= rows
+    assert chunk_rows(1, 50, "cpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.full((37, 4), 53)}, "Label 53 is outside the vocabulary of 53"),
+        ({"labels": torch.full((37, 4), -1)}, "Label -1 is outside"),
+        ({"labels": torch.zeros(36, 4, dtype=torch.long)}, "do not fit hidden"),
+        ({"weight": torch.zeros(53, 13)}, "does not fit hidden"),
+        ({"bias": torch.zeros(52)}, "does not fit weight"),
+        ({"weights": torch.zeros(4)}, "at least 0, and one above 0"),
+        ({"weights": torch.tensor([1.0, -1, 1, 1])}, "at least 0"),
+        ({"weights": torch.tensor([1.0, float("nan"), 1, 1])}, "at least 0"),
+        ({"weights": torch.ones(3)}, "one weight for each of the 4"),
+        ({"softcap": 0.0}, "softcap must be more than 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    hidden, weight, bias, labels = make_case()
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels} | change
+    with pytest.raises(ValueError, match=message):
+        linear_multi_hot_cross_entropy(**arguments)
+    if set(change) <= {"labels", "weights"} and "hidden" not in message:
+        with pytest.raises(ValueError, match=message):
+            multi_hot_cross_entropy(
+                F.linear(hidden, weight), arguments["labels"], weights=change.get("weights")
+            )
