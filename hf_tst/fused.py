@@ -33,9 +33,7 @@ logger = logging.get_logger(__name__)
 def check_fused_loss(choice: str) -> None:
     """Raise `ValueError` unless `choice` is one of `FUSED_LOSS_CHOICES`."""
     if choice not in FUSED_LOSS_CHOICES:
-        raise ValueError(
-            f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}."
-        )
+        raise ValueError(f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
 
 
 @contextmanager
@@ -186,7 +184,9 @@ class TSTLoss:
     def _fused_loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         assert self.head is not None
         module, scale, softcap = self.head.module, self.head.logit_scale, self.head.softcap
-        if isinstance(module.weight, DTensor):  # split by something that does not gather it for the forward pass
+        if isinstance(
+            module.weight, DTensor
+        ):  # split by something that does not gather it for the forward pass
             logits = type(module).forward(module, hidden).float() * scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)

@@ -52,7 +52,11 @@ def inspect_head(model: Any) -> LinearHead:
             neither a scale nor a soft cap.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).forward is not nn.Linear.forward
+        or "forward" in vars(head)
+    ):
         raise UnfusableHeadError(f"its head is a {type(head).__name__}, not a plain nn.Linear")
     is_sharded = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
     if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
@@ -82,7 +86,7 @@ def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
             f"its loss is given logits of shape {tuple(logits.shape)}, not the head's {tuple(probe.shape)}"
         )
     given, found = probe.double().cpu(), logits.double().cpu()
-    one, its_logit = given.flatten()[1], found.flatten()[1]
+    one, its_logit = given.flatten()[0], found.flatten()[0]  # too small for any cap to matter
     scale = _rounded((its_logit / one).item())
     if _agrees(given * scale, found):
         return scale, None

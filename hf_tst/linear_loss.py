@@ -142,19 +142,21 @@ def _forward(
 
     with torch.autocast(device.type, enabled=False):
         matrix = weight.to(matmul_dtype)
+        offset = None if bias is None else bias.to(matmul_dtype)
         hidden_gradient = _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype))
         weight_gradient = _allocate(needs_weight, weight, torch.float32)
         bias_gradient = _allocate(needs_bias, bias, torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=device)
+        losses = torch.empty(rows, dtype=torch.float32, device=device)
         chunk = chunk_rows(rows, vocabulary, device.type)
         buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
         for start in range(0, rows, chunk):
             part = hidden[start : start + chunk].to(matmul_dtype)
             logits = buffer[: part.shape[0]]
-            torch.mm(part, matrix.t(), out=logits)
-            if bias is not None:
-                logits += bias
-            total += kernel(
+            if offset is None:
+                torch.mm(part, matrix.t(), out=logits)
+            else:
+                torch.addmm(offset, part, matrix.t(), out=logits)
+            losses[start : start + chunk] = kernel(
                 logits,
                 labels[start : start + chunk],
                 weights,
@@ -163,14 +165,14 @@ def _forward(
                 softcap=softcap,
                 logit_scale=logit_scale,
                 write_gradient=any(needs_grad),
-            ).sum()
+            )
             if needs_hidden:
                 _multiply_into(hidden_gradient[start : start + chunk], logits, matrix)
             if needs_weight:
                 _accumulate_product(weight_gradient, logits, part)
             if needs_bias:
                 bias_gradient += logits.sum(0, dtype=torch.float32)
-    return total * reciprocal, hidden_gradient, weight_gradient, bias_gradient
+    return losses.sum() * reciprocal, hidden_gradient, weight_gradient, bias_gradient
 
 
 def _reciprocal(divisor: Tensor) -> Tensor:

@@ -40,6 +40,13 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_moe": DENSE | MOE | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
     "gpt2": {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
+# Families that do something to the logits between head and loss.
+TINY_LOGITS: dict[str, dict[str, Any]] = {
+    "gemma2": DENSE | {"head_dim": 8, "final_logit_softcapping": 0.05},
+    "cohere": DENSE | {"logit_scale": 0.0625},
+    "granite": DENSE | {"logits_scaling": 3.0},
+    "phi": DENSE,  # bias in the head
+}
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -47,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 def make_model(model_type: str, **overrides: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = CONFIG_MAPPING[model_type](**TINY[model_type], **special | overrides)
+    config = CONFIG_MAPPING[model_type](**(TINY | TINY_LOGITS)[model_type], **special | overrides)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -53,7 +53,10 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"tst_offset_weighting": "linear"}, "tst_offset_weighting"),
         ({"tst_mode": "both"}, "tst_mode"),
         ({"tst_fused_loss": "yes"}, "tst_fused_loss"),
-        ({"tst_phase_ratio": 0, "tst_fused_loss": "on", "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        (
+            {"tst_phase_ratio": 0, "tst_fused_loss": "on", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor",
+        ),
         ({"tst_mode": "input", "tst_offset_weighting": "power_law"}, "single target"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"use_liger_kernel": True}, "liger"),

@@ -131,9 +131,7 @@ def test_small_gradients_survive_float16():
     items = 2.0**20
     loss = linear_multi_hot_cross_entropy(hidden, weight, labels, num_items_in_batch=items)
     (found,) = gradients(loss * items, hidden)
-    reference = linear_multi_hot_cross_entropy(
-        hidden.float(), weight.float(), labels, num_items_in_batch=1.0
-    )
+    reference = linear_multi_hot_cross_entropy(hidden.float(), weight.float(), labels, num_items_in_batch=1.0)
     torch.testing.assert_close(found.float(), gradients(reference, hidden)[0].float(), rtol=0.05, atol=0.01)
 
 
@@ -145,9 +143,7 @@ def test_frozen_tensors_get_no_gradient(frozen):
     expected = gradients(naive(hidden, weight, bias, labels, offset_weights("uniform", 4)), *tensors.values())
     for name in frozen:
         tensors[name] = tensors[name].detach()
-    loss = linear_multi_hot_cross_entropy(
-        tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"]
-    )
+    loss = linear_multi_hot_cross_entropy(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"])
     assert loss.requires_grad == (len(frozen) < 3)
     if loss.requires_grad:
         loss.backward()
@@ -241,7 +237,9 @@ def test_never_more_than_a_chunk_of_logits_is_held(bag_size):
     """The largest tensors that are allocated, in the forward and the backward pass."""
     rows, vocabulary = 512, 2000
     hidden, weight, bias, labels = make_case(rows, 8, vocabulary, bag_size)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias).backward()
     held = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):

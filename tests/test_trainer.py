@@ -104,6 +104,31 @@ def test_accumulation_gives_one_large_batch(llama, make_args, mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_fused_loss_gives_the_same_run(model_type, make_args, ratio):
+    model = make_model(model_type)
+    fused, other = copy.deepcopy(model), model
+    seen = []
+    common = {"tst_phase_ratio": ratio, "optim": "sgd", "gradient_accumulation_steps": 2}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append("forward" in vars(model.lm_head))
+
+    trainer = TSTTrainer(
+        fused, make_args(tst_fused_loss="on", **common), train_dataset=make_blocks(200), callbacks=[Watch()]
+    )
+    trainer.train()
+    plain = TSTTrainer(other, make_args(tst_fused_loss="off", **common), train_dataset=make_blocks(200))
+    plain.train()
+    assert seen == [True] * 10
+    assert "forward" not in vars(fused.lm_head)
+    torch.testing.assert_close(losses(trainer), losses(plain), rtol=1e-5, atol=1e-5)
+    for a, b in zip(fused.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 # Phases
 
 
@@ -475,11 +500,23 @@ def test_data_parallel_is_refused_unless_training_is_plain(llama, make_args):
 def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
     with pytest.raises(ValueError, match="compute_loss_func"):
         TSTTrainer(llama, make_args(), train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
+    plain_but_fused = make_args(tst_phase_ratio=0, tst_fused_loss="on")
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        TSTTrainer(llama, plain_but_fused, train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
     with pytest.raises(ValueError, match="leave data_collator out"):
         TSTTrainer(llama, make_args(), DataCollatorForTokenSuperposition(3), train_dataset=make_blocks(4))
     stream = datasets.Dataset.from_list(make_blocks(4)).to_iterable_dataset()
     with pytest.raises(ValueError, match="dataloader_num_workers"):
         TSTTrainer(llama, make_args(dataloader_num_workers=1), train_dataset=stream)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_a_head_that_cannot_be_fused_is_refused_if_fusing_is_a_must(llama, make_args, ratio):
+    llama.lm_head.register_forward_hook(lambda *_: None)
+    args = make_args(tst_phase_ratio=ratio, tst_fused_loss="on")
+    with pytest.raises(ValueError, match="cannot be served: its head has forward hooks"):
+        TSTTrainer(llama, args, train_dataset=make_blocks(200))
+    TSTTrainer(llama, make_args(tst_phase_ratio=ratio), train_dataset=make_blocks(200)).train()
 
 
 def test_a_model_that_is_not_causal_is_refused(make_args):
