@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Time and memory of a whole superposition step against an ordinary next-token step of the same latent shape.
+
+    python scripts/benchmark_step.py                     # on the CPU, the shapes of the README
+    python scripts/benchmark_step.py --device cuda --dtype bfloat16 --batch_size 8 --length 1024 --config_overrides \\
+      hidden_size=576,intermediate_size=1536,num_hidden_layers=30,num_attention_heads=9,num_key_value_heads=3,vocab_size=128256
+
+A step is forward, backward and AdamW. The steps alternate:
+  next_token          one token a position, the model's own loss
+  next_token_fused    one token a position, loss fused with the head
+  superposition       bags of s tokens, loss fused with the head (what TSTTrainer does)
+  superposition_loop  bags of s tokens, all logits and s cross entropies, as the paper does
+Ratios are medians over rounds of the time against next_token_fused in the same round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmarking import append_rows, format_table, measure_alternating, median_ratio, peak_memory
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, HfArgumentParser
+
+from hf_tst import fused_next_token_loss, token_superposition
+from hf_tst.bags import fold_into_bags, next_bag_labels
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    model_type: str = field(default="llama", metadata={"help": "Architecture, such as llama or qwen3_moe."})
+    config_overrides: str = field(
+        default="hidden_size=256,intermediate_size=768,num_hidden_layers=4,num_attention_heads=4,"
+        "num_key_value_heads=4,vocab_size=32768",
+        metadata={"help": "Changes to its configuration."},
+    )
+    batch_size: int = field(default=4, metadata={"help": "Rows, B."})
+    length: int = field(default=256, metadata={"help": "Latent positions a row, l."})
+    bag_sizes: list[int] = field(
+        default_factory=lambda: [6, 16], metadata={"help": "Bag sizes s to measure."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the model."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    rounds: int = field(default=7, metadata={"help": "Rounds that count."})
+    csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})
+
+
+def loop_loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The paper's loss of bags: s ordinary cross entropies over all logits."""
+    logits = logits.float().flatten(0, 1)
+    losses = [F.cross_entropy(logits, targets.flatten(), ignore_index=-100) for targets in labels.unbind(-1)]
+    return torch.stack(losses).mean()
+
+
+class Bench:
+    """One model and its optimizer, trained on the same random tokens in different ways."""
+
+    def __init__(self, args: BenchmarkArguments) -> None:
+        self.device = torch.device(args.device)
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[args.model_type]()
+        config.update_from_string(args.config_overrides)
+        config.use_cache = False
+        model = AutoModelForCausalLM.from_config(config).train()
+        self.model = model.to(self.device, getattr(torch, args.dtype))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        shape = (args.batch_size, args.length * max(args.bag_sizes))
+        self.tokens = torch.randint(0, config.vocab_size, shape).to(self.device)
+        self.length = args.length
+
+    def step(self, context: Callable[[], AbstractContextManager[Any]], bag_size: int) -> None:
+        tokens = self.tokens[:, : self.length * bag_size]
+        batch = {"input_ids": tokens, "labels": tokens}
+        if bag_size > 1:
+            bags = fold_into_bags(tokens, bag_size)
+            batch = {"input_ids": bags, "labels": next_bag_labels(bags)}
+        with context():
+            self.model(**batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def superposition(self, bag_size: int) -> AbstractContextManager[Any]:
+        return token_superposition(self.model, bag_size, fused_loss="on")
+
+    @contextmanager
+    def superposition_loop(self, bag_size: int) -> Iterator[None]:
+        with token_superposition(self.model, bag_size, fused_loss="off"):
+            self.model.loss_function = loop_loss
+            yield
+
+
+def main() -> None:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses()
+    bench = Bench(args)
+    fused = partial(fused_next_token_loss, bench.model, "on")
+    steps: dict[str, Callable[[], None]] = {
+        "next_token_fused": partial(bench.step, fused, 1),
+        "next_token": partial(bench.step, nullcontext, 1),
+    }
+    for s in args.bag_sizes:
+        steps[f"superposition s={s}"] = partial(bench.step, partial(bench.superposition, s), s)
+        steps[f"superposition_loop s={s}"] = partial(bench.step, partial(bench.superposition_loop, s), s)
+    seconds = measure_alternating(steps, bench.device, args.rounds)
+    reference = seconds["next_token_fused"]
+    rows = []
+    for name, run in steps.items():
+        kind, _, bag_size = name.partition(" s=")
+        rows.append(
+            {
+                "step": kind,
+                "s": int(bag_size or 1),
+                "model": args.model_type,
+                "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+                "V": bench.model.config.vocab_size,
+                "latent": f"{args.batch_size}x{args.length}",
+                "dtype": args.dtype,
+                "seconds": statistics.median(seconds[name]),
+                "time_over_next_token_fused": median_ratio(seconds[name], reference),
+                "peak_mib": peak_memory(run, bench.device) / 2**20,
+            }
+        )
+    print(format_table(rows))
+    if args.csv:
+        append_rows(args.csv, rows, bench.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmark scripts in a tiny form: what they compare is the same thing, and what they write is whole."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run(script, *flags, cwd):
+    command = [sys.executable, str(SCRIPTS / script), *map(str, flags), "--csv", "rows.csv", "--rounds", "1"]
+    for _ in range(2):  # the second run appends
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=300)
+    with (cwd / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["hardware"]
+        assert row["torch"]
+        assert row["date"].startswith("20")
+        assert f"python {SCRIPTS / script}" in row["command"]
+        assert float(row["seconds"]) > 0
+    half = len(rows) // 2
+    return rows[:half], rows[half:]
+
+
+def test_the_losses_that_are_compared_are_equal(tmp_path):
+    shape = ("--rows", 64, "--hidden_size", 8, "--vocab_size", 500, "--bag_sizes", 1, 4)
+    rows, again = run("benchmark_loss.py", *shape, "--plot", "plot.png", cwd=tmp_path)
+    assert [row["candidate"] for row in rows] == [row["candidate"] for row in again]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for s in ("1", "4"):
+        losses = {row["candidate"]: float(row["loss"]) for row in rows if row["s"] == s}
+        assert set(losses) == {"ours", "loop", "gather", "one_target"}
+        for name in ("ours", "gather", *(["one_target"] if s == "1" else [])):
+            assert losses[name] == pytest.approx(losses["loop"], rel=1e-5)
+        peaks = {row["candidate"]: float(row["peak_over_logits"]) for row in rows if row["s"] == s}
+        assert 0 < peaks["ours"] < peaks["one_target"] <= peaks["loop"]
+
+
+def test_steps_of_both_phases_are_measured(tmp_path):
+    tiny = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=1,vocab_size=97"
+    flags = ("--config_overrides", tiny, "--batch_size", 2, "--length", 8, "--bag_sizes", 4)
+    rows, _ = run("benchmark_step.py", *flags, cwd=tmp_path)
+    assert [(row["step"], row["s"]) for row in rows] == [
+        ("next_token_fused", "1"),
+        ("next_token", "1"),
+        ("superposition", "4"),
+        ("superposition_loop", "4"),
+    ]
+    assert float(rows[0]["time_over_next_token_fused"]) == 1
