@@ -69,10 +69,10 @@ def _loss_and_gradient(
     valid = labels != ignore_index
     row_weights = torch.where(valid, weights, 0.0)
     targets = labels.masked_fill(~valid, 0)
-    target_logits = logits.gather(-1, targets)
     largest = logits.amax(-1, keepdim=True)
+    target_logits = logits.gather(-1, targets) - largest
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    cross_entropies = largest + total.log() - target_logits
+    cross_entropies = total.log() - target_logits
     weight = row_weights.sum(-1, keepdim=True)
     logits *= weight * factor / total
     logits.scatter_add_(-1, targets, -factor * row_weights)
