@@ -95,6 +95,17 @@ def test_without_gradient_the_logits_stay(kernel):
         torch.testing.assert_close(losses.cpu(), exact.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_largest_logit_may_come_last(kernel):
+    """Beyond the first block of a sweep, what was summed up before is worth less."""
+    logits = torch.linspace(-20, 20, 20_000).repeat(2, 1)
+    labels, weights = torch.tensor([[7, 19_999], [12_345, 0]]), torch.tensor([0.25, 0.75])
+    ours = logits.clone().to(DEVICE)
+    losses = kernel(ours, labels.to(DEVICE), weights.to(DEVICE), gradient_scale=torch.ones((), device=DEVICE))
+    exact, gradient = naive(logits.double(), labels, weights, None, 1.0)
+    torch.testing.assert_close(losses.cpu(), exact.float())
+    torch.testing.assert_close(ours.cpu(), gradient.float())
+
+
 def test_huge_and_infinite_logits_and_rows_without_targets(kernel):
     logits = torch.randn(4, 40)
     logits[0] *= 1e4
