@@ -35,9 +35,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import BlockStream, load_text_file, pack_blocks, tokenize_documents
+from hf_tst.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, train_tokenizer
 from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
+from hf_tst.text_files import load_text_file
 
 logger = logging.get_logger("run_clm_tst")
 

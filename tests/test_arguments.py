@@ -21,6 +21,8 @@ def test_defaults():
         "tst_mode": "full",
         "tst_save_at_switch": True,
         "tst_fused_loss": "auto",
+        "tst_document_boundaries": "ignore",
+        "tst_allow_data_change": False,
     }
 
 

@@ -6,16 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tst import PhaseSchedule
-from hf_tst.data import (
-    DataPlan,
-    EpochSampler,
-    PlannedRows,
-    StreamedRows,
-    check_blocks,
-    plan_for_passes,
-    plan_for_steps,
-)
+from hf_tst.blocks import check_blocks
+from hf_tst.data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from hf_tst.permutation import Permutation
+from hf_tst.rows import EpochSampler, PlannedRows
+from hf_tst.stream import StreamedRows
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
@@ -114,7 +109,7 @@ def test_rows_hold_the_tokens_of_their_blocks(as_dataset):
 
 def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
     blocks = [{"input_ids": [i]} for i in range(10)]
-    rows = list(StreamedRows(blocks, PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+    rows = list(StreamedRows(blocks, PhaseSchedule(6, 0.5, 3), BatchLayout(1)))
     assert [row.superposed for row in rows] == [True] * 3 + [False] * 3
     assert [list(row.columns["input_ids"]) for row in rows] == [
         [0, 1, 2],
@@ -125,17 +120,17 @@ def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
         [1],
     ]
     with pytest.raises(ValueError, match="empty"):
-        list(StreamedRows([], PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+        list(StreamedRows([], PhaseSchedule(6, 0.5, 3), BatchLayout(1)))
     with pytest.raises(ValueError, match="equal length"):
         list(
-            StreamedRows([{"input_ids": [1]}, {"input_ids": [1, 2]}], PhaseSchedule(6, 0, 3), rows_per_step=1)
+            StreamedRows([{"input_ids": [1]}, {"input_ids": [1, 2]}], PhaseSchedule(6, 0, 3), BatchLayout(1))
         )
 
 
 def test_the_sampler_starts_where_training_is():
     plan = plan_for_steps(100, PhaseSchedule(10, 0.2, 2), rows_per_step=2, seed=0)
     assert list(EpochSampler(plan, 4, lambda: 0)) == list(range(8))
-    assert list(EpochSampler(plan, 4, lambda: 5)) == list(range(8, 16))
+    assert list(EpochSampler(plan, 4, lambda: 5)) == list(range(10, 16))
     assert list(EpochSampler(plan, 4, lambda: 8)) == list(range(16, 20))
 
 

@@ -2,8 +2,9 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_tst.packing import BlockStream, cut_blocks, load_text_file, pack_blocks, tokenize_documents
+from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
+from hf_tst.text_files import load_text_file
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
 
@@ -34,7 +35,9 @@ def test_packing_keeps_every_token_in_order_but_the_last_remainder(tokenizer, bl
 def test_cutting_does_not_depend_on_where_documents_end():
     tokens = np.arange(23, dtype=np.int32)
     for pieces in ([tokens], np.split(tokens, [1, 1, 9, 20]), [tokens[i : i + 1] for i in range(23)]):
-        assert np.array(list(cut_blocks(pieces, 5))).ravel().tolist() == list(range(20))
+        *blocks, rest = cut_blocks(pieces, 5)
+        assert np.concatenate(blocks).ravel().tolist() == list(range(20))
+        assert rest.tolist() == [20, 21, 22]
 
 
 def test_tokenised_data_is_left_alone(tokenizer):
