@@ -349,7 +349,7 @@ def test_a_stream_without_its_state_file_is_refused(llama, make_args):
     TSTTrainer(llama, args, train_dataset=block_stream(), callbacks=[StopAt(5)]).train()
     checkpoint = Path(args.output_dir) / "checkpoint-5"
     os.remove(checkpoint / "stream_state_0.pt")
-    with pytest.raises(ValueError, match="no stream_state_0.pt"):
+    with pytest.raises(ValueError, match=r"no stream_state_0\.pt"):
         TSTTrainer(llama, args, train_dataset=block_stream()).train(str(checkpoint))
 
 
