@@ -166,7 +166,6 @@ def test_two_processes_share_a_stream_and_resume_it(tmp_path, source):
             assert fed_blocks(resumed[rank]["rows"]) == {k: v for k, v in fed[rank].items() if k >= step}
             assert all(torch.equal(resumed[rank]["weights"][k], v) for k, v in whole[rank]["weights"].items())
 
-
     if source == "whole stream":
         # One process may go on where two stopped.
         options |= {"per_device_train_batch_size": 2, "resume_from": checkpoint}
