@@ -38,8 +38,8 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         _check_file(Path(file))
     loader = FILE_LOADERS[kinds.pop()]
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    if streaming and loader != "parquet":
-        # A stream would come upon the bytes in the middle of training.
+    if loader == "json" or (streaming and loader != "parquet"):
+        # A stream would come upon the bytes in the middle of training, and the JSON reader passes them on.
         for file in files:
             _check_utf8(file)
     try:
