@@ -52,6 +52,8 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None) -> BlockFacts:
     """
     if len(blocks) == 0:
         raise ValueError("The training data is empty: it has no block of tokens.")
+    if hasattr(blocks, "with_format"):
+        blocks = blocks.with_format("numpy")
     first = blocks[0]
     check_has_tokens(first)
     length = len(first["input_ids"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,7 +118,7 @@ class DataPosition:
 
 
 # What must not change between save and resume, and what to call it.
-NAMES: Mapping[str, str] = {
+NAMES: dict[str, str] = {
     "phase_ratio": "tst_phase_ratio",
     "bag_size": "tst_bag_size",
     "max_steps": "the number of optimizer steps",

@@ -16,6 +16,8 @@ from .data_plan import DataPlan
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 # Columns that say where documents end.
 DOCUMENT_COLUMNS = ("document_ids", "position_ids")
+# Rows after the ones asked for that are looked up with them.
+_LOOK_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PlannedRows(Dataset[Row]):
         as_arrays: bool = True,
     ) -> None:
         self.plan = plan
+        self._first_blocks: dict[int, int] = {}
         self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns])
         self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays)
 
@@ -58,13 +61,27 @@ class PlannedRows(Dataset[Row]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
         """Rows of one batch; a batch lies wholly in one phase."""
-        indices = np.asarray(rows, dtype=np.int64)
-        if indices[0] < self.plan.superposed_rows:
+        blocks = self._look_up(rows)
+        if rows[0] < self.plan.superposed_rows:
             size = self.plan.schedule.blocks_per_row
-            starts = self.plan.superposed_groups(indices).tolist()
-            return [Row(self._bags.read_joined(start, size), superposed=True) for start in starts]
-        blocks = self._blocks.read(self.plan.recovery_blocks(indices).tolist())
-        return [Row(columns, superposed=False) for columns in blocks]
+            return [Row(self._bags.read_joined(block, size), superposed=True) for block in blocks]
+        return [Row(columns, superposed=False) for columns in self._blocks.read(blocks)]
+
+    def _look_up(self, rows: Sequence[int]) -> list[int]:
+        """First block of each of some rows of one phase.
+
+        To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
+        after these.
+        """
+        found = self._first_blocks
+        if not (found and all(row in found for row in rows)):
+            superposed = rows[0] < self.plan.superposed_rows
+            end = self.plan.superposed_rows if superposed else self.plan.total_rows
+            ahead = np.arange(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))
+            wanted = np.concatenate([np.asarray(rows, dtype=np.int64), ahead])
+            find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
+            found = self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+        return [found[row] for row in rows]
 
 
 class EpochSampler(Sampler[int]):

