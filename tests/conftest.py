@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are too small to share out, and threads that wait for each other slow down whatever runs beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import copy
 import sys
