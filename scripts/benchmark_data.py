@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="rows a batch")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="loader processes to try")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
-    parser.add_argument("--output", default="benchmarks/data.csv", help="file to append to")
+    parser.add_argument("--csv", default="benchmarks/data.csv", help="file to append to")
     return parser.parse_args()
 
 
@@ -184,7 +184,7 @@ def main() -> None:
             seconds = measure_alternating(loaders, device, options.rounds)
             results += rows_of("loader", seconds, counts, "stock Trainer", workers)
     print(format_table(results))
-    append_rows(options.output, results, device)
+    append_rows(options.csv, results, device)
 
 
 if __name__ == "__main__":
