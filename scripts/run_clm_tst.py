@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
+from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import BlockStream, load_text_file, pack_blocks, tokenize_documents
+from hf_tst.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, train_tokenizer
 from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
+from hf_tst.text_files import load_text_file
 
 logger = logging.get_logger("run_clm_tst")
 
@@ -114,7 +116,10 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet."}
+        default=None,
+        metadata={
+            "help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
     validation_split_percentage: int = field(
@@ -293,6 +298,10 @@ def prepare_blocks(
         num_proc=args.preprocessing_num_workers,
     )
     if not hasattr(tokenized, "num_rows"):
+        if max_samples is not None:
+            raise ValueError(
+                f"A stream is read until max_steps, not max_train_samples={max_samples}: leave it out."
+            )
         return BlockStream(tokenized, block_size)
     blocks = pack_blocks(tokenized, block_size)
     return blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
@@ -318,6 +327,9 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
 def main(argv: list[str] | None = None) -> TSTTrainer:
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity(args.get_process_log_level())
+    if args.should_log:  # what was packed and dropped, and when the phase switches
+        basicConfig(format="%(name)s: %(message)s")
+        getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
 
     # The first process downloads and tokenises; the others read its cache.

@@ -8,13 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation"},
-    {"kernels", "loss", "head", "report", "packing", "quickstart"},
-    {"linear_loss"},
-    {"fused"},
-    {"superposition", "collator", "data", "arguments"},
-    {"callbacks"},
-    {"trainer"},
+    {"version", "phases", "bags", "permutation", "documents"},
+    {"kernels", "loss", "head", "report", "packing", "quickstart", "text_files", "blocks", "data_plan"},
+    {"linear_loss", "rows", "data_position"},
+    {"fused", "stream"},
+    {"superposition", "collator", "arguments"},
+    {"callbacks", "document_attention", "run_data"},
+    {"trainer", "audit"},
 ]
 
 

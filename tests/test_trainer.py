@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments
+from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments, callbacks
 from hf_tst.bags import OFFSET_WEIGHTINGS
 
 LOG_V = math.log(VOCAB_SIZE)
@@ -266,6 +267,26 @@ def test_logs_name_phase_and_tokens(llama, make_args):
         assert entry["tst_raw_tokens"] == (min(step, 3) * 4 + max(step - 3, 0)) * latent
         ratio = entry["tst_raw_tokens_per_second"] / entry["tst_latent_tokens_per_second"]
         assert ratio == pytest.approx(4 if step <= 3 else 1, rel=0.01)
+
+
+def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
+    """By a clock that moves a second a forward pass, and five where the data of the third step begins."""
+    now = [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for i, block in enumerate(make_blocks(200)):
+                now[0] += 5 * (i == 2 * 2 * 4)
+                yield block
+
+    llama.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    trainer = TSTTrainer(llama, make_args(), train_dataset=Slow())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # The loader of accelerate fetches one batch ahead, so the second step waits for the third step's data.
+    assert [entry["tst_data_wait_seconds"] for entry in entries] == [0, 5, *[0] * 8]
+    assert [entry["tst_data_wait_fraction"] for entry in entries] == [0, 0.8333, *[0] * 8]
 
 
 def test_flops_count_latent_work(llama, make_args):
