@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LogHistory = Sequence[dict[str, Any]]
+LogHistory = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,21 @@ def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
 
 def format_phases(summaries: Sequence[PhaseSummary]) -> str:
     """The summaries as a table of text."""
+    lines = _phase_rows(summaries)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def format_phases_markdown(summaries: Sequence[PhaseSummary]) -> str:
+    """The summaries as a table of Markdown."""
+    header, *rows = _phase_rows(summaries)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
     header = ("phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss")
     rows = [
         (
@@ -66,12 +81,7 @@ def format_phases(summaries: Sequence[PhaseSummary]) -> str:
         )
         for summary in summaries
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return [header, *rows]
 
 
 def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
 from .fused import check_fusable
+from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
+from .model_card import RunRecord, find_base_model, write_model_card
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
@@ -58,6 +61,8 @@ class TSTTrainer(Trainer):
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
         - `log`: phase, raw and latent tokens.
+        - `init_hf_repo`, `push_to_hub`: errors of the Hub as one sentence, the earliest before training.
+        - `create_model_card`: a card with the phases, from the record of the run.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
     """
 
@@ -221,6 +226,71 @@ class TSTTrainer(Trainer):
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository to push to, or find it; refuses one that holds another model.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
+            super().init_hf_repo(token, private)
+            if self.is_world_process_zero():
+                config = self.accelerator.unwrap_model(self.model).config
+                check_repo_holds_no_other_model(
+                    self.hub_model_id, config, token or self.args.hub_token, self.args.hub_revision
+                )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
+        """
+        kept = f"The model is saved in {self.args.output_dir}."
+        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` in the output folder from the record of the run, with its loss curve.
+
+        Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
+        results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        is_adapter = hasattr(model, "peft_config")
+        written = write_model_card(
+            self.args.output_dir,
+            RunRecord.from_trainer(self),
+            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
+            library_name="peft" if is_adapter else "transformers",
+            base_model=finetuned_from or find_base_model(model),
+            datasets=[dataset] if isinstance(dataset, str) else dataset or (),
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+        )
+        if written is None:
+            logger.warning(
+                f"{self.args.output_dir}/README.md is a card of your own and stays as it is: move it away to have one "
+                "written from the run."
+            )
+        elif is_adapter:
+            model.create_or_update_model_card(self.args.output_dir)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         batches = kwargs["steps_trained_in_current_epoch"]

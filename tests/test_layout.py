@@ -9,8 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
     {"version", "phases", "bags", "permutation", "documents"},
-    {"kernels", "loss", "head", "report", "packing", "quickstart", "text_files", "blocks", "data_plan"},
-    {"linear_loss", "rows", "data_position"},
+    {
+        "kernels",
+        "loss",
+        "head",
+        "hub",
+        "report",
+        "packing",
+        "quickstart",
+        "text_files",
+        "blocks",
+        "data_plan",
+    },
+    {"linear_loss", "model_card", "rows", "data_position"},
     {"fused", "stream"},
     {"superposition", "collator", "arguments"},
     {"callbacks", "document_attention", "run_data"},
