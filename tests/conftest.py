@@ -71,6 +71,15 @@ def llama(_llama: Any) -> Any:
     return copy.deepcopy(_llama)
 
 
+def set_dropout(model: Any, rate: float = 0.1) -> Any:
+    """Dropout in the attention of a model that is made already: the layers have copied the configuration's rate."""
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    assert layers
+    for module in layers:
+        module.attention_dropout = rate
+    return model
+
+
 def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[dict[str, Any]]:
     tokens = torch.randint(0, VOCAB_SIZE, (count, length), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]

@@ -205,6 +205,8 @@ def test_ranks_together_read_the_plan_and_no_block_twice(
         rows = range(step * layout.rows_per_step, (step + 1) * layout.rows_per_step)
         assert record.all_blocks == [block for row in rows for block in plan.row_blocks(row)]
         assert record.phase == schedule.phase(step)
+        owners = [[layout.owner(int(row)) for row in layout.rows(step, r).ravel()] for r in range(world_size)]
+        assert owners == [[r] * (batch * accumulation) for r in range(world_size)]
         everything += [b for rank in record.blocks for rows in rank for row in rows for b in row]
     assert len(everything) == len(set(everything)) == needed
     assert verify_plan(plan).blocks_read == needed

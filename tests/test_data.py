@@ -237,6 +237,28 @@ def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
         )
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_state_after_a_step_is_known_with_its_last_row_and_leads_on_from_there(rank):
+    """Whatever a loader fetches ahead, and although the rows of the other rank come in between."""
+
+    def make_rows(step=0):
+        stream = datasets.Dataset.from_list([{"input_ids": [i]} for i in range(60)]).to_iterable_dataset()
+        layout = BatchLayout(2, accumulation_steps=2, world_size=2)
+        return StreamedRows(stream, PhaseSchedule(4, 0.5, 2), layout, rank, current_step=lambda: step)
+
+    rows = make_rows()
+    whole, states = [], []
+    for i, row in enumerate(rows, start=1):
+        whole.append(list(row.columns["input_ids"]))
+        if i % 4 == 0:
+            states.append(rows.state(i // 4))
+    assert len(whole) == 16
+    for step, state in enumerate(states, start=1):
+        again = make_rows(step)
+        again.load_state(state)
+        assert [list(row.columns["input_ids"]) for row in again] == whole[4 * step :]
+
+
 def test_the_sampler_starts_where_training_is():
     plan = plan_for_steps(100, PhaseSchedule(10, 0.2, 2), rows_per_step=2, seed=0)
     assert list(EpochSampler(plan, 4, lambda: 0)) == list(range(8))

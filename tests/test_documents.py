@@ -187,9 +187,20 @@ def test_models_that_keep_attention_inside_documents_pass_the_check(model_type):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_models_that_do_not_are_refused(make_args):
-    """A recurrent model mixes positions whatever their numbers; another takes no positions at all."""
-    from transformers import AutoModelForCausalLM, BloomConfig, RecurrentGemmaConfig
+def recurrent_model():
+    """It mixes positions whatever their numbers."""
+    from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
+
+    return AutoModelForCausalLM.from_config(
+        RecurrentGemmaConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, lru_width=16,
+            intermediate_size=32, attention_window_size=16, eos_token_id=EOS, pad_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def test_models_that_do_not_are_refused():
+    from transformers import AutoModelForCausalLM, BloomConfig
 
     with pytest.raises(ValueError, match="takes no position_ids"):
         check_document_attention(
@@ -197,14 +208,8 @@ def test_models_that_do_not_are_refused(make_args):
                 BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2)
             )
         )
-    recurrent = AutoModelForCausalLM.from_config(
-        RecurrentGemmaConfig(
-            vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, lru_width=16,
-            intermediate_size=32, attention_window_size=16,
-        )
-    )  # fmt: skip
     with pytest.raises(ValueError, match="keeps attention inside documents, but RecurrentGemma"):
-        check_document_attention(recurrent)
+        check_document_attention(recurrent_model())
     # A cache hides from Transformers that the row is packed.
     with pytest.raises(ValueError, match="but LlamaForCausalLM with attn_implementation='sdpa'"):
         check_document_attention(make_model("llama", use_cache=True))
@@ -359,4 +364,9 @@ def test_what_cannot_respect_documents_is_refused_before_the_first_step(llama, m
         TSTTrainer(llama, make_args(**respect()), lambda features: features, train_dataset=packed())
     with pytest.raises(ValueError, match="needs superposition, which tst_phase_ratio=0"):
         make_args(**respect(tst_phase_ratio=0))
+    recurrent = recurrent_model()
+    recurrent.register_forward_pre_hook(lambda module, args: steps.append(module.training))
+    with pytest.raises(ValueError, match="keeps attention inside documents, but RecurrentGemma"):
+        TSTTrainer(recurrent, make_args(**respect()), train_dataset=packed()).train()
+    assert steps
     assert True not in steps

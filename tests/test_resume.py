@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, set_dropout
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -112,8 +112,7 @@ def run_in_pieces(model, args, source, stops, make_args):
 @pytest.mark.parametrize("stops", [(1, 2), (2, 3), (3, 4), (6, 9)], ids=str)
 def test_two_resumes_in_a_row_give_the_uninterrupted_run(llama, make_args, tmp_path, source, stops):
     """Within superposition, before and at the switch, at it and right after it, and within recovery."""
-    llama.config.attention_dropout = 0.1
-    other = copy.deepcopy(llama)
+    other = copy.deepcopy(set_dropout(llama))
     common = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     whole, fed = run_in_pieces(llama, make_args(**common), SOURCES[source], (), make_args)
     args = make_args(**common, output_dir=str(tmp_path / "pieces"))
@@ -141,8 +140,7 @@ def test_a_stream_may_be_resumed_again_in_the_same_process(llama, make_args):
 
 
 def test_workers_resume_like_the_main_process(llama, make_args, tmp_path):
-    llama.config.attention_dropout = 0.1
-    other = copy.deepcopy(llama)
+    other = copy.deepcopy(set_dropout(llama))
     common = {"save_strategy": "steps", "save_steps": 1}
     whole, fed = run_in_pieces(llama, make_args(**common), SOURCES["dataset"], (), make_args)
     args = make_args(**common, output_dir=str(tmp_path / "pieces"), dataloader_num_workers=2)

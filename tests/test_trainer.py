@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model
+from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model, set_dropout
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -57,7 +57,7 @@ def weights_equal(one, other):
 @pytest.mark.parametrize("length", [{"max_steps": 7}, {"max_steps": -1, "num_train_epochs": 2}])
 def test_switched_off_it_is_the_plain_trainer_bit_for_bit(llama, make_args, off, length):
     blocks = make_blocks(10)
-    llama.config.attention_dropout = 0.1
+    set_dropout(llama)
     plain_model = copy.deepcopy(llama)
     args = make_args(gradient_accumulation_steps=2, **length, **off)
     trainer = TSTTrainer(llama, args, train_dataset=blocks)
@@ -195,8 +195,7 @@ def test_two_runs_are_the_same_and_another_seed_differs(llama, make_args):
 def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, tmp_path, stop):
     """Before the switch, at it, and after it."""
     blocks = make_blocks(200)
-    resumed_model = copy.deepcopy(llama)
-    llama.config.attention_dropout = resumed_model.config.attention_dropout = 0.1
+    resumed_model = copy.deepcopy(set_dropout(llama))
     whole = TSTTrainer(llama, make_args(save_strategy="steps", save_steps=stop), train_dataset=blocks)
     whole.train()
     checkpoint = Path(whole.args.output_dir) / f"checkpoint-{stop}"
