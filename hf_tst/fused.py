@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .head import LinearHead, UnfusableHeadError, inspect_head, replaced_attribute
+from .head import LinearHead, UnfusableHeadError, inspect_head
 from .linear_loss import linear_multi_hot_cross_entropy
 from .loss import multi_hot_cross_entropy
+from .probing import replaced_attribute
 
 FusedLoss = Literal["auto", "on", "off"]
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
+from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .phases import TSTMode, check_bag_size, check_mode
 
@@ -128,7 +129,11 @@ def _check_model(model: Any) -> None:
         )
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
-    if getattr(config.get_text_config(), "vocab_size_per_layer_input", None):
+    text_config = config.get_text_config()
+    has_per_layer_size = getattr(
+        text_config, "hidden_size_per_layer_input", 1
+    )  # Gemma 4 switches it off with 0
+    if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
         raise ValueError(
             f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
             "embeddings would not give it the whole bag."
@@ -157,6 +162,8 @@ def _is_causal(model: nn.Module) -> bool:
 def _make_input_hook(
     core: Any, bag_size: int, mode: TSTMode
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+
     def feed_averaged_bags(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -176,7 +183,8 @@ def _make_input_hook(
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        kwargs["inputs_embeds"] = average_embeddings(core.get_input_embeddings(), input_ids)
+        averaged = average_embeddings(core.get_input_embeddings(), input_ids)
+        kwargs["inputs_embeds"] = averaged if scale == 1 else averaged * scale
         return (None, *args[1:]) if args else (), kwargs
 
     return feed_averaged_bags

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation"},
-    {"kernels", "loss", "head", "report", "packing", "quickstart"},
+    {"version", "phases", "bags", "permutation", "probing"},
+    {"kernels", "loss", "head", "embedding", "report", "packing", "quickstart"},
     {"linear_loss"},
     {"fused"},
     {"superposition", "collator", "data", "arguments"},
