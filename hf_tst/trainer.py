@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
+from .checkpoints import full_state_dict
 from .collator import DataCollatorForTokenSuperposition
 from .data import (
     DataPlan,
@@ -57,6 +58,7 @@ class TSTTrainer(Trainer):
 
     Overrides:
         - `train`: leaves superposition however training ends.
+        - `save_model`: writes the whole weights where FSDP's checkpoints hold shards.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
@@ -116,6 +118,13 @@ class TSTTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._switch.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
+        weights = None if _internal_call else full_state_dict(self)
+        if weights is not None:
+            self._save(output_dir, state_dict=weights)
+        super().save_model(output_dir, _internal_call)
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.

@@ -50,13 +50,13 @@ TINY_LOGITS: dict[str, dict[str, Any]] = {
     "phi": DENSE,  # bias in the head
 }
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent / "distributed")]
 
 
 def make_model(model_type: str, **overrides: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = CONFIG_MAPPING[model_type](**(TINY | TINY_LOGITS)[model_type], **special | overrides)
+    config = CONFIG_MAPPING[model_type](**((TINY | TINY_LOGITS)[model_type] | special | overrides))
     return AutoModelForCausalLM.from_config(config)
 
 
