@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .probing import StandIn, replaced_module
+from .probing import StandIn, own_class, replaced_module
 
 _POSITIONS = 3
 
@@ -48,7 +48,7 @@ def inputs_embeds_scale(model: Any) -> float:
         return 1.0
     if not torch.allclose(by_ids, scaled, rtol=1e-4, atol=1e-6):
         raise ValueError(
-            f"{type(model).__name__} cannot be fed averaged embeddings: what it does to those it looks up itself, it "
+            f"{own_class(model).__name__} cannot be fed averaged embeddings: what it does to those it looks up itself, it "
             "does not do to `inputs_embeds`."
         )
     return scale

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from .probing import StandIn, replaced_attribute, replaced_module
+from .probing import StandIn, own_class, replaced_attribute, replaced_module
 
 _PROBE_ROWS = 3
 
@@ -58,8 +58,8 @@ def inspect_head(model: Any) -> LinearHead:
         or type(head).forward is not nn.Linear.forward
         or "forward" in vars(head)
     ):
-        raise UnfusableHeadError(f"its head is a {type(head).__name__}, not a plain nn.Linear")
-    is_sharded = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+        raise UnfusableHeadError(f"its head is a {own_class(head).__name__}, not a plain nn.Linear")
+    is_sharded = own_class(head) is not type(head)
     if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
         raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
     if nn.utils.parametrize.is_parametrized(head):

@@ -18,6 +18,7 @@ from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_w
 from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .phases import TSTMode, check_bag_size, check_mode
+from .probing import own_class
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 def _check_model(model: Any) -> None:
-    name = type(model).__name__
+    name = own_class(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
         raise ValueError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
@@ -143,7 +144,7 @@ def _check_model(model: Any) -> None:
 def _is_causal(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    name = type(model).__name__
+    name = own_class(model).__name__
     listed = {
         entry
         for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -154,7 +155,7 @@ def _is_causal(model: nn.Module) -> bool:
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
     sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
-    if hasattr(inspect.getmodule(type(model)), sibling):
+    if hasattr(inspect.getmodule(own_class(model)), sibling):
         return bool(getattr(model.config, "is_decoder", False))
     return True
 

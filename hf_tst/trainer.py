@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import full_state_dict
+from .checkpoints import weights_to_save
 from .collator import DataCollatorForTokenSuperposition
 from .data import (
     DataPlan,
@@ -58,7 +58,7 @@ class TSTTrainer(Trainer):
 
     Overrides:
         - `train`: leaves superposition however training ends.
-        - `save_model`: writes the whole weights where FSDP's checkpoints hold shards.
+        - `save_model`: writes whole weights, each once, where FSDP has sharded them.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
@@ -121,10 +121,13 @@ class TSTTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
-        weights = None if _internal_call else full_state_dict(self)
-        if weights is not None:
-            self._save(output_dir, state_dict=weights)
-        super().save_model(output_dir, _internal_call)
+        weights = None if _internal_call else weights_to_save(self)
+        if weights is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.

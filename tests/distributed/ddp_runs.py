@@ -96,7 +96,9 @@ def run_case(name: str, folder: Path, world_size: int, checkpoints: Path | None 
     checkpoint = None if resume is None or checkpoints is None else str(checkpoints / f"checkpoint-{resume}")
     trainer.train(resume_from_checkpoint=checkpoint)
     if args.process_index == 0:
-        save_file({k: v.clone() for k, v in trainer.model.state_dict().items()}, folder / "weights.safetensors")
+        save_file(
+            {k: v.clone() for k, v in trainer.model.state_dict().items()}, folder / "weights.safetensors"
+        )
     return {
         "world_size": args.world_size,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

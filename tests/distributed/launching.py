@@ -15,7 +15,9 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: str, script: Path, *args: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(
+    launcher: str, script: Path, *args: object, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     """Run `script` on `processes` processes over gloo; the output of all is in `stdout`."""
     count = {"torchrun": f"--nproc-per-node={processes}", "accelerate": f"--num_processes={processes}"}
     command = [sys.executable, "-m", *LAUNCHERS[launcher], count[launcher], str(script), *map(str, args)]

@@ -44,7 +44,9 @@ def test_what_the_cases_are_about_happens(two):
     results = two[1][0]
     assert min(results["clipped"]["grad_norms"]) > 0.05  # so clipping cut
     assert max(results["unequal_targets"]["losses"]) != max(results["llama"]["losses"])
-    assert results["qwen3_moe"]["losses"][0] > results["llama"]["losses"][0] + 0.5  # the auxiliary loss is in it
+    assert (
+        results["qwen3_moe"]["losses"][0] > results["llama"]["losses"][0] + 0.5
+    )  # the auxiliary loss is in it
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
