@@ -102,6 +102,12 @@ class TSTTrainer(Trainer):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
+        if args.fsdp and not self.is_fsdp_enabled and self.accelerator.is_main_process:
+            logger.warning(
+                f"fsdp is asked for, but accelerate runs {self.accelerator.distributed_type.value} on "
+                f"{self.accelerator.device.type}: nothing is sharded, and every process holds the whole model. FSDP needs "
+                "accelerators and `accelerate launch` or `torchrun`."
+            )
         if args.tst_replaces_loss:
             self._check_loss()
         if args.tst_enabled:
