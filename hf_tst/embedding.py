@@ -73,11 +73,8 @@ class _LayerReachedError(Exception):
         self.hidden = hidden
 
 
-class _Barrier(StandIn):
-    """Takes the place of a layer, and ends the forward pass that reaches it."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _LayerReachedError(args[0] if args else kwargs.get("hidden_states"))
+def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _LayerReachedError(args[0] if args else kwargs.get("hidden_states"))
 
 
 def _at_first_layer(model: Any, embedding: nn.Module, embedded: Tensor, by_ids: bool) -> Tensor:
@@ -96,7 +93,10 @@ def _at_first_layer(model: Any, embedding: nn.Module, embedded: Tensor, by_ids: 
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(replaced_module(model, embedding, StandIn(embedding, embedded)))
-        stack.enter_context(replaced_module(model, layer, _Barrier(layer, None)))
+        # A hook and not a stand-in: in a first forward pass Transformers looks for the layers whose outputs it records.
+        # In front of other hooks: FSDP's would gather the layer.
+        handle = layer.register_forward_pre_hook(_end_forward, with_kwargs=True, prepend=True)
+        stack.callback(handle.remove)
         try:
             type(body).forward(body, **inputs, use_cache=False)
         except _LayerReachedError as reached:

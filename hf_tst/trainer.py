@@ -30,6 +30,7 @@ from .data import (
     plan_for_passes,
     plan_for_steps,
 )
+from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .loss import count_target_bags
 from .phases import PhaseSchedule
@@ -63,7 +64,8 @@ class TSTTrainer(Trainer):
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
-        - `log`: phase, raw and latent tokens.
+        - `compute_loss`: counts the load of experts in training.
+        - `log`: phase, raw and latent tokens, load of experts.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
     """
 
@@ -93,6 +95,7 @@ class TSTTrainer(Trainer):
         collator = PhaseCollator(superposition, recovery) if args.tst_enabled else recovery
         self._switch = PhaseSwitchCallback()
         self._meter = TokenMeterCallback()
+        self._expert_load = ExpertLoadMeter()
         super().__init__(model, args, collator, *positional, **kwargs)
         self._recovery_collator = recovery
         self._plan: DataPlan | None = None
@@ -188,6 +191,16 @@ class TSTTrainer(Trainer):
             self._meter.latent_length = inputs["input_ids"].shape[1]
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of a batch; in training, also counts what its routers send to each expert."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and isinstance(outputs, Mapping):
+            mask = inputs.get("attention_mask")
+            self._expert_load.add(outputs.get("router_logits"), experts_per_position(self.model.config), mask)
+        return (loss, outputs) if return_outputs else loss
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
         input_ids = inputs.get("input_ids")
@@ -196,11 +209,13 @@ class TSTTrainer(Trainer):
         return super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase and the raw and latent tokens so far."""
+        """Log `logs`; during training with the phase, the tokens so far and the load of experts."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
+        if "loss" in logs:
+            entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]

@@ -33,6 +33,11 @@ def oracle_loss(logits, labels, *args, **kwargs):
     return sum(losses) / len(losses)
 
 
+def mean_embeddings(model, family):
+    embedded = model.get_input_embeddings()(BAGS.flatten(1)).unflatten(1, BAGS.shape[1:])
+    return embedded.mean(2) * family.embeds_scale
+
+
 def step(model, **inputs):
     model.zero_grad()
     outputs = model(**inputs)
@@ -68,10 +73,7 @@ def fusion(model):
 def test_input_is_the_mean_of_the_embeddings_as_the_first_layer_sees_them(family):
     model = make_family(family).eval()
     with torch.no_grad():
-        mean = (
-            model.get_input_embeddings()(BAGS.flatten(1)).unflatten(1, BAGS.shape[1:]).mean(2)
-            * family.embeds_scale
-        )
+        mean = mean_embeddings(model, family)
         expected = model(inputs_embeds=mean).logits
         constant = BAGS[..., :1].expand_as(BAGS)
         single = model(input_ids=BAGS[..., 0]).logits
@@ -90,20 +92,16 @@ def test_input_is_the_mean_of_the_embeddings_as_the_first_layer_sees_them(family
 
 @by_name(SERVED)
 def test_loss_and_gradients_are_those_of_its_own_logits(family):
-    model = make_family(family).train()
-    mean = (
-        model.get_input_embeddings()(BAGS.flatten(1)).unflatten(1, BAGS.shape[1:]).mean(2)
-        * family.embeds_scale
-    )
-    own_loss = model.loss_function
-    model.loss_function = oracle_loss  # whatever else the family adds to its loss, it adds here
-    expected, gradients = step(model, inputs_embeds=mean, labels=LABELS)
-    model.loss_function = own_loss
+    model, oracle = make_family(family).train(), make_family(family).train()
+    mean = mean_embeddings(oracle, family)
+    oracle.loss_function = oracle_loss  # whatever else the family adds to its loss, it adds here
+    expected, gradients = step(oracle, inputs_embeds=mean, labels=LABELS)
     for choice in ("off", fusion(model)):
         with token_superposition(model, 4, fused_loss=choice):
             outputs, found = step(model, input_ids=BAGS, labels=LABELS)
         torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-5, atol=1e-6)
         assert_same_gradients(found, gradients)
+        assert set(outputs) - {"past_key_values"} == set(expected) - {"past_key_values"}
     assert outputs.logits.shape[-1] == (0 if fusion(model) == "on" else VOCAB_SIZE)
     plain, gradients = step(model, input_ids=TOKENS, labels=TOKENS)
     with fused_next_token_loss(model, fusion(model)):

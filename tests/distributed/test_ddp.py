@@ -35,9 +35,9 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
     torch.testing.assert_close(result["grad_norms"], one["grad_norms"], rtol=1e-4, atol=1e-5)
     weights, expected = (load_file(folder / "weights.safetensors") for folder in (out / name, tmp_path))
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
-    assert [entry["tst_raw_tokens"] for entry in result["logs"]] == [
-        entry["tst_raw_tokens"] for entry in one["logs"]
-    ]
+    for key in ("tst_raw_tokens", "tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused"):
+        assert [entry.get(key) for entry in result["logs"]] == [entry.get(key) for entry in one["logs"]]
+    assert ("tst_expert_load_max" in result["logs"][0]) == ("moe" in name)
 
 
 def test_what_the_cases_are_about_happens(two):
