@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from .head import LinearHead, UnfusableHeadError, inspect_head, replaced_attribute
+from .head import LinearHead, UnfusableHeadError, inspect_head
 from .linear_loss import linear_multi_hot_cross_entropy
 from .loss import multi_hot_cross_entropy
+from .probing import own_class, replaced_attribute
 
 FusedLoss = Literal["auto", "on", "off"]
 
@@ -76,7 +77,7 @@ def check_fusable(model: Any, choice: FusedLoss) -> None:
 def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
     """The head to fuse the loss with, or `None`; says in the log which, and why."""
     found = _find_head(model, choice, next_token)
-    phase, name = "next-token" if next_token else "superposition", type(model).__name__
+    phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     if isinstance(found, LinearHead):
         logger.info(f"The {phase} loss of {name} is fused with its head{_describe(found)}.")
         return found
@@ -96,7 +97,7 @@ def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | 
     except UnfusableHeadError as error:
         if choice == "on":
             raise ValueError(
-                f"tst_fused_loss='on', but {type(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
+                f"tst_fused_loss='on', but {own_class(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
             ) from error
         return str(error)
 

@@ -1,21 +1,22 @@
 """What a causal language model does between its last hidden state and its loss, found out by trying.
 
 Families differ there: most apply a plain linear head, some scale the logits (Cohere, Granite), some cap them
-(Gemma), some do more. Instead of a list of families, the model's own `forward` is run once with the body and the head
+(Gemma), some do more. Instead of a list of families, the model's own `forward` is run with the body and the head
 replaced by stand-ins, on numbers whose fate tells what happens to logits on their way to the loss function.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
+
+from .probing import StandIn, own_class, replaced_attribute, replaced_module
 
 _PROBE_ROWS = 3
 
@@ -57,8 +58,8 @@ def inspect_head(model: Any) -> LinearHead:
         or type(head).forward is not nn.Linear.forward
         or "forward" in vars(head)
     ):
-        raise UnfusableHeadError(f"its head is a {type(head).__name__}, not a plain nn.Linear")
-    is_sharded = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+        raise UnfusableHeadError(f"its head is a {own_class(head).__name__}, not a plain nn.Linear")
+    is_sharded = own_class(head) is not type(head)
     if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
         raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
     if nn.utils.parametrize.is_parametrized(head):
@@ -121,30 +122,16 @@ class _AnyOutput(ModelOutput):
         return self.get(name)
 
 
-class _StandIn(nn.Module):
-    """Takes the place of a module: answers calls with `answer`, and anything else as the module would."""
+class _ProbedLoss:
+    """Takes the place of the loss function: keeps the logits that it is given, and answers with a number."""
 
-    def __init__(self, module: nn.Module, answer: Any) -> None:
-        super().__init__()
-        object.__setattr__(self, "module", module)
-        self.answer = answer
-        self.calls: list[Any] = []
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self.answer = torch.tensor(7.0)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(args[0] if args else None)
-        return self.answer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "module"), name)
-
-
-class _LossReached(Exception):  # noqa: N818  (not an error: it ends the trial)
-    def __init__(self, logits: Tensor) -> None:
+    def __call__(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.logits = logits
-
-
-def _reach_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    raise _LossReached(logits)
+        return self.answer.to(logits.device)
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
@@ -153,60 +140,29 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     hidden = torch.zeros(1, _PROBE_ROWS, head.in_features, device=device, dtype=head.weight.dtype)
     ids = torch.zeros(1, _PROBE_ROWS, dtype=torch.long, device=device)
     options = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
-    stand_in = _StandIn(head, returned.to(device))
+    stand_in, loss = StandIn(head, returned.to(device)), _ProbedLoss()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(replaced_attribute(model, "_loss_function", _reach_loss))
-        stack.enter_context(_replaced_module(model, head, stand_in))
+        stack.enter_context(replaced_attribute(model, "_loss_function", loss))
+        stack.enter_context(replaced_module(model, head, stand_in))
         if model.base_model is not model:
-            body = _StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
-            stack.enter_context(_replaced_module(model, model.base_model, body))
+            body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
+            stack.enter_context(replaced_module(model, model.base_model, body))
         try:
-            type(model).forward(model, input_ids=ids, labels=ids, **options)
-        except _LossReached as reached:
-            logits = reached.logits
+            outputs = type(model).forward(model, input_ids=ids, labels=ids, **options)
         except Exception as error:  # whatever a family does with what the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
             ) from error
-        else:
-            raise UnfusableHeadError("its forward does not call loss_function")
+    if loss.logits is None:
+        raise UnfusableHeadError("its forward does not call loss_function")
     if len(stand_in.calls) != 1 or getattr(stand_in.calls[0], "shape", None) != hidden.shape:
         raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
-    return logits
-
-
-@contextmanager
-def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Context in which the instance `owner` has its own attribute `name`; afterwards it is as it was before."""
-    attributes = vars(owner)
-    had_own = name in attributes
-    own = attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if had_own:
-            attributes[name] = own
-        else:
-            attributes.pop(name, None)
-
-
-@contextmanager
-def _replaced_module(root: nn.Module, module: nn.Module, stand_in: nn.Module) -> Iterator[None]:
-    """Context in which `stand_in` has the place of `module`, wherever that is inside `root`."""
-    places = [
-        (parent, name)
-        for parent in root.modules()
-        for name, child in parent._modules.items()
-        if child is module
-    ]
-    for parent, name in places:
-        parent._modules[name] = stand_in
-    try:
-        yield
-    finally:
-        for parent, name in places:
-            parent._modules[name] = module
+    total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    if not isinstance(total, Tensor) or total.item() != loss.answer.item():
+        raise UnfusableHeadError(
+            "its forward adds something to what loss_function returns, such as a z-loss of the logits"
+        )
+    return loss.logits

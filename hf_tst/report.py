@@ -12,7 +12,11 @@ LogHistory = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """One phase of a run. Losses in nats: a bag's mean cross entropy in superposition, next-token in recovery."""
+    """One phase of a run. Losses in nats: a bag's mean cross entropy in superposition, next-token in recovery.
+
+    The load of experts is the smallest and the largest of one logged interval, 1 being balance; see
+    [`ExpertLoadMeter`]. The last of superposition and the first of recovery lie on the two sides of the switch.
+    """
 
     phase: str
     first_step: int
@@ -22,6 +26,8 @@ class PhaseSummary:
     first_loss: float
     last_loss: float
     eval_loss: float | None
+    first_expert_load: tuple[float, float] | None = None
+    last_expert_load: tuple[float, float] | None = None
 
 
 def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
@@ -45,14 +51,22 @@ def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
                 first_loss=losses[0]["loss"],
                 last_loss=last["loss"],
                 eval_loss=evals[-1] if evals else None,
+                first_expert_load=_expert_load(losses[0]),
+                last_expert_load=_expert_load(last),
             )
         )
         done_step, done_raw, done_latent = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
     return summaries
 
 
+def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
+    if "tst_expert_load_max" not in entry:
+        return None
+    return entry["tst_expert_load_min"], entry["tst_expert_load_max"]
+
+
 def format_phases(summaries: Sequence[PhaseSummary]) -> str:
-    """The summaries as a table of text."""
+    """The summaries as a table of text; the load of experts, smallest and largest, where it was logged."""
     lines = _phase_rows(summaries)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
@@ -68,8 +82,16 @@ def format_phases_markdown(summaries: Sequence[PhaseSummary]) -> str:
 
 
 def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
-    header = ("phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss")
-    rows = [
+    header: tuple[str, ...] = (
+        "phase",
+        "steps",
+        "raw tokens",
+        "latent tokens",
+        "loss first",
+        "loss last",
+        "eval loss",
+    )
+    rows: list[tuple[str, ...]] = [
         (
             summary.phase,
             f"{summary.first_step}-{summary.last_step}",
@@ -81,7 +103,15 @@ def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
         )
         for summary in summaries
     ]
+    if any(summary.first_expert_load for summary in summaries):
+        header += ("expert load first", "expert load last")
+        loads = [(summary.first_expert_load, summary.last_expert_load) for summary in summaries]
+        rows = [row + tuple(map(_format_load, load)) for row, load in zip(rows, loads, strict=True)]
     return [header, *rows]
+
+
+def _format_load(load: tuple[float, float] | None) -> str:
+    return "-" if load is None else f"{load[0]:.2f}-{load[1]:.2f}"
 
 
 def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int | None = None) -> Path:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
+from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .phases import TSTMode, check_bag_size, check_mode
+from .probing import own_class
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 def _check_model(model: Any) -> None:
-    name = type(model).__name__
+    name = own_class(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
         raise ValueError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
@@ -136,7 +138,11 @@ def _check_model(model: Any) -> None:
         )
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
-    if getattr(config.get_text_config(), "vocab_size_per_layer_input", None):
+    text_config = config.get_text_config()
+    has_per_layer_size = getattr(
+        text_config, "hidden_size_per_layer_input", 1
+    )  # Gemma 4 switches it off with 0
+    if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
         raise ValueError(
             f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
             "embeddings would not give it the whole bag."
@@ -146,7 +152,7 @@ def _check_model(model: Any) -> None:
 def _is_causal(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    name = type(model).__name__
+    name = own_class(model).__name__
     listed = {
         entry
         for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -157,7 +163,7 @@ def _is_causal(model: nn.Module) -> bool:
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
     sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
-    if hasattr(inspect.getmodule(type(model)), sibling):
+    if hasattr(inspect.getmodule(own_class(model)), sibling):
         return bool(getattr(model.config, "is_decoder", False))
     return True
 
@@ -166,6 +172,7 @@ def _make_input_hook(
     core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
     empty = -100 if document_boundaries == "respect" else None
+    scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
 
     def feed_averaged_bags(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,7 +193,8 @@ def _make_input_hook(
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        kwargs["inputs_embeds"] = average_embeddings(core.get_input_embeddings(), input_ids, empty)
+        averaged = average_embeddings(core.get_input_embeddings(), input_ids, empty)
+        kwargs["inputs_embeds"] = averaged if scale == 1 else averaged * scale
         return (None, *args[1:]) if args else (), kwargs
 
     return feed_averaged_bags

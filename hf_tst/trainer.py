@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import SaveStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
+from .checkpoints import last_complete_checkpoint, weights_to_save
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
+from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
@@ -56,11 +58,12 @@ class TSTTrainer(Trainer):
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
-        - `save_model`: writes `data_position.json` into checkpoints.
+        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` in checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
-        - `log`: phase, raw and latent tokens.
+        - `compute_loss`: counts the load of experts in training.
+        - `log`: phase, raw and latent tokens, load of experts.
         - `init_hf_repo`, `push_to_hub`: errors of the Hub as one sentence, the earliest before training.
         - `create_model_card`: a card with the phases, from the record of the run.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
@@ -91,6 +94,7 @@ class TSTTrainer(Trainer):
         self._switch = PhaseSwitchCallback()
         self._meter = TokenMeterCallback()
         self._data: RunData | None = None
+        self._expert_load = ExpertLoadMeter()
         self._checkpoint: str | None = None
         self._restore_random_state = False
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
@@ -108,6 +112,12 @@ class TSTTrainer(Trainer):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
+        if args.fsdp and not self.is_fsdp_enabled and self.accelerator.is_main_process:
+            logger.warning(
+                f"fsdp is asked for, but accelerate runs {self.accelerator.distributed_type.value} on "
+                f"{self.accelerator.device.type}: nothing is sharded, and every process holds the whole model. FSDP needs "
+                "accelerators and `accelerate launch` or `torchrun`."
+            )
         if args.tst_replaces_loss:
             self._check_loss()
         if args.tst_enabled:
@@ -127,7 +137,7 @@ class TSTTrainer(Trainer):
             ValueError: If the checkpoint was trained on other data positions than the arguments and the data give.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         self._restore_random_state = False
         try:
@@ -182,7 +192,16 @@ class TSTTrainer(Trainer):
         return samples
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; in a checkpoint of training, also which data it has been trained on."""
+        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP.
+
+        In a checkpoint of training it also writes which data the model has been trained on.
+        """
+        weights = None if _internal_call else weights_to_save(self)
+        if weights is not None:
+            self._save(output_dir, state_dict=weights)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
             self._gather_left_out()
@@ -209,6 +228,16 @@ class TSTTrainer(Trainer):
             self._meter.latent_length = inputs["input_ids"].shape[1]
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of a batch; in training, also counts what its routers send to each expert."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and isinstance(outputs, Mapping):
+            mask = inputs.get("attention_mask")
+            self._expert_load.add(outputs.get("router_logits"), experts_per_position(self.model.config), mask)
+        return (loss, outputs) if return_outputs else loss
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
         input_ids = inputs.get("input_ids")
@@ -217,12 +246,14 @@ class TSTTrainer(Trainer):
         return super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase and the raw and latent tokens so far."""
+        """Log `logs`; during training with the phase, the tokens so far and the load of experts."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
         self._gather_left_out()
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
+        if "loss" in logs:
+            entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]

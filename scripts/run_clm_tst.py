@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, field, fields
 from logging import INFO, basicConfig, getLogger
@@ -32,10 +31,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst.checkpoints import last_complete_checkpoint
 from hf_tst.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, train_tokenizer
 from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
@@ -361,7 +360,7 @@ def main(argv: list[str] | None = None) -> TSTTrainer:
     )
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        resume = last_complete_checkpoint(args.output_dir)
         if resume is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     result = trainer.train(resume_from_checkpoint=resume)

@@ -51,7 +51,7 @@ TINY_LOGITS: dict[str, dict[str, Any]] = {
     "phi": DENSE,  # bias in the head
 }
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent / "distributed")]
 
 
 def make_model(model_type: str, **overrides: Any) -> Any:

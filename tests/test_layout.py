@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation", "documents"},
+    {"version", "phases", "bags", "permutation", "documents", "probing", "checkpoints", "expert_load"},
     {
         "kernels",
         "loss",
         "head",
+        "embedding",
         "hub",
         "report",
         "packing",

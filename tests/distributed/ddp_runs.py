@@ -1,0 +1,125 @@
+"""Runs of TSTTrainer that give the same result on one process and on two; started by `test_ddp.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_blocks, make_model
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_tst import TSTTrainer, TSTTrainingArguments
+
+STEPS, SWITCH = 8, 3
+ROWS = 2  # a micro-batch
+AUX = {"router_aux_loss_coef": 0.5}
+# What a case asks of two processes; one process does the same with twice the accumulation.
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3_moe": {"model": ("qwen3_moe", AUX)},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "accumulation_moe": {"model": ("qwen3_moe", AUX), "gradient_accumulation_steps": 2},
+    "clipped": {"max_grad_norm": 0.05},
+    "unequal_targets": {"unequal": True},
+    "fused_off": {"tst_fused_loss": "off"},
+    "tokens_of_a_rank": {"average_tokens_across_devices": False},
+    "tokens_of_a_rank_unequal": {"average_tokens_across_devices": False, "unequal": True},
+    "resumed_in_superposition": {"resume": 2},
+    "resumed_at_the_switch": {"resume": 3},
+    "resumed_in_recovery": {"resume": 6},
+}
+
+
+class Record(TrainerCallback):
+    """Notes for each forward pass in training the optimizer step and the dimensions of the ids."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, int]] = []
+        self.first_batch: dict[str, Any] | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            if module.training:
+                self.passes.append((state.global_step, kwargs["input_ids"].dim()))
+                if self.first_batch is None:
+                    self.first_batch = {k: kwargs[k].tolist() for k in ("input_ids", "labels")}
+
+        model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+
+
+def make_data(unequal: bool) -> list[dict[str, Any]]:
+    blocks = make_blocks(200)
+    for i, block in enumerate(blocks if unequal else []):
+        hidden = i % 7
+        block["labels"] = [-100] * hidden + block["labels"][hidden:]
+    return blocks
+
+
+def run_case(name: str, folder: Path, world_size: int, checkpoints: Path | None = None) -> dict[str, Any]:
+    """Train, write the weights to `folder`, and return what was logged and seen.
+
+    Args:
+        name: A key of `CASES`.
+        folder: Where to write.
+        world_size: Processes that train together, of two the batch is cut for.
+        checkpoints: Folder with `checkpoint-<step>`, for the cases that resume.
+    """
+    options = dict(CASES[name])
+    model_type, overrides = options.pop("model", ("llama", {}))
+    resume, unequal = options.pop("resume", None), options.pop("unequal", False)
+    accumulation = options.pop("gradient_accumulation_steps", 1) * 2 // world_size
+    args = TSTTrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=STEPS,
+        tst_phase_ratio=SWITCH / STEPS,
+        tst_bag_size=4,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,  # otherwise Adam makes steps out of the rounding of gradients that are 0
+        logging_steps=1,
+        save_strategy="steps" if name == "llama" else "no",
+        save_steps=2,
+        tst_save_at_switch=name == "llama",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    record = Record()
+    model = make_model(model_type, **overrides)
+    trainer = TSTTrainer(model, args, train_dataset=make_data(unequal), callbacks=[record])
+    checkpoint = None if resume is None or checkpoints is None else str(checkpoints / f"checkpoint-{resume}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if args.process_index == 0:
+        save_file(
+            {k: v.clone() for k, v in trainer.model.state_dict().items()}, folder / "weights.safetensors"
+        )
+    return {
+        "world_size": args.world_size,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry],
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "passes": record.passes,
+        "first_batch": record.first_batch,
+    }
+
+
+def main(out: Path) -> None:
+    results = {}
+    torch.set_num_threads(1)
+    for name in CASES:
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        results[name] = run_case(name, folder, world_size=2, checkpoints=out / "llama" / "run")
+        torch.distributed.barrier()
+    rank = torch.distributed.get_rank()
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

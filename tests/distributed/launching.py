@@ -1,0 +1,39 @@
+"""Starting a script on two processes, as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+LAUNCHERS = {
+    # The rendezvous finds a free port by itself.
+    "torchrun": ["torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"],
+    # With --cpu accelerate starts a single process; with --multi_gpu it starts all, which then use the CPU.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"],
+}
+
+
+def launch(
+    launcher: str, script: Path, *args: object, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Run `script` on `processes` processes over gloo; the output of all is in `stdout`."""
+    count = {"torchrun": f"--nproc-per-node={processes}", "accelerate": f"--num_processes={processes}"}
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], count[launcher], str(script), *map(str, args)]
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )

@@ -1,0 +1,80 @@
+"""TSTTrainer on two processes (DDP over gloo) against one process at the same global batch."""
+
+import json
+from pathlib import Path
+
+import ddp_runs
+import pytest
+import torch
+from conftest import make_model
+from ddp_runs import CASES, STEPS, SWITCH, run_case
+from launching import launch
+from safetensors.torch import load_file
+
+from hf_tst import token_superposition
+
+# Cases whose batch two processes average in another way than one does; they are checked by hand below.
+BY_HAND = {"tokens_of_a_rank_unequal"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    done = launch("torchrun", Path(ddp_runs.__file__), out)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - BY_HAND))
+def test_two_processes_train_as_one_does(two, tmp_path, name):
+    out, ranks = two
+    one = run_case(name, tmp_path, world_size=1, checkpoints=out / "llama" / "run")
+    result = ranks[0][name]
+    assert (one["world_size"], result["world_size"]) == (1, 2)
+    torch.testing.assert_close(result["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["grad_norms"], one["grad_norms"], rtol=1e-4, atol=1e-5)
+    weights, expected = (load_file(folder / "weights.safetensors") for folder in (out / name, tmp_path))
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    for key in ("tst_raw_tokens", "tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused"):
+        assert [entry.get(key) for entry in result["logs"]] == [entry.get(key) for entry in one["logs"]]
+    assert ("tst_expert_load_max" in result["logs"][0]) == ("moe" in name)
+
+
+def test_what_the_cases_are_about_happens(two):
+    results = two[1][0]
+    assert min(results["clipped"]["grad_norms"]) > 0.05  # so clipping cut
+    assert max(results["unequal_targets"]["losses"]) != max(results["llama"]["losses"])
+    assert (
+        results["qwen3_moe"]["losses"][0] > results["llama"]["losses"][0] + 0.5
+    )  # the auxiliary loss is in it
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_all_ranks_switch_at_the_same_step(two, name):
+    start = CASES[name].get("resume", 0)
+    micro_batches = CASES[name].get("gradient_accumulation_steps", 1)
+    expected = [
+        [step, 3 if step < SWITCH else 2] for step in range(start, STEPS) for _ in range(micro_batches)
+    ]
+    for results in two[1]:
+        assert results[name]["passes"] == expected
+
+
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_a_resumed_run_is_the_uninterrupted_run(two, step):
+    out, (results, _) = two
+    name = {2: "resumed_in_superposition", 3: "resumed_at_the_switch", 6: "resumed_in_recovery"}[step]
+    assert results[name]["losses"] == results["llama"]["losses"]
+    resumed, whole = (load_file(out / case / "weights.safetensors") for case in (name, "llama"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_ranks_with_unequal_targets_can_be_averaged_without_counting_across(two):
+    name = "tokens_of_a_rank_unequal"
+    model, losses = make_model("llama"), []
+    for results in two[1]:
+        batch = {key: torch.tensor(value) for key, value in results[name]["first_batch"].items()}
+        with token_superposition(model, 4):
+            losses.append(model(**batch).loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-4
+    assert two[1][0][name]["losses"][0] == pytest.approx(sum(losses) / 2, abs=2e-5)

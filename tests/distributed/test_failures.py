@@ -1,0 +1,68 @@
+"""What goes wrong on several processes is seen: a rank that dies, FSDP that accelerate did not turn on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_blocks, make_model
+from launching import TESTS, launch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_tst import TSTTrainer
+from hf_tst.checkpoints import last_complete_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("launcher", "when", "left", "warnings"),
+    [
+        ("accelerate", "after a step", ["checkpoint-2"], 1),
+        ("torchrun", "while saving", ["checkpoint-2", "checkpoint-4"], 0),
+    ],
+)
+def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when, left, warnings):
+    done = launch(launcher, TESTS / "distributed" / "dying_run.py", tmp_path / "run", when)
+    assert done.returncode != 0
+    assert "Traceback" in done.stdout or "exitcode" in done.stdout
+    assert done.stdout.count("fsdp is asked for, but accelerate runs MULTI_CPU on cpu") == warnings
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == left
+    checkpoint = last_complete_checkpoint(tmp_path / "run")
+    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one is passed over
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    args = make_args(max_steps=8, tst_phase_ratio=0.25, gradient_accumulation_steps=2)
+    resumed = TSTTrainer(make_model("llama"), args, train_dataset=make_blocks(200))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 8
+
+
+def test_the_last_complete_checkpoint(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+    states = {5: '{"global_step": 5}', 20: '{"global_step": 20}', 30: '{"global_step": 2', 40: None, 50: "[]"}
+    for step, state in states.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_a_sharded_model_is_saved_whole_and_its_checkpoints_are_left_to_trainer(
+    make_args, tmp_path, monkeypatch, kind
+):
+    """The branch that accelerate reaches on accelerators only; `tests/gpu` has the real thing."""
+    model = make_model("llama", tie_word_embeddings=True)
+    trainer = TSTTrainer(model, make_args(), train_dataset=make_blocks(200))
+    gathered = {name: weight.clone() for name, weight in model.state_dict().items()}  # no two share memory
+    assert "lm_head.weight" in gathered
+    plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=2)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+    monkeypatch.setattr(trainer.accelerator, "get_state_dict", lambda _: dict(gathered))
+    trainer.save_model(tmp_path / "final")
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    assert set(saved) == set(gathered) - {"lm_head.weight"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert all(torch.equal(weight, gathered[name]) for name, weight in loaded.state_dict().items())
+    trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists() == (kind == "FULL_STATE_DICT")
