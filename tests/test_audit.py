@@ -126,8 +126,10 @@ def launch(folder, processes, **options):
 
 @pytest.mark.slow
 def test_two_processes_read_the_global_batches_of_one(tmp_path):
-    one = launch(tmp_path / "one", 1, per_device_train_batch_size=2, gradient_accumulation_steps=2)[0]
-    two = launch(tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    # Adam would make differences of rounding in small gradients as large as any other.
+    options = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
+    one = launch(tmp_path / "one", 1, per_device_train_batch_size=2, **options)[0]
+    two = launch(tmp_path / "two", 2, per_device_train_batch_size=1, **options)
     args = TSTTrainingArguments(
         output_dir="x",
         max_steps=10,
@@ -143,7 +145,7 @@ def test_two_processes_read_the_global_batches_of_one(tmp_path):
         assert record.all_blocks == [b for rows in micro_batches for row in rows for b in row]
     np.testing.assert_allclose(two[0]["losses"], one["losses"], rtol=1e-5)
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-4, atol=1e-6)
         assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
 
 
