@@ -11,10 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from .report import format_phases_markdown, plot_loss_curve, summarize_phases
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+logger = logging.get_logger(__name__)
 
 CURVE_FILE = "loss_curve.png"
 # A card with this tag was written by a trainer, and may be written anew.
@@ -178,8 +182,50 @@ def make_model_card(
     )
 
 
-def find_base_model(model: Any) -> str | None:
-    """Hub id of the model that training started from; `None` if it was made from a configuration or a local folder."""
+def write_card_of_trainer(
+    trainer: Any,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | Sequence[str] | None = None,
+) -> None:
+    """Write the card of a [`TSTTrainer`]'s run into its output folder.
+
+    Arguments as for [`write_model_card`]; the name is that of the output folder by default, and the base model the one
+    that the model was loaded from.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_adapter = hasattr(model, "peft_config")
+    written = write_model_card(
+        output_dir,
+        RunRecord.from_trainer(trainer),
+        repo_id=repo_id or output_dir.absolute().name,
+        library_name="peft" if is_adapter else "transformers",
+        base_model=base_model or _loaded_from(model),
+        datasets=_listed(datasets),
+        language=language,
+        license=license,
+        tags=_listed(tags),
+    )
+    if written is None:
+        logger.warning(
+            f"{output_dir / 'README.md'} is a card of your own and stays as it is: move it away to have one written "
+            "from the run."
+        )
+    elif is_adapter:
+        model.create_or_update_model_card(str(output_dir))
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _loaded_from(model: Any) -> str | None:
+    """Hub id that the model was loaded from; `None` if it was made from a configuration or a local folder."""
     name = getattr(model.config, "_name_or_path", None)
     return name if name and not Path(name).exists() else None
 

@@ -26,7 +26,7 @@ from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
-from .model_card import RunRecord, find_base_model, write_model_card
+from .model_card import write_card_of_trainer
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
@@ -300,28 +300,16 @@ class TSTTrainer(Trainer):
         Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
         results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
         """
-        if not self.is_world_process_zero():
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        is_adapter = hasattr(model, "peft_config")
-        written = write_model_card(
-            self.args.output_dir,
-            RunRecord.from_trainer(self),
-            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
-            library_name="peft" if is_adapter else "transformers",
-            base_model=finetuned_from or find_base_model(model),
-            datasets=[dataset] if isinstance(dataset, str) else dataset or (),
-            language=language,
-            license=license,
-            tags=[tags] if isinstance(tags, str) else tags or (),
-        )
-        if written is None:
-            logger.warning(
-                f"{self.args.output_dir}/README.md is a card of your own and stays as it is: move it away to have one "
-                "written from the run."
+        if self.is_world_process_zero():
+            write_card_of_trainer(
+                self,
+                repo_id=self.hub_model_id or model_name,
+                base_model=finetuned_from,
+                datasets=dataset,
+                language=language,
+                license=license,
+                tags=tags,
             )
-        elif is_adapter:
-            model.create_or_update_model_card(self.args.output_dir)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         batches = kwargs["steps_trained_in_current_epoch"]
