@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
@@ -35,9 +36,10 @@ from transformers.utils import logging
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.checkpoints import last_complete_checkpoint
+from hf_tst.hub import HubError
 from hf_tst.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, train_tokenizer
-from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
+from hf_tst.report import format_phases, summarize_phases
 from hf_tst.text_files import load_text_file
 
 logger = logging.get_logger("run_clm_tst")
@@ -317,10 +319,10 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
     if switch and (output / f"checkpoint-{switch}").is_dir():
         print(f"at switch   {output / f'checkpoint-{switch}'}")
-    try:
-        print(f"loss curve  {plot_loss_curve(history, output / 'loss_curve.png', switch)}")
-    except ImportError:
-        print("loss curve  not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'")
+    print(f"card        {output / 'README.md'}")
+    curve = output / "loss_curve.png"
+    missing = "not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'"
+    print(f"loss curve  {curve if curve.is_file() else missing}")
 
 
 def main(argv: list[str] | None = None) -> TSTTrainer:
@@ -364,12 +366,14 @@ def main(argv: list[str] | None = None) -> TSTTrainer:
         if resume is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
+        trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     final_eval = trainer.evaluate() if eval_blocks is not None else None
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()
+    trainer.create_model_card(dataset=data_args.dataset_name)
     if trainer.is_world_process_zero():
         print_summary(trainer, final_eval)
     if args.push_to_hub:

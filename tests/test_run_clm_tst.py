@@ -68,6 +68,7 @@ def test_without_data_it_trains_on_the_standard_library(tmp_path):
     assert "recovery       2-7" in result.stdout
     assert "final evaluation loss" in result.stdout
     assert (output / "loss_curve.png").is_file()
+    assert "first 2 of 8 optimizer steps" in (output / "README.md").read_text()
     assert (output / "checkpoint-2" / "model.safetensors").is_file()
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)

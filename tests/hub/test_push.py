@@ -171,3 +171,31 @@ def test_a_fault_during_training_does_not_stop_it(hub, push):
     assert fault.seen == 1
     assert result == {"step": 6, "saved": True}
     assert set(hub.files("someone/mine")) >= ORDINARY
+
+
+def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hub, environment, tmp_path):
+    from hf_tst.quickstart import train_tokenizer
+
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(300)]
+    train_tokenizer(texts, 400).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    sizes = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,max_position_embeddings=32"
+    flags = (
+        "--train_file corpus.txt --tokenizer_name tokenizer --model_type llama --block_size 16 --max_steps 4 "
+        "--per_device_train_batch_size 2 --logging_steps 1 --report_to none --disable_tqdm True --use_cpu --push_to_hub --output_dir out "
+        f"--config_overrides {sizes}"
+    )
+    hub.fail("/commit/", "500", times=1000)
+    script = CLIENT.parents[2] / "scripts" / "run_clm_tst.py"
+    result = subprocess.run(
+        [sys.executable, str(script), *flags.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "recovery       1-3" in result.stdout
+    assert "final evaluation loss" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("run_clm_tst.py: Pushing out failed")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
