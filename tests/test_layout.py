@@ -26,7 +26,8 @@ LAYERS = [
     {"fused", "stream"},
     {"superposition", "collator", "arguments"},
     {"callbacks", "document_attention", "run_data"},
-    {"trainer", "audit"},
+    {"trainer", "audit", "pretrain_arguments"},
+    {"pretrain"},
 ]
 
 
