@@ -146,7 +146,7 @@ def test_models_that_cannot_be_fused_say_why(llama):
     class Offset(type(llama)):
         def forward(self, *args, labels=None, **kwargs):
             outputs = super().forward(*args, **kwargs)
-            outputs.loss = self.loss_function(outputs.logits + 1, labels, self.vocab_size)
+            outputs.loss = self.loss_function(outputs.logits + 1, labels, self.vocab_size, **kwargs)
             return outputs
 
     shifted = copy.deepcopy(llama)

@@ -46,6 +46,19 @@ def shard_head_and_embedding(model: Any) -> None:
     shard_head(model)
 
 
+def shard_as_accelerate_does(model: Any) -> None:
+    """Embedding, layers, and a group of final norm and head, which is left gathered; tied weights in one group."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    tail = [model.model.norm, model.lm_head]
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        tail.insert(1, model.model.embed_tokens)
+    else:
+        fully_shard(model.model.embed_tokens)
+    fully_shard(tail, reshard_after_forward=False)
+    fully_shard(model)
+
+
 def shard_gpt2(model: Any) -> None:
     for layer in model.transformer.h:
         fully_shard(layer)
@@ -58,6 +71,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Any], None], str]] = {
     "layers": ("llama", {}, shard_layers, "on"),
     "head": ("llama", {}, shard_head, "on"),
     "head_and_embedding": ("llama", {}, shard_head_and_embedding, "on"),
+    "accelerate": ("llama", {}, shard_as_accelerate_does, "on"),
+    "accelerate_tied": ("llama", {"tie_word_embeddings": True}, shard_as_accelerate_does, "on"),
+    "accelerate_moe": ("qwen3_moe", {"router_aux_loss_coef": 0.5}, shard_as_accelerate_does, "on"),
     "unfused": ("llama", {}, shard_head, "off"),
     "tied": ("llama", {"tie_word_embeddings": True}, shard_layers, "on"),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, shard_gpt2, "on"),
