@@ -1,7 +1,7 @@
 """The model's loss, fused with its head: in training, the logits of a whole batch never exist.
 
 Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head
-computes the loss itself in training, in its one call in a forward pass, where FSDP and DeepSpeed have its weight whole.
+computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole.
 In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
 between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
 (see [`inspect_head`]).

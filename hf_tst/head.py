@@ -65,6 +65,10 @@ def inspect_head(model: Any) -> LinearHead:
         raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
     if nn.utils.parametrize.is_parametrized(head):
         raise UnfusableHeadError("the weight of its head is parametrized")
+    if hasattr(head.weight, "ds_id"):
+        raise UnfusableHeadError(
+            "its weight is partitioned by DeepSpeed ZeRO-3, with which fusing has not been tried"
+        )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise UnfusableHeadError("its head is split by tensor parallelism")
     probe = _probe_values(head.out_features)

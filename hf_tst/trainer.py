@@ -18,7 +18,6 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import weights_to_save
 from .collator import DataCollatorForTokenSuperposition
 from .data import (
     DataPlan,
@@ -34,6 +33,7 @@ from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .loss import count_target_bags
 from .phases import PhaseSchedule
+from .sharding import warn_of_missing_fsdp, weights_to_save
 from .superposition import find_language_model
 
 logger = logging.get_logger(__name__)
@@ -105,12 +105,7 @@ class TSTTrainer(Trainer):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
-        if args.fsdp and not self.is_fsdp_enabled and self.accelerator.is_main_process:
-            logger.warning(
-                f"fsdp is asked for, but accelerate runs {self.accelerator.distributed_type.value} on "
-                f"{self.accelerator.device.type}: nothing is sharded, and every process holds the whole model. FSDP needs "
-                "accelerators and `accelerate launch` or `torchrun`."
-            )
+        warn_of_missing_fsdp(self)
         if args.tst_replaces_loss:
             self._check_loss()
         if args.tst_enabled:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation", "probing", "checkpoints", "expert_load"},
+    {"version", "phases", "bags", "permutation", "probing", "checkpoints", "sharding", "expert_load"},
     {"kernels", "loss", "head", "embedding", "report", "packing", "quickstart"},
     {"linear_loss"},
     {"fused"},

@@ -15,12 +15,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import VOCAB_SIZE, make_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags import fold_into_bags, next_bag_labels
-from hf_tst.checkpoints import full_state_dict
 from hf_tst.loss import count_target_bags
+from hf_tst.sharding import full_state_dict
 
 STEPS, SWITCH, BAG_SIZE, LENGTH = 6, 3, 4, 8
 CLIP = 0.5
@@ -181,11 +181,22 @@ def resume(out: Path, rank: int) -> dict[str, Any]:
     return {"losses": losses}
 
 
+def ratio_of_divisors(fused: str) -> float:
+    """Loss divided by 257 over a 257th of the loss, with a policy that casts what the model is given to bfloat16."""
+    model = make("root")
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    rows = batch(0, slice(None))
+    with token_superposition(model, BAG_SIZE, fused_loss=fused):
+        one, many = (model(**rows, num_items_in_batch=torch.tensor(n)).loss.item() for n in (1.0, 257.0))
+    return many * 257 / one
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    results = {name: run_case(name, out, rank) for name in CASES}
+    results: dict[str, Any] = {name: run_case(name, out, rank) for name in CASES}
+    results["divisors"] = [ratio_of_divisors(fused) for fused in ("on", "off")]
     results["resumed"] = resume(out, rank)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
