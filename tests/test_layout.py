@@ -11,7 +11,7 @@ LAYERS = [
     {"version", "phases", "bags", "permutation", "probing", "checkpoints", "sharding", "expert_load"},
     {"kernels", "loss", "head", "embedding", "report", "packing", "quickstart"},
     {"linear_loss"},
-    {"fused"},
+    {"fused", "plan"},
     {"superposition", "collator", "data", "arguments"},
     {"callbacks"},
     {"trainer"},
