@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .bags import OffsetWeighting, resolve_weighting
+from .documents import DocumentBoundaries, check_document_boundaries
 from .fused import FusedLoss, check_fused_loss
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 
@@ -32,6 +33,11 @@ class TSTTrainingArguments(TrainingArguments):
         tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head in training, so that the logits
             of a batch never exist: `"auto"` in both phases of a run with superposition, where the model allows it;
             `"on"` also in plain training, and an error where the model does not; `"off"` never.
+        tst_document_boundaries (`str`, defaults to `"ignore"`): `"respect"` ends bags, and their targets, where
+            documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of
+            training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
+        tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
+            not what the checkpoint was trained with.
 
     Raises:
         ValueError: If a field is out of range, or another argument cannot go with superposition.
@@ -78,6 +84,20 @@ class TSTTrainingArguments(TrainingArguments):
         },
     )
 
+    tst_document_boundaries: DocumentBoundaries = field(
+        default="ignore",
+        metadata={
+            "help": "respect: bags, targets, positions and attention stay inside documents; ignore: they go across."
+        },
+    )
+
+    tst_allow_data_change: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the data or its order has changed, and accept that data is read twice or never."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_phase_ratio(self.tst_phase_ratio)
@@ -85,6 +105,13 @@ class TSTTrainingArguments(TrainingArguments):
         check_mode(self.tst_mode)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting)
         check_fused_loss(self.tst_fused_loss)
+        check_document_boundaries(self.tst_document_boundaries)
+        if self.tst_document_boundaries == "respect" and not self.tst_enabled:
+            raise ValueError(
+                "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="
+                f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
+                "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
+            )
         if self.tst_enabled:
             self._check_order_of_rows()
         if self.tst_replaces_loss:

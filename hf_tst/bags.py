@@ -49,16 +49,27 @@ def next_window_labels(tokens: Tensor, bag_size: int, ignore_index: int = -100) 
     return torch.cat([tokens[:, 1:], beyond], dim=1).unfold(1, bag_size, 1)
 
 
-def average_embeddings(embedding: Callable[[Tensor], Tensor], bags: Tensor) -> Tensor:
+def average_embeddings(
+    embedding: Callable[[Tensor], Tensor], bags: Tensor, ignore_index: int | None = None
+) -> Tensor:
     """Mean embedding of each bag, `(B, l, s) -> (B, l, d)`, summed in float32, in the embedding's dtype.
 
     Args:
         embedding: The model's own input embedding, `(B, n) -> (B, n, d)`. It sees ordinary 2-D ids, so scaled
             embeddings, adapters and hooks on it do what they do in an ordinary forward pass.
         bags (`torch.LongTensor` of shape `(B, l, s)`): Token ids.
+        ignore_index (`int`, *optional*): Marks empty places of short bags: a bag's mean is over the tokens that it
+            holds. By default every bag is taken to be full.
     """
-    embedded = embedding(bags.flatten(1))
-    return embedded.unflatten(1, bags.shape[1:]).mean(dim=2, dtype=torch.float32).to(embedded.dtype)
+    if ignore_index is None:
+        embedded = embedding(bags.flatten(1))
+        return embedded.unflatten(1, bags.shape[1:]).mean(dim=2, dtype=torch.float32).to(embedded.dtype)
+    held = bags != ignore_index
+    embedded = embedding(bags.masked_fill(~held, 0).flatten(1))
+    total = (
+        embedded.unflatten(1, bags.shape[1:]).masked_fill(~held[..., None], 0).sum(dim=2, dtype=torch.float32)
+    )
+    return (total / held.sum(dim=2, keepdim=True).clamp_min(1)).to(embedded.dtype)
 
 
 def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
@@ -67,6 +69,7 @@ class PhaseSwitchCallback(TrainerCallback):
                 offset_weighting=args.tst_offset_weighting,
                 mode=args.tst_mode,
                 fused_loss=args.tst_fused_loss,
+                document_boundaries=args.tst_document_boundaries,
             )
         elif args.tst_replaces_loss:
             context = fused_next_token_loss(model, args.tst_fused_loss)
@@ -79,27 +82,35 @@ class TokenMeterCallback(TrainerCallback):
     """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
 
     [`TSTTrainer`] sets `schedule` and `rows_per_step` (over all devices and accumulation steps) before training
-    starts, and `latent_length` (positions a row, the same in both phases) from the batches.
+    starts, and `latent_length` (positions a row, the same in both phases) from the batches. It also sets `epoch`,
+    which says what Trainer calls the epoch after so many steps, since Trainer itself does not know where a resumed
+    epoch began, and `tokens_left_out`, of all ranks, that found no place in a row of bags.
     """
 
     def __init__(self) -> None:
         self.schedule: PhaseSchedule | None = None
         self.rows_per_step: int | None = None
         self.latent_length: int | None = None
+        self.epoch: Callable[[int], float] | None = None
+        self.tokens_left_out: int | None = None
+        self._left_out_here: torch.Tensor | None = None
         self._seconds = 0.0
         self._since = 0.0
-        self._last_report = (0, 0.0)
+        self._waited = 0.0
+        self._last_report = (0, 0, 0.0)  # step, tokens left out, seconds
 
     def on_train_begin(
         self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seconds = 0.0
-        self._last_report = (state.global_step, 0.0)
+        self._seconds = self._waited = 0.0
+        self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0)
         self._restart_clock()
 
     def on_step_end(
         self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.epoch is not None:
+            state.epoch = self.epoch(state.global_step)
         self._seconds += time.perf_counter() - self._since
         self._restart_clock()
 
@@ -116,34 +127,70 @@ class TokenMeterCallback(TrainerCallback):
     def _restart_clock(self) -> None:
         self._since = time.perf_counter()
 
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; notes how long training waits for each, and the empty places of its bags."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - start
+            if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
+                # A row has as many places as it reads tokens: for each that is empty, a token was left out.
+                empty = (batch["input_ids"] < 0).sum()
+                self._left_out_here = empty if self._left_out_here is None else self._left_out_here + empty
+            yield batch
+
+    def gather_left_out(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Bring `tokens_left_out` up to date; every rank must take part.
+
+        Args:
+            total: Adds up a 0-dim tensor over all ranks.
+        """
+        if self.tokens_left_out is not None and self._left_out_here is not None:
+            self.tokens_left_out += int(total(self._left_out_here))
+            self._left_out_here = torch.zeros_like(self._left_out_here)
+
     def report(self, step: int, with_speed: bool) -> dict[str, Any]:
         """Log entries after `step` optimizer steps.
 
         Args:
             step (`int`): Optimizer steps done.
-            with_speed (`bool`): Add tokens a second since the last report that had them.
+            with_speed (`bool`): Add tokens a second, and the wait for data, since the last report that had them.
 
         Returns:
             `tst_phase` of the last step done; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
-            `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`.
+            `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
+            count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`; `tst_data_wait_seconds` that
+            training waited for batches on this rank, and `tst_data_wait_fraction` of the time.
         """
         if self.schedule is None:
             return {}
         entries: dict[str, Any] = {"tst_phase": self.schedule.phase(max(step - 1, 0))}
         if self.rows_per_step is None or self.latent_length is None:
             return entries
+        left_out = self.tokens_left_out or 0
         raw, latent = self._tokens(step)
-        entries |= {"tst_raw_tokens": raw, "tst_latent_tokens": latent}
-        last_step, last_seconds = self._last_report
+        entries |= {"tst_raw_tokens": raw - left_out, "tst_latent_tokens": latent}
+        if self.tokens_left_out is not None:
+            entries["tst_tokens_left_out"] = left_out
+        last_step, last_left_out, last_seconds = self._last_report
         seconds = self._seconds - last_seconds
         if with_speed and step > last_step and seconds > 0:
             last_raw, last_latent = self._tokens(last_step)
-            entries["tst_raw_tokens_per_second"] = round((raw - last_raw) / seconds, 1)
+            new_raw = raw - left_out - (last_raw - last_left_out)
+            entries["tst_raw_tokens_per_second"] = round(new_raw / seconds, 1)
             entries["tst_latent_tokens_per_second"] = round((latent - last_latent) / seconds, 1)
-            self._last_report = (step, self._seconds)
+            entries["tst_data_wait_seconds"] = round(self._waited, 4)
+            entries["tst_data_wait_fraction"] = round(min(1.0, self._waited / seconds), 4)
+            self._last_report = (step, left_out, self._seconds)
+            self._waited = 0.0
         return entries
 
     def _tokens(self, step: int) -> tuple[int, int]:
+        """Raw and latent tokens that `step` steps read."""
         assert self.schedule is not None
         assert self.rows_per_step is not None
         assert self.latent_length is not None

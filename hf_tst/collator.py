@@ -6,10 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .bags import fold_into_bags, next_bag_labels, next_window_labels
+from .documents import (
+    DocumentBoundaries,
+    check_document_boundaries,
+    document_bags,
+    document_windows,
+    positions_in_documents,
+    starts_after_end_token,
+    starts_of_ids,
+    starts_of_positions,
+)
 from .phases import TSTMode, check_bag_size, check_mode
 
 
@@ -28,13 +39,24 @@ class DataCollatorForTokenSuperposition:
     | s > 1 | `"output"` | `(B, l)` | `(B, l, s)`: position t holds tokens t+1 … t+s, -100 beyond the row |
     | 1 | any | `(B, l)` | `(B, l)`, unshifted, for the model's own loss; other columns are kept |
 
+    With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
+    their empty places, the last bag of a document has no target, `position_ids` `(B, l)` restart with each document,
+    and no `attention_mask` is given, from which models of Transformers see that attention must stay inside documents.
+    A row keeps l bags; the tokens that short bags push out of it are left out. With `bag_size=1` the first token of
+    a document is nobody's target. Documents are told apart by a column `document_ids`, else `position_ids` (which
+    count up within a document), else by the end-of-sequence token that ends them.
+
     Args:
         bag_size (`int`): Tokens a bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
         ignore_index (`int`, defaults to -100): Label that is no target.
+        document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
+            `TSTTrainingArguments.tst_document_boundaries`.
+        eos_token_id (`int`, *optional*): Last token of a document.
 
     Raises:
-        ValueError: If rows differ in length, do not divide into bags, are padded, or lack `input_ids`.
+        ValueError: If rows differ in length, do not divide into bags, are padded, lack `input_ids`, or do not say
+            where documents end although that is to be respected.
 
     Example:
         >>> collator = DataCollatorForTokenSuperposition(bag_size=2)
@@ -52,10 +74,13 @@ class DataCollatorForTokenSuperposition:
     bag_size: int
     mode: TSTMode = "full"
     ignore_index: int = -100
+    document_boundaries: DocumentBoundaries = "ignore"
+    eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         check_bag_size(self.bag_size)
         check_mode(self.mode)
+        check_document_boundaries(self.document_boundaries)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for feature in features:
@@ -69,6 +94,8 @@ class DataCollatorForTokenSuperposition:
                 f"Rows of one batch must be of equal length, but have {lengths[0]} to {lengths[-1]} tokens: "
                 "pack the data into blocks."
             )
+        if self.document_boundaries == "respect":
+            return self._collate_documents(features)
         if self.bag_size == 1:
             return self._collate_tokens(features)
         return self._collate_bags(features)
@@ -82,15 +109,7 @@ class DataCollatorForTokenSuperposition:
         return batch
 
     def _collate_bags(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        for feature in features:
-            mask = feature.get("attention_mask")
-            if mask is not None and not torch.as_tensor(mask).all():
-                raise ValueError(
-                    "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
-                    "pack the data into full blocks."
-                )
-        tokens = _stack(features, "input_ids")
-        targets = _stack(features, "labels") if "labels" in features[0] else tokens
+        tokens, targets = _full_rows(features)
         if self.mode == "output":
             return {
                 "input_ids": tokens,
@@ -101,6 +120,49 @@ class DataCollatorForTokenSuperposition:
             "labels": next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index),
         }
 
+    def _collate_documents(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        tokens, targets = _full_rows(features)
+        starts = self._document_starts(features, tokens)
+        if self.bag_size > 1 and self.mode != "output":
+            fold_into_bags(tokens, self.bag_size)  # checks the row length
+            bags = document_bags(tokens, targets, starts, self.bag_size, self.ignore_index)
+            return dict(zip(("input_ids", "labels", "position_ids"), bags, strict=True))
+        if self.bag_size == 1:
+            labels = targets.masked_fill(starts, self.ignore_index)
+        else:
+            labels = document_windows(targets, starts, self.bag_size, self.ignore_index)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions_in_documents(starts)}
+
+    def _document_starts(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
+        if "document_ids" in features[0]:
+            return starts_of_ids(_stack(features, "document_ids"))
+        if "position_ids" in features[0]:
+            return starts_of_positions(_stack(features, "position_ids"))
+        if self.eos_token_id is None:
+            raise ValueError(
+                "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
+                "a column 'document_ids', or set tst_document_boundaries='ignore'."
+            )
+        return starts_after_end_token(tokens, self.eos_token_id)
+
+
+def _full_rows(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of rows without padding, `(B, n)` each."""
+    for feature in features:
+        mask = feature.get("attention_mask")
+        if mask is not None and not torch.as_tensor(mask).all():
+            raise ValueError(
+                "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
+                "pack the data into full blocks."
+            )
+    tokens = _stack(features, "input_ids")
+    return tokens, _stack(features, "labels") if "labels" in features[0] else tokens
+
 
 def _stack(features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
-    return torch.stack([torch.as_tensor(feature[column], dtype=torch.long) for feature in features])
+    """A column of all rows as int64, copied once."""
+    rows = [feature[column] for feature in features]
+    stacked = np.empty((len(rows), len(rows[0])), dtype=np.int64)
+    for i, row in enumerate(rows):
+        stacked[i] = row
+    return torch.from_numpy(stacked)

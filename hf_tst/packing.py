@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+logger = logging.get_logger(__name__)
 
-
-def load_text_file(path: str, split: str = "train", streaming: bool = False) -> Any:
-    """A `datasets` data set of a local text, JSON, CSV or Parquet file.
-
-    Lines of a text file keep their line breaks, so that they join to the file's text again.
-
-    Args:
-        path (`str`): The file; its ending says how to read it.
-        split (`str`, defaults to `"train"`): A slice of the file, such as `"train[:5%]"`.
-        streaming (`bool`, defaults to `False`): Read the file as training goes on.
-
-    Raises:
-        ValueError: If the file is missing, empty, or of no known kind.
-    """
-    import datasets
-
-    file = Path(path)
-    if file.suffix not in FILE_LOADERS:
-        raise ValueError(f"Cannot read {path}: its name must end in one of {', '.join(FILE_LOADERS)}.")
-    if not file.is_file():
-        raise ValueError(f"There is no file {path}.")
-    if file.stat().st_size == 0:
-        raise ValueError(f"The file {path} is empty: name one that holds text.")
-    loader = FILE_LOADERS[file.suffix]
-    options = {"keep_linebreaks": True} if loader == "text" else {}
-    return datasets.load_dataset(
-        loader, data_files={"train": path}, split=split, streaming=streaming, **options
-    )
+# Part of the name of a packed file: raise it when the same input would be packed differently.
+PACKING_VERSION = 1
+# Tokens that are joined and written at a time.
+CHUNK_TOKENS = 1 << 20
 
 
 def tokenize_documents(
@@ -80,8 +60,9 @@ def tokenize_documents(
         raise ValueError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")
     end = [eos] if append_eos else []
 
-    def tokenize(batch: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch[column], add_special_tokens=False, verbose=False)
+    def tokenize(batch: Mapping[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        texts = [text or "" for text in batch[column]]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
         return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
 
     options: dict[str, Any] = {"batched": True, "remove_columns": columns}
@@ -93,28 +74,41 @@ def tokenize_documents(
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
     """Join tokenised documents in their order and cut them into blocks; only the last remainder is dropped.
 
+    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents`: packing the
+    same documents again opens the file. How many tokens were kept and dropped is logged.
+
     Args:
         documents (`datasets.Dataset`): Rows of `input_ids`, of any lengths.
         block_size (`int`): Tokens a block, L.
 
     Returns:
-        `datasets.Dataset` on disk, with `input_ids` of `block_size` tokens a row.
+        `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens a row.
 
     Raises:
         ValueError: If the data does not fill one block.
     """
     import datasets
 
-    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"), length=block_size)})
-    tokens = sum(len(batch) for batch in _token_batches(documents))
-    if tokens < block_size:
-        raise ValueError(
-            f"The data holds {tokens} tokens, which do not fill one block of {block_size}: give more text or a "
-            "smaller block_size."
-        )
-    return datasets.Dataset.from_generator(
-        _generate_blocks, features=features, gen_kwargs={"documents": documents, "block_size": block_size}
+    name = datasets.fingerprint.Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst_blocks"
+    path, facts = folder / f"{name}.arrow", folder / f"{name}.json"
+    if not (path.is_file() and facts.is_file() and datasets.is_caching_enabled()):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written under a name of this process and then renamed: a half-written file is never opened.
+        unfinished = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            tokens = _write_blocks(_token_batches(documents), block_size, unfinished)
+            facts.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    blocks = datasets.Dataset.from_file(str(path))
+    tokens = json.loads(facts.read_text(encoding="utf-8"))["tokens"]
+    logger.info(
+        f"{len(documents)} documents of {tokens} tokens give {len(blocks)} blocks of {block_size}; the last "
+        f"{tokens - len(blocks) * block_size} tokens are dropped."
     )
+    return blocks
 
 
 class BlockStream(IterableDataset[dict[str, Any]]):
@@ -128,31 +122,105 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
         self.documents = documents
         self.block_size = block_size
+        self._rest = self._first = np.empty(0, dtype=np.int32)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        arrays = (np.asarray(document["input_ids"], dtype=np.int32) for document in self.documents)
-        for block in cut_blocks(arrays, self.block_size):
-            yield {"input_ids": block}
+        self._rest, self._first = self._first, self._rest[:0]
+        documents = iter(self.documents)
+        pending, length = [self._rest], len(self._rest)
+        while True:
+            if length >= self.block_size:
+                self._rest = np.concatenate(pending)
+                while len(self._rest) >= self.block_size:
+                    block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
+                    yield {"input_ids": block}
+                pending, length = [self._rest], len(self._rest)
+            document = next(documents, None)
+            if document is None:
+                return
+            pending.append(np.asarray(document["input_ids"], dtype=np.int32))
+            length += len(pending[-1])
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
+
+        `None` if the documents cannot say where they stand. Right while a block is being handed out.
+        """
+        documents = stream_state(self.documents)
+        return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Let the next iteration go on from `state`, or begin at the beginning with `None`."""
+        load_stream_state(self.documents, None if state is None else state["documents"])
+        self._first = np.empty(0, dtype=np.int32) if state is None else state["tokens"].numpy()
+
+
+def stream_state(stream: Any) -> dict[str, Any] | None:
+    """Where a stream stands, or `None` if it cannot say so or would not come back to the same place.
+
+    A shuffle buffer of `datasets` is not part of its state, so a stream with one cannot come back.
+    """
+    if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
+        return None
+    if _has_shuffle_buffer(getattr(stream, "_ex_iterable", None)):
+        return None
+    return stream.state_dict()
+
+
+def load_stream_state(stream: Any, state: dict[str, Any] | None) -> None:
+    """Let the next iteration of a stream go on from `state`; with `None` it begins at the beginning.
+
+    A stream that is neither a [`BlockStream`] nor of `datasets` must begin at the beginning by itself, when it is
+    iterated again.
+    """
+    if state is not None or isinstance(stream, BlockStream) or hasattr(stream, "_ex_iterable"):
+        stream.load_state_dict(state)
+
+
+def _has_shuffle_buffer(node: Any) -> bool:
+    if node is None:
+        return False
+    inner = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
+    return "BufferShuffled" in type(node).__name__ or any(map(_has_shuffle_buffer, inner))
 
 
 def cut_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int) -> Iterator[NDArray[np.int32]]:
-    """Cut joined arrays of tokens into blocks of `block_size`, dropping the last remainder."""
+    """Cut joined arrays of tokens into blocks, some at a time: `(n, block_size)` each, then the remainder, `(m,)`."""
     pending: list[NDArray[np.int32]] = []
     length = 0
     for array in arrays:
         pending.append(array)
         length += len(array)
-        if length < block_size:
+        if length < max(block_size, CHUNK_TOKENS):
             continue
         joined = np.concatenate(pending)
         whole = length - length % block_size
-        yield from joined[:whole].reshape(-1, block_size)
+        yield joined[:whole].reshape(-1, block_size)
         pending, length = [joined[whole:]], length - whole
+    joined = np.concatenate([*pending, np.empty(0, dtype=np.int32)])
+    whole = length - length % block_size
+    yield joined[:whole].reshape(-1, block_size)
+    yield joined[whole:]
 
 
-def _generate_blocks(documents: datasets.Dataset, block_size: int) -> Iterator[dict[str, Any]]:
-    for block in cut_blocks(_token_batches(documents), block_size):
-        yield {"input_ids": block}
+def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Path) -> int:
+    """Write blocks to an Arrow file, and return how many tokens `arrays` hold."""
+    import pyarrow as pa
+
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
+    tokens = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for piece in cut_blocks(arrays, block_size):
+            tokens += piece.size
+            if piece.ndim == 2 and len(piece):
+                column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), block_size)
+                writer.write_batch(pa.record_batch([column], schema=schema))
+    if tokens < block_size:
+        raise ValueError(
+            f"The data holds {tokens} tokens, which do not fill one block of {block_size}: give more text or a "
+            "smaller block_size."
+        )
+    return tokens
 
 
 def _token_batches(documents: datasets.Dataset) -> Iterator[NDArray[np.int32]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LogHistory = Sequence[dict[str, Any]]
+LogHistory = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
     return summaries
 
 
-def _expert_load(entry: dict[str, Any]) -> tuple[float, float] | None:
+def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     if "tst_expert_load_max" not in entry:
         return None
     return entry["tst_expert_load_min"], entry["tst_expert_load_max"]
@@ -67,6 +67,21 @@ def _expert_load(entry: dict[str, Any]) -> tuple[float, float] | None:
 
 def format_phases(summaries: Sequence[PhaseSummary]) -> str:
     """The summaries as a table of text; the load of experts, smallest and largest, where it was logged."""
+    lines = _phase_rows(summaries)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def format_phases_markdown(summaries: Sequence[PhaseSummary]) -> str:
+    """The summaries as a table of Markdown."""
+    header, *rows = _phase_rows(summaries)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
     header: tuple[str, ...] = (
         "phase",
         "steps",
@@ -92,12 +107,7 @@ def format_phases(summaries: Sequence[PhaseSummary]) -> str:
         header += ("expert load first", "expert load last")
         loads = [(summary.first_expert_load, summary.last_expert_load) for summary in summaries]
         rows = [row + tuple(map(_format_load, load)) for row, load in zip(rows, loads, strict=True)]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return [header, *rows]
 
 
 def _format_load(load: tuple[float, float] | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
+from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .phases import TSTMode, check_bag_size, check_mode
@@ -29,6 +30,7 @@ def token_superposition(
     offset_weighting: OffsetWeighting = "uniform",
     mode: TSTMode = "full",
     fused_loss: FusedLoss = "auto",
+    document_boundaries: DocumentBoundaries = "ignore",
 ) -> Iterator[nn.Module]:
     """Context in which a causal language model reads bags of tokens and predicts the next bag.
 
@@ -47,6 +49,9 @@ def token_superposition(
         fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
             a batch never exist: then `outputs.logits` of a forward pass with bags of labels is empty. `"auto"` does
             so where the model allows it, `"on"` insists, `"off"` never does.
+        document_boundaries (`str`, defaults to `"ignore"`): `"respect"` takes bags that end where documents end, with
+            -100 in their empty places, as `DataCollatorForTokenSuperposition` makes them; a bag is then averaged over
+            the tokens that it holds.
 
     Yields:
         The same `model`.
@@ -62,12 +67,15 @@ def token_superposition(
     """
     check_bag_size(bag_size)
     check_mode(mode)
+    check_document_boundaries(document_boundaries)
     weighting = resolve_weighting(mode, offset_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
     weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
     with replaced_loss(called, core, weights, fused_loss):
-        handle = called.register_forward_pre_hook(_make_input_hook(core, bag_size, mode), with_kwargs=True)
+        handle = called.register_forward_pre_hook(
+            _make_input_hook(core, bag_size, mode, document_boundaries), with_kwargs=True
+        )
         try:
             yield model
         finally:
@@ -161,8 +169,9 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _make_input_hook(
-    core: Any, bag_size: int, mode: TSTMode
+    core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    empty = -100 if document_boundaries == "respect" else None
     scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
 
     def feed_averaged_bags(
@@ -184,7 +193,7 @@ def _make_input_hook(
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        averaged = average_embeddings(core.get_input_embeddings(), input_ids)
+        averaged = average_embeddings(core.get_input_embeddings(), input_ids, empty)
         kwargs["inputs_embeds"] = averaged if scale == 1 else averaged * scale
         return (None, *args[1:]) if args else (), kwargs
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +18,18 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
+from .checkpoints import last_complete_checkpoint
 from .collator import DataCollatorForTokenSuperposition
-from .data import (
-    DataPlan,
-    EpochSampler,
-    PhaseCollator,
-    PlannedRows,
-    StreamedRows,
-    check_blocks,
-    plan_for_passes,
-    plan_for_steps,
-)
+from .data_plan import BatchLayout
+from .document_attention import DocumentAttentionCallback
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
+from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
+from .model_card import write_card_of_trainer
 from .phases import PhaseSchedule
+from .rows import DOCUMENT_COLUMNS, PhaseCollator
+from .run_data import RunData, make_collators, make_stream_loader, open_run_data
 from .sharding import warn_of_missing_fsdp, weights_to_save
 from .superposition import find_language_model
 
@@ -58,14 +55,18 @@ class TSTTrainer(Trainer):
         ValueError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
-        - `train`: leaves superposition however training ends.
-        - `save_model`: writes whole weights, each once, where FSDP has sharded them.
+        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
+        - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
+        - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
+        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` in checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
         - `compute_loss`: counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts.
+        - `init_hf_repo`, `push_to_hub`: errors of the Hub as one sentence, the earliest before training.
+        - `create_model_card`: a card with the phases, from the record of the run.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
     """
 
@@ -91,14 +92,21 @@ class TSTTrainer(Trainer):
                 f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition does "
                 "not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
-        superposition, recovery = _make_collators(args, data_collator)
-        collator = PhaseCollator(superposition, recovery) if args.tst_enabled else recovery
         self._switch = PhaseSwitchCallback()
         self._meter = TokenMeterCallback()
+        self._data: RunData | None = None
         self._expert_load = ExpertLoadMeter()
-        super().__init__(model, args, collator, *positional, **kwargs)
+        self._checkpoint: str | None = None
+        self._restore_random_state = False
+        default_collator = DataCollatorForTokenSuperposition(bag_size=1)
+        super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
+        superposition, recovery, evaluation = make_collators(args, data_collator, self._end_token_id())
         self._recovery_collator = recovery
-        self._plan: DataPlan | None = None
+        self.data_collator = (
+            PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
+        )
+        if args.tst_document_boundaries == "respect":
+            self.add_callback(DocumentAttentionCallback())
         self.add_callback(self._switch)
         self.add_callback(self._meter)
         for callback in list(self.callback_handler.callbacks):
@@ -116,22 +124,23 @@ class TSTTrainer(Trainer):
         """The run's phases; known from the moment the training data is loaded."""
         return self._meter.schedule
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`]."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: If the checkpoint was trained on other data positions than the arguments and the data give.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        self._restore_random_state = False
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
-        weights = None if _internal_call else weights_to_save(self)
-        if weights is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, state_dict=weights)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
+            self._checkpoint = None
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
@@ -139,41 +148,70 @@ class TSTTrainer(Trainer):
         Raises:
             ValueError: If the data has no full blocks of equal length, or too few of them.
         """
-        self._plan = self._switch.schedule = self._meter.schedule = None
+        self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
-        rows_per_step = self.get_total_train_batch_size(self.args)
-        rows: PlannedRows | StreamedRows
-        if isinstance(self.train_dataset, TorchIterableDataset):
-            schedule = self._make_schedule(self.args.max_steps)
-            rows = self._stream_rows(schedule, rows_per_step)
-        else:
-            check_blocks(self.train_dataset, self._padding_token_id())
-            self._plan = self._make_plan(rows_per_step)
-            schedule = self._plan.schedule
-            rows = self._plan_rows(self._plan)
-        self._meter.schedule = schedule
-        if schedule.switch_step == 0:
+        self._data = data = self._open_data()
+        self._switch.schedule = self._meter.schedule = data.schedule
+        self._meter.epoch = data.epoch
+        self._meter.tokens_left_out = 0 if self.args.tst_document_boundaries == "respect" else None
+        if data.schedule.switch_step == 0:
             logger.warning(
-                f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there "
-                "will be no superposition."
+                f"tst_phase_ratio={data.schedule.phase_ratio} of {data.schedule.max_steps} steps is less than one step: "
+                "there will be no superposition."
             )
-        self._switch.schedule = schedule
+        if self._checkpoint is not None:
+            saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
+            if saved is not None and self._meter.tokens_left_out is not None:
+                self._meter.tokens_left_out = saved.tokens_left_out
+        if data.plan is None:
+            return make_stream_loader(
+                data, self._train_batch_size, self.data_collator, self.args, self.accelerator
+            )
         return self._get_dataloader(
-            dataset=rows,
+            dataset=data.rows,
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=self._make_sampler,
+            sampler_fn=lambda rows: data.sampler(lambda: self.state.global_step),
             is_training=True,
         )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step, and their number of targets."""
+        samples = super().get_batch_samples(self._meter.watch(epoch_iterator), *args, **kwargs)
+        if self._restore_random_state:
+            # Starting a loader draws a random number, which the uninterrupted run drew before the checkpoint.
+            self._restore_random_state = False
+            self._load_rng_state(self._checkpoint)
+        return samples
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP.
+
+        In a checkpoint of training it also writes which data the model has been trained on.
+        """
+        weights = None if _internal_call else weights_to_save(self)
+        if weights is not None:
+            self._save(output_dir, state_dict=weights)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
+            self._gather_left_out()
+            self._data.save(
+                output_dir, self.state.global_step, self._meter.tokens_left_out or 0, self.args.should_save
+            )
 
     def set_initial_training_values(
         self, args: TSTTrainingArguments, dataloader: DataLoader, *rest: Any
     ) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
-        if self._plan is not None:
+        if self._data is not None:
             args = copy.copy(args)
-            args.max_steps = self._plan.schedule.max_steps
+            args.max_steps = self._data.schedule.max_steps
         values = super().set_initial_training_values(args, dataloader, *rest)
         if self._meter.schedule is None:
             self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
@@ -208,12 +246,76 @@ class TSTTrainer(Trainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
+        self._gather_left_out()
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository to push to, or find it; refuses one that holds another model.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
+            super().init_hf_repo(token, private)
+            if self.is_world_process_zero():
+                config = self.accelerator.unwrap_model(self.model).config
+                check_repo_holds_no_other_model(
+                    self.hub_model_id, config, token or self.args.hub_token, self.args.hub_revision
+                )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
+        """
+        kept = f"The model is saved in {self.args.output_dir}."
+        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` in the output folder from the record of the run, with its loss curve.
+
+        Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
+        results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
+        """
+        if self.is_world_process_zero():
+            write_card_of_trainer(
+                self,
+                repo_id=self.hub_model_id or model_name,
+                base_model=finetuned_from,
+                datasets=dataset,
+                language=language,
+                license=license,
+                tags=tags,
+            )
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        batches = kwargs["steps_trained_in_current_epoch"]
+        resumes = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+        if self._data is not None and resumes and batches:
+            # The rows begin where training stands: told that nothing is trained yet, Trainer skips nothing.
+            kwargs["num_update_steps_per_epoch"] -= batches // self.args.gradient_accumulation_steps
+            kwargs["steps_trained_in_current_epoch"] = 0
+            self._restore_random_state = True
+        super()._run_epoch(**kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if not batch_samples or not _is_superposed(batch_samples[0]):
@@ -261,52 +363,53 @@ class TSTTrainer(Trainer):
                 f"dataloader_num_workers={self.args.dataloader_num_workers} would read a streamed data set several "
                 "times over: set it to 0, or load the data set without streaming."
             )
+        if getattr(self.args.accelerator_config, "split_batches", False):
+            raise ValueError(
+                "accelerator_config's split_batches=True would give every process a part of the rows that "
+                "superposition counts on: leave it at False."
+            )
 
     def _parallel_size(self, kind: str) -> int:
         config = getattr(self.accelerator, "parallelism_config", None)
         return getattr(config, f"{kind}_size", 1) or 1
 
-    def _make_schedule(self, steps: int) -> PhaseSchedule:
-        return PhaseSchedule(steps, self.args.tst_phase_ratio, self.args.tst_bag_size, self.args.tst_mode)
-
-    def _make_plan(self, rows_per_step: int) -> DataPlan:
+    def _open_data(self) -> RunData:
         args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        shuffle = getattr(args, "train_sampling_strategy", "random") != "sequential"
-        num_blocks = len(self.train_dataset)
-        if args.max_steps > 0:
-            return plan_for_steps(
-                num_blocks, self._make_schedule(args.max_steps), rows_per_step, seed, shuffle
-            )
-        return plan_for_passes(
-            num_blocks, args.num_train_epochs, self._make_schedule, rows_per_step, seed, shuffle
+        rows_per_step = self.get_total_train_batch_size(args)
+        micro_batch = self._train_batch_size * args.gradient_accumulation_steps
+        layout = BatchLayout(
+            self._train_batch_size, args.gradient_accumulation_steps, rows_per_step // micro_batch
+        )
+        return open_run_data(
+            self.train_dataset,
+            args,
+            layout,
+            rank=args.process_index // (args.world_size // layout.world_size),
+            columns=self._used_columns,
+            current_step=lambda: self.state.global_step,
+            pad_token_id=self._padding_token_id(),
+            as_arrays=isinstance(self._recovery_collator, DataCollatorForTokenSuperposition),
         )
 
-    def _plan_rows(self, plan: DataPlan) -> PlannedRows:
-        first = self.train_dataset[0]
-        own_collator = isinstance(self._recovery_collator, DataCollatorForTokenSuperposition)
-        return PlannedRows(self.train_dataset, plan, self._used_columns(list(first)), as_arrays=own_collator)
-
-    def _stream_rows(self, schedule: PhaseSchedule, rows_per_step: int) -> StreamedRows:
-        return StreamedRows(self.train_dataset, schedule, rows_per_step, self._used_columns(None))
+    def _gather_left_out(self) -> None:
+        self._meter.gather_left_out(lambda count: self.accelerator.reduce(count, reduction="sum"))
 
     def _used_columns(self, columns: list[str] | None) -> Any:
         """Columns that reach the collator: all, or those that the model's forward takes."""
         if not self.args.remove_unused_columns:
             return columns
         self._set_signature_columns_if_needed()
-        return (
-            [name for name in columns if name in self._signature_columns]
-            if columns
-            else self._signature_columns
-        )
+        used = list(self._signature_columns or [])
+        if self.args.tst_document_boundaries == "respect":
+            used += DOCUMENT_COLUMNS
+        return [name for name in columns if name in used] if columns else used
 
-    def _make_sampler(self, rows: Any) -> EpochSampler:
-        assert self._plan is not None
-        steps = self._plan.schedule.max_steps
-        if self.args.max_steps <= 0:
-            steps = min(steps, math.ceil(steps / self.args.num_train_epochs))
-        return EpochSampler(self._plan, steps, lambda: self.state.global_step)
+    def _end_token_id(self) -> int | None:
+        """The token that ends a document: the tokenizer's, else the model's."""
+        end = getattr(self.processing_class, "eos_token_id", None)
+        if end is None:
+            end = getattr(getattr(self.model, "config", None), "eos_token_id", None)
+        return end[0] if isinstance(end, (list, tuple)) else end
 
     def _padding_token_id(self) -> int | None:
         """The tokenizer's padding token, if it stands for nothing but padding."""
@@ -318,22 +421,3 @@ class TSTTrainer(Trainer):
 def _is_superposed(batch: Any) -> bool:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return isinstance(labels, Tensor) and labels.dim() == 3
-
-
-def _make_collators(args: TSTTrainingArguments, data_collator: Any) -> tuple[Any, Any]:
-    """Collators of superposition rows and of recovery rows, from the one the user gave, if any."""
-    superposition = DataCollatorForTokenSuperposition(args.tst_bag_size, mode=args.tst_mode)
-    recovery = DataCollatorForTokenSuperposition(bag_size=1)
-    if data_collator is None:
-        return superposition, recovery
-    if not isinstance(data_collator, DataCollatorForTokenSuperposition) or data_collator.bag_size == 1:
-        return superposition, data_collator
-    if args.tst_enabled and (data_collator.bag_size, data_collator.mode) != (
-        args.tst_bag_size,
-        args.tst_mode,
-    ):
-        raise ValueError(
-            f"data_collator makes bags of {data_collator.bag_size} in mode {data_collator.mode!r}, but the arguments "
-            f"say tst_bag_size={args.tst_bag_size} and tst_mode={args.tst_mode!r}: leave data_collator out."
-        )
-    return data_collator, recovery

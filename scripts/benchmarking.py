@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -20,17 +21,21 @@ import torch
 def measure_alternating(
     candidates: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; within a round every candidate runs once, one after the other.
+    """Seconds of each candidate in each round; within a round every candidate runs once, in random order.
 
     What slows the machine down for a while slows all candidates of a round, so ratios within a round mean more
-    than the seconds themselves (see [`median_ratio`]). A first round, not counted, warms up.
+    than the seconds themselves (see [`median_ratio`]). The order changes because a candidate leaves caches and memory
+    in a state that the next one feels. A first round, not counted, warms up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    shuffle = random.Random(0).shuffle
     for number in range(rounds + 1):
-        for name, run in candidates.items():
+        shuffle(order)
+        for name in order:
             _synchronize(device)
             start = time.perf_counter()
-            run()
+            candidates[name]()
             _synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)

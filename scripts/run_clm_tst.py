@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from transformers.utils import logging
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.checkpoints import last_complete_checkpoint
-from hf_tst.packing import BlockStream, load_text_file, pack_blocks, tokenize_documents
+from hf_tst.hub import HubError
+from hf_tst.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, train_tokenizer
-from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
+from hf_tst.report import format_phases, summarize_phases
+from hf_tst.text_files import load_text_file
 
 logger = logging.get_logger("run_clm_tst")
 
@@ -113,7 +117,10 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet."}
+        default=None,
+        metadata={
+            "help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
     validation_split_percentage: int = field(
@@ -292,6 +299,10 @@ def prepare_blocks(
         num_proc=args.preprocessing_num_workers,
     )
     if not hasattr(tokenized, "num_rows"):
+        if max_samples is not None:
+            raise ValueError(
+                f"A stream is read until max_steps, not max_train_samples={max_samples}: leave it out."
+            )
         return BlockStream(tokenized, block_size)
     blocks = pack_blocks(tokenized, block_size)
     return blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
@@ -308,15 +319,18 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
     if switch and (output / f"checkpoint-{switch}").is_dir():
         print(f"at switch   {output / f'checkpoint-{switch}'}")
-    try:
-        print(f"loss curve  {plot_loss_curve(history, output / 'loss_curve.png', switch)}")
-    except ImportError:
-        print("loss curve  not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'")
+    print(f"card        {output / 'README.md'}")
+    curve = output / "loss_curve.png"
+    missing = "not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'"
+    print(f"loss curve  {curve if curve.is_file() else missing}")
 
 
 def main(argv: list[str] | None = None) -> TSTTrainer:
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity(args.get_process_log_level())
+    if args.should_log:  # what was packed and dropped, and when the phase switches
+        basicConfig(format="%(name)s: %(message)s")
+        getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
 
     # The first process downloads and tokenises; the others read its cache.
@@ -352,12 +366,14 @@ def main(argv: list[str] | None = None) -> TSTTrainer:
         if resume is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
+        trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     final_eval = trainer.evaluate() if eval_blocks is not None else None
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()
+    trainer.create_model_card(dataset=data_args.dataset_name)
     if trainer.is_world_process_zero():
         print_summary(trainer, final_eval)
     if args.push_to_hub:

@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are too small to share out, and threads that wait for each other slow down whatever runs beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import copy
 import sys
@@ -56,7 +57,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__
 def make_model(model_type: str, **overrides: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = CONFIG_MAPPING[model_type](**((TINY | TINY_LOGITS)[model_type] | special | overrides))
+    config = CONFIG_MAPPING[model_type](**(TINY | TINY_LOGITS)[model_type] | special | overrides)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -68,6 +69,15 @@ def _llama() -> Any:
 @pytest.fixture
 def llama(_llama: Any) -> Any:
     return copy.deepcopy(_llama)
+
+
+def set_dropout(model: Any, rate: float = 0.1) -> Any:
+    """Dropout in the attention of a model that is made already: the layers have copied the configuration's rate."""
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    assert layers
+    for module in layers:
+        module.attention_dropout = rate
+    return model
 
 
 def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ def test_defaults():
         "tst_mode": "full",
         "tst_save_at_switch": True,
         "tst_fused_loss": "auto",
+        "tst_document_boundaries": "ignore",
+        "tst_allow_data_change": False,
     }
 
 
@@ -95,8 +97,8 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_the_trainer_needs_neither_datasets_nor_evaluate_nor_peft():
     code = (
         "import sys\n"
-        "for name in ('evaluate', 'peft', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'evaluate', 'peft', 'matplotlib'): sys.modules[name] = None\n"
         "from hf_tst import *\n"
-        "from hf_tst import packing, quickstart, report\n"
+        "from hf_tst import audit, packing, quickstart, report, text_files\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,3 +1,9 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -6,16 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tst import PhaseSchedule
-from hf_tst.data import (
-    DataPlan,
-    EpochSampler,
-    PlannedRows,
-    StreamedRows,
-    check_blocks,
-    plan_for_passes,
-    plan_for_steps,
-)
+from hf_tst.blocks import BlockReader, check_blocks
+from hf_tst.data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from hf_tst.permutation import Permutation
+from hf_tst.rows import EpochSampler, PlannedRows
+from hf_tst.stream import StreamedRows
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
@@ -95,6 +96,110 @@ def test_too_few_blocks_say_how_many_and_what_to_change():
         plan_for_passes(3, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
 
 
+def as_variable_lists(blocks):
+    return datasets.Dataset.from_list(blocks)
+
+
+def as_fixed_lists(blocks):
+    length = len(blocks[0]["input_ids"])
+    kind = datasets.Sequence(datasets.Value("int32"), length=length)
+    return datasets.Dataset.from_list(blocks, features=datasets.Features({"input_ids": kind, "labels": kind}))
+
+
+def in_chunks(blocks):
+    """Groups of blocks lie across chunks of the table, and chunks are slices of larger ones."""
+    pieces = [as_fixed_lists(blocks[i : i + 10]).select(range(1, 8)) for i in range(0, 56, 7)]
+    whole = datasets.concatenate_datasets([as_fixed_lists(blocks[:1]), *pieces])
+    order = [b["input_ids"] for b in blocks]
+    found = [b["input_ids"] for b in whole]
+    assert found[:8] == order[:8]
+    return whole
+
+
+def reordered(blocks):
+    """A table with an index in front of it."""
+    order = list(reversed(range(len(blocks))))
+    return datasets.Dataset.from_list([blocks[i] for i in order]).select(order)
+
+
+@pytest.mark.parametrize("source", [as_variable_lists, as_fixed_lists, in_chunks, reordered])
+def test_blocks_are_read_the_same_however_they_are_stored(source, tmp_path):
+    stored = source(make_blocks(70))
+    expected = [(block["input_ids"], block["labels"]) for block in stored]
+    stored.save_to_disk(tmp_path / "stored")
+    for data in (stored, datasets.load_from_disk(tmp_path / "stored")):
+        reader = BlockReader(data, ["input_ids", "labels"])
+        numbers = [len(data) - 1, 0, 13, 13]
+        found = [tuple(block[name].tolist() for name in reader.columns) for block in reader.read(numbers)]
+        assert found == [expected[i] for i in numbers]
+        for start in range(len(data) - 5):
+            joined = reader.read_joined(start, 5)
+            assert joined["input_ids"].tolist() == [t for ids, _ in expected[start : start + 5] for t in ids]
+        again = pickle.loads(pickle.dumps(reader))
+        assert again.read([5])[0]["input_ids"].tolist() == expected[5][0]
+
+
+def test_consecutive_blocks_of_a_table_are_not_copied():
+    reader = BlockReader(as_fixed_lists(make_blocks(50)), ["input_ids"])
+    first, second = (reader.read_joined(start, 3)["input_ids"] for start in (10, 11))
+    assert first.base is not None
+    assert np.shares_memory(first, second)
+
+
+def test_a_block_of_another_length_is_found_when_it_is_read():
+    """Beyond the lengths that are looked at before training."""
+    blocks = make_blocks(6)
+    blocks[3]["input_ids"] = blocks[3]["input_ids"][:-1]
+    with pytest.raises(ValueError, match="block 3 has 11"):
+        BlockReader(datasets.Dataset.from_list(blocks), ["input_ids"]).read_joined(2, 3)
+
+
+def test_starting_on_a_billion_tokens_takes_no_memory(tmp_path):
+    """A sparse file of 10⁹ tokens behind a `datasets.Dataset` and behind a class of the user's own."""
+    code = """
+import resource, sys
+import datasets, numpy as np, pyarrow as pa
+from conftest import make_model
+from hf_tst import TSTTrainer, TSTTrainingArguments
+
+path, kind = sys.argv[1:]
+tokens = np.memmap(path, dtype=np.int32, mode="r")
+class Mapped:
+    def __len__(self):
+        return len(tokens) // 1024
+    def __getitem__(self, i):
+        return {"input_ids": tokens[i * 1024 : (i + 1) * 1024]}
+if kind == "own":
+    blocks = Mapped()
+else:
+    if kind == "fixed":
+        column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), 1024)
+    else:
+        column = pa.ListArray.from_arrays(pa.array(np.arange(0, len(tokens) + 1, 1024, dtype=np.int32)), pa.array(tokens))
+    blocks = datasets.Dataset(datasets.table.InMemoryTable(pa.table({"input_ids": column})), fingerprint="sparse")
+assert len(blocks) == 10**9 // 1024
+args = TSTTrainingArguments(output_dir=sys.argv[1] + ".out", max_steps=20000, per_device_train_batch_size=8,
+                            tst_bag_size=6, use_cpu=True, report_to="none")
+trainer = TSTTrainer(make_model("llama"), args, train_dataset=blocks)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+batches = iter(trainer.get_train_dataloader())
+for _ in range(5):
+    assert next(batches)["input_ids"].shape == (8, 1024, 6)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    path = tmp_path / "tokens"
+    with open(path, "wb") as file:
+        file.truncate(10**9 // 1024 * 1024 * 4)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    }
+    for kind in ("fixed", "variable", "own"):
+        command = [sys.executable, "-c", code, str(path), kind]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert float(result.stdout) < 100, f"{kind}: {result.stdout} MB for 4 GB of tokens"
+
+
 @pytest.mark.parametrize("as_dataset", [False, True])
 def test_rows_hold_the_tokens_of_their_blocks(as_dataset):
     blocks = make_blocks(40)
@@ -114,7 +219,7 @@ def test_rows_hold_the_tokens_of_their_blocks(as_dataset):
 
 def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
     blocks = [{"input_ids": [i]} for i in range(10)]
-    rows = list(StreamedRows(blocks, PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+    rows = list(StreamedRows(blocks, PhaseSchedule(6, 0.5, 3), BatchLayout(1)))
     assert [row.superposed for row in rows] == [True] * 3 + [False] * 3
     assert [list(row.columns["input_ids"]) for row in rows] == [
         [0, 1, 2],
@@ -125,17 +230,39 @@ def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
         [1],
     ]
     with pytest.raises(ValueError, match="empty"):
-        list(StreamedRows([], PhaseSchedule(6, 0.5, 3), rows_per_step=1))
+        list(StreamedRows([], PhaseSchedule(6, 0.5, 3), BatchLayout(1)))
     with pytest.raises(ValueError, match="equal length"):
         list(
-            StreamedRows([{"input_ids": [1]}, {"input_ids": [1, 2]}], PhaseSchedule(6, 0, 3), rows_per_step=1)
+            StreamedRows([{"input_ids": [1]}, {"input_ids": [1, 2]}], PhaseSchedule(6, 0, 3), BatchLayout(1))
         )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_state_after_a_step_is_known_with_its_last_row_and_leads_on_from_there(rank):
+    """Whatever a loader fetches ahead, and although the rows of the other rank come in between."""
+
+    def make_rows(step=0):
+        stream = datasets.Dataset.from_list([{"input_ids": [i]} for i in range(60)]).to_iterable_dataset()
+        layout = BatchLayout(2, accumulation_steps=2, world_size=2)
+        return StreamedRows(stream, PhaseSchedule(4, 0.5, 2), layout, rank, current_step=lambda: step)
+
+    rows = make_rows()
+    whole, states = [], []
+    for i, row in enumerate(rows, start=1):
+        whole.append(list(row.columns["input_ids"]))
+        if i % 4 == 0:
+            states.append(rows.state(i // 4))
+    assert len(whole) == 16
+    for step, state in enumerate(states, start=1):
+        again = make_rows(step)
+        again.load_state(state)
+        assert [list(row.columns["input_ids"]) for row in again] == whole[4 * step :]
 
 
 def test_the_sampler_starts_where_training_is():
     plan = plan_for_steps(100, PhaseSchedule(10, 0.2, 2), rows_per_step=2, seed=0)
     assert list(EpochSampler(plan, 4, lambda: 0)) == list(range(8))
-    assert list(EpochSampler(plan, 4, lambda: 5)) == list(range(8, 16))
+    assert list(EpochSampler(plan, 4, lambda: 5)) == list(range(10, 16))
     assert list(EpochSampler(plan, 4, lambda: 8)) == list(range(16, 20))
 
 

@@ -8,13 +8,35 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation", "probing", "checkpoints", "sharding", "expert_load"},
-    {"kernels", "loss", "head", "embedding", "report", "packing", "quickstart"},
-    {"linear_loss"},
-    {"fused", "plan"},
-    {"superposition", "collator", "data", "arguments"},
-    {"callbacks"},
-    {"trainer"},
+    {
+        "version",
+        "phases",
+        "bags",
+        "permutation",
+        "documents",
+        "probing",
+        "checkpoints",
+        "sharding",
+        "expert_load",
+    },
+    {
+        "kernels",
+        "loss",
+        "head",
+        "embedding",
+        "hub",
+        "report",
+        "packing",
+        "quickstart",
+        "text_files",
+        "blocks",
+        "data_plan",
+    },
+    {"linear_loss", "model_card", "rows", "data_position"},
+    {"fused", "stream", "plan"},
+    {"superposition", "collator", "arguments"},
+    {"callbacks", "document_attention", "run_data"},
+    {"trainer", "audit"},
 ]
 
 

@@ -1,9 +1,15 @@
+import logging
+import os
+import subprocess
+import sys
+
 import datasets
 import numpy as np
 import pytest
 
-from hf_tst.packing import BlockStream, cut_blocks, load_text_file, pack_blocks, tokenize_documents
+from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
+from hf_tst.text_files import _check_utf8, load_text_file
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
 
@@ -34,7 +40,9 @@ def test_packing_keeps_every_token_in_order_but_the_last_remainder(tokenizer, bl
 def test_cutting_does_not_depend_on_where_documents_end():
     tokens = np.arange(23, dtype=np.int32)
     for pieces in ([tokens], np.split(tokens, [1, 1, 9, 20]), [tokens[i : i + 1] for i in range(23)]):
-        assert np.array(list(cut_blocks(pieces, 5))).ravel().tolist() == list(range(20))
+        *blocks, rest = cut_blocks(pieces, 5)
+        assert np.concatenate(blocks).ravel().tolist() == list(range(20))
+        assert rest.tolist() == [20, 21, 22]
 
 
 def test_tokenised_data_is_left_alone(tokenizer):
@@ -73,3 +81,138 @@ def test_the_standard_library_is_real_text():
     documents = standard_library_documents(max_bytes=200_000)
     assert 200_000 <= sum(len(text.encode()) for text in documents["text"]) < 2_000_000
     assert documents["text"][:] == standard_library_documents(max_bytes=200_000)["text"][:]
+
+
+# Corpora at the edges
+
+
+def pack_text(texts, tokenizer, block_size):
+    return pack_blocks(tokenize_documents(datasets.Dataset.from_dict({"text": texts}), tokenizer), block_size)
+
+
+def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_path):
+    """In a process of its own each time, as two runs of a script are."""
+    (tmp_path / "corpus.txt").write_text("some line of text\n" * 500, encoding="utf-8")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    code = (
+        "import sys\n"
+        "from transformers import AutoTokenizer\n"
+        "from transformers.tokenization_utils_base import PreTrainedTokenizerBase\n"
+        "from hf_tst.packing import pack_blocks, tokenize_documents\n"
+        "from hf_tst.text_files import load_text_file\n"
+        "tokenizer = AutoTokenizer.from_pretrained('tokenizer')\n"
+        "documents = load_text_file('corpus.txt')\n"
+        "tokenized = tokenize_documents(documents, tokenizer, num_proc=2)\n"
+        "blocks = pack_blocks(tokenized, 16)\n"
+        "print(tokenized.cache_files[0]['filename'], blocks.cache_files[0]['filename'], len(blocks))\n"
+    )
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    runs = []
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        files = sorted((tmp_path / "cache").rglob("*.arrow"))
+        runs.append((result.stdout, [(file, file.stat().st_mtime_ns) for file in files]))
+    assert runs[0] == runs[1]
+    assert "hf_tst_blocks" in runs[0][0]
+
+
+def test_other_inputs_are_packed_anew(tokenizer):
+    one, same = pack_text(TEXTS * 5, tokenizer, 8), pack_text(TEXTS * 5, tokenizer, 8)
+    assert one.cache_files == same.cache_files
+    for other in (pack_text(TEXTS * 5, tokenizer, 9), pack_text(TEXTS * 4, tokenizer, 8)):
+        assert other.cache_files != one.cache_files
+
+
+def test_the_dropped_remainder_is_in_the_log(tokenizer, caplog):
+    tokens = len([t for text in TEXTS for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    assert tokens % 7
+    logger = logging.getLogger("hf_tst.packing")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    try:
+        with caplog.at_level("INFO", logger="hf_tst.packing"):
+            for _ in range(2):  # packed, and found in the cache
+                caplog.clear()
+                pack_text(TEXTS, tokenizer, 7)
+                assert f"the last {tokens % 7} tokens are dropped" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
+
+
+def test_many_tiny_documents_and_empty_ones(tokenizer):
+    texts = ["", "a", "", None, "b"] * 2000
+    blocks = pack_text(texts, tokenizer, 64)
+    a, b = (tokenizer(text)["input_ids"] for text in "ab")
+    end = [tokenizer.eos_token_id]
+    expected = ([*end, *a, *end, *end, *end, *b, *end] * 2000)[: len(blocks) * 64]
+    assert len(blocks) == 2000 * 7 // 64
+    assert np.array(blocks["input_ids"]).ravel().tolist() == expected
+
+
+def test_one_document_longer_than_everything():
+    tokens = np.arange(3_000_000, dtype=np.int32)
+    documents = datasets.Dataset.from_dict({"input_ids": [tokens]})
+    blocks = pack_blocks(documents, 1000)
+    assert len(blocks) == 3000
+    assert blocks[2999]["input_ids"] == list(range(2_999_000, 3_000_000))
+    streamed = BlockStream(documents, 1000)
+    assert sum(1 for _ in streamed) == 3000
+
+
+def test_only_empty_documents_or_a_block_longer_than_the_corpus_are_one_error(tokenizer):
+    with pytest.raises(ValueError, match="holds 0 tokens"):
+        pack_blocks(datasets.Dataset.from_dict({"input_ids": [[], []]}).cast_column(
+            "input_ids", datasets.Sequence(datasets.Value("int32"))), 4)  # fmt: skip
+    with pytest.raises(ValueError, match="do not fill one block of 100000") as error:
+        pack_text(TEXTS, tokenizer, 100_000)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_bytes_that_are_no_utf8_are_named(tmp_path, name, streaming):
+    good = b'{"text": "fine"}\n' * 3
+    (tmp_path / name).write_bytes(good + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(
+        ValueError, match=rf"{name} is not UTF-8 text: byte {len(good) + 13} is 0xe9"
+    ) as error:
+        list(load_text_file(str(tmp_path / name), streaming=streaming))
+    assert "\n" not in str(error.value)
+
+
+def test_characters_across_the_pieces_of_a_check_are_no_error(tmp_path):
+    (tmp_path / "a.txt").write_text("x" + "é" * 10, encoding="utf-8")
+    _check_utf8(str(tmp_path / "a.txt"), chunk_size=2)
+    (tmp_path / "b.txt").write_bytes(b"x" + "é".encode() * 4 + b"\xc3")
+    with pytest.raises(ValueError, match="byte 9 is 0xc3"):
+        _check_utf8(str(tmp_path / "b.txt"), chunk_size=2)
+
+
+def test_a_pattern_names_several_files_and_shards(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"file {i}\n", encoding="utf-8")
+    rows = load_text_file(str(tmp_path / "*.txt"))
+    assert rows["text"][:] == ["file 0\n", "file 1\n", "file 2\n"]
+    stream = load_text_file(str(tmp_path / "*.txt"), streaming=True)
+    assert stream.num_shards == 3
+    with pytest.raises(ValueError, match="no file that fits"):
+        load_text_file(str(tmp_path / "*.jsonl"))
+    (tmp_path / "3.jsonl").touch()
+    with pytest.raises(ValueError, match="files of one kind"):
+        load_text_file(str(tmp_path / "*"))
+
+
+def test_parquet_and_columns_of_tokens(tokenizer, tmp_path):
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "text.parquet")
+    datasets.Dataset.from_dict({"input_ids": ids, "other": TEXTS}).to_parquet(tmp_path / "tokens.parquet")
+    text = pack_blocks(
+        tokenize_documents(load_text_file(str(tmp_path / "text.parquet")), tokenizer, append_eos=False), 5
+    )
+    tokens = pack_blocks(tokenize_documents(load_text_file(str(tmp_path / "tokens.parquet")), tokenizer), 5)
+    assert text["input_ids"][:] == tokens["input_ids"][:]
+    assert tokens.column_names == ["input_ids"]

@@ -44,6 +44,10 @@ def workspace(tmp_path_factory):
     (folder / "corpus.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
     )
+    for i in range(2):
+        lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"part-{i}.jsonl").write_text("".join(lines[i::2]), encoding="utf-8")
+    (folder / "latin.txt").write_bytes("caf\xe9\n".encode("latin1") * 100)
     (folder / "empty.txt").touch()
     (folder / "hub").mkdir()
     for split in ("train", "validation"):
@@ -64,6 +68,7 @@ def test_without_data_it_trains_on_the_standard_library(tmp_path):
     assert "recovery       2-7" in result.stdout
     assert "final evaluation loss" in result.stdout
     assert (output / "loss_curve.png").is_file()
+    assert "first 2 of 8 optimizer steps" in (output / "README.md").read_text()
     assert (output / "checkpoint-2" / "model.safetensors").is_file()
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -86,16 +91,24 @@ def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
         ["--train_file", "corpus.txt"],
         ["--streaming", "--validation_split_percentage", 0],
         ["--train-file=", "--dataset-name", "hub"],
+        ["--train_file", "part-*.jsonl", "--dataloader_num_workers", 2],
+        ["--train_file", "part-*.jsonl", "--streaming", "--validation_file", "corpus.jsonl"],
+        ["--tst_document_boundaries", "respect"],
         ["--train_file", "corpus.txt", "--validation_file", "corpus.jsonl", "--max_train_samples", 200],
     ],
 )
 def test_text_files_streams_and_data_set_folders(workspace, tmp_path, flags):
     result = run("config.yaml", "--output_dir", tmp_path / "run", *flags, cwd=workspace)
     assert "recovery       2-5" in result.stdout
+    if "--streaming" not in flags:
+        assert "tokens are dropped" in result.stderr
 
 
-def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path):
-    common = ("config.yaml", "--save_steps", 3, "--save_strategy", "steps")
+@pytest.mark.parametrize(
+    "data", [[], ["--streaming", "--validation_split_percentage", 0]], ids=["packed", "stream"]
+)
+def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path, data):
+    common = ("config.yaml", "--save_steps", 3, "--save_strategy", "steps", *data)
     run(*common, "--output_dir", tmp_path / "whole", cwd=workspace)
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "whole" / "checkpoint-6")
@@ -108,10 +121,16 @@ def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path):
     [
         (["--train_file", "empty.txt"], "empty.txt is empty"),
         (["--train_file", "nothing.txt"], "There is no file"),
+        (["--train_file", "latin.txt"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (
+            ["--block_size", 32, "--train_file", "part-0.jsonl", "--max_train_samples", 3],
+            "lower max_steps to about",
+        ),
         (["--tst_phase_ratio", 2], "tst_phase_ratio must be from 0 to 1"),
         (["--block_size", 64], "more than the model's context of 32"),
         (["--max_steps", 100_000], "lower max_steps to about"),
         (["--streaming"], "cannot be split"),
+        (["--streaming", "--validation_split_percentage", 0, "--max_train_samples", 9], "until max_steps"),
         (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
         (["--model_type", "nonsense"], "model_type is 'nonsense'"),
         (["--dataset_name", "some/data"], "name one of them"),

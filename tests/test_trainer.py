@@ -4,11 +4,12 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model
+from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model, set_dropout
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments
+from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments, callbacks
 from hf_tst.bags import OFFSET_WEIGHTINGS
 
 LOG_V = math.log(VOCAB_SIZE)
@@ -56,7 +57,7 @@ def weights_equal(one, other):
 @pytest.mark.parametrize("length", [{"max_steps": 7}, {"max_steps": -1, "num_train_epochs": 2}])
 def test_switched_off_it_is_the_plain_trainer_bit_for_bit(llama, make_args, off, length):
     blocks = make_blocks(10)
-    llama.config.attention_dropout = 0.1
+    set_dropout(llama)
     plain_model = copy.deepcopy(llama)
     args = make_args(gradient_accumulation_steps=2, **length, **off)
     trainer = TSTTrainer(llama, args, train_dataset=blocks)
@@ -194,8 +195,7 @@ def test_two_runs_are_the_same_and_another_seed_differs(llama, make_args):
 def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, tmp_path, stop):
     """Before the switch, at it, and after it."""
     blocks = make_blocks(200)
-    resumed_model = copy.deepcopy(llama)
-    llama.config.attention_dropout = resumed_model.config.attention_dropout = 0.1
+    resumed_model = copy.deepcopy(set_dropout(llama))
     whole = TSTTrainer(llama, make_args(save_strategy="steps", save_steps=stop), train_dataset=blocks)
     whole.train()
     checkpoint = Path(whole.args.output_dir) / f"checkpoint-{stop}"
@@ -266,6 +266,26 @@ def test_logs_name_phase_and_tokens(llama, make_args):
         assert entry["tst_raw_tokens"] == (min(step, 3) * 4 + max(step - 3, 0)) * latent
         ratio = entry["tst_raw_tokens_per_second"] / entry["tst_latent_tokens_per_second"]
         assert ratio == pytest.approx(4 if step <= 3 else 1, rel=0.01)
+
+
+def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
+    """By a clock that moves a second a forward pass, and five where the data of the third step begins."""
+    now = [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for i, block in enumerate(make_blocks(200)):
+                now[0] += 5 * (i == 2 * 2 * 4)
+                yield block
+
+    llama.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    trainer = TSTTrainer(llama, make_args(), train_dataset=Slow())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # The loader of accelerate fetches one batch ahead, so the second step waits for the third step's data.
+    assert [entry["tst_data_wait_seconds"] for entry in entries] == [0, 5, *[0] * 8]
+    assert [entry["tst_data_wait_fraction"] for entry in entries] == [0, 0.8333, *[0] * 8]
 
 
 def test_flops_count_latent_work(llama, make_args):

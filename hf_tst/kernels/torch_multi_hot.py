@@ -1,32 +1,82 @@
+"""The multi-hot loss of some rows of logits, and its gradient in their place, in plain PyTorch."""
+
+from __future__ import annotations
+
 import torch
+from torch import Tensor
+
+# Where a copy of the rows is needed, this many of its elements are held at a time (4 MiB).
+_TILE_ELEMENTS = 2**20
 
 
 def multi_hot_loss_and_gradient(
-    logits,
-    labels,
-    weights,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
     *,
-    gradient_scale,
-    ignore_index=-100,
-    softcap=None,
-    logit_scale=1.0,
-    write_gradient=True,
-):
-    valid = labels != ignore_index
-    w = weights * valid
-    rw = w.sum(-1, keepdim=True)
-    z = logits.float()
-    if logit_scale != 1.0:
-        z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logp = torch.log_softmax(z, -1)
-    y = labels.masked_fill(~valid, 0)
-    losses = -(w * logp.gather(-1, y)).sum(-1)
-    if write_gradient:
-        g = logp.exp_().mul_(rw)
-        g.scatter_add_(-1, y, -w)
+    gradient_scale: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    write_gradient: bool = True,
+) -> Tensor:
+    """Loss of each row; overwrites `logits` with their gradient.
+
+    A row's loss is the sum of `w_i · (logsumexp(z) - z[y_i])` over its valid targets, with `z = logit_scale · logits`, or
+    `softcap · tanh(logit_scale · logits / softcap)`. Arithmetic is float32, and its amount does not depend on s.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(n, V)`): Outputs of the head. Overwritten if `write_gradient`.
+        labels (`torch.LongTensor` of shape `(n, s)`): Targets in `[0, V)`, or `ignore_index`.
+        weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset.
+        gradient_scale (0-dim `torch.FloatTensor`): Factor on the gradient of the sum of the losses.
+        ignore_index (`int`, defaults to -100): Label that is no target.
+        softcap (`float`, *optional*): Cap on the scaled logits.
+        logit_scale (`float`, defaults to 1): Factor on the logits.
+        write_gradient (`bool`, defaults to `True`): Without it, `logits` stay as they are.
+
+    Returns:
+        `torch.FloatTensor` of shape `(n,)`: Losses; 0 for a row without a target, whatever its logits are.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    in_place = write_gradient and softcap is None and logits.dtype == torch.float32
+    rows = len(logits) if in_place else max(1, _TILE_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        tile = logits[start : start + rows]
+        scaled = tile if in_place else tile.to(torch.float32, copy=True)
+        if logit_scale != 1:
+            scaled *= logit_scale
+        slope = None
         if softcap is not None:
-            g *= 1 - (z / softcap) ** 2
-        logits.copy_(g.mul_(gradient_scale * logit_scale))
+            tanh = scaled.div_(softcap).tanh_()
+            if write_gradient:
+                slope = 1 - tanh.square()
+            scaled = tanh.mul_(softcap)
+        targets = labels[start : start + rows]
+        factor = gradient_scale * logit_scale
+        losses[start : start + rows] = _loss_and_gradient(scaled, targets, weights, factor, ignore_index)
+        if slope is not None:
+            scaled *= slope
+        if write_gradient and not in_place:
+            tile.copy_(scaled)
     return losses
+
+
+def _loss_and_gradient(
+    logits: Tensor, labels: Tensor, weights: Tensor, factor: Tensor, ignore_index: int
+) -> Tensor:
+    """Losses of float32 `logits`, which become the gradient of their sum times `factor`."""
+    valid = labels != ignore_index
+    row_weights = torch.where(valid, weights, 0.0)
+    targets = labels.masked_fill(~valid, 0)
+    largest = logits.amax(-1, keepdim=True)
+    target_logits = logits.gather(-1, targets) - largest
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    cross_entropies = total.log() - target_logits
+    weight = row_weights.sum(-1, keepdim=True)
+    logits *= weight * factor / total
+    logits.scatter_add_(-1, targets, -factor * row_weights)
+    # A zero weight times what is not a number would be none either.
+    if (without := weight.squeeze(-1) == 0).any():
+        logits[without] = 0.0
+    return torch.where(row_weights > 0, row_weights * cross_entropies, 0.0).sum(-1)

@@ -1,0 +1,174 @@
+"""The rows of a run over a stream of blocks, and the state that lets a resumed run read on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers.utils import logging
+
+from .blocks import check_has_tokens, check_length, join_blocks
+from .data_plan import BatchLayout
+from .packing import BlockStream, load_stream_state, stream_state
+from .phases import PhaseSchedule
+from .rows import TOKEN_COLUMNS, Row
+
+logger = logging.get_logger(__name__)
+
+
+class StreamedRows(IterableDataset[Row]):
+    """Rows of a run from a stream of blocks, in the order of the stream.
+
+    Superposition rows join `blocks_per_row` consecutive blocks; once superposition is over, a row is one block. If
+    the stream ends before the run does, it is read again, with a warning. Rows of other ranks are read and left
+    out, unless the stream holds this rank's share only (then `layout` has a world of one).
+
+    Iteration starts at the optimizer step that training has reached: from the state that [`load_state`] was given, or
+    without one by reading up to there again.
+
+    Args:
+        blocks: Iterable of blocks, best with `state_dict` and `load_state_dict`.
+        schedule (`PhaseSchedule`): The run's phases.
+        layout (`BatchLayout`): How rows are dealt out to ranks.
+        rank (`int`, defaults to 0): The rank whose rows these are.
+        columns (`Sequence[str]`, *optional*): Columns to hand on in recovery; all by default.
+        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
+        current_step: Returns the optimizer steps done so far; asked when iteration starts.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Mapping[str, Any]],
+        schedule: PhaseSchedule,
+        layout: BatchLayout,
+        rank: int = 0,
+        columns: Sequence[str] | None = None,
+        bag_columns: Sequence[str] = TOKEN_COLUMNS,
+        current_step: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.blocks = blocks
+        self.schedule = schedule
+        self.layout = layout
+        self.rank = rank
+        self.columns = columns
+        self.bag_columns = bag_columns
+        self.current_step = current_step
+        self.block_length: int | None = getattr(blocks, "block_size", None)
+        self._pass = self._blocks_in_pass = 0
+        self._states: dict[int, dict[str, Any]] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Let iteration start from a `state` that [`state`] gave, possibly on another world size."""
+        self._loaded = state
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the stream stands once the rows of optimizer steps `0 … step - 1` are read, and no more.
+
+        Loaders fetch ahead of training, so the state is noted when the last row of a step is read, and kept until
+        training is past it.
+        """
+        return self._states[step]
+
+    def __iter__(self) -> Iterator[Row]:
+        step = self.current_step()
+        blocks = self._start(step)
+        self._note_state(step)
+        while step < self.schedule.max_steps:
+            # The last row of this rank waits for those of the other ranks, so that its batch comes out only when
+            # the stream stands at the end of the step and its state can be noted.
+            waiting: Row | None = None
+            for row in range(step * self.layout.rows_per_step, (step + 1) * self.layout.rows_per_step):
+                columns = self._read_row(blocks, step)
+                if self.layout.owner(row) == self.rank:
+                    if waiting is not None:
+                        yield waiting
+                    waiting = Row(columns, self.schedule.phase(step) == "superposition")
+            step += 1
+            self._note_state(step)
+            assert waiting is not None
+            yield waiting
+
+    def _read_row(self, blocks: Iterator[Mapping[str, Any]], step: int) -> Mapping[str, Any]:
+        if self.schedule.phase(step) == "superposition":
+            group = [next(blocks) for _ in range(self.schedule.blocks_per_row)]
+            return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in group])
+        block = next(blocks)
+        return {k: block[k] for k in block if self.columns is None or k in self.columns}
+
+    def _note_state(self, step: int) -> None:
+        done = self.current_step()
+        self._states = {k: state for k, state in self._states.items() if k >= done}
+        self._states[step] = {
+            "step": step,
+            "pass": self._pass,
+            "blocks_in_pass": self._blocks_in_pass,
+            "stream": stream_state(self.blocks),
+        }
+
+    def _start(self, step: int) -> Iterator[Mapping[str, Any]]:
+        loaded, self._loaded = self._loaded, None
+        self._states = {}
+        self._pass = self._blocks_in_pass = 0
+        if loaded is not None and loaded["step"] == step and loaded["stream"] is not None:
+            load_stream_state(self.blocks, loaded["stream"])
+            self._pass, self._blocks_in_pass = loaded["pass"], loaded["blocks_in_pass"]
+            return self._endless_blocks()
+        load_stream_state(self.blocks, None)
+        blocks = self._endless_blocks()
+        if step:
+            rows = self.layout.rows_per_step
+            skipped = rows * (self.schedule.tokens_seen(step, 1))
+            logger.warning(
+                f"The stream of training data cannot say where it stands, so {step * rows} rows ({skipped} blocks) that "
+                "are trained already are read again and skipped."
+            )
+            for _ in range(skipped):
+                next(blocks)
+        return blocks
+
+    def _endless_blocks(self) -> Iterator[Mapping[str, Any]]:
+        while True:
+            for block in self.blocks:
+                self._check(block)
+                self._blocks_in_pass += 1
+                yield block
+            if not self._blocks_in_pass:
+                raise ValueError(
+                    "The stream of training data is empty: check the data set's name, split and files."
+                )
+            logger.warning(
+                f"The stream of training data ended after {self._blocks_in_pass} blocks, before the run did: it is "
+                "read again."
+            )
+            self._pass, self._blocks_in_pass = self._pass + 1, 0
+            load_stream_state(self.blocks, None)
+
+    def _check(self, block: Mapping[str, Any]) -> None:
+        check_has_tokens(block)
+        if self.block_length is None:
+            self.block_length = len(block["input_ids"])
+        check_length(len(block["input_ids"]), self.block_length, self._blocks_in_pass)
+
+
+def split_stream(blocks: Any, rank: int, world_size: int) -> Any | None:
+    """The share of a stream that `rank` reads, or `None` if the stream has no shards to deal out evenly.
+
+    Args:
+        blocks: A `datasets.IterableDataset`, a [`BlockStream`] of one, or any other iterable (never split).
+        rank (`int`), world_size (`int`): Which of how many shares.
+    """
+    if isinstance(blocks, BlockStream):
+        documents = split_stream(blocks.documents, rank, world_size)
+        return None if documents is None else BlockStream(documents, blocks.block_size)
+    if world_size == 1 or not hasattr(blocks, "num_shards") or blocks.num_shards % world_size:
+        return None
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(blocks, rank=rank, world_size=world_size)
+
+
+def count_shards(blocks: Any) -> int | None:
+    """Shards of a stream, or `None` if it has none."""
+    return getattr(getattr(blocks, "documents", blocks), "num_shards", None)

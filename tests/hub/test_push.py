@@ -1,0 +1,201 @@
+"""Pushing to, and loading from, a Hub on the loopback interface, with the real client in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load
+from server import TOKEN, LocalHub
+
+CLIENT = Path(__file__).with_name("client.py")
+ORDINARY = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
+
+
+@pytest.fixture
+def hub():
+    with LocalHub() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    return os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+
+
+@pytest.fixture
+def push(environment, tmp_path):
+    def run(name="mine", token=TOKEN, **options):
+        folder = tmp_path / name
+        command = [sys.executable, str(CLIENT), str(folder), json.dumps(options)]
+        result = subprocess.run(
+            command, env=environment | {"HF_TOKEN": token}, capture_output=True, text=True, timeout=300
+        )
+        assert result.stdout, result.stderr[-3000:]
+        assert TOKEN not in result.stdout + result.stderr
+        return json.loads(result.stdout.splitlines()[-1]), folder
+
+    return run
+
+
+def test_a_pushed_model_is_loaded_by_people_without_this_package(hub, push, environment):
+    result, folder = push(hub_model_id="someone/model", hub_private_repo=True)
+    assert result == {"step": 6, "saved": True}
+    files = hub.files("someone/model")
+    assert set(files) >= ORDINARY
+    assert hub.repositories["someone/model"].private
+    assert not [path for path in files if "checkpoint" in path or "data_position" in path]
+    assert b"tst" not in files["config.json"].lower()
+    ours, pushed = (
+        load((folder / "reference" / "model.safetensors").read_bytes()),
+        load(files["model.safetensors"]),
+    )
+    assert all(bool((ours[name] == pushed[name]).all()) for name in ours)
+    assert set(ours) == set(pushed)
+    code = (
+        "import sys; sys.modules['hf_tst'] = None\n"
+        "from transformers import AutoModelForCausalLM, pipeline\n"
+        "model = AutoModelForCausalLM.from_pretrained('someone/model')\n"
+        "text = pipeline('text-generation', model='someone/model')('w3', max_new_tokens=2)[0]['generated_text']\n"
+        "print(model.num_parameters(), len(text) > 2)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.split()[-1] == "True", result.stderr[-2000:]
+
+
+def test_the_card_on_the_hub_is_valid_and_tells_of_the_run(hub, push):
+    push(
+        hub_model_id="someone/model", push={"license": "apache-2.0", "dataset": "some/data", "language": "en"}
+    )
+    files = hub.files("someone/model")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert card.data.datasets == ["some/data"]
+    assert card.data.license == "apache-2.0"
+    assert {"token-superposition", "generated_from_trainer"} <= set(card.data.tags)
+    assert {result.metric_type for result in card.data.eval_results} == {"loss", "perplexity"}
+    assert "first 2 of 6 optimizer steps (r = 0.3)" in card.text
+    assert "(loss_curve.png)" in card.text
+    assert files["loss_curve.png"].startswith(b"\x89PNG")
+    assert "POST /api/validate-yaml" in hub.requests
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("end", None),
+        ("every_save", None),
+        ("checkpoint", "last-checkpoint/"),
+        ("all_checkpoints", "checkpoint-6/"),
+    ],
+)
+def test_every_strategy(hub, push, strategy, expected):
+    result, _ = push(hub_strategy=strategy)
+    assert "error" not in result
+    files = hub.files("someone/mine")
+    assert set(files) >= ORDINARY
+    commits = hub.repositories["someone/mine"].commits
+    assert commits[-1] == "End of training"
+    assert (len(commits) > 1) == (strategy != "end")
+    if expected:
+        assert f"{expected}trainer_state.json" in files
+
+
+def test_pushing_again_replaces_and_a_branch_of_its_own_is_left_alone(hub, push):
+    push(name="first", hub_model_id="someone/model")
+    first = hub.files("someone/model")["model.safetensors"]
+    hub.repositories["someone/model"].branches["other"] = {}
+    result, _ = push(name="branch", hub_model_id="someone/model", hub_revision="other", max_steps=4)
+    assert "error" not in result
+    assert hub.files("someone/model")["model.safetensors"] == first
+    assert hub.files("someone/model", "other")["model.safetensors"] != first
+    push(name="second", hub_model_id="someone/model", max_steps=4)
+    assert hub.files("someone/model")["model.safetensors"] != first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": "hf_wrong"}, "token is wrong or missing (401)"),
+        ({"hub_model_id": "others/model"}, "may not write there (403)"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_before_the_first_step(hub, push, options, message):
+    result, _ = push(**options)
+    assert result["error"] == "HubError"
+    assert message in result["message"]
+    assert "\n" not in result["message"]
+    assert not result["saved"]
+    assert not hub.repositories
+
+
+def test_a_repository_with_another_model_is_refused(hub, push):
+    push(name="first", hub_model_id="someone/model")
+    before = dict(hub.files("someone/model"))
+    result, _ = push(name="second", hub_model_id="someone/model", hidden_size=32)
+    assert result["error"] == "HubError"
+    assert "hidden_size 16 there, 32 here" in result["message"]
+    assert hub.files("someone/model") == before
+
+
+@pytest.mark.parametrize("part", ["/lfs/", "/preupload/"])
+def test_a_passing_fault_is_tried_again(hub, push, part):
+    fault = hub.fail(part, "500", times=2)
+    result, _ = push(hub_strategy="end")
+    assert fault.seen == 2
+    assert result == {"step": 6, "saved": True}
+    assert set(hub.files("someone/mine")) >= ORDINARY
+
+
+@pytest.mark.parametrize("kind", ["500", "reset"])
+def test_a_lasting_fault_is_reported_and_the_model_kept(hub, push, kind):
+    hub.fail("/commit/", kind, times=1000)
+    result, folder = push(hub_strategy="end")
+    assert result["error"] == "HubError"
+    assert f"The model is saved in {folder}." in result["message"]
+    assert result["saved"]
+
+
+def test_a_fault_during_training_does_not_stop_it(hub, push):
+    fault = hub.fail("/commit/", "500", times=1)
+    result, _ = push(hub_strategy="every_save")
+    assert fault.seen == 1
+    assert result == {"step": 6, "saved": True}
+    assert set(hub.files("someone/mine")) >= ORDINARY
+
+
+def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hub, environment, tmp_path):
+    from hf_tst.quickstart import train_tokenizer
+
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(300)]
+    train_tokenizer(texts, 400).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    sizes = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,max_position_embeddings=32"
+    flags = (
+        "--train_file corpus.txt --tokenizer_name tokenizer --model_type llama --block_size 16 --max_steps 4 "
+        "--per_device_train_batch_size 2 --logging_steps 1 --report_to none --disable_tqdm True --use_cpu --push_to_hub --output_dir out "
+        f"--config_overrides {sizes}"
+    )
+    hub.fail("/commit/", "500", times=1000)
+    script = CLIENT.parents[2] / "scripts" / "run_clm_tst.py"
+    result = subprocess.run(
+        [sys.executable, str(script), *flags.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "recovery       1-3" in result.stdout
+    assert "final evaluation loss" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("run_clm_tst.py: Pushing out failed")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,0 +1,76 @@
+import pytest
+from huggingface_hub import ModelCard
+from test_report import HISTORY
+
+from hf_tst.model_card import RunRecord, make_model_card, write_model_card
+
+ARGUMENTS = {
+    "tst_phase_ratio": 0.3, "tst_bag_size": 4, "tst_mode": "full", "tst_offset_weighting": "power_law",
+    "optim": "adamw_torch", "learning_rate": 2e-3, "lr_scheduler_type": "linear", "seed": 7, "hub_token": "hf_secret",
+}  # fmt: skip
+
+
+def make_record(**changes):
+    values = {
+        "log_history": HISTORY, "max_steps": 10, "switch_step": 3, "arguments": ARGUMENTS, "rows_per_step": 5,
+        "total_flos": 1.5e9, "parameters": 1234, "hardware": "2 x H100", "evaluation": {"eval_loss": 2.0, "eval_runtime": 1.0},
+    }  # fmt: skip
+    return RunRecord(**values | changes)
+
+
+def test_the_card_says_what_the_record_says():
+    card = make_model_card(
+        make_record(), repo_id="me/model", base_model="other/base", datasets=["a/b"], curve="c.png"
+    )
+    assert card.data.model_name == "model"
+    assert card.data.base_model == "other/base"
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        "loss": 2.0,
+        "perplexity": pytest.approx(7.389, abs=1e-3),
+    }
+    for said in (
+        "first 3 of 10 optimizer steps (r = 0.3)",
+        "s = 4 contiguous tokens",
+        "`power_law`",
+        "| superposition | 0-2 | 120 | 30 | 4.000 | 3.500 | 4.500 |",
+        "| recovery | 3-9 | 70 | 70 | 5.000 | 3.000 | - |",
+        "2 x H100",
+        "1,234",
+        "2605.06546",
+        "![",
+        'from_pretrained("me/model")',
+    ):
+        assert said in card.text, said
+    assert "hf_secret" not in str(card)
+
+
+def test_plain_training_and_runs_without_evaluation_say_so():
+    record = make_record(
+        switch_step=0, evaluation={}, log_history=[e for e in HISTORY if e["tst_phase"] == "recovery"]
+    )
+    card = make_model_card(record, repo_id="model")
+    assert "superposition was off" in card.text
+    assert "token-superposition" not in card.data.tags
+    assert card.data.eval_results is None
+    assert "## Evaluation" not in card.text
+    assert "![" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("input", "first token of the next bag"), ("output", "read one by one")]
+)
+def test_the_other_modes_are_told_apart(mode, words):
+    card = make_model_card(make_record(arguments=ARGUMENTS | {"tst_mode": mode}), repo_id="model")
+    assert words in card.text
+
+
+def test_a_card_of_the_users_own_stays(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert write_model_card(tmp_path, make_record(), repo_id="model") is None
+    assert "# Mine" in path.read_text()
+    path.unlink()
+    assert write_model_card(tmp_path, make_record(), repo_id="model") == path
+    assert (tmp_path / "loss_curve.png").is_file()
+    assert write_model_card(tmp_path, make_record(max_steps=99), repo_id="model") == path
+    assert "of 99 optimizer steps" in ModelCard.load(path).text

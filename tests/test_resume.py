@@ -1,0 +1,370 @@
+"""Resumed runs against uninterrupted ones: map-style and streamed, twice in a row, at the worst places."""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, set_dropout
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_tst import TSTTrainer
+from hf_tst.data_position import DataPosition
+from hf_tst.packing import BlockStream
+from hf_tst.permutation import Permutation
+
+EOS = VOCAB_SIZE - 1
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a job that is killed once it has saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+class Fed(TrainerCallback):
+    """Notes the ids that the model is fed in training, by optimizer step."""
+
+    def __init__(self, model):
+        self.rows = {}
+        self.step = 0
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def note(self, module, args, kwargs):
+        if module.training:
+            self.rows.setdefault(self.step, []).append(kwargs["input_ids"].flatten(1).tolist())
+
+
+def history(trainer):
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [(e["step"], e["epoch"], e["loss"], e["learning_rate"], e["tst_raw_tokens"]) for e in entries]
+
+
+def documents(count=400, seed=0):
+    generator = np.random.default_rng(seed)
+    lengths = generator.choice([0, 1, 3, 17, 40], size=count)
+    return [[*generator.integers(0, EOS, size=length).tolist(), EOS] for length in lengths]
+
+
+def packed_stream(shards=3):
+    rows = datasets.Dataset.from_dict({"input_ids": documents()})
+    # A batched map in front, as tokenising has: its state lies inside a batch of documents.
+    stream = rows.to_iterable_dataset(num_shards=shards).map(lambda batch: batch, batched=True, batch_size=7)
+    return BlockStream(stream, BLOCK_LENGTH)
+
+
+def block_stream():
+    return datasets.Dataset.from_list(make_blocks(200)).to_iterable_dataset(num_shards=2)
+
+
+def short_stream():
+    """Ends within the run, in either phase."""
+    return datasets.Dataset.from_list(make_blocks(45)).to_iterable_dataset()
+
+
+class Plain(IterableDataset):
+    """A stream that cannot say where it stands."""
+
+    def __iter__(self):
+        return iter(make_blocks(200))
+
+
+SOURCES = {
+    "blocks": lambda: make_blocks(200),
+    "dataset": lambda: datasets.Dataset.from_list(make_blocks(200)),
+    "packed stream": packed_stream,
+    "block stream": block_stream,
+    "short stream": short_stream,
+    "stream without state": Plain,
+    "shuffled stream": lambda: block_stream().shuffle(seed=1, buffer_size=20),
+}
+
+
+def run_in_pieces(model, args, source, stops, make_args):
+    """Train with a stop and a resume, in a new trainer on new data, at each of `stops`."""
+    folder = Path(args.output_dir)
+    fed = Fed(model)
+    trainer = checkpoint = None
+    for stop in [*stops, args.max_steps]:
+        torch.manual_seed(stop)  # what a fresh process would have, or anything else
+        trainer = TSTTrainer(model, args, train_dataset=source(), callbacks=[StopAt(stop), fed])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = str(folder / f"checkpoint-{stop}")
+    return trainer, fed
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("stops", [(1, 2), (2, 3), (3, 4), (6, 9)], ids=str)
+def test_two_resumes_in_a_row_give_the_uninterrupted_run(llama, make_args, tmp_path, source, stops):
+    """Within superposition, before and at the switch, at it and right after it, and within recovery."""
+    other = copy.deepcopy(set_dropout(llama))
+    common = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    whole, fed = run_in_pieces(llama, make_args(**common), SOURCES[source], (), make_args)
+    args = make_args(**common, output_dir=str(tmp_path / "pieces"))
+    resumed, fed_again = run_in_pieces(other, args, SOURCES[source], stops, make_args)
+    assert fed_again.rows == fed.rows
+    assert history(resumed) == history(whole)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
+    last = f"checkpoint-{args.max_steps}"
+    positions = [DataPosition.load(Path(t.args.output_dir) / last) for t in (whole, resumed)]
+    assert positions[0] == positions[1]
+
+
+def test_a_stream_may_be_resumed_again_in_the_same_process(llama, make_args):
+    """The data set object of the first run still holds the state that it was resumed from."""
+    args = make_args(save_strategy="steps", save_steps=1)
+    stream = block_stream()
+    fed = []
+    for checkpoint in (None, "checkpoint-4", None):
+        path = checkpoint and str(Path(args.output_dir) / checkpoint)
+        model = copy.deepcopy(llama)
+        fed.append(Fed(model))
+        TSTTrainer(model, args, train_dataset=stream, callbacks=[fed[-1]]).train(path)
+    assert fed[1].rows == {k: v for k, v in fed[0].rows.items() if k >= 4}
+    assert fed[2].rows == fed[0].rows
+
+
+def test_workers_resume_like_the_main_process(llama, make_args, tmp_path):
+    other = copy.deepcopy(set_dropout(llama))
+    common = {"save_strategy": "steps", "save_steps": 1}
+    whole, fed = run_in_pieces(llama, make_args(**common), SOURCES["dataset"], (), make_args)
+    args = make_args(**common, output_dir=str(tmp_path / "pieces"), dataloader_num_workers=2)
+    resumed, fed_again = run_in_pieces(other, args, SOURCES["dataset"], (2, 5), make_args)
+    assert fed_again.rows == fed.rows
+    assert history(resumed) == history(whole)
+
+
+def test_epochs_resume_within_an_epoch(llama, make_args, tmp_path):
+    other = copy.deepcopy(llama)
+    common = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = TSTTrainer(llama, make_args(**common), train_dataset=make_blocks(60))
+    whole.train()
+    steps = whole.state.global_step
+    assert steps > 12
+    args = make_args(**common, output_dir=str(tmp_path / "pieces"))
+    checkpoint = None
+    for stop in (steps // 2 - 1, steps // 2 + 2, steps):
+        resumed = TSTTrainer(other, args, train_dataset=make_blocks(60), callbacks=[StopAt(stop)])
+        resumed.train(resume_from_checkpoint=checkpoint)
+        checkpoint = str(Path(args.output_dir) / f"checkpoint-{stop}")
+    assert history(resumed) == history(whole)
+
+
+# No skipping
+
+
+class Enormous:
+    """More blocks than fit anywhere, made when asked for; counts how often."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"input_ids": [index % VOCAB_SIZE] * BLOCK_LENGTH}
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.9])
+def test_resuming_at_step_a_million_costs_what_it_costs_at_step_ten(
+    llama, make_args, tmp_path, monkeypatch, ratio
+):
+    computed = []
+    permute = Permutation.__call__
+
+    def counted(self, positions):
+        computed.append(positions.size)
+        return permute(self, positions)
+
+    args = make_args(
+        max_steps=2_000_000, tst_phase_ratio=ratio, gradient_accumulation_steps=2, save_strategy="steps",
+        save_steps=10, logging_steps=10**7, learning_rate=0, tst_save_at_switch=False,
+    )  # fmt: skip
+    TSTTrainer(llama, args, train_dataset=Enormous(), callbacks=[StopAt(10)]).train()
+    early = Path(args.output_dir) / "checkpoint-10"
+    late = Path(args.output_dir) / "checkpoint-1000000"
+    shutil.copytree(early, late)
+    state = json.loads((late / "trainer_state.json").read_text())
+    (late / "trainer_state.json").write_text(json.dumps(state | {"global_step": 1_000_000}))
+    replace(DataPosition.load(early), step=1_000_000).save(late)
+
+    costs = []
+    monkeypatch.setattr(Permutation, "__call__", counted)
+    for checkpoint, step in ((early, 10), (late, 1_000_000)):
+        computed.clear()
+        blocks = Enormous()
+        batches = []
+
+        class Count(TrainerCallback):
+            def on_substep_end(self, args, state, control, batches=batches, **kwargs):
+                batches.append(state.global_step)
+
+        trainer = TSTTrainer(llama, args, train_dataset=blocks, callbacks=[StopAt(step + 3), Count()])
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == step + 3
+        assert trainer.state.epoch == (step + 3) / 2_000_000
+        superposed = trainer.schedule.phase(step) == "superposition"
+        costs.append(
+            (len(batches), sum(computed) if ratio == 0.9 else None, blocks.reads - 3 * superposed * 3 * 4)
+        )
+    if ratio == 0.9:
+        assert costs[0] == costs[1]
+    else:
+        # Recovery looks a row's block up in up to two permutations and reads it alone.
+        assert costs[1][0] == costs[0][0]
+        assert sum(computed) < 10_000
+        assert blocks.reads < 300
+
+
+# What a checkpoint says
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_checkpoint_says_which_data_it_was_trained_on(llama, make_args, accumulation):
+    args = make_args(
+        save_strategy="steps", save_steps=2, gradient_accumulation_steps=accumulation, save_only_model=True
+    )
+    TSTTrainer(llama, args, train_dataset=make_blocks(200)).train()
+    rows = 2 * accumulation
+    folders = sorted(Path(args.output_dir).glob("checkpoint-*"))
+    assert {int(f.name.split("-")[1]) for f in folders} == {2, 3, 4, 6, 8, 10}
+    for folder in folders:
+        found = json.loads((folder / "data_position.json").read_text())
+        step = int(folder.name.split("-")[1])
+        superposed, recovered = min(step, 3) * rows * 4, max(0, step - 3) * rows
+        assert found.pop("data")
+        assert found == {
+            "version": 1, "step": step, "max_steps": 10, "phase_ratio": 0.3, "bag_size": 4, "mode": "full",
+            "document_boundaries": "ignore", "seed": 42, "shuffle": True, "rows_per_step": rows,
+            "per_device_batch_size": 2, "accumulation_steps": accumulation, "world_size": 1,
+            "block_length": BLOCK_LENGTH, "num_blocks": 200, "split_by_rank": False, "tokens_left_out": 0,
+            "consumed": {
+                "superposition": {"blocks": superposed, "raw_tokens": superposed * BLOCK_LENGTH},
+                "recovery": {"blocks": recovered, "raw_tokens": recovered * BLOCK_LENGTH},
+            },
+        }  # fmt: skip
+
+
+CHANGES = {
+    "r": ({"tst_phase_ratio": 0.5}, None, "tst_phase_ratio was 0.3 and is 0.5"),
+    "s": ({"tst_bag_size": 2}, None, "tst_bag_size was 4 and is 2"),
+    "N": ({"max_steps": 12}, None, "the number of optimizer steps was 10 and is 12"),
+    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows an optimizer step\) was 2 and is 4"),
+    "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
+    "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
+    "seed": ({"data_seed": 7}, None, "the data seed was 42 and is 7"),
+    "order": ({"train_sampling_strategy": "sequential"}, None, "shuffling was True and is False"),
+    "length": ({}, lambda: make_blocks(200, length=8), f"the block length was {BLOCK_LENGTH} and is 8"),
+    "blocks": ({}, lambda: make_blocks(199), "the number of blocks was 200 and is 199"),
+    "text": ({}, lambda: make_blocks(200, seed=5), "the data's fingerprint was .* and is "),
+    "stream": ({}, block_stream, "the number of blocks was 200 and is None"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def stopped(llama, make_args):
+    """A run that was stopped at step 5, and its checkpoint."""
+    args = make_args(save_strategy="steps", save_steps=5)
+    TSTTrainer(llama, args, train_dataset=make_blocks(200), callbacks=[StopAt(5)]).train()
+    return llama, str(Path(args.output_dir) / "checkpoint-5")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_would_move_the_data_is_refused_with_both_values(stopped, make_args, caplog, change):
+    model, checkpoint = stopped
+    overrides, source, message = CHANGES[change]
+    blocks = source() if source else make_blocks(200)
+    steps = []
+    model.register_forward_pre_hook(lambda *_: steps.append(1))
+    trainer = TSTTrainer(model, make_args(**overrides), train_dataset=blocks)
+    with pytest.raises(ValueError, match=message) as error:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert "tst_allow_data_change" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not steps
+    trainer = TSTTrainer(model, make_args(**overrides, tst_allow_data_change=True), train_dataset=blocks)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert steps
+    assert trainer.state.global_step == overrides.get("max_steps", 10)
+
+
+def test_the_same_global_batch_may_be_split_otherwise(stopped, make_args):
+    model, checkpoint = stopped
+    args = make_args(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer = TSTTrainer(model, args, train_dataset=make_blocks(200))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 10
+
+
+def test_the_fingerprint_is_that_of_the_tokens_not_of_their_storage(stopped, make_args, tmp_path):
+    model, checkpoint = stopped
+    datasets.Dataset.from_list(make_blocks(200)).save_to_disk(tmp_path / "blocks")
+    blocks = datasets.load_from_disk(tmp_path / "blocks")
+    TSTTrainer(model, make_args(), train_dataset=blocks).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_the_plain_trainer_is_resumed_with_a_warning(llama, make_args, tmp_path, caplog):
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "plain"), max_steps=2, save_steps=2, report_to="none", use_cpu=True
+    )
+    Trainer(copy.deepcopy(llama), args, train_dataset=make_blocks(20)).train()
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
+    assert "has no data_position.json" in caplog.text
+    assert trainer.state.global_step == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"version": 2}', "version 2"), ("{", "damaged"), ('{"version": 1}', "damaged")]
+)
+def test_a_position_that_cannot_be_read_is_refused(stopped, make_args, text, message):
+    model, checkpoint = stopped
+    Path(checkpoint, "data_position.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TSTTrainer(model, make_args(), train_dataset=make_blocks(200)).train(checkpoint)
+
+
+def test_a_stream_without_its_state_file_is_refused(llama, make_args):
+    args = make_args(save_strategy="steps", save_steps=5)
+    TSTTrainer(llama, args, train_dataset=block_stream(), callbacks=[StopAt(5)]).train()
+    checkpoint = Path(args.output_dir) / "checkpoint-5"
+    os.remove(checkpoint / "stream_state_0.pt")
+    with pytest.raises(ValueError, match=r"no stream_state_0\.pt"):
+        TSTTrainer(llama, args, train_dataset=block_stream()).train(str(checkpoint))
+
+
+def test_a_stream_without_state_says_how_much_it_reads_again(llama, make_args, caplog):
+    args = make_args(save_strategy="steps", save_steps=5)
+    TSTTrainer(llama, args, train_dataset=Plain(), callbacks=[StopAt(5)]).train()
+    with caplog.at_level("WARNING"):
+        TSTTrainer(llama, args, train_dataset=Plain()).train(str(Path(args.output_dir) / "checkpoint-5"))
+    assert "10 rows (28 blocks)" in caplog.text
+
+
+def test_a_stream_of_other_blocks_is_refused(llama, make_args):
+    args = make_args(save_strategy="steps", save_steps=5)
+    TSTTrainer(llama, args, train_dataset=packed_stream(), callbacks=[StopAt(5)]).train()
+    checkpoint = str(Path(args.output_dir) / "checkpoint-5")
+    shorter = BlockStream(packed_stream().documents, 8)
+    with pytest.raises(ValueError, match=f"block length was {BLOCK_LENGTH} and is 8"):
+        TSTTrainer(llama, args, train_dataset=shorter).train(checkpoint)
+    with pytest.raises(ValueError, match="stream of 3 shards and is stream of 4 shards"):
+        TSTTrainer(llama, args, train_dataset=packed_stream(4)).train(checkpoint)
