@@ -35,6 +35,7 @@ class DataPosition:
         data (`str`): Fingerprint of the data set; for a stream, how it is cut into shards.
         split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
         consumed (`dict`): Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted.
+        stream_workers (`int`): Loader processes that each read shards of their own of a stream.
         tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
         version (`int`): Version of these fields.
     """
@@ -56,6 +57,7 @@ class DataPosition:
     data: str
     split_by_rank: bool
     consumed: dict[str, dict[str, int]]
+    stream_workers: int = 0
     tokens_left_out: int = 0
     version: int = POSITION_VERSION
 
@@ -131,6 +133,7 @@ NAMES: dict[str, str] = {
     "num_blocks": "the number of blocks",
     "data": "the data's fingerprint",
     "split_by_rank": "reading of shards by rank",
+    "stream_workers": "dataloader_num_workers of a stream",
 }
 
 

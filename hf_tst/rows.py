@@ -21,11 +21,30 @@ _LOOK_AHEAD = 256
 
 
 @dataclass(frozen=True)
+class WorkerNote:
+    """What a loader process that reads a stream tells the main process with a batch.
+
+    Args:
+        worker (`int`): The process, counted from 0.
+        state (`dict` or `None`): Where its stream stands behind the batch; `None` with a batch that holds nothing, and
+            only keeps the processes' turns.
+    """
+
+    worker: int
+    state: dict[str, Any] | None
+
+
+# Under which name a batch holds a `WorkerNote`.
+WORKER_NOTE = "tst_worker_note"
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a batch before collation: its columns, and whether it is to be folded into bags."""
 
     columns: Mapping[str, Any]
     superposed: bool
+    note: WorkerNote | None = None
 
 
 class PlannedRows(Dataset[Row]):
@@ -134,5 +153,9 @@ class PhaseCollator:
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         if not isinstance(features[0], Row):
             return self.evaluation(features)
+        note = features[-1].note
+        if note is not None and note.state is None:
+            return {WORKER_NOTE: note}
         collate = self.superposition if features[0].superposed else self.recovery
-        return collate([row.columns for row in features])
+        batch = collate([row.columns for row in features])
+        return batch if note is None else {**batch, WORKER_NOTE: note}

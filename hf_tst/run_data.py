@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from .data_position import DataPosition, consumed_by_phase
 from .phases import PhaseSchedule
-from .rows import DOCUMENT_COLUMNS, TOKEN_COLUMNS, EpochSampler, PlannedRows
-from .stream import StreamedRows, count_shards, split_stream
+from .rows import DOCUMENT_COLUMNS, TOKEN_COLUMNS, WORKER_NOTE, EpochSampler, PlannedRows
+from .stream import StreamedRows, check_stream_workers, count_shards, split_stream
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +70,7 @@ class RunData:
     start: DataPosition
     steps_per_epoch: int
     rank: int
+    _worker_states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def schedule(self) -> PhaseSchedule:
@@ -91,6 +92,16 @@ class RunData:
         epoch = (step - 1) // self.steps_per_epoch
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
+    def received(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches that training gets, without what loader processes tell this one with them."""
+        for batch in batches:
+            note = batch.pop(WORKER_NOTE, None) if isinstance(batch, dict) else None
+            if note is not None:
+                if note.state is None:
+                    continue
+                self._worker_states[note.worker] = note.state
+            yield batch
+
     def position(self, step: int, tokens_left_out: int = 0) -> DataPosition:
         """What the run has trained on once `step` optimizer steps are done."""
         start = self.start
@@ -108,7 +119,11 @@ class RunData:
         if writes_position:
             self.position(step, tokens_left_out).save(folder)
         if isinstance(self.rows, StreamedRows):
-            torch.save(_compact(self.rows.state(step)), _state_file(folder, self.rank))
+            if self.start.stream_workers:
+                state = {"step": step, "workers": self._worker_states}
+            else:
+                state = self.rows.state(step)
+            torch.save(_compact(state), _state_file(folder, self.rank))
 
     def resume(self, folder: str | Path, allow_change: bool) -> DataPosition | None:
         """Go on from a checkpoint.
@@ -150,14 +165,17 @@ class RunData:
         assert isinstance(self.rows, StreamedRows)
         # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
         file = _state_file(folder, self.rank if saved.split_by_rank else 0)
-        if saved.split_by_rank != self.start.split_by_rank or saved.data != self.start.data:
+        names = ("split_by_rank", "data", "stream_workers")
+        if any(getattr(saved, name) != getattr(self.start, name) for name in names):
             return
         if not file.is_file():
             raise ValueError(
                 f"The checkpoint has no {file.name} to read the stream on from: copy the files of all processes "
                 "into one folder."
             )
-        self.rows.load_state(torch.load(file, weights_only=True))
+        state = torch.load(file, weights_only=True)
+        self._worker_states = dict(state.get("workers", {}))
+        self.rows.load_state(state)
 
 
 def open_run_data(
@@ -191,6 +209,7 @@ def open_run_data(
     rows: PlannedRows | StreamedRows
     if isinstance(blocks, TorchIterableDataset):
         schedule = make_schedule(args, args.max_steps)
+        check_stream_workers(blocks, args.dataloader_num_workers, layout.world_size)
         share = split_stream(blocks, rank, layout.world_size)
         split = share is not None
         if share is None:
@@ -204,6 +223,7 @@ def open_run_data(
             "num_blocks": None,
             "data": f"stream of {count_shards(blocks) or 'unknown'} shards",
             "split_by_rank": split,
+            "stream_workers": args.dataloader_num_workers,
         }
         steps_per_epoch = schedule.max_steps
     else:
@@ -234,7 +254,7 @@ def open_run_data(
         accumulation_steps=layout.accumulation_steps,
         world_size=layout.world_size,
         consumed={},
-        **facts,  # type: ignore[arg-type]
+        **facts,
     )
     return RunData(rows, start, steps_per_epoch, rank)
 
@@ -246,7 +266,12 @@ def make_stream_loader(
     from accelerate.data_loader import prepare_data_loader
 
     loader = DataLoader(
-        data.rows, batch_size=batch_size, collate_fn=collator, pin_memory=args.dataloader_pin_memory
+        data.rows,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory,
     )
     return prepare_data_loader(
         loader,
@@ -305,7 +330,7 @@ def _state_file(folder: str | Path, rank: int) -> Path:
 def _compact(value: Any) -> Any:
     """`value` with tensors that hold nothing but their own elements, so that views are not saved whole."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return value.to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _compact(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

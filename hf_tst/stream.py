@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .blocks import check_has_tokens, check_length, join_blocks
 from .data_plan import BatchLayout
 from .packing import BlockStream, load_stream_state, stream_state
 from .phases import PhaseSchedule
-from .rows import TOKEN_COLUMNS, Row
+from .rows import TOKEN_COLUMNS, Row, WorkerNote
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,9 @@ class StreamedRows(IterableDataset[Row]):
 
     Iteration starts at the optimizer step that training has reached: from the state that [`load_state`] was given, or
     without one by reading up to there again.
+
+    In the processes of a loader each reads shards of its own and makes every w-th batch of this rank; where its stream
+    stands goes with each batch to the main process (see [`WorkerNote`]).
 
     Args:
         blocks: Iterable of blocks, best with `state_dict` and `load_state_dict`.
@@ -71,8 +75,17 @@ class StreamedRows(IterableDataset[Row]):
         """
         return self._states[step]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader process that is not forked is told the step, and not the way to ask for it.
+        step = self.current_step()
+        return vars(self) | {"current_step": partial(int, step)}
+
     def __iter__(self) -> Iterator[Row]:
         step = self.current_step()
+        worker = get_worker_info()
+        if worker is not None:
+            yield from self._rows_of_worker(step, worker.id, worker.num_workers)
+            return
         blocks = self._start(step)
         self._note_state(step)
         while step < self.schedule.max_steps:
@@ -90,6 +103,47 @@ class StreamedRows(IterableDataset[Row]):
             assert waiting is not None
             yield waiting
 
+    def _rows_of_worker(self, step: int, worker: int, num_workers: int) -> Iterator[Row]:
+        layout = self.layout
+        start = step * layout.accumulation_steps
+        # The loader asks process 0 first, but it may be another one's turn.
+        turn = start % num_workers
+        if worker < turn:
+            nothing = Row({}, False, WorkerNote(worker, None))
+            yield from [nothing] * layout.per_device_batch_size
+        first = start + (worker - turn) % num_workers
+        blocks = self._start_worker(start, first, worker, num_workers)
+        for batch in range(first, self.schedule.max_steps * layout.accumulation_steps, num_workers):
+            step = batch // layout.accumulation_steps
+            superposed = self.schedule.phase(step) == "superposition"
+            for _ in range(layout.per_device_batch_size - 1):
+                yield Row(self._read_row(blocks, step), superposed)
+            columns = self._read_row(blocks, step)
+            yield Row(columns, superposed, WorkerNote(worker, self._state()))
+
+    def _start_worker(
+        self, start: int, first: int, worker: int, num_workers: int
+    ) -> Iterator[Mapping[str, Any]]:
+        """Blocks of a loader process, from the state it left behind its last batch before batch `start`."""
+        loaded, self._loaded = self._loaded, None
+        self._pass = self._blocks_in_pass = 0
+        state = None if loaded is None else loaded["workers"].get(worker)
+        if state is not None and state["stream"] is not None:
+            load_stream_state(self.blocks, state["stream"])
+            self._pass, self._blocks_in_pass = state["pass"], state["blocks_in_pass"]
+            return self._endless_blocks()
+        load_stream_state(self.blocks, None)
+        blocks = self._endless_blocks()
+        if first > worker:
+            logger.warning(
+                f"The stream of training data cannot say where it stands, so loader process {worker} reads the rows that "
+                "are trained already again and skips them."
+            )
+        for batch in range(worker, first, num_workers):
+            for _ in range(self.layout.per_device_batch_size):
+                self._read_row(blocks, batch // self.layout.accumulation_steps)
+        return blocks
+
     def _read_row(self, blocks: Iterator[Mapping[str, Any]], step: int) -> Mapping[str, Any]:
         if self.schedule.phase(step) == "superposition":
             group = [next(blocks) for _ in range(self.schedule.blocks_per_row)]
@@ -100,8 +154,10 @@ class StreamedRows(IterableDataset[Row]):
     def _note_state(self, step: int) -> None:
         done = self.current_step()
         self._states = {k: state for k, state in self._states.items() if k >= done}
-        self._states[step] = {
-            "step": step,
+        self._states[step] = {"step": step} | self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "pass": self._pass,
             "blocks_in_pass": self._blocks_in_pass,
             "stream": stream_state(self.blocks),
@@ -167,6 +223,17 @@ def split_stream(blocks: Any, rank: int, world_size: int) -> Any | None:
     from datasets.distributed import split_dataset_by_node
 
     return split_dataset_by_node(blocks, rank=rank, world_size=world_size)
+
+
+def check_stream_workers(blocks: Any, num_workers: int, world_size: int) -> None:
+    """Raise `ValueError` unless the shards of a stream divide among ranks and their loader processes."""
+    shards = count_shards(blocks)
+    if num_workers and (not shards or shards % (world_size * num_workers)):
+        raise ValueError(
+            f"dataloader_num_workers={num_workers} needs a stream of `datasets` whose shards divide among {world_size} "
+            f"processes with {num_workers} loader processes each, but this one has {shards or 'no'} shards: set it to "
+            "0 or to a number that divides them, or load the data set without streaming."
+        )
 
 
 def count_shards(blocks: Any) -> int | None:

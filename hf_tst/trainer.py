@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
@@ -180,7 +179,8 @@ class TSTTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step, and their number of targets."""
-        samples = super().get_batch_samples(self._meter.watch(epoch_iterator), *args, **kwargs)
+        batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
+        samples = super().get_batch_samples(self._meter.watch(batches), *args, **kwargs)
         if self._restore_random_state:
             # Starting a loader draws a random number, which the uninterrupted run drew before the checkpoint.
             self._restore_random_state = False
@@ -358,11 +358,6 @@ class TSTTrainer(Trainer):
                 raise ValueError(
                     f"{name} parallelism (size {size}) splits rows of bags, which is not supported."
                 )
-        if isinstance(self.train_dataset, TorchIterableDataset) and self.args.dataloader_num_workers > 0:
-            raise ValueError(
-                f"dataloader_num_workers={self.args.dataloader_num_workers} would read a streamed data set several "
-                "times over: set it to 0, or load the data set without streaming."
-            )
         if getattr(self.args.accelerator_config, "split_batches", False):
             raise ValueError(
                 "accelerator_config's split_batches=True would give every process a part of the rows that "

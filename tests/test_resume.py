@@ -84,6 +84,12 @@ class Plain(IterableDataset):
         return iter(make_blocks(200))
 
 
+STREAMS = {
+    "packed stream": lambda: packed_stream(shards=4),
+    "block stream": block_stream,
+    "short stream": lambda: datasets.Dataset.from_list(make_blocks(45)).to_iterable_dataset(num_shards=2),
+    "shuffled stream": lambda: block_stream().shuffle(seed=1, buffer_size=20),
+}
 SOURCES = {
     "blocks": lambda: make_blocks(200),
     "dataset": lambda: datasets.Dataset.from_list(make_blocks(200)),
@@ -137,6 +143,53 @@ def test_a_stream_may_be_resumed_again_in_the_same_process(llama, make_args):
         TSTTrainer(model, args, train_dataset=stream, callbacks=[fed[-1]]).train(path)
     assert fed[1].rows == {k: v for k, v in fed[0].rows.items() if k >= 4}
     assert fed[2].rows == fed[0].rows
+
+
+@pytest.mark.parametrize("source", STREAMS)
+@pytest.mark.parametrize(("accumulation", "stops"), [(1, (1, 6)), (2, (2, 5))], ids=str)
+def test_streams_read_by_workers_resume_too(llama, make_args, tmp_path, source, accumulation, stops):
+    """Also where it is not the first worker's turn, and before a worker has made a batch."""
+    other = copy.deepcopy(set_dropout(llama))
+    common = {
+        "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulation,
+        "dataloader_num_workers": 2,
+    }  # fmt: skip
+    whole, fed = run_in_pieces(llama, make_args(**common), STREAMS[source], (), make_args)
+    args = make_args(**common, output_dir=str(tmp_path / "pieces"))
+    resumed, fed_again = run_in_pieces(other, args, STREAMS[source], stops, make_args)
+    assert fed_again.rows == fed.rows
+    assert history(resumed) == history(whole)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
+    assert len(fed.rows) == args.max_steps
+    if source in ("block stream", "packed stream"):
+        rows = [tuple(row) for batches in fed.rows.values() for batch in batches for row in batch]
+        assert len(set(rows)) == len(rows)
+
+
+def test_workers_share_a_stream_without_loss(llama, make_args):
+    """Two workers read two shards, batch by batch in turn; together they read what the stream holds, each block once."""
+    args = make_args(dataloader_num_workers=2, max_steps=20, tst_phase_ratio=0.3)
+    fed = Fed(llama)
+    blocks = make_blocks(6 * 2 * 4 + 14 * 2)
+    stream = datasets.Dataset.from_list(blocks).to_iterable_dataset(num_shards=2)
+    TSTTrainer(llama, args, train_dataset=stream, callbacks=[fed]).train()
+    read = [
+        tuple(row[i : i + BLOCK_LENGTH])
+        for batches in fed.rows.values()
+        for batch in batches
+        for row in batch
+        for i in range(0, len(row), BLOCK_LENGTH)
+    ]
+    assert sorted(read) == sorted(tuple(block["input_ids"]) for block in blocks)
+
+
+def test_another_number_of_stream_workers_is_refused(llama, make_args):
+    args = {"save_strategy": "steps", "save_steps": 2}
+    first = TSTTrainer(llama, make_args(**args, dataloader_num_workers=2), train_dataset=block_stream())
+    first.train()
+    checkpoint = str(Path(first.args.output_dir) / "checkpoint-2")
+    with pytest.raises(ValueError, match="dataloader_num_workers of a stream was 2 and is 0"):
+        TSTTrainer(llama, make_args(**args), train_dataset=block_stream()).train(checkpoint)
 
 
 def test_workers_resume_like_the_main_process(llama, make_args, tmp_path):
