@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -23,7 +25,7 @@ from transformers.utils import logging
 from .checkpoints import last_complete_checkpoint
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
-from .pretrain_arguments import DataArguments, ModelArguments, parse_arguments
+from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
 from .quickstart import standard_library_documents, train_tokenizer
 from .report import format_phases, summarize_phases
 from .text_files import load_text_file
@@ -75,33 +77,37 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
 def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name or args.model_name_or_path or args.config_name
     if name:
-        return AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=args.cache_dir,
-            revision=args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
+        with explained_loading(name):
+            return AutoTokenizer.from_pretrained(
+                name,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
     if data_args.is_quick_start:
         return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
     raise ValueError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A trained model to go on with, or a new one whose vocabulary fits the tokenizer."""
+def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
+    """The configuration of the model to train, a trained one's or a new one's.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
+
+    Raises:
+        ValueError: If no architecture is named, or it has no such field as `config_overrides` names.
+    """
     options = {
         "cache_dir": args.cache_dir,
         "revision": args.model_revision,
         "trust_remote_code": args.trust_remote_code,
     }
-    if args.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            dtype=args.dtype or "auto",
-            attn_implementation=args.attn_implementation,
-            **options,
-        )
-    if args.config_name:
-        config = AutoConfig.from_pretrained(args.config_name, **options)
+    name = args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            config = AutoConfig.from_pretrained(name, **options)
     elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
@@ -109,15 +115,75 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             f"model_type is {args.model_type!r}: set it to an architecture such as llama, or set config_name or "
             "model_name_or_path."
         )
-    config.vocab_size = len(tokenizer)
+    if args.model_name_or_path:
+        return config
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    changes = _parse_overrides(config, args.config_overrides or "")
+    if args.config_name:
+        config.update(changes)
+        return config
+    # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
+    return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
+
+
+def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
+    """The changes that `config_overrides` asks for, as JSON or `name=value,…` with the types of the fields."""
+    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
+    problem = f"config_overrides: {config.model_type} has no field"
+    if overrides.lstrip().startswith("{"):
+        changes: dict[str, Any] = json.loads(overrides)
+        check_names(changes, known, problem)
+        return changes
+    pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
+    if bad := [pair[0] for pair in pairs if len(pair) == 1]:
+        raise ValueError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
+    check_names([name for name, _ in pairs], known, problem)
+    typed = copy.copy(config)
+    typed.head_dim = getattr(config, "head_dim", None) or 0
+    typed.update_from_string(overrides)
+    return {name: getattr(typed, name) for name, _ in pairs}
+
+
+def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer."""
+    if args.model_name_or_path:
+        with explained_loading(args.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model_name_or_path,
+                dtype=args.dtype or "auto",
+                attn_implementation=args.attn_implementation,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        lora = args.lora_config()
+        if lora is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora)
+    config = make_config(args, len(tokenizer))
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
+        )
     for name in ("bos", "eos", "pad"):
         setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    if args.config_overrides:
-        config.update_from_string(args.config_overrides)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
     )
     return model if args.dtype is None else model.to(dtype=args.dtype)
+
+
+@contextmanager
+def explained_loading(name: str) -> Iterator[None]:
+    """Context that turns the errors of loading `name` from a folder or the Hub into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".:")
+        raise ValueError(f"Cannot load {name}: {reason}.") from error
 
 
 def prepare_blocks(
@@ -173,7 +239,8 @@ def main(argv: list[str] | None = None) -> TSTTrainer:
 
     # The first process downloads and tokenises; the others read its cache.
     with args.main_process_first(desc="preparing the data"):
-        train_documents, eval_documents = load_documents(data_args, model_args)
+        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
+            train_documents, eval_documents = load_documents(data_args, model_args)
         tokenizer = load_tokenizer(model_args, data_args, train_documents)
         model = load_model(model_args, tokenizer)
         context = getattr(model.config, "max_position_embeddings", None) or 1024
