@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .phases import PhaseSchedule
+from .run_record import RUN_ENTRY, run_entry
 from .superposition import fused_next_token_loss, token_superposition
 
 logger = logging.get_logger(__name__)
@@ -100,8 +101,16 @@ class TokenMeterCallback(TrainerCallback):
         self._last_report = (0, 0, 0.0)  # step, tokens left out, seconds
 
     def on_train_begin(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TSTTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
+        if self.schedule is not None and self.rows_per_step is not None:
+            run = run_entry(args, model, self.schedule.switch_step, self.rows_per_step)
+            state.log_history.append({"step": state.global_step, RUN_ENTRY: run})
         self._seconds = self._waited = 0.0
         self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0)
         self._restart_clock()

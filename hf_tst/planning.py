@@ -147,7 +147,9 @@ def _layout(values: Namespace, args: PlanArguments, config: Any) -> Layout:
         rows=values.per_device_train_batch_size,
         length=length,
         micro_batches=micro_batches(values, args.num_gpus),
-        activation_checkpointing=bool(values.gradient_checkpointing),
+        activation_checkpointing=bool(
+            values.gradient_checkpointing or getattr(values, "activation_checkpointing", False)  # newer name
+        ),
     )
 
 

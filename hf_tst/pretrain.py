@@ -229,8 +229,13 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     print(f"loss curve  {curve if curve.is_file() else missing}")
 
 
-def main(argv: list[str] | None = None) -> TSTTrainer:
-    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
+    """Train as `argv` says, by default the process's arguments: data, model, both phases, evaluation, card, push.
+
+    Raises:
+        ValueError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+    """
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
     logging.set_verbosity(args.get_process_log_level())
     if args.should_log:  # what was packed and dropped, and when the phase switches
         basicConfig(format="%(name)s: %(message)s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,6 +38,12 @@ QUICK_START: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
 }
+
+DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
+
+A YAML or JSON file of arguments comes first, if any; flags win over it. With neither dataset_name nor train_file it
+trains a small Llama on Python's standard library.
+"""
 
 
 @dataclass
@@ -176,6 +182,10 @@ class DataArguments:
         return not self.dataset_name and not self.train_file
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a description, and shows defaults."""
+
+
 class ArgumentParser(HfArgumentParser):
     """A parser that raises `ValueError` with one sentence where `argparse` prints its usage and exits."""
 
@@ -183,9 +193,11 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(f"{message[:1].upper()}{message[1:]}.")
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
+def parse_arguments(
+    argv: list[str], prog: str | None = None
+) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
     """Arguments from an optional YAML or JSON file, named first, and flags, which win."""
-    namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments])
+    namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments], DESCRIPTION, prog)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     namespace.gradient_accumulation_steps = micro_batches(namespace, world_size)
     return (
@@ -196,7 +208,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TST
 
 
 def parse_values(
-    argv: Sequence[str], dataclass_types: list[type], description: str | None = None, prog: str | None = None
+    argv: Sequence[str], dataclass_types: list[type], description: str, prog: str | None = None
 ) -> Namespace:
     """The values of all arguments, not checked together yet.
 
@@ -208,8 +220,13 @@ def parse_values(
     Raises:
         ValueError: For a file or flag that cannot be understood.
     """
-    description = description or "Pre-train a causal language model with Token Superposition Training."
-    parser = ArgumentParser(dataclass_types, description=description, prog=prog)
+    parser = ArgumentParser(
+        dataclass_types,
+        description=description,
+        prog=prog,
+        usage="%(prog)s [recipe.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
     values: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         values, argv = read_config(argv[0]), argv[1:]

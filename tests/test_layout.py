@@ -20,6 +20,7 @@ LAYERS = [
         "expert_load",
         "hardware",
         "published",
+        "run_record",
     },
     {
         "kernels",
@@ -41,7 +42,7 @@ LAYERS = [
     {"callbacks", "document_attention", "run_data"},
     {"trainer", "audit", "pretrain_arguments"},
     {"pretrain"},
-    {"planning"},
+    {"planning", "run_card"},
     {"cli"},
 ]
 
