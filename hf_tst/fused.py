@@ -1,8 +1,8 @@
 """The model's loss, fused with its head: in training, the logits of a whole batch never exist.
 
-Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head hands
-on an empty tensor in training, and the loss function asks the head for the loss instead of for the logits. The
-request runs inside the head's own call, where FSDP and DeepSpeed have its weight whole. Whatever the model does
+Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head
+computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole.
+In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
 between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
 (see [`inspect_head`]).
 """
@@ -57,13 +57,14 @@ def replaced_loss(
     head = _choose_head(model, choice, next_token=weights is None)
     loss = TSTLoss(model.loss_function, weights, head)
     with ExitStack() as stack:
+        # In front of FSDP's hook, which casts every float to the dtype of its mixed precision, divisors too.
+        handle = called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True)
+        stack.callback(handle.remove)
         if head is not None:
             stack.enter_context(replaced_attribute(head.module, "forward", loss.head_forward))
-            handle = called.register_forward_pre_hook(loss.before_forward, with_kwargs=True)
-            stack.callback(handle.remove)
-            # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
-            after = called.register_forward_hook(loss.after_forward, always_call=True)
-            stack.callback(after.remove)
+        # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
+        after = called.register_forward_hook(loss.after_forward, always_call=True)
+        stack.callback(after.remove)
         stack.enter_context(replaced_attribute(model, "_loss_function", loss))
         yield
 
@@ -114,9 +115,9 @@ def _describe(head: LinearHead) -> str:
 class TSTLoss:
     """The loss function of a model in superposition, or with a fused next-token loss.
 
-    A forward pass in training goes: `before_forward` sees the labels; `head_forward` keeps the hidden states and
-    returns an empty tensor; the model calls this loss function with it, which calls the head once more, and this
-    time `head_forward` returns the loss. Other forward passes are as ever.
+    A forward pass in training goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
+    the hidden states and returns an empty tensor; the model calls this loss function with it, and gets the loss.
+    Other forward passes are as ever.
 
     Args:
         own_loss: The model's own loss function.
@@ -130,57 +131,66 @@ class TSTLoss:
         self.own_loss = own_loss
         self.weights = weights
         self.head = head
+        self._given: dict[str, Any] = {}
         self._fuses = False
-        self._hidden: Tensor | None = None
-        self._request: dict[str, Any] | None = None
+        self._loss: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: whether this pass computes a fused loss."""
+        """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
         labels = kwargs.get("labels")
         dimensions = 2 if self.weights is None else 3
-        self._fuses = module.training and isinstance(labels, Tensor) and labels.dim() == dimensions
+        self._fuses = (
+            self.head is not None
+            and module.training
+            and isinstance(labels, Tensor)
+            and labels.dim() == dimensions
+        )
+        self._given = {
+            name: kwargs[name]
+            for name in ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+            if name in kwargs
+        }
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""
-        self._fuses, self._hidden, self._request = False, None, None
+        self._fuses, self._given, self._loss = False, {}, None
 
     def head_forward(self, hidden: Tensor) -> Tensor:
-        """The head's forward: logits, an empty tensor in their place, or the loss that was asked for."""
+        """The head's forward: logits, or an empty tensor in their place once the loss is computed."""
         assert self.head is not None
         module = self.head.module
-        if self._request is not None:
-            return self._fused_loss(hidden, **self._request)
-        if self._fuses:
-            self._hidden = hidden
-            return hidden.new_empty((*hidden.shape[:-1], 0))
-        return type(module).forward(module, hidden)
+        if not self._fuses:
+            return type(module).forward(module, hidden)
+        self._fuses = False
+        given = dict(self._given)
+        self._loss = self._fused_loss(hidden, **self._options(given.pop("labels"), given))
+        return _NoLogits.apply(hidden)
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.weights is not None and labels.dim() != 3:
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            # Their sum is 0: it makes the empty tensor part of the backward pass, as FSDP expects of a module's output.
+            return loss + logits.sum().to(loss.dtype)
+        if self.weights is None or labels.dim() != 3:
             return self.own_loss(logits, labels, *args, **kwargs)
-        hidden, self._hidden = self._hidden, None
-        if hidden is None and self.weights is None:
-            return self.own_loss(logits, labels, *args, **kwargs)
-        weights, ignore_index = self.weights, kwargs.get("ignore_index", -100)
-        if weights is None:
-            labels = _next_tokens(labels, kwargs.get("shift_labels"), ignore_index)
-        elif labels.shape[-1] != len(weights):
+        options = self._options(labels, kwargs | self._given)
+        return multi_hot_cross_entropy(logits, options.pop("labels").to(logits.device), **options)
+
+    def _options(self, labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the multi-hot loss, from what the model's forward or its loss function was given."""
+        ignore_index = given.get("ignore_index", -100)
+        if self.weights is None:
+            labels = _next_tokens(labels, given.get("shift_labels"), ignore_index)
+        elif labels.shape[-1] != len(self.weights):
             raise ValueError(
-                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(weights)}."
+                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(self.weights)}."
             )
-        options = {
-            "weights": weights,
-            "num_items_in_batch": kwargs.get("num_items_in_batch"),
+        return {
+            "labels": labels,
+            "weights": self.weights,
+            "num_items_in_batch": given.get("num_items_in_batch"),
             "ignore_index": ignore_index,
         }
-        if hidden is None:
-            return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
-        assert self.head is not None
-        self._request = {"labels": labels, **options}
-        try:
-            return self.head.module(hidden)
-        finally:
-            self._request = None
 
     def _fused_loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         assert self.head is not None
@@ -195,6 +205,18 @@ class TSTLoss:
         return linear_multi_hot_cross_entropy(
             hidden, module.weight, labels, bias=module.bias, softcap=softcap, logit_scale=scale, **options
         )
+
+
+class _NoLogits(torch.autograd.Function):
+    """An empty tensor in the place of logits `(..., V)` of hidden states `(..., d)`, connected to these."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.new_empty((*hidden.shape[:-1], 0))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
 
 
 def _next_tokens(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:

@@ -7,6 +7,7 @@ replaced by stand-ins, on numbers whose fate tells what happens to logits on the
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ def inspect_head(model: Any) -> LinearHead:
         raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
     if nn.utils.parametrize.is_parametrized(head):
         raise UnfusableHeadError("the weight of its head is parametrized")
+    if hasattr(head.weight, "ds_id"):
+        raise UnfusableHeadError(
+            "its weight is partitioned by DeepSpeed ZeRO-3, with which fusing has not been tried"
+        )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise UnfusableHeadError("its head is split by tensor parallelism")
     probe = _probe_values(head.out_features)
@@ -123,14 +128,16 @@ class _AnyOutput(ModelOutput):
 
 
 class _ProbedLoss:
-    """Takes the place of the loss function: keeps the logits that it is given, and answers with a number."""
+    """Takes the place of the loss function: keeps what it is given, and answers with a number."""
 
     def __init__(self) -> None:
         self.logits: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.divisor: Any = None
         self.answer = torch.tensor(7.0)
 
-    def __call__(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.logits = logits
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits, self.labels, self.divisor = logits, labels, kwargs.get("num_items_in_batch")
         return self.answer.to(logits.device)
 
 
@@ -138,8 +145,12 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     """What the loss function is given when the head returns `returned`."""
     device = head.weight.device
     hidden = torch.zeros(1, _PROBE_ROWS, head.in_features, device=device, dtype=head.weight.dtype)
-    ids = torch.zeros(1, _PROBE_ROWS, dtype=torch.long, device=device)
-    options = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    ids = torch.arange(_PROBE_ROWS, device=device).unsqueeze(0)
+    options: dict[str, Any] = (
+        {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    )
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
+        options["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
     stand_in, loss = StandIn(head, returned.to(device)), _ProbedLoss()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -160,6 +171,14 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
         raise UnfusableHeadError("its forward does not call loss_function")
     if len(stand_in.calls) != 1 or getattr(stand_in.calls[0], "shape", None) != hidden.shape:
         raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
+    if (
+        loss.labels is None
+        or not torch.equal(loss.labels, ids)
+        or loss.divisor != options.get("num_items_in_batch")
+    ):
+        raise UnfusableHeadError(
+            "its forward does not hand labels and num_items_in_batch on to loss_function as they are"
+        )
     total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
     if not isinstance(total, Tensor) or total.item() != loss.answer.item():
         raise UnfusableHeadError(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import last_complete_checkpoint, weights_to_save
+from .checkpoints import last_complete_checkpoint
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
@@ -29,6 +29,7 @@ from .model_card import write_card_of_trainer
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
+from .sharding import warn_of_missing_fsdp, weights_to_save
 from .superposition import find_language_model
 
 logger = logging.get_logger(__name__)
@@ -111,12 +112,7 @@ class TSTTrainer(Trainer):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
-        if args.fsdp and not self.is_fsdp_enabled and self.accelerator.is_main_process:
-            logger.warning(
-                f"fsdp is asked for, but accelerate runs {self.accelerator.distributed_type.value} on "
-                f"{self.accelerator.device.type}: nothing is sharded, and every process holds the whole model. FSDP needs "
-                "accelerators and `accelerate launch` or `torchrun`."
-            )
+        warn_of_missing_fsdp(self)
         if args.tst_replaces_loss:
             self._check_loss()
         if args.tst_enabled:

@@ -113,6 +113,21 @@ def test_everything_is_undone(llama, context, fails):
     assert list(llama.modules()) == modules
 
 
+def test_the_head_takes_part_in_the_backward_pass(llama):
+    """FSDP waits for the gradient of what the head returned before it makes ready for the head's own."""
+    bags, labels = make_bags()
+    fired = []
+
+    def watch(head, args, output):
+        output.register_hook(lambda gradient: fired.append(tuple(gradient.shape)))
+        args[0].register_hook(lambda gradient: fired.append("hidden"))
+
+    with token_superposition(llama.train(), 4, fused_loss="on"):
+        llama.lm_head.register_forward_hook(watch)
+        llama(input_ids=bags, labels=labels).loss.backward()
+    assert fired == [(2, 6, 0), "hidden"]
+
+
 # Finding the head
 
 
@@ -146,7 +161,7 @@ def test_models_that_cannot_be_fused_say_why(llama):
     class Offset(type(llama)):
         def forward(self, *args, labels=None, **kwargs):
             outputs = super().forward(*args, **kwargs)
-            outputs.loss = self.loss_function(outputs.logits + 1, labels, self.vocab_size)
+            outputs.loss = self.loss_function(outputs.logits + 1, labels, self.vocab_size, **kwargs)
             return outputs
 
     shifted = copy.deepcopy(llama)
@@ -161,6 +176,8 @@ def test_models_that_cannot_be_fused_say_why(llama):
     hooked.lm_head.register_forward_hook(lambda *_: None)
     normed = copy.deepcopy(llama)
     nn.utils.parametrizations.weight_norm(normed.lm_head)
+    partitioned = copy.deepcopy(llama)
+    partitioned.lm_head.weight.ds_id = 0
     deep = copy.deepcopy(llama)
     deep.lm_head = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, VOCAB_SIZE))
     for model, reason in (
@@ -169,6 +186,7 @@ def test_models_that_cannot_be_fused_say_why(llama):
         (hooked, "forward hooks"),
         (normed, "parametrized|not a plain"),
         (deep, "Sequential, not a plain"),
+        (partitioned, "ZeRO-3"),
     ):
         with pytest.raises(UnfusableHeadError, match=reason):
             inspect_head(model)

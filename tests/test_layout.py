@@ -8,7 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "phases", "bags", "permutation", "documents", "probing", "checkpoints", "expert_load"},
+    {
+        "version",
+        "phases",
+        "bags",
+        "permutation",
+        "documents",
+        "probing",
+        "checkpoints",
+        "sharding",
+        "expert_load",
+    },
     {
         "kernels",
         "loss",
@@ -23,7 +33,7 @@ LAYERS = [
         "data_plan",
     },
     {"linear_loss", "model_card", "rows", "data_position"},
-    {"fused", "stream"},
+    {"fused", "stream", "plan"},
     {"superposition", "collator", "arguments"},
     {"callbacks", "document_attention", "run_data"},
     {"trainer", "audit"},

@@ -33,7 +33,7 @@ def main(output_dir: str, when: str) -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        fsdp=when == "after a step",  # accelerate makes it DDP on CPU
+        fsdp=when == "while saving",
     )
     trainer_class = DiesWhileSaving if when == "while saving" else TSTTrainer
     callbacks = [DieAfterAStep()] if when == "after a step" else []

@@ -15,12 +15,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import VOCAB_SIZE, make_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags import fold_into_bags, next_bag_labels
-from hf_tst.checkpoints import full_state_dict
 from hf_tst.loss import count_target_bags
+from hf_tst.sharding import full_state_dict
 
 STEPS, SWITCH, BAG_SIZE, LENGTH = 6, 3, 4, 8
 CLIP = 0.5
@@ -46,6 +46,19 @@ def shard_head_and_embedding(model: Any) -> None:
     shard_head(model)
 
 
+def shard_as_accelerate_does(model: Any) -> None:
+    """Embedding, layers, and a group of final norm and head, which is left gathered; tied weights in one group."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    tail = [model.model.norm, model.lm_head]
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        tail.insert(1, model.model.embed_tokens)
+    else:
+        fully_shard(model.model.embed_tokens)
+    fully_shard(tail, reshard_after_forward=False)
+    fully_shard(model)
+
+
 def shard_gpt2(model: Any) -> None:
     for layer in model.transformer.h:
         fully_shard(layer)
@@ -58,6 +71,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Any], None], str]] = {
     "layers": ("llama", {}, shard_layers, "on"),
     "head": ("llama", {}, shard_head, "on"),
     "head_and_embedding": ("llama", {}, shard_head_and_embedding, "on"),
+    "accelerate": ("llama", {}, shard_as_accelerate_does, "on"),
+    "accelerate_tied": ("llama", {"tie_word_embeddings": True}, shard_as_accelerate_does, "on"),
+    "accelerate_moe": ("qwen3_moe", {"router_aux_loss_coef": 0.5}, shard_as_accelerate_does, "on"),
     "unfused": ("llama", {}, shard_head, "off"),
     "tied": ("llama", {"tie_word_embeddings": True}, shard_layers, "on"),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, shard_gpt2, "on"),
@@ -165,11 +181,22 @@ def resume(out: Path, rank: int) -> dict[str, Any]:
     return {"losses": losses}
 
 
+def ratio_of_divisors(fused: str) -> float:
+    """Loss divided by 257 over a 257th of the loss, with a policy that casts what the model is given to bfloat16."""
+    model = make("root")
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    rows = batch(0, slice(None))
+    with token_superposition(model, BAG_SIZE, fused_loss=fused):
+        one, many = (model(**rows, num_items_in_batch=torch.tensor(n)).loss.item() for n in (1.0, 257.0))
+    return many * 257 / one
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    results = {name: run_case(name, out, rank) for name in CASES}
+    results: dict[str, Any] = {name: run_case(name, out, rank) for name in CASES}
+    results["divisors"] = [ratio_of_divisors(fused) for fused in ("on", "off")]
     results["resumed"] = resume(out, rank)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -11,8 +11,13 @@ TESTS = Path(__file__).parent.parent
 LAUNCHERS = {
     # The rendezvous finds a free port by itself.
     "torchrun": ["torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"],
-    # With --cpu accelerate starts a single process; with --multi_gpu it starts all, which then use the CPU.
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"],
+    # With --cpu accelerate starts a single process; without, it starts all, and the arguments say that they use the CPU.
+    "accelerate": [
+        "accelerate.commands.launch",
+        f"--config_file={TESTS.parent / 'scripts/configs/accelerate/fsdp2.yaml'}",
+        "--mixed_precision=no",
+        "--main_process_port=0",
+    ],
 }
 
 

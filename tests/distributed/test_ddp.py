@@ -22,6 +22,7 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     done = launch("torchrun", Path(ddp_runs.__file__), out)
     assert done.returncode == 0, done.stdout[-5000:]
+    assert "fsdp is asked for" not in done.stdout
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

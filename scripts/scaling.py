@@ -1,0 +1,94 @@
+"""Write the memory and communication plan of the 3B and 10B-A1B recipes on 64 GPUs, `docs/scaling.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu, operations_per_gpu
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
+GIB, TERA = 2**30, 10**12
+
+SHAPES = {
+    # SmolLM3-3B with the vocabulary of Llama 3 and an own head, as in the paper.
+    "3B": ModelShape(2048, 36, 16, 4, 128, 11008, 128256),
+    # Qwen3-MoE; the paper gives no sizes, these are ours: 9.7B parameters, 1.0B of them active.
+    "10B-A1B": ModelShape(1536, 30, 16, 4, 128, 512, 128256, 128, 8, True),
+}
+BAG_SIZES = {"3B": 6, "10B-A1B": 16}
+MICRO_BATCHES = {"3B": 2, "10B-A1B": 8}  # 2M and 8M latent tokens a step
+
+
+@dataclass
+class PlanArguments:
+    """Where the plan goes."""
+
+    output: str = field(
+        default="docs/scaling.md",
+        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+    )
+    length: int = field(default=4096, metadata={"help": "Latent positions a row, l."})
+    rows: int = field(default=4, metadata={"help": "Rows of a micro-batch on a GPU, B."})
+
+
+def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
+    cut = {"rows": args.rows, "length": args.length, "micro_batches": MICRO_BATCHES[name]}
+    return {
+        "full shard over 64": Layout(64, 1, **cut, activation_checkpointing=True),
+        "hybrid, 8 nodes of 8": Layout(8, 8, **cut, activation_checkpointing=True),
+    }
+
+
+def make_table(args: PlanArguments) -> str:
+    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOP a GPU and step."""
+    header = (
+        "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "activations", "loss", "embedding",
+        "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOP",
+    )  # fmt: skip
+    rows = [header, ("---",) * len(header)]
+    for name, shape in SHAPES.items():
+        for sharding, layout in layouts(name, args).items():
+            traffic = communication_per_step(shape, layout)
+            for bag_size in (1, BAG_SIZES[name]):
+                memory = memory_per_gpu(shape, layout, bag_size=bag_size)
+                whole = memory_per_gpu(shape, layout, bag_size=bag_size, fused_loss=False)
+                sizes = [
+                    f"{memory[key] / GIB:.2f}"
+                    for key in ("state", "gathered", "activations", "loss", "embedding", "peak")
+                ]
+                rows.append(
+                    (
+                        name,
+                        f"{shape.parameters / 1e9:.2f}B ({shape.active_parameters / 1e9:.2f}B)",
+                        sharding,
+                        f"{layout.latent_tokens:,}",
+                        str(bag_size),
+                        *sizes,
+                        f"{whole['peak'] / GIB:.2f}",
+                        f"{(traffic['gather'] + traffic['scatter']) / 1e9:.1f}",
+                        f"{traffic['replicate'] / 1e9:.1f}",
+                        f"{operations_per_gpu(shape, layout) / TERA:.0f}",
+                    )
+                )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses()
+    table = make_table(args)
+    if args.output == "-":
+        print(table)
+        return
+    path = ROOT / args.output
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
