@@ -1,10 +1,11 @@
-"""Checkpoints of a run: which of them are whole."""
+"""Checkpoints of a run: which of them are whole, and weights in them that have other names than in the model."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -30,3 +31,37 @@ def _is_complete(folder: Path, step: int) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(state, dict) and state.get("global_step") == step
+
+
+def load_renamed_weights(model: Any, folder: str | Path) -> bool:
+    """Load weights whose names in an ordinary checkpoint differ from the model's, as those of experts do.
+
+    `save_pretrained` writes experts one by one, though Transformers computes them as one tensor a layer. `Trainer` does
+    not know of it: when it resumes, and when it loads the best model, it leaves experts as they are, with a warning.
+
+    Args:
+        model (`PreTrainedModel`): The model, not sharded.
+        folder: A folder with `model.safetensors`, or its parts and their index.
+
+    Returns:
+        `bool`: Whether there were any.
+    """
+    names = _weight_names(Path(folder))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if not names or not set(model.state_dict()) - names - set(tied):
+        return False
+    loaded = type(model).from_pretrained(folder, config=model.config)
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def _weight_names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return set(file.keys())
+    return set()

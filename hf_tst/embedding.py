@@ -83,8 +83,8 @@ def _at_first_layer(model: Any, embedding: nn.Module, embedded: Tensor, by_ids: 
     if layer is None:
         raise _UnknownWayError
     device = embedded.device
-    weight: Any = embedding.weight
-    embedded = embedded.to(weight.dtype, copy=True)  # a copy: CTRL scales what it is given where it lies
+    # Float32 whatever the model's dtype, for the scale's digits. A copy: CTRL scales what it is given where it lies.
+    embedded = embedded.clone()
     ids = torch.zeros(1, _POSITIONS, dtype=torch.long, device=device)
     inputs = {"input_ids": ids} if by_ids else {"inputs_embeds": embedded}
     body = model.base_model

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
@@ -55,6 +55,7 @@ class TSTTrainer(Trainer):
 
     Overrides:
         - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
+        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
@@ -204,6 +205,16 @@ class TSTTrainer(Trainer):
             self._data.save(
                 output_dir, self.state.global_step, self._meter.tokens_left_out or 0, self.args.should_save
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def set_initial_training_values(
         self, args: TSTTrainingArguments, dataloader: DataLoader, *rest: Any

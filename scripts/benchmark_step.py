@@ -50,7 +50,27 @@ class BenchmarkArguments:
     dtype: str = field(default="float32", metadata={"help": "Dtype of the model."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     rounds: int = field(default=7, metadata={"help": "Rounds that count."})
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak of the device in TFLOP/s: adds raw tokens a second and the share of the peak that is used."
+        },
+    )
     csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})
+
+
+def step_operations(model: Any, batch_size: int, length: int) -> float:
+    """Operations of a step: 6 a position and parameter that it meets, and attention's. A bag is one position."""
+    config = model.config
+    share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", None) or 1)
+    met = sum(
+        parameter.numel() * (share if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+        if not name.endswith("embed_tokens.weight") or config.tie_word_embeddings
+    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * width * length
+    return batch_size * length * (6 * met + attention)
 
 
 def loop_loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,20 +134,24 @@ def main() -> None:
     rows = []
     for name, run in steps.items():
         kind, _, bag_size = name.partition(" s=")
-        rows.append(
-            {
-                "step": kind,
-                "s": int(bag_size or 1),
-                "model": args.model_type,
-                "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
-                "V": bench.model.config.vocab_size,
-                "latent": f"{args.batch_size}x{args.length}",
-                "dtype": args.dtype,
-                "seconds": statistics.median(seconds[name]),
-                "time_over_next_token_fused": median_ratio(seconds[name], reference),
-                "peak_mib": peak_memory(run, bench.device) / 2**20,
-            }
-        )
+        row: dict[str, Any] = {
+            "step": kind,
+            "s": int(bag_size or 1),
+            "model": args.model_type,
+            "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+            "V": bench.model.config.vocab_size,
+            "latent": f"{args.batch_size}x{args.length}",
+            "dtype": args.dtype,
+            "seconds": statistics.median(seconds[name]),
+            "time_over_next_token_fused": median_ratio(seconds[name], reference),
+            "peak_mib": peak_memory(run, bench.device) / 2**20,
+        }
+        if args.peak_tflops is not None:
+            raw_tokens = args.batch_size * args.length * int(bag_size or 1)
+            operations = step_operations(bench.model, args.batch_size, args.length)
+            row["raw_tokens_per_second"] = raw_tokens / row["seconds"]
+            row["share_of_peak"] = operations / row["seconds"] / (args.peak_tflops * 1e12)
+        rows.append(row)
     print(format_table(rows))
     if args.csv:
         append_rows(args.csv, rows, bench.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gc
 import platform
 import random
 import shlex
@@ -49,6 +50,7 @@ def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """Bytes that `run` allocates at its peak beyond what was allocated before it."""
+    gc.collect()  # what is freed during the run would be taken off
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -51,3 +51,16 @@ def test_steps_of_both_phases_are_measured(tmp_path):
         ("superposition_loop", "4"),
     ]
     assert float(rows[0]["time_over_next_token_fused"]) == 1
+
+
+def test_a_peak_adds_tokens_a_second_and_the_share_of_the_peak(tmp_path):
+    tiny = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=1,vocab_size=97,num_experts=4,num_experts_per_tok=2,moe_intermediate_size=8"
+    flags = ("--model_type", "qwen3_moe", "--config_overrides", tiny, "--batch_size", 2, "--length", 8)
+    rows, _ = run("benchmark_step.py", *flags, "--bag_sizes", 4, "--peak_tflops", 0.001, cwd=tmp_path)
+    for row in rows:
+        seconds, tokens = float(row["seconds"]), 2 * 8 * int(row["s"])
+        assert float(row["raw_tokens_per_second"]) == pytest.approx(tokens / seconds)
+        width = 8 * 2  # of the attention
+        met = 16 * (2 * width + 2 * 8) + 2 * 8 + 16 * 4 + 2 * 3 * 16 * 8 + 3 * 16 + 97 * 16
+        operations = 2 * 8 * (6 * met + 6 * width * 8)
+        assert float(row["share_of_peak"]) == pytest.approx(operations / seconds / 1e9)

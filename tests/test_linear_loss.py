@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarking import peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loss import naive_loss
@@ -237,15 +238,11 @@ def test_never_more_than_a_chunk_of_logits_is_held(bag_size):
     """The largest tensors that are allocated, in the forward and the backward pass."""
     rows, vocabulary = 512, 2000
     hidden, weight, bias, labels = make_case(rows, 8, vocabulary, bag_size)
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
+
+    def step():
         linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias).backward()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+
+    peak = peak_memory(step, torch.device("cpu"))
     gradients_size = 4 * (hidden.numel() + weight.numel() + bias.numel())
     assert 0 < peak - gradients_size < 0.1 * 4 * rows * vocabulary
 

@@ -7,6 +7,7 @@ import torch
 from conftest import BLOCK_LENGTH, make_blocks, make_model
 from test_superposition import make_bags
 from tiny_families import FAMILIES, make_family
+from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
 from hf_tst.expert_load import ExpertLoadMeter
@@ -164,6 +165,54 @@ def test_the_phase_table_shows_the_load_on_both_sides_of_the_switch(llama, make_
             assert f"{after['tst_expert_load_min']:.2f}-{after['tst_expert_load_max']:.2f}" in table[name]
     assert "expert load" in table["moe"]
     assert "expert load" not in table["dense"]
+
+
+# Checkpoints
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stop", "shard_size"),
+    [("qwen3_moe", 2, "5GB"), ("qwen3_moe", 7, "5GB"), ("qwen3_moe", 3, "20KB"), ("mixtral", 3, "5GB")],
+)
+def test_a_resumed_run_has_its_experts(make_args, tmp_path, model_type, stop, shard_size):
+    """Trainer would leave them as they were made."""
+    model, other, blocks = make_model(model_type), make_model(model_type), make_blocks(200)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)  # what is not loaded shows
+    whole = TSTTrainer(model, make_args(save_strategy="steps", save_steps=stop), train_dataset=blocks)
+    save = model.save_pretrained
+    model.save_pretrained = lambda *args, **kwargs: save(*args, **kwargs | {"max_shard_size": shard_size})
+    whole.train()
+    assert (tmp_path / f"run/checkpoint-{stop}/model.safetensors.index.json").exists() == (
+        shard_size == "20KB"
+    )
+    resumed = TSTTrainer(other, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert same_weights(other, model)
+
+
+def test_the_best_model_has_its_experts(make_args, tmp_path):
+    args = make_args(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="accuracy", greater_is_better=True,
+    )  # fmt: skip
+    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+    model = make_model("qwen3_moe")
+    trainer = TSTTrainer(
+        model,
+        args,
+        train_dataset=make_blocks(200),
+        eval_dataset=make_blocks(4),
+        compute_metrics=lambda prediction: {"accuracy": next(values)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert same_weights(AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint), model)
 
 
 # Ways of computing experts

@@ -152,7 +152,7 @@ def test_streams_read_by_workers_resume_too(llama, make_args, tmp_path, source, 
     other = copy.deepcopy(set_dropout(llama))
     common = {
         "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulation,
-        "dataloader_num_workers": 2,
+        "dataloader_num_workers": 2, "tst_phase_ratio": 0.2,
     }  # fmt: skip
     whole, fed = run_in_pieces(llama, make_args(**common), STREAMS[source], (), make_args)
     args = make_args(**common, output_dir=str(tmp_path / "pieces"))
@@ -161,6 +161,11 @@ def test_streams_read_by_workers_resume_too(llama, make_args, tmp_path, source, 
     assert history(resumed) == history(whole)
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
     assert len(fed.rows) == args.max_steps
+    state = torch.load(Path(args.output_dir) / "checkpoint-4" / "stream_state_0.pt")
+    assert sorted(state["workers"]) == [0, 1]
+    assert all(
+        (worker["stream"] is None) == (source == "shuffled stream") for worker in state["workers"].values()
+    )
     if source in ("block stream", "packed stream"):
         rows = [tuple(row) for batches in fed.rows.values() for batch in batches for row in batch]
         assert len(set(rows)) == len(rows)

@@ -27,3 +27,6 @@ torch.save(
     },
     f"{args.output_dir}/rank_{rank}.pt",
 )
+if torch.distributed.is_initialized():  # a rank that leaves while another still talks to it makes gloo abort
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
