@@ -35,6 +35,7 @@ class RunRecord:
         software (`str`): Versions that it ran with; by default, those installed.
         base_model (`str`, *optional*): Hub id of the model that training started from.
         library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
+        global_step (`int`, *optional*): Optimizer steps done; all of them by default.
     """
 
     log_history: Sequence[Mapping[str, Any]]
@@ -49,6 +50,7 @@ class RunRecord:
     software: str = field(default_factory=lambda: describe_software())
     base_model: str | None = None
     library_name: str = "transformers"
+    global_step: int | None = None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
@@ -81,6 +83,7 @@ class RunRecord:
             software="; then ".join(dict.fromkeys(run["software"] for run in runs)),
             base_model=last["base_model"],
             library_name=last["library_name"],
+            global_step=state["global_step"],
         )
 
     @classmethod
