@@ -112,11 +112,13 @@ def test_the_card_tells_what_the_run_had_not_what_is_here(trained, tmp_path, cap
     elsewhere = json.loads(json.dumps(entry))
     elsewhere["tst_run"] |= {"hardware": "8 x Abacus", "software": "torch 99"}
     state["log_history"].append(elsewhere)  # as if resumed there
+    state["global_step"] = 5  # and stopped
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     assert cli.main(["card", str(tmp_path)]) == 0
     text = ModelCard.load(tmp_path / "README.md").text
     assert "CPU; then 8 x Abacus" in text
     assert "; then torch 99" in text
+    assert "The run is not over**: this is the model after 5 of 6 optimizer steps" in text
 
 
 @pytest.mark.parametrize(
