@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   accelerate launch --num_processes 8 -m hf_tst.cli train recipe.yaml
 
 `hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
-1 failed, 2 bad input (the last line on stderr says what is wrong), 130 interrupted.
+1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
+trained), 130 interrupted.
 """
 
 
