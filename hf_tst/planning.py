@@ -29,7 +29,11 @@ from .run_plan import GIB, Machines, RunPlan, plan_run
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, operations, hours, memory, traffic, sizes.
 
-Takes a recipe, the flags of training, and the flags below `--gpu`. Downloads nothing where the recipe names vocab_size.
+Takes a recipe and the flags of training, and those of the machines, which are listed first. Downloads nothing where the
+recipe names vocab_size.
+
+  hf-tst plan recipe.yaml --gpu b200 --num_gpus 8 --mfu 0.4
+  hf-tst plan recipe.yaml --tst_bag_size 8 --json
 """
 
 

@@ -270,6 +270,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
     )
+    tokens = trainer.get_total_train_batch_size(args) * block_size
+    if data_args.tokens_per_step not in (None, tokens):
+        raise ValueError(
+            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
+            "(tensor parallelism); set gradient_accumulation_steps instead."
+        )
     resume: str | None = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
         resume = last_complete_checkpoint(args.output_dir)

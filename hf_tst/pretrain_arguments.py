@@ -43,6 +43,10 @@ DESCRIPTION = """Pre-train a causal language model with Token Superposition Trai
 
 A YAML or JSON file of arguments comes first, if any; flags win over it. With neither dataset_name nor train_file it
 trains a small Llama on Python's standard library.
+
+  %(prog)s
+  %(prog)s recipe.yaml --max_steps 1000
+  %(prog)s --train_file corpus.jsonl --tokenizer_name gpt2 --model_type llama --max_steps 1000
 """
 
 

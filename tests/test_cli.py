@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_tst import cli
+from hf_tst import cli, pretrain
 
 
 def run(*arguments, **options):
@@ -173,6 +173,16 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(recipe, capsys):
     overrides = '{"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}'
     assert cli.main(["train", str(recipe), "--config_overrides", overrides]) == 2
     assert "vocab_size=100 in config_overrides is less than the tokenizer's" in capsys.readouterr().err
+
+
+def test_a_step_of_other_tokens_than_asked_for_is_refused(recipe, capsys, monkeypatch):
+    class SharedRows(pretrain.TSTTrainer):
+        def get_total_train_batch_size(self, args):
+            return super().get_total_train_batch_size(args) // 2
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", SharedRows)
+    assert cli.main(["train", str(recipe), "--tokens_per_step", "64"]) == 2
+    assert "A step trains on 32 tokens, not on tokens_per_step=64" in capsys.readouterr().err
 
 
 def test_statuses_of_a_process(recipe):

@@ -8,9 +8,16 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_tst import pretrain
+from hf_tst import TSTTrainingArguments, pretrain
 from hf_tst.planning import plan_from_arguments, plan_to_dict
-from hf_tst.pretrain_arguments import parse_arguments, read_config
+from hf_tst.pretrain_arguments import (
+    DataArguments,
+    ModelArguments,
+    micro_batches,
+    parse_arguments,
+    parse_values,
+    read_config,
+)
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "configs" / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -184,6 +191,16 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             plan_from_arguments([str(path)])
         assert "\n" not in str(error.value)
+
+
+def test_a_step_has_the_same_tokens_on_any_number_of_gpus():
+    recipe = str(FOLDER / "270m-20k-tst.yaml")
+    values = parse_values([recipe], [ModelArguments, DataArguments, TSTTrainingArguments], "")
+    for gpus in (1, 8, 64):
+        rows = gpus * values.per_device_train_batch_size * micro_batches(values, gpus)
+        assert rows * values.block_size == 2**21
+    with pytest.raises(ValueError, match="96 processes"):
+        micro_batches(values, 96)
 
 
 def test_yaml_reads_on_as_true(tmp_path):
