@@ -123,6 +123,15 @@ def test_pushing_again_replaces_and_a_branch_of_its_own_is_left_alone(hub, push)
     assert hub.files("someone/model")["model.safetensors"] != first
 
 
+def test_a_branch_that_is_not_there_is_made_before_training(hub, push):
+    result, _ = push(hub_model_id="someone/model", hub_revision="tst", hub_strategy="end")
+    assert result == {"step": 6, "saved": True}
+    assert set(hub.files("someone/model", "tst")) >= ORDINARY
+    assert not hub.files("someone/model")
+    made = hub.requests.index("POST /api/models/someone/model/branch/tst")
+    assert not [request for request in hub.requests[:made] if "/commit/" in request]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
