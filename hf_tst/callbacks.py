@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .phases import PhaseSchedule
+from .run_record import RUN_ENTRY, run_entry
 from .superposition import fused_next_token_loss, token_superposition
 
 logger = logging.get_logger(__name__)
@@ -100,8 +101,16 @@ class TokenMeterCallback(TrainerCallback):
         self._last_report = (0, 0, 0.0)  # step, tokens left out, seconds
 
     def on_train_begin(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TSTTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
+        if self.schedule is not None and self.rows_per_step is not None:
+            run = run_entry(args, model, self.schedule.switch_step, self.rows_per_step)
+            state.log_history.append({"step": state.global_step, RUN_ENTRY: run})
         self._seconds = self._waited = 0.0
         self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0)
         self._restart_clock()
@@ -161,14 +170,17 @@ class TokenMeterCallback(TrainerCallback):
             with_speed (`bool`): Add tokens a second, and the wait for data, since the last report that had them.
 
         Returns:
-            `tst_phase` of the last step done; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
+            `tst_phase` of the last step done, and `tst_current_bag_size`, s or 1, which trackers that plot numbers only
+            show the phases by; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
             `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
             count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`; `tst_data_wait_seconds` that
             training waited for batches on this rank, and `tst_data_wait_fraction` of the time.
         """
         if self.schedule is None:
             return {}
-        entries: dict[str, Any] = {"tst_phase": self.schedule.phase(max(step - 1, 0))}
+        phase = self.schedule.phase(max(step - 1, 0))
+        bag_size = self.schedule.bag_size if phase == "superposition" else 1
+        entries: dict[str, Any] = {"tst_phase": phase, "tst_current_bag_size": bag_size}
         if self.rows_per_step is None or self.latent_length is None:
             return entries
         left_out = self.tokens_left_out or 0
@@ -199,7 +211,10 @@ class TokenMeterCallback(TrainerCallback):
 
 
 class PhaseProgressCallback(ProgressCallback):
-    """Trainer's progress bar with the phase in front."""
+    """Trainer's progress bar with the phase in front, and loss and raw tokens a second, as logged last, behind.
+
+    The time left counts from the step that a resumed run began at.
+    """
 
     def __init__(self, meter: TokenMeterCallback) -> None:
         super().__init__()
@@ -209,6 +224,8 @@ class PhaseProgressCallback(ProgressCallback):
         self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
         self._show_phase(state.global_step)
 
     def on_step_end(
@@ -216,6 +233,21 @@ class PhaseProgressCallback(ProgressCallback):
     ) -> None:
         self._show_phase(state.global_step)
         super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TSTTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{float(logs['loss']):.3f}"}
+            if "tst_raw_tokens_per_second" in logs:
+                shown["raw tokens/s"] = self.training_bar.format_sizeof(logs["tst_raw_tokens_per_second"])
+            self.training_bar.set_postfix(shown, refresh=False)
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
     def _show_phase(self, step: int) -> None:
         if self.training_bar is not None and self._meter.schedule is not None:

@@ -50,6 +50,8 @@ def check_repo_holds_no_other_model(
 ) -> None:
     """Check that pushing a model with `config` to `repo_id` replaces no model of another kind.
 
+    A branch that is not there yet is made, from `main`: else the push would fail when training is over.
+
     Args:
         repo_id (`str`): An existing repository.
         config (`PretrainedConfig`): Of the model to push.
@@ -58,12 +60,16 @@ def check_repo_holds_no_other_model(
     Raises:
         HubError: If the repository holds a model of another type or size.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import create_branch, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     try:
         path = hf_hub_download(repo_id, "config.json", token=token, revision=revision, force_download=True)
-    except (EntryNotFoundError, RevisionNotFoundError):
+    except RevisionNotFoundError:
+        if revision is not None:
+            create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        return
+    except EntryNotFoundError:
         return
     found, ours = json.loads(Path(path).read_text(encoding="utf-8")), config.to_dict()
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from .report import format_phases_markdown, plot_loss_curve, summarize_phases
+from .run_record import RunRecord, run_entry
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -29,56 +27,11 @@ LIMITS = (
 )
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a card is written from.
-
-    Args:
-        log_history: The entries of `trainer_state.json`.
-        max_steps (`int`): Optimizer steps of the run, N.
-        switch_step (`int`): First step of recovery; 0 without superposition.
-        arguments (`dict`): The training arguments, as `TrainingArguments.to_dict` gives them.
-        rows_per_step (`int`): Rows an optimizer step, over all devices.
-        total_flos (`float`): Floating point operations, over latent positions.
-        parameters (`int`): Parameters of the model.
-        hardware (`str`): Devices that it ran on.
-        evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
-    """
-
-    log_history: Sequence[Mapping[str, Any]]
-    max_steps: int
-    switch_step: int
-    arguments: Mapping[str, Any]
-    rows_per_step: int
-    total_flos: float
-    parameters: int
-    hardware: str
-    evaluation: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def from_trainer(cls, trainer: Any) -> RunRecord:
-        """The record of a [`TSTTrainer`]'s run so far."""
-        state, args = trainer.state, trainer.args
-        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-        return cls(
-            log_history=state.log_history,
-            max_steps=state.max_steps,
-            switch_step=trainer.schedule.switch_step if trainer.schedule else 0,
-            arguments=args.to_dict(),
-            rows_per_step=trainer.get_total_train_batch_size(args),
-            total_flos=state.total_flos,
-            parameters=trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
-            hardware=describe_hardware(args.world_size),
-            evaluation=evaluations[-1] if evaluations else {},
-        )
-
-
 def write_model_card(
     folder: str | Path,
     record: RunRecord,
     *,
     repo_id: str,
-    library_name: str = "transformers",
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     language: str | Sequence[str] | None = None,
@@ -91,8 +44,7 @@ def write_model_card(
         folder: Where the model is saved.
         record (`RunRecord`): The run.
         repo_id (`str`): Name of the model's repository, or of its folder.
-        library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
-        base_model (`str`, *optional*): Hub id of the model that training started from.
+        base_model (`str`, *optional*): Hub id of the model that training started from; the record's by default.
         datasets (`Sequence[str]`): Hub ids of the training data.
         language, license, tags: Further metadata.
 
@@ -108,7 +60,6 @@ def write_model_card(
     card = make_model_card(
         record,
         repo_id=repo_id,
-        library_name=library_name,
         base_model=base_model,
         datasets=datasets,
         language=language,
@@ -124,7 +75,6 @@ def make_model_card(
     record: RunRecord,
     *,
     repo_id: str,
-    library_name: str = "transformers",
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     language: str | Sequence[str] | None = None,
@@ -135,13 +85,13 @@ def make_model_card(
     """The card itself. Arguments as for [`write_model_card`]; `curve` names the picture beside it, if there is one."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    arguments = record.arguments
+    arguments, base_model = record.arguments, base_model or record.base_model
     superposed = record.switch_step > 0
     model_name = repo_id.split("/")[-1]
     evaluation = _evaluation(record.evaluation)
     data = ModelCardData(
         model_name=model_name,
-        library_name=library_name,
+        library_name=record.library_name,
         pipeline_tag="text-generation",
         base_model=base_model,
         datasets=list(datasets) or None,
@@ -166,10 +116,12 @@ def make_model_card(
         template_str=files("hf_tst").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         model_name=model_name,
         repo_id=repo_id,
+        library_name=record.library_name,
         base_model=base_model,
         superposed=superposed,
         switch_step=record.switch_step,
         max_steps=record.max_steps,
+        steps_done=record.max_steps if record.global_step is None else record.global_step,
         phase_ratio=arguments.get("tst_phase_ratio"),
         bag_size=arguments.get("tst_bag_size"),
         mode=arguments.get("tst_mode"),
@@ -199,13 +151,13 @@ def write_card_of_trainer(
     """
     output_dir = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    is_adapter = hasattr(model, "peft_config")
+    switch_step = trainer.schedule.switch_step if trainer.schedule else 0
+    now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
     written = write_model_card(
         output_dir,
-        RunRecord.from_trainer(trainer),
+        RunRecord.from_state(vars(trainer.state), now),
         repo_id=repo_id or output_dir.absolute().name,
-        library_name="peft" if is_adapter else "transformers",
-        base_model=base_model or _loaded_from(model),
+        base_model=base_model,
         datasets=_listed(datasets),
         language=language,
         license=license,
@@ -216,26 +168,12 @@ def write_card_of_trainer(
             f"{output_dir / 'README.md'} is a card of your own and stays as it is: move it away to have one written "
             "from the run."
         )
-    elif is_adapter:
+    elif now["library_name"] == "peft":
         model.create_or_update_model_card(str(output_dir))
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
-
-
-def _loaded_from(model: Any) -> str | None:
-    """Hub id that the model was loaded from; `None` if it was made from a configuration or a local folder."""
-    name = getattr(model.config, "_name_or_path", None)
-    return name if name and not Path(name).exists() else None
-
-
-def describe_hardware(world_size: int = 1) -> str:
-    """The devices that this process, and `world_size` of its kind, run on."""
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{world_size} x {name}"
 
 
 def _evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -262,9 +200,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "seed": str(arguments.get("seed")),
         "floating point operations (latent)": f"{record.total_flos:.3g}",
         "hardware": record.hardware,
-        "software": ", ".join(
-            f"{package} {version(package)}" for package in ("hf-tst", "transformers", "torch", "accelerate")
-        ),
+        "software": record.software,
     }
     if runtime:
         facts["seconds of training"] = f"{runtime[-1]:.0f}"

@@ -1,4 +1,4 @@
-"""Memory and communication of a run on many GPUs, on paper. Pure arithmetic; bytes and operations, no measurement.
+"""Memory, communication and work of a run on many GPUs, on paper. Pure arithmetic; nothing here is measured.
 
 Letters: P parameters, d hidden size, V vocabulary, B rows a micro-batch, l latent positions a row, s tokens a bag,
 n GPUs that a model is sharded over, r copies of the sharded model.
@@ -9,66 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .linear_loss import chunk_rows
+from .model_shape import ModelShape
 
-MASTER_BYTES, COMPUTE_BYTES = 4, 2  # FSDP2 keeps float32 and computes in bfloat16
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder with gated MLPs, grouped-query attention and untied embeddings (Llama, SmolLM3, Qwen3-MoE).
-
-    Args:
-        hidden_size (`int`): d.
-        layers (`int`): Layers.
-        heads, kv_heads, head_dim (`int`): Of the attention.
-        intermediate_size (`int`): Width of an MLP, or of one expert.
-        vocab_size (`int`): V.
-        experts, experts_per_token (`int`, defaults to 1): MLPs a layer, and how many of them see a position.
-        norms_per_head (`bool`, defaults to `False`): Norms on queries and keys (Qwen3).
-    """
-
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    experts: int = 1
-    experts_per_token: int = 1
-    norms_per_head: bool = False
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the embedding; the head has as many."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of a layer."""
-        return self._shared_parameters + self.experts * self._expert_parameters
-
-    @property
-    def parameters(self) -> int:
-        """All parameters, P."""
-        return self.layers * self.layer_parameters + 2 * self.embedding_parameters + self.hidden_size
-
-    @property
-    def active_parameters(self) -> int:
-        """Parameters that multiply a position's state: without the embedding, and with its own experts only."""
-        layer = self._shared_parameters + self.experts_per_token * self._expert_parameters
-        return self.layers * layer + self.embedding_parameters + self.hidden_size
-
-    @property
-    def _shared_parameters(self) -> int:
-        d, width = self.hidden_size, self.head_dim
-        attention = 2 * d * self.heads * width + 2 * d * self.kv_heads * width
-        router = d * self.experts if self.experts > 1 else 0
-        return attention + router + 2 * d + (2 * width if self.norms_per_head else 0)
-
-    @property
-    def _expert_parameters(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
+__all__ = [
+    "MIXED_PRECISION",
+    "Layout",
+    "ModelShape",
+    "Precision",
+    "checkpoint_bytes",
+    "communication_per_step",
+    "memory_per_gpu",
+    "operations_per_gpu",
+    "operations_per_position",
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +35,8 @@ class Layout:
         length (`int`): Latent positions a row, l.
         micro_batches (`int`, defaults to 1): Micro-batches a step (gradient accumulation).
         activation_checkpointing (`bool`, defaults to `False`): Compute the inside of layers again in the backward pass.
+        sync_each_batch (`bool`, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so only
+            if `accelerator_config` says it, and else keeps them whole until the last micro-batch.
     """
 
     shard_size: int
@@ -90,102 +45,182 @@ class Layout:
     length: int
     micro_batches: int = 1
     activation_checkpointing: bool = False
+    sync_each_batch: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "replicas", "rows", "length", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
 
     @property
     def gpus(self) -> int:
         return self.shard_size * self.replicas
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows a step, over all GPUs."""
+        return self.gpus * self.rows * self.micro_batches
+
+    @property
     def latent_tokens(self) -> int:
         """Latent positions a step, over all GPUs."""
-        return self.gpus * self.rows * self.length * self.micro_batches
+        return self.rows_per_step * self.length
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes a number.
+
+    Args:
+        weights (`int`, defaults to 4): Of a weight as it is stored, and of its gradient and optimizer states.
+        compute (`int`, defaults to 2): Of what the model computes with; 2 for bfloat16.
+        optimizer_states (`int`, defaults to 2): Numbers that the optimizer keeps of a trained weight; 2 with Adam.
+    """
+
+    weights: int = 4
+    compute: int = 2
+    optimizer_states: int = 2
+
+
+MIXED_PRECISION = Precision()
 
 
 def memory_per_gpu(
-    shape: ModelShape, layout: Layout, *, bag_size: int = 1, fused_loss: bool = True
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    bag_size: int = 1,
+    fused_loss: bool = True,
+    precision: Precision = MIXED_PRECISION,
 ) -> dict[str, int]:
-    """Bytes on one GPU with FSDP2 as accelerate shards it, in bfloat16 on float32 master weights, with AdamW.
+    """Bytes on one GPU, by default with FSDP2 as accelerate shards it, in bfloat16 on float32 weights, with AdamW.
 
     Args:
         shape (`ModelShape`): The model.
         layout (`Layout`): How the step is cut.
         bag_size (`int`, defaults to 1): Tokens a bag, s.
         fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
+        precision (`Precision`): Bytes a number.
 
     Returns:
-        By name: `state`, the sharded weights, gradients and both moments; `gathered`, two layers and the head in
-        bfloat16, and the gradient of a layer; `activations`, what the backward pass needs; `loss`, logits, or a chunk of them and the
-        gradient of the head; `embedding`, the vectors of s tokens a position before they are averaged, gone before the
-        first layer. `peak`: state, gathered, activations and the larger of loss and embedding.
+        By name: `state`, the sharded weights, gradients and optimizer states; `gathered`, two layers and the head as
+        they are computed with, and the gradient of a layer, or without shards a copy of all weights; `unreduced`,
+        whole gradients between micro-batches; `activations`, what the backward pass needs; `loss`, logits, or a
+        chunk of them and the gradient of the head; `embedding`, the vectors of s tokens a position before they are
+        averaged, gone before the first layer. `peak`: all of them, of activations with loss and embedding the larger.
     """
-    positions = layout.rows * layout.length
-    state = (2 * MASTER_BYTES + 8) * -(-shape.parameters // layout.shard_size)
-    gathered = COMPUTE_BYTES * (3 * shape.layer_parameters + shape.embedding_parameters)
-    states = COMPUTE_BYTES * positions * shape.hidden_size
-    inside = _layer_activations(shape) * positions * COMPUTE_BYTES
-    activations = shape.layers * states + inside if layout.activation_checkpointing else shape.layers * inside
-    if fused_loss:
-        chunk = chunk_rows(positions, shape.vocab_size, "cuda") * shape.vocab_size * COMPUTE_BYTES
-        # Accumulated in float32; its bfloat16 copy goes to FSDP.
-        loss = chunk + (4 + COMPUTE_BYTES) * shape.embedding_parameters
+    positions, trained, byte = layout.rows * layout.length, shape.trainable_parameters, precision.compute
+    held = (
+        shape.parameters * precision.weights + trained * (1 + precision.optimizer_states) * precision.weights
+    )
+    state = -(-held // layout.shard_size)
+    if layout.shard_size > 1:
+        gathered = byte * (3 * shape.layer_parameters + shape.embedding_parameters)
     else:
-        # bfloat16 logits and their gradient, float32 logits and their gradient; the gradient of the head.
-        loss = (
-            2 * COMPUTE_BYTES + 8
-        ) * positions * shape.vocab_size + COMPUTE_BYTES * shape.embedding_parameters
-    embedding = COMPUTE_BYTES * positions * bag_size * shape.hidden_size
+        gathered = byte * shape.active_parameters if precision.weights > byte else 0
+    waits = layout.shard_size > 1 and layout.micro_batches > 1 and not layout.sync_each_batch
+    unreduced = byte * trained if waits else 0
+    # Weights that stay in float32 on one GPU keep the sums between layers in float32 as well.
+    between = byte if layout.shard_size > 1 else precision.weights
+    inside = _layer_activations(shape, between, byte) * positions
+    states = between * positions * shape.hidden_size
+    activations = shape.layers * (states if layout.activation_checkpointing else inside)
+    activations += inside if layout.activation_checkpointing else 0
+    if fused_loss:
+        chunk = chunk_rows(positions, shape.vocab_size, "cuda") * shape.vocab_size * byte
+        # Accumulated in float32; its copy in the precision of the weights goes to FSDP.
+        loss = chunk + (4 + byte) * shape.embedding_parameters
+    else:
+        # Logits and their gradient, float32 logits and their gradient; the gradient of the head.
+        loss = (2 * byte + 8) * positions * shape.vocab_size + byte * shape.embedding_parameters
+    embedding = between * positions * bag_size * shape.hidden_size
     return {
         "state": state,
         "gathered": gathered,
+        "unreduced": unreduced,
         "activations": activations,
         "loss": loss,
         "embedding": embedding,
-        "peak": state + gathered + max(activations + loss, embedding),
+        "peak": state + gathered + unreduced + max(activations + loss, embedding),
     }
 
 
-def communication_per_step(shape: ModelShape, layout: Layout) -> dict[str, int]:
+def communication_per_step(
+    shape: ModelShape, layout: Layout, precision: Precision = MIXED_PRECISION
+) -> dict[str, int]:
     """Bytes that one GPU receives in an optimizer step, the same in both phases.
 
-    Every micro-batch gathers the weights for the forward pass and again for the backward pass (the head stays), and
-    scatters the gradients, all in bfloat16. Copies of the model add up their shards of the gradients.
+    Every micro-batch gathers the weights for the forward pass and again for the backward pass (the head stays). The
+    gradients are scattered once a step, or every micro-batch with `sync_each_batch`. Copies of the model add up their
+    shards of the gradients. All in the precision that is computed in.
 
     Args:
         shape (`ModelShape`): The model.
         layout (`Layout`): How the step is cut.
+        precision (`Precision`): Bytes a number.
 
     Returns:
         By name: `gather`, `scatter`, and `replicate`, which crosses nodes where the model is sharded inside a node.
     """
-    n, r = layout.shard_size, layout.replicas
-    whole = COMPUTE_BYTES * shape.parameters * (n - 1) // n
-    head = COMPUTE_BYTES * shape.embedding_parameters * (n - 1) // n
-    shard = COMPUTE_BYTES * -(-shape.parameters // n)
+    n, r, byte = layout.shard_size, layout.replicas, precision.compute
+    whole = byte * shape.parameters * (n - 1) // n
+    head = byte * shape.embedding_parameters * (n - 1) // n
+    scatters = layout.micro_batches if layout.sync_each_batch else 1
+    shard = byte * -(-shape.trainable_parameters // n)
     return {
         "gather": layout.micro_batches * (2 * whole - head),
-        "scatter": layout.micro_batches * whole,
-        "replicate": layout.micro_batches * 2 * shard * (r - 1) // r,
+        "scatter": scatters * (byte * shape.trainable_parameters * (n - 1) // n),
+        "replicate": scatters * (2 * shard * (r - 1) // r),
     }
 
 
-def operations_per_gpu(shape: ModelShape, layout: Layout) -> int:
-    """Floating-point operations of one GPU in an optimizer step: 6 a parameter and latent position, and attention's.
+def operations_per_position(shape: ModelShape, length: int) -> int:
+    """Floating-point operations of a training step on one latent position.
 
-    A third more with activation checkpointing. The same in both phases: a bag is one position.
+    4 an active parameter (forward, and backward to the layer before) and 2 a trained one (its gradient), so 6 · P where all
+    are trained; and 6 · layers · heads · head size · l for causal attention. A bag is one position.
+
+    Args:
+        shape (`ModelShape`): The model.
+        length (`int`): Latent positions a row, l.
     """
+    trained = shape.active_parameters if shape.trains_everything else shape.trainable_parameters
+    attention = 6 * shape.layers * shape.heads * shape.head_dim * length  # causal: half of 12
+    return 4 * shape.active_parameters + 2 * trained + attention
+
+
+def operations_per_gpu(shape: ModelShape, layout: Layout) -> int:
+    """Floating-point operations of one GPU in an optimizer step, a third more with activation checkpointing."""
     positions = layout.rows * layout.length * layout.micro_batches
-    attention = 6 * shape.layers * shape.heads * shape.head_dim * layout.length  # causal: half of 12
-    operations = positions * (6 * shape.active_parameters + attention)
+    operations = positions * operations_per_position(shape, layout.length)
     return operations * 4 // 3 if layout.activation_checkpointing else operations
 
 
-def _layer_activations(shape: ModelShape) -> int:
-    """Numbers that one layer keeps for the backward pass, a position, with attention that keeps no scores.
+def checkpoint_bytes(shape: ModelShape, precision: Precision = MIXED_PRECISION) -> dict[str, int]:
+    """Size of the model as it is pushed, and of a checkpoint to resume from. An adapter is saved without its base."""
+    model = shape.trainable_parameters * precision.weights
+    return {"model": model, "checkpoint": model * (1 + precision.optimizer_states)}
 
-    Inputs of two norms and of attention, MLP and both sums; queries, keys, values and their result; and of each
-    expert that sees the position its input, gate, up and their product.
+
+def _layer_activations(shape: ModelShape, between: int, byte: int) -> int:
+    """Bytes that one layer keeps for the backward pass, a position, with attention that keeps no scores.
+
+    Counted from what autograd saves in Llama, Qwen3 and Qwen3-MoE: norms keep their input in float32 and what they
+    hand on; attention its queries, keys, values and result; an MLP gate, its SiLU, up and their product; an expert
+    the same of each position it sees, and the position itself.
+
+    Args:
+        shape (`ModelShape`): The model.
+        between (`int`): Bytes a number of the sum that runs through the layers.
+        byte (`int`): Bytes a number inside of attention and MLP.
     """
     d = shape.hidden_size
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    dispatched = d if shape.experts > 1 else 0
-    return 4 * d + attention + shape.experts_per_token * (dispatched + 3 * shape.intermediate_size)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * (4 + between) * d
+    casts = 5 if between != byte else 2  # of the norms' results, for queries, keys, values, gate and up
+    attention = casts * byte * d + 2 * byte * (queries + keys)
+    if shape.norms_per_head:
+        attention += (4 + 2 if byte == 2 else 8) * (queries + keys)
+    if not shape.experts_per_token:
+        return norms + attention + 4 * byte * shape.intermediate_size
+    return norms + attention + shape.experts_per_token * byte * (2 * d + 4 * shape.intermediate_size)

@@ -67,11 +67,14 @@ def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def format_phases(summaries: Sequence[PhaseSummary]) -> str:
     """The summaries as a table of text; the load of experts, smallest and largest, where it was logged."""
-    lines = _phase_rows(summaries)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return format_columns(_phase_rows(summaries))
+
+
+def format_columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells as text, in columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 

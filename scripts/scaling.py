@@ -8,17 +8,23 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu, operations_per_gpu
+from hf_tst.pretrain import make_config
+from hf_tst.pretrain_arguments import ModelArguments, read_config
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12
 
-SHAPES = {
-    # SmolLM3-3B with the vocabulary of Llama 3 and an own head, as in the paper.
-    "3B": ModelShape(2048, 36, 16, 4, 128, 11008, 128256),
-    # Qwen3-MoE; the paper gives no sizes, these are ours: 9.7B parameters, 1.0B of them active.
-    "10B-A1B": ModelShape(1536, 30, 16, 4, 128, 512, 128256, 128, 8, True),
-}
+RECIPES = {"3B": "3b-20k-tst.yaml", "10B-A1B": "10b-a1b-tst.yaml"}
+
+
+def read_shape(name: str) -> ModelShape:
+    values = read_config(str(ROOT / "scripts/configs/recipes" / RECIPES[name]))
+    args = ModelArguments(model_type=values["model_type"], config_overrides=values["config_overrides"])
+    return ModelShape.from_config(make_config(args))
+
+
+SHAPES = {name: read_shape(name) for name in RECIPES}
 BAG_SIZES = {"3B": 6, "10B-A1B": 16}
 MICRO_BATCHES = {"3B": 2, "10B-A1B": 8}  # 2M and 8M latent tokens a step
 
@@ -36,18 +42,20 @@ class PlanArguments:
 
 
 def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
-    cut = {"rows": args.rows, "length": args.length, "micro_batches": MICRO_BATCHES[name]}
-    return {
-        "full shard over 64": Layout(64, 1, **cut, activation_checkpointing=True),
-        "hybrid, 8 nodes of 8": Layout(8, 8, **cut, activation_checkpointing=True),
-    }
+    def layout(shard_size: int, replicas: int) -> Layout:
+        micro_batches = MICRO_BATCHES[name]
+        return Layout(
+            shard_size, replicas, args.rows, args.length, micro_batches, activation_checkpointing=True
+        )
+
+    return {"full shard over 64": layout(64, 1), "hybrid, 8 nodes of 8": layout(8, 8)}
 
 
 def make_table(args: PlanArguments) -> str:
     """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOP a GPU and step."""
     header = (
-        "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "activations", "loss", "embedding",
-        "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOP",
+        "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "unreduced", "activations", "loss",
+        "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOP",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for name, shape in SHAPES.items():
@@ -58,7 +66,7 @@ def make_table(args: PlanArguments) -> str:
                 whole = memory_per_gpu(shape, layout, bag_size=bag_size, fused_loss=False)
                 sizes = [
                     f"{memory[key] / GIB:.2f}"
-                    for key in ("state", "gathered", "activations", "loss", "embedding", "peak")
+                    for key in ("state", "gathered", "unreduced", "activations", "loss", "embedding", "peak")
                 ]
                 rows.append(
                     (

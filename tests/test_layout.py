@@ -18,6 +18,9 @@ LAYERS = [
         "checkpoints",
         "sharding",
         "expert_load",
+        "hardware",
+        "published",
+        "run_record",
     },
     {
         "kernels",
@@ -31,12 +34,16 @@ LAYERS = [
         "text_files",
         "blocks",
         "data_plan",
+        "model_shape",
     },
     {"linear_loss", "model_card", "rows", "data_position"},
     {"fused", "stream", "plan"},
-    {"superposition", "collator", "arguments"},
+    {"superposition", "collator", "arguments", "run_plan"},
     {"callbacks", "document_attention", "run_data"},
-    {"trainer", "audit"},
+    {"trainer", "audit", "pretrain_arguments"},
+    {"pretrain"},
+    {"planning", "run_card"},
+    {"cli"},
 ]
 
 

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard
 from test_report import HISTORY
 
 from hf_tst.model_card import RunRecord, make_model_card, write_model_card
 
+CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {
     "tst_phase_ratio": 0.3, "tst_bag_size": 4, "tst_mode": "full", "tst_offset_weighting": "power_law",
     "optim": "adamw_torch", "learning_rate": 2e-3, "lr_scheduler_type": "linear", "seed": 7, "hub_token": "hf_secret",
@@ -74,3 +77,41 @@ def test_a_card_of_the_users_own_stays(tmp_path):
     assert (tmp_path / "loss_curve.png").is_file()
     assert write_model_card(tmp_path, make_record(max_steps=99), repo_id="model") == path
     assert "of 99 optimizer steps" in ModelCard.load(path).text
+
+
+def test_the_card_of_a_run_that_is_not_over_says_so():
+    card = make_model_card(make_record(global_step=2), repo_id="model")
+    assert "**The run is not over**: this is the model after 2 of 10 optimizer steps." in card.text
+    assert "The remaining steps are to be next-token training" in card.text
+    assert "The run is not over" not in make_model_card(make_record(global_step=10), repo_id="model").text
+
+
+def test_superposition_is_claimed_only_of_runs_that_had_it():
+    plain, superposed = (make_model_card(make_record(switch_step=n), repo_id="model").text for n in (0, 3))
+    assert "trained with Token Superposition Training" in superposed
+    assert "@article{peng2026token" in superposed
+    assert "trained by next-token prediction" in plain
+    assert "trained with Token Superposition Training" not in plain
+    assert "@article" not in plain
+
+
+def test_an_adapter_is_called_one():
+    card = make_model_card(make_record(library_name="peft", base_model="other/base"), repo_id="model")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "other/base"
+    assert "ordinary PEFT adapter" in card.text
+
+
+def test_the_template_is_in_the_repository_once():
+    root = Path(__file__).parent.parent
+    assert (root / "model_cards" / "template.md").resolve() == root / "hf_tst" / "templates" / "model_card.md"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in CARDS.glob("*/README.md")))
+def test_the_cards_here_are_what_their_records_give(folder):
+    card = ModelCard.load(CARDS / folder / "README.md")
+    record = RunRecord.from_folder(CARDS / folder)
+    again = make_model_card(
+        record, repo_id=folder, license=card.data.license, curve="loss_curve.png", language=card.data.language
+    )
+    assert str(again).strip() == str(card).strip()

@@ -37,7 +37,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """How many of the next requests whose path holds `part` fail, and how: `"500"` or `"reset"`."""
+    """How many of the next requests whose path holds `part` fail, and how: with a status such as `"500"`, or `"reset"`."""
 
     part: str
     kind: str
@@ -89,7 +89,7 @@ class LocalHub:
                     fault.left, fault.seen = fault.left - 1, fault.seen + 1
                     if fault.kind == "reset":
                         return StreamingResponse(_break_off(), headers={"Content-Length": "100"})
-                    return JSONResponse({"error": "broken"}, status_code=500)
+                    return JSONResponse({"error": "broken"}, status_code=int(fault.kind))
             given = request.headers.get("authorization", "")
             needs_token = path.startswith("/api/repos") or path.startswith("/api/whoami") or "commit" in path
             if needs_token and given != f"Bearer {TOKEN}":

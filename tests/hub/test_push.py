@@ -99,7 +99,8 @@ def test_the_card_on_the_hub_is_valid_and_tells_of_the_run(hub, push):
     ],
 )
 def test_every_strategy(hub, push, strategy, expected):
-    result, _ = push(hub_strategy=strategy)
+    # Else Trainer skips a checkpoint while the one before is still on its way.
+    result, _ = push(hub_strategy=strategy, hub_always_push=True)
     assert "error" not in result
     files = hub.files("someone/mine")
     assert set(files) >= ORDINARY
@@ -122,10 +123,20 @@ def test_pushing_again_replaces_and_a_branch_of_its_own_is_left_alone(hub, push)
     assert hub.files("someone/model")["model.safetensors"] != first
 
 
+def test_a_branch_that_is_not_there_is_made_before_training(hub, push):
+    result, _ = push(hub_model_id="someone/model", hub_revision="tst", hub_strategy="end")
+    assert result == {"step": 6, "saved": True}
+    assert set(hub.files("someone/model", "tst")) >= ORDINARY
+    assert not hub.files("someone/model")
+    made = hub.requests.index("POST /api/models/someone/model/branch/tst")
+    assert not [request for request in hub.requests[:made] if "/commit/" in request]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"token": "hf_wrong"}, "token is wrong or missing (401)"),
+        ({"token": ""}, "token is wrong or missing (401)"),
         ({"hub_model_id": "others/model"}, "may not write there (403)"),
     ],
 )
@@ -147,13 +158,31 @@ def test_a_repository_with_another_model_is_refused(hub, push):
     assert hub.files("someone/model") == before
 
 
-@pytest.mark.parametrize("part", ["/lfs/", "/preupload/"])
-def test_a_passing_fault_is_tried_again(hub, push, part):
-    fault = hub.fail(part, "500", times=2)
+def test_a_run_that_was_not_to_be_pushed_is_pushed_on_request(hub, push):
+    result, folder = push(push_to_hub=False, hub_model_id="someone/later")
+    assert result == {"step": 6, "saved": True}
+    files = hub.files("someone/later")
+    assert set(files) >= ORDINARY
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert "tst" not in files["config.json"].decode().lower()
+
+
+@pytest.mark.parametrize(("part", "kind"), [("/lfs/", "500"), ("/lfs/", "reset"), ("/preupload/", "500")])
+def test_a_passing_fault_is_tried_again(hub, push, part, kind):
+    fault = hub.fail(part, kind, times=2)
     result, _ = push(hub_strategy="end")
     assert fault.seen == 2
     assert result == {"step": 6, "saved": True}
     assert set(hub.files("someone/mine")) >= ORDINARY
+
+
+def test_a_token_that_ends_during_the_run_costs_the_push_only(hub, push):
+    hub.fail("/commit/", "401", times=1000)
+    result, folder = push(hub_strategy="end")
+    assert result["error"] == "HubError"
+    assert "the token is wrong or missing (401)" in result["message"]
+    assert f"The model is saved in {folder}." in result["message"]
+    assert result["saved"]
 
 
 @pytest.mark.parametrize("kind", ["500", "reset"])

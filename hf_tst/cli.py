@@ -1,0 +1,86 @@
+"""The console command `hf-tst`. What a subcommand needs is imported when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .version import __version__
+
+DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
+
+commands:
+  train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of three minutes)
+  plan    say what a run costs before it is started: steps, tokens, GPU-hours, memory, and what it is compared with
+  card    write the model card of a finished run again, from its record
+"""
+EXAMPLES = """examples:
+  hf-tst train                                      the quick start; the model is in runs/quickstart
+  hf-tst train recipe.yaml --max_steps 1000         a recipe, and flags that win over it
+  hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
+  hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
+  accelerate launch --num_processes 8 -m hf_tst.cli train recipe.yaml
+
+`hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
+1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
+trained), 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-tst` with `argv`, by default the process's, and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="hf-tst",
+        usage="hf-tst [-h] [--version] {train,plan,card} ...",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-tst {__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        COMMANDS[command](arguments[1:])
+    except ValueError as error:
+        print(f"hf-tst {command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"hf-tst {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(argv: list[str]) -> None:
+    """`hf-tst train`: see [`hf_tst.pretrain.main`]."""
+    from .pretrain import main as run
+
+    run(argv, prog="hf-tst train")
+
+
+def plan(argv: list[str]) -> None:
+    """`hf-tst plan`: see [`hf_tst.planning.main`]."""
+    from .planning import main as run
+
+    run(argv, prog="hf-tst plan")
+
+
+def card(argv: list[str]) -> None:
+    """`hf-tst card`: see [`hf_tst.run_card.main`]."""
+    from .run_card import main as run
+
+    run(argv, prog="hf-tst card")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "plan": plan, "card": card}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

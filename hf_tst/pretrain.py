@@ -1,0 +1,297 @@
+"""Pre-training from text to model: what `hf-tst train` and `scripts/run_clm_tst.py` run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from logging import INFO, basicConfig, getLogger
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from .checkpoints import last_complete_checkpoint
+from .hub import HubError
+from .packing import BlockStream, pack_blocks, tokenize_documents
+from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
+from .quickstart import standard_library_documents, train_tokenizer
+from .report import format_phases, summarize_phases
+from .text_files import load_text_file
+from .trainer import TSTTrainer
+
+QUICK_START_BYTES = 6_000_000
+QUICK_START_VOCABULARY = 8192
+
+
+def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
+    """Training and validation text, as `datasets` data sets."""
+    import datasets
+
+    if args.is_quick_start:
+        documents = standard_library_documents(QUICK_START_BYTES).train_test_split(
+            test_size=max(0.01, args.validation_split_percentage / 100), seed=0
+        )
+        return documents["train"], documents["test"]
+    share = args.validation_split_percentage
+    train_file = args.train_file
+    if train_file:
+
+        def load(split: str) -> Any:
+            return load_text_file(train_file, split, streaming=args.streaming and split == "train")
+
+        validation = load_text_file(args.validation_file) if args.validation_file else None
+    else:
+
+        def load(split: str) -> Any:
+            return datasets.load_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                split=split,
+                streaming=args.streaming and split in ("train", "validation"),
+                cache_dir=model_args.cache_dir,
+            )
+
+        names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
+        validation = load("validation") if "validation" in names else None
+    if validation is not None or not share:
+        return load("train"), validation
+    if args.streaming:
+        raise ValueError(
+            "A streamed data set cannot be split: give a validation_file, or set validation_split_percentage to 0."
+        )
+    return load(f"train[{share}%:]"), load(f"train[:{share}%]")
+
+
+def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
+    name = args.tokenizer_name or args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            return AutoTokenizer.from_pretrained(
+                name,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+    if data_args.is_quick_start:
+        return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
+    raise ValueError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
+
+
+def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
+    """The configuration of the model to train, a trained one's or a new one's.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
+
+    Raises:
+        ValueError: If no architecture is named, or it has no such field as `config_overrides` names.
+    """
+    options = {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    name = args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            config = AutoConfig.from_pretrained(name, **options)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise ValueError(
+            f"model_type is {args.model_type!r}: set it to an architecture such as llama, or set config_name or "
+            "model_name_or_path."
+        )
+    if args.model_name_or_path:
+        return config
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    changes = _parse_overrides(config, args.config_overrides or "")
+    if args.config_name:
+        config.update(changes)
+        return config
+    # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
+    return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
+
+
+def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
+    """The changes that `config_overrides` asks for, as JSON or `name=value,…` with the types of the fields."""
+    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
+    problem = f"config_overrides: {config.model_type} has no field"
+    if overrides.lstrip().startswith("{"):
+        changes: dict[str, Any] = json.loads(overrides)
+        check_names(changes, known, problem)
+        return changes
+    pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
+    if bad := [pair[0] for pair in pairs if len(pair) == 1]:
+        raise ValueError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
+    check_names([name for name, _ in pairs], known, problem)
+    typed = copy.copy(config)
+    typed.head_dim = getattr(config, "head_dim", None) or 0
+    typed.update_from_string(overrides)
+    return {name: getattr(typed, name) for name, _ in pairs}
+
+
+def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer."""
+    if args.model_name_or_path:
+        with explained_loading(args.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model_name_or_path,
+                dtype=args.dtype or "auto",
+                attn_implementation=args.attn_implementation,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        lora = args.lora_config()
+        if lora is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora)
+    config = make_config(args, len(tokenizer))
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
+        )
+    for name in ("bos", "eos", "pad"):
+        setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
+    )
+    return model if args.dtype is None else model.to(dtype=args.dtype)
+
+
+@contextmanager
+def explained_loading(name: str) -> Iterator[None]:
+    """Context that turns the errors of loading `name` from a folder or the Hub into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".:")
+        raise ValueError(f"Cannot load {name}: {reason}.") from error
+
+
+def prepare_blocks(
+    args: DataArguments,
+    documents: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    max_samples: int | None,
+) -> Any:
+    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly."""
+    is_text_file = (args.train_file or "").endswith(".txt")
+    tokenized = tokenize_documents(
+        documents,
+        tokenizer,
+        text_column=args.text_column,
+        append_eos=not is_text_file if args.append_eos is None else args.append_eos,
+        num_proc=args.preprocessing_num_workers,
+    )
+    if not hasattr(tokenized, "num_rows"):
+        if max_samples is not None:
+            raise ValueError(
+                f"A stream is read until max_steps, not max_train_samples={max_samples}: leave it out."
+            )
+        return BlockStream(tokenized, block_size)
+    blocks = pack_blocks(tokenized, block_size)
+    return blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
+
+
+def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
+    history = trainer.state.log_history
+    output = Path(trainer.args.output_dir)
+    switch = trainer.schedule.switch_step if trainer.schedule else 0
+    print("\n" + format_phases(summarize_phases(history)))
+    if final_eval:
+        loss = final_eval["eval_loss"]
+        print(f"\nfinal evaluation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}")
+    print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
+    if switch and (output / f"checkpoint-{switch}").is_dir():
+        print(f"at switch   {output / f'checkpoint-{switch}'}")
+    print(f"card        {output / 'README.md'}")
+    curve = output / "loss_curve.png"
+    missing = "not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'"
+    print(f"loss curve  {curve if curve.is_file() else missing}")
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
+    """Train as `argv` says, by default the process's arguments: data, model, both phases, evaluation, card, push.
+
+    Raises:
+        ValueError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+    """
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
+    logging.set_verbosity(args.get_process_log_level())
+    if args.should_log:  # what was packed and dropped, and when the phase switches
+        basicConfig(format="%(name)s: %(message)s")
+        getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
+    set_seed(args.seed)
+
+    # The first process downloads and tokenises; the others read its cache.
+    with args.main_process_first(desc="preparing the data"):
+        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
+            train_documents, eval_documents = load_documents(data_args, model_args)
+        tokenizer = load_tokenizer(model_args, data_args, train_documents)
+        model = load_model(model_args, tokenizer)
+        context = getattr(model.config, "max_position_embeddings", None) or 1024
+        block_size = data_args.block_size or min(1024, context)
+        if block_size > context:
+            raise ValueError(f"block_size={block_size} is more than the model's context of {context} tokens.")
+        train_blocks = prepare_blocks(
+            data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
+        )
+        eval_blocks = None
+        if eval_documents is not None:
+            eval_blocks = prepare_blocks(
+                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples
+            )
+
+    if eval_blocks is None:
+        args.eval_strategy = "no"
+    trainer = TSTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+    )
+    tokens = trainer.get_total_train_batch_size(args) * block_size
+    if data_args.tokens_per_step not in (None, tokens):
+        raise ValueError(
+            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
+            "(tensor parallelism); set gradient_accumulation_steps instead."
+        )
+    resume: str | None = args.resume_from_checkpoint
+    if resume in ("last", "true", "True"):
+        resume = last_complete_checkpoint(args.output_dir)
+        if resume is None:
+            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
+    result = trainer.train(resume_from_checkpoint=resume)
+    with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
+        trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    final_eval = trainer.evaluate() if eval_blocks is not None else None
+    if final_eval:
+        trainer.save_metrics("eval", final_eval)
+    trainer.save_state()
+    trainer.create_model_card(dataset=data_args.dataset_name)
+    if trainer.is_world_process_zero():
+        print_summary(trainer, final_eval)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer

@@ -1,0 +1,318 @@
+"""The options of a pre-training run, from flags and configuration files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .arguments import TSTTrainingArguments
+
+QUICK_START: dict[str, Any] = {
+    "output_dir": "runs/quickstart",
+    "model_type": "llama",
+    "config_overrides": "hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4,"
+    "num_key_value_heads=4,max_position_embeddings=128,tie_word_embeddings=False",
+    "block_size": 128,
+    "max_steps": 300,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "max_eval_samples": 128,
+    "learning_rate": 2e-3,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": '{"num_decay_steps": 60}',
+    "warmup_steps": 20,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 30,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
+
+A YAML or JSON file of arguments comes first, if any; flags win over it. With neither dataset_name nor train_file it
+trains a small Llama on Python's standard library.
+
+  %(prog)s
+  %(prog)s recipe.yaml --max_steps 1000
+  %(prog)s --train_file corpus.jsonl --tokenizer_name gpt2 --model_type llama --max_steps 1000
+"""
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to go on training from. Leave it out to train from scratch."},
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "Architecture to train from scratch, for example llama, qwen3 or mixtral."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Hub id or path of a configuration to train from scratch with."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to the configuration: hidden_size=128,num_hidden_layers=4, or JSON, or a mapping in a file."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the tokenizer; the model's own by default."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of the weights, for example float32 or bfloat16."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, …"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes from the Hub."}
+    )
+
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train a LoRA adapter of this rank instead of the model; needs PEFT."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale of the adapter; twice its rank by default."}
+    )
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={"help": "Layers to adapt: all-linear, or names such as q_proj,v_proj."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.config_overrides and self.model_name_or_path:
+            raise ValueError(
+                "config_overrides cannot change a trained model: leave out it or model_name_or_path."
+            )
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
+        if self.lora_rank and not self.model_name_or_path:
+            raise ValueError("lora_rank adapts a trained model: name it with model_name_or_path.")
+
+    def lora_config(self) -> Any:
+        """The `peft.LoraConfig` that the arguments ask for, or `None`."""
+        if self.lora_rank is None:
+            return None
+        from peft import LoraConfig
+
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha or 2 * self.lora_rank,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+        )
+
+
+@dataclass
+class DataArguments:
+    """Which text to train on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path of a data set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={"help": "Share of the training data to evaluate on, where there is no validation data."},
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of text; 'text' or the first by default."}
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens a block, L; the model's context up to 1024 by default."}
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Latent tokens an optimizer step over all processes; sets gradient_accumulation_steps to make them."
+        },
+    )
+    append_eos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End each row of text with the end-of-sequence token; by default all but lines of .txt files."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenise the training data as training goes on; needs max_steps."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many blocks to train on."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many blocks to evaluate on."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes to tokenise with."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_file:
+            raise ValueError("Both dataset_name and train_file are given: name one of them.")
+        if not 0 <= self.validation_split_percentage < 100:
+            raise ValueError(
+                f"validation_split_percentage must be from 0 to 99, but is {self.validation_split_percentage}."
+            )
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2, but is {self.block_size}.")
+
+    @property
+    def is_quick_start(self) -> bool:
+        return not self.dataset_name and not self.train_file
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a description, and shows defaults."""
+
+
+class ArgumentParser(HfArgumentParser):
+    """A parser that raises `ValueError` with one sentence where `argparse` prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def parse_arguments(
+    argv: list[str], prog: str | None = None
+) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
+    """Arguments from an optional YAML or JSON file, named first, and flags, which win."""
+    namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments], DESCRIPTION, prog)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    namespace.gradient_accumulation_steps = micro_batches(namespace, world_size)
+    return (
+        pick(namespace, ModelArguments),
+        pick(namespace, DataArguments),
+        pick(namespace, TSTTrainingArguments),
+    )
+
+
+def parse_values(
+    argv: Sequence[str], dataclass_types: list[type], description: str, prog: str | None = None
+) -> Namespace:
+    """The values of all arguments, not checked together yet.
+
+    Args:
+        argv: A YAML or JSON file of arguments, if the first one ends so, and flags.
+        dataclass_types: The dataclasses of arguments.
+        description, prog: For `--help`.
+
+    Raises:
+        ValueError: For a file or flag that cannot be understood.
+    """
+    parser = ArgumentParser(
+        dataclass_types,
+        description=description,
+        prog=prog,
+        usage="%(prog)s [recipe.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
+    values: dict[str, Any] = {}
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        values, argv = read_config(argv[0]), argv[1:]
+    known = {entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)}
+    check_names(values, known, "The configuration file has no such argument as")
+    choices = {action.dest: action for action in parser._actions}
+    values = {name: _as_flag_would_give(choices.get(name), name, value) for name, value in values.items()}
+    flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
+    parser.set_defaults(**({} if names_data else QUICK_START) | values)
+    namespace, rest = parser.parse_known_args(list(argv))
+    unknown = [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in rest if flag.startswith("--")]
+    check_names(unknown, known, "There is no flag")
+    if rest:
+        raise ValueError(f"{rest[0]!r} belongs to no flag: write --name value.")
+    return namespace
+
+
+def check_names(names: Iterable[str], known: Iterable[str], problem: str) -> None:
+    """Raise `ValueError` at a name that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help."
+            raise ValueError(f"{problem} {name!r}: {hint}")
+
+
+def pick(namespace: Namespace, dataclass_type: Any) -> Any:
+    """The dataclass made of its own values in `namespace`."""
+    names = [entry.name for entry in fields(dataclass_type) if entry.init]
+    return dataclass_type(**{name: getattr(namespace, name) for name in names})
+
+
+def micro_batches(namespace: Namespace, world_size: int) -> int:
+    """Micro-batches an optimizer step: as given, or as `tokens_per_step` needs them on `world_size` processes.
+
+    Raises:
+        ValueError: If they do not make `tokens_per_step`.
+    """
+    given, tokens = namespace.gradient_accumulation_steps, namespace.tokens_per_step
+    if tokens is None:
+        return given
+    if given != 1:
+        raise ValueError(
+            f"tokens_per_step={tokens} and gradient_accumulation_steps={given} are both given: leave one out."
+        )
+    if namespace.block_size is None:
+        raise ValueError(f"tokens_per_step={tokens} needs block_size: set both.")
+    micro_batch = world_size * namespace.per_device_train_batch_size * namespace.block_size
+    count, rest = divmod(tokens, micro_batch)
+    if rest or count < 1:
+        raise ValueError(
+            f"tokens_per_step={tokens} is not a multiple of the {micro_batch} tokens of a micro-batch ({world_size} processes "
+            f"· per_device_train_batch_size={namespace.per_device_train_batch_size} · block_size={namespace.block_size}): "
+            f"set it to {max(1, round(tokens / micro_batch)) * micro_batch}, or change the batch or the processes."
+        )
+    return count
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Names and values of a YAML or JSON file; mappings become JSON, which flags would hold as well."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no configuration file {path}.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The configuration file {path} is not YAML: {reason}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The configuration file {path} must hold names and values of arguments.")
+    return {
+        str(name): json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()
+    }
+
+
+def _as_flag_would_give(action: Any, name: str, value: Any) -> Any:
+    """A value from a file; YAML reads `on` and `off` as booleans, and whole numbers may be written `2e4`."""
+    choices = [str(choice).lower() for choice in getattr(action, "choices", None) or ()]
+    if isinstance(value, bool) and {"on", "off"} <= set(choices):
+        return "on" if value else "off"
+    if getattr(action, "type", None) is int and not isinstance(value, (str, type(None))):
+        if isinstance(value, bool) or int(value) != value:
+            raise ValueError(f"{name} in the configuration file must be a whole number, but is {value}.")
+        return int(value)
+    return value

@@ -1,0 +1,145 @@
+"""What is on record of a run: the entries of `trainer_state.json`, one of which tells what it ran with and on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RUN_ENTRY = "tst_run"
+# Of the arguments, those that a card tells; the others hold paths and names of this machine.
+ARGUMENTS = (
+    "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_mode", "tst_document_boundaries", "tst_fused_loss",
+    "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a card is written from.
+
+    Args:
+        log_history: The entries of `trainer_state.json`.
+        max_steps (`int`): Optimizer steps of the run, N.
+        switch_step (`int`): First step of recovery; 0 without superposition.
+        arguments (`dict`): The training arguments, or those of them that a card tells.
+        rows_per_step (`int`): Rows an optimizer step, over all devices.
+        total_flos (`float`): Floating point operations, over latent positions.
+        parameters (`int`): Parameters of the model.
+        hardware (`str`): Devices that it ran on.
+        evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
+        software (`str`): Versions that it ran with; by default, those installed.
+        base_model (`str`, *optional*): Hub id of the model that training started from.
+        library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
+        global_step (`int`, *optional*): Optimizer steps done; all of them by default.
+    """
+
+    log_history: Sequence[Mapping[str, Any]]
+    max_steps: int
+    switch_step: int
+    arguments: Mapping[str, Any]
+    rows_per_step: int
+    total_flos: float
+    parameters: int
+    hardware: str
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    software: str = field(default_factory=lambda: describe_software())
+    base_model: str | None = None
+    library_name: str = "transformers"
+    global_step: int | None = None
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
+        """The record of a run.
+
+        Args:
+            state (`dict`): What `trainer_state.json` holds, or `TrainerState` has.
+            now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
+
+        Raises:
+            ValueError: If no TST run is on record.
+        """
+        history = state.get("log_history") or []
+        runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
+        if not runs:
+            raise ValueError("no run of TSTTrainer is on record in it")
+        evaluations = [entry for entry in history if "eval_loss" in entry]
+        last = runs[-1]
+        return cls(
+            log_history=history,
+            max_steps=state["max_steps"],
+            switch_step=last["switch_step"],
+            arguments=last["arguments"],
+            rows_per_step=last["rows_per_step"],
+            total_flos=state["total_flos"],
+            parameters=last["parameters"],
+            # A run that was resumed elsewhere has several.
+            hardware="; then ".join(dict.fromkeys(run["hardware"] for run in runs)),
+            evaluation=evaluations[-1] if evaluations else {},
+            software="; then ".join(dict.fromkeys(run["software"] for run in runs)),
+            base_model=last["base_model"],
+            library_name=last["library_name"],
+            global_step=state["global_step"],
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> RunRecord:
+        """The record of the run that left `trainer_state.json` in a folder.
+
+        Raises:
+            ValueError: If there is none, or not of a TST run.
+        """
+        path = Path(folder) / "trainer_state.json"
+        if not path.is_file():
+            raise ValueError(
+                f"There is no {path}: name the output folder of a finished run, or a checkpoint."
+            )
+        try:
+            return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}.") from error
+
+
+def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
+    """The entry that tells what a run runs with and on.
+
+    Args:
+        args ([`TSTTrainingArguments`]): Its arguments.
+        model: Its model, not wrapped for training.
+        switch_step (`int`), rows_per_step (`int`): See [`RunRecord`].
+    """
+    values = args.to_dict()
+    return {
+        "switch_step": switch_step,
+        "rows_per_step": rows_per_step,
+        "arguments": {name: values[name] for name in ARGUMENTS if name in values},
+        "parameters": model.num_parameters() if hasattr(model, "num_parameters") else 0,
+        "hardware": describe_hardware(args.world_size),
+        "software": describe_software(),
+        "base_model": loaded_from(model),
+        "library_name": "peft" if hasattr(model, "peft_config") else "transformers",
+    }
+
+
+def describe_hardware(world_size: int = 1) -> str:
+    """The devices that this process, and `world_size` of its kind, run on."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{world_size} x {name}"
+
+
+def describe_software() -> str:
+    """The versions that are installed."""
+    packages = ("hf-tst", "transformers", "torch", "accelerate")
+    return ", ".join(f"{package} {version(package)}" for package in packages)
+
+
+def loaded_from(model: Any) -> str | None:
+    """Hub id that a model was loaded from; `None` if it was made from a configuration or a local folder."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not Path(name).exists() else None

@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Plan a run before paying for it. `hf-tst plan` is the same.
+
+python scripts/plan.py scripts/configs/recipes/270m-20k-tst.yaml --gpu b200 --num_gpus 8
+python scripts/plan.py scripts/configs/recipes/270m-20k-tst.yaml --tst_bag_size 8 --json
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hf_tst.planning import main
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"plan.py: {error}", file=sys.stderr)
+        sys.exit(2)

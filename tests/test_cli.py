@@ -1,0 +1,201 @@
+"""The console command: what it teaches, how it ends, and that its commands are the scripts' functions."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from hf_tst import cli, pretrain
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "hf_tst.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    from hf_tst.quickstart import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("cli")
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
+    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    values = {
+        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
+        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 6, "per_device_train_batch_size": 2,
+        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3,
+        "config_overrides": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": 512,
+        },
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe):
+    assert cli.main(["train", str(recipe)]) == 0
+    return recipe.parent / "run"
+
+
+def test_help_teaches_and_loads_nothing():
+    code = "import sys\nfrom hf_tst import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 False"
+    for word in ("train", "plan", "card", "examples:", "Exit status", "hf-tst plan recipe.yaml --gpu h100"):
+        assert word in result.stdout
+
+
+def test_the_command_is_installed():
+    (script,) = entry_points(group="console_scripts", name="hf-tst")
+    assert script.value == "hf_tst.cli:main"
+
+
+def test_no_command_and_unknown_commands_are_bad_input(capsys):
+    assert cli.main([]) == 2
+    assert "examples:" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["trian"])
+    assert "choose from" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [("train", "--tst_bag_size"), ("plan", "--mfu"), ("card", "--license")]
+)
+def test_help_of_a_command(capsys, command, flag):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert flag in out
+    assert f"hf-tst {command}" in out
+
+
+def test_train_makes_an_ordinary_model(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    assert model.config.vocab_size == 512
+    assert model.config.head_dim == 8
+    assert not [name for name in json.loads((trained / "config.json").read_text()) if "tst" in name]
+
+
+def test_the_card_is_written_again_from_the_record(trained, capsys):
+    path = trained / "README.md"
+    first = ModelCard.load(path)
+    path.unlink()
+    (trained / "loss_curve.png").unlink()
+    flags = ["--license", "mit", "--datasets", "some/data", "--language", "en", "--repo_id", "someone/model"]
+    assert cli.main(["card", str(trained), *flags]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    again = ModelCard.load(path)
+    assert again.text == first.text.replace("# run", "# model").replace('"run"', '"someone/model"')
+    assert (again.data.license, again.data.datasets, again.data.language) == ("mit", ["some/data"], ["en"])
+    assert [result.metric_value for result in again.data.eval_results] == [
+        result.metric_value for result in first.data.eval_results
+    ]
+    assert (trained / "loss_curve.png").is_file()
+
+
+def test_the_card_tells_what_the_run_had_not_what_is_here(trained, tmp_path, capsys):
+    state = json.loads((trained / "trainer_state.json").read_text())
+    (entry,) = [entry for entry in state["log_history"] if "tst_run" in entry]
+    assert entry["tst_run"]["switch_step"] == 2
+    assert not [value for value in entry["tst_run"]["arguments"].values() if str(trained) in str(value)]
+    elsewhere = json.loads(json.dumps(entry))
+    elsewhere["tst_run"] |= {"hardware": "8 x Abacus", "software": "torch 99"}
+    state["log_history"].append(elsewhere)  # as if resumed there
+    state["global_step"] = 5  # and stopped
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert cli.main(["card", str(tmp_path)]) == 0
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "CPU; then 8 x Abacus" in text
+    assert "; then torch 99" in text
+    assert "The run is not over**: this is the model after 5 of 6 optimizer steps" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "name the output folder of a finished run"),
+        ("[]", "cannot be used"),
+        ("nonsense", "cannot be used"),
+        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "no run of TSTTrainer is on record"),
+        ("own card", "is a card of your own and stays as it is"),
+    ],
+)
+def test_bad_input_of_card(trained, tmp_path, capsys, content, message):
+    if content == "own card":
+        (tmp_path / "README.md").write_text("# Mine\n")
+        content = (trained / "trainer_state.json").read_text()
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert cli.main(["card", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("hf-tst card: ")
+    assert message in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--max_stepz", "3"], "There is no flag 'max_stepz': did you mean 'max_steps'?"),
+        (["train", "--max_steps", "many"], "Argument --max_steps/--max-steps: invalid int value: 'many'."),
+        (["train", "stray"], "'stray' belongs to no flag"),
+        (["train", "missing.yaml"], "There is no configuration file missing.yaml"),
+        (["train", "--train_file", "x.txt", "--tokenizer_name", "nowhere", "--model_type", "llama"], "There is no file x.txt"),
+        (["plan", "--gpu", "b20"], "did you mean 'b200'?"),
+        (["card", "nowhere", "--licence", "mit"], "did you mean 'license'?"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, arguments, message):
+    if arguments[0] == "train":
+        arguments = [*arguments, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"hf-tst {arguments[0]}: ")
+    assert message in line
+
+
+def test_a_model_that_is_not_there_is_one_sentence(recipe, capsys):
+    assert cli.main(["train", str(recipe), "--tokenizer_name", "nowhere/nothing"]) == 2
+    assert "Cannot load nowhere/nothing: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(recipe, capsys):
+    overrides = '{"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}'
+    assert cli.main(["train", str(recipe), "--config_overrides", overrides]) == 2
+    assert "vocab_size=100 in config_overrides is less than the tokenizer's" in capsys.readouterr().err
+
+
+def test_a_step_of_other_tokens_than_asked_for_is_refused(recipe, capsys, monkeypatch):
+    class SharedRows(pretrain.TSTTrainer):
+        def get_total_train_batch_size(self, args):
+            return super().get_total_train_batch_size(args) // 2
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", SharedRows)
+    assert cli.main(["train", str(recipe), "--tokens_per_step", "64"]) == 2
+    assert "A step trains on 32 tokens, not on tokens_per_step=64" in capsys.readouterr().err
+
+
+def test_statuses_of_a_process(recipe):
+    assert run("plan", recipe, "--json").returncode == 0
+    result = run("plan", recipe, "--mfu", 2)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("hf-tst plan: mfu must be")
+
+
+def test_interruption_is_130(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "hf-tst train: interrupted\n"

@@ -1,0 +1,97 @@
+"""Phases as metrics: in TensorBoard's own files, in what W&B and Trackio are given, and in the progress bar."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_blocks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_tst import TSTTrainer
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+RUN = """
+import json, sys
+from conftest import make_blocks, make_model
+from hf_tst import TSTTrainer, TSTTrainingArguments
+args = TSTTrainingArguments(**json.loads(sys.argv[1]))
+TSTTrainer(make_model("llama"), args, train_dataset=make_blocks(200)).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """The folder of a run of 2 + 4 steps that reports to three trackers."""
+    folder = tmp_path_factory.mktemp("tracked")
+    options = {
+        "output_dir": str(folder / "out"), "max_steps": 6, "tst_bag_size": 4, "per_device_train_batch_size": 2, "logging_steps": 1,
+        "report_to": ["tensorboard", "wandb", "trackio"], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "run_name": "run", "project": "tests",
+    }  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(STAND_INS), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
+        "STAND_IN_FOLDER": str(folder),
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(options)], cwd=Path(__file__).parent, env=environment, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_tensorboard_shows_the_phases_as_numbers(tracked):
+    events = EventAccumulator(str(tracked / "tensorboard"))
+    events.Reload()
+    points = [(point.step, point.value) for point in events.Scalars("train/tst_current_bag_size")]
+    assert points[:6] == [(1, 4), (2, 4), (3, 1), (4, 1), (5, 1), (6, 1)]
+    raw = [point.value for point in events.Scalars("train/tst_raw_tokens")][:6]
+    assert raw == [96, 192, 216, 240, 264, 288]
+    assert len(events.Scalars("train/tst_raw_tokens_per_second")) == 6
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_are_given_numbers_and_names(tracked, tracker):
+    lines = [json.loads(line) for line in (tracked / f"{tracker}.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["train/tst_current_bag_size"] for line in steps] == [4, 4, 1, 1, 1, 1]
+    assert [line["train/tst_phase"] for line in steps] == ["superposition"] * 2 + ["recovery"] * 4
+    assert not [line for line in lines if "train/tst_run" in line]
+
+
+def test_the_bar_shows_phase_loss_speed_and_time_left(llama, make_args, capsys):
+    args = make_args(disable_tqdm=False, max_steps=10)
+    TSTTrainer(llama, args, train_dataset=make_blocks(400)).train()
+    bars = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "/10 [" in line]
+    assert any(bar.startswith("superposition: ") for bar in bars)
+    last = bars[-1]
+    assert last.startswith("recovery: 100%")
+    assert re.search(r"\[\d\d:\d\d<00:00, .*loss=\d\.\d{3}, raw tokens/s=[\d.]+k?\]", last)
+
+
+def test_the_time_left_of_a_resumed_run_counts_from_where_it_began(llama, make_args, capsys):
+    args = make_args(disable_tqdm=False, max_steps=10, save_strategy="steps", save_steps=8)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(400))
+    trainer.train()
+    capsys.readouterr()
+    initial = []
+    progress = next(
+        c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PhaseProgressCallback"
+    )
+    begin = progress.on_train_begin
+
+    def noting(*args, **kwargs):
+        begin(*args, **kwargs)
+        initial.append((progress.training_bar.initial, progress.training_bar.n))
+
+    progress.on_train_begin = noting
+    trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-8"))
+    assert initial == [(8, 8)]
+    assert "10/10" in capsys.readouterr().err
