@@ -312,7 +312,7 @@ def test_every_checkpoint_says_which_data_it_was_trained_on(llama, make_args, ac
             "version": 1, "step": step, "max_steps": 10, "phase_ratio": 0.3, "bag_size": 4, "mode": "full",
             "document_boundaries": "ignore", "seed": 42, "shuffle": True, "rows_per_step": rows,
             "per_device_batch_size": 2, "accumulation_steps": accumulation, "world_size": 1,
-            "block_length": BLOCK_LENGTH, "num_blocks": 200, "split_by_rank": False, "tokens_left_out": 0,
+            "block_length": BLOCK_LENGTH, "num_blocks": 200, "split_by_rank": False, "tokens_left_out": 0, "stream_workers": 0,
             "consumed": {
                 "superposition": {"blocks": superposed, "raw_tokens": superposed * BLOCK_LENGTH},
                 "recovery": {"blocks": recovered, "raw_tokens": recovered * BLOCK_LENGTH},
