@@ -100,6 +100,9 @@ class TSTTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)
@@ -113,6 +116,7 @@ class TSTTrainingArguments(TrainingArguments):
                 "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
             )
         if self.tst_enabled:
+            self._check_duration()
             self._check_order_of_rows()
         if self.tst_replaces_loss:
             self._check_loss()
@@ -126,6 +130,13 @@ class TSTTrainingArguments(TrainingArguments):
     def tst_replaces_loss(self) -> bool:
         """Whether training computes another loss function than the model's own: superposed, fused, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
+
+    def _check_duration(self) -> None:
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} give no step to train: set "
+                "max_steps to the number of optimizer steps, or leave it out and set num_train_epochs above 0."
+            )
 
     def _check_order_of_rows(self) -> None:
         strategy = getattr(self, "train_sampling_strategy", "random")

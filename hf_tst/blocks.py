@@ -1,4 +1,4 @@
-"""Reading blocks from a map-style data set, and checking that it holds blocks.
+"""Reading blocks from a map-style data set.
 
 A `datasets.Dataset` is read as slices of its memory-mapped Arrow table: consecutive blocks are one slice of one
 buffer, and nothing is turned into Python objects on the way.
@@ -6,116 +6,16 @@ buffer, and nothing is turned into Python objects on the way.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Blocks, spread over the data, that are read before training starts.
-SAMPLED_BLOCKS = 256
-# Stored lengths that are looked at before training starts, where the data's type does not say the length.
-CHECKED_LENGTHS = 100_000
+from .block_checks import BlockRules, check_length
 
-
-@dataclass(frozen=True)
-class BlockFacts:
-    """What is known of a data set of blocks before training.
-
-    Args:
-        count (`int`): Blocks.
-        length (`int`): Tokens a block, L.
-        fingerprint (`str`): Hash of the number of blocks and of up to 256 blocks spread over the data. It does not
-            depend on where or how the data is stored.
-    """
-
-    count: int
-    length: int
-    fingerprint: str
-
-
-def check_blocks(blocks: Any, pad_token_id: int | None = None) -> BlockFacts:
-    """Check that a map-style data set holds full, equal blocks of tokens.
-
-    The cost does not grow with the data: 256 blocks spread over it are read and, of a `datasets.Dataset` whose type
-    does not fix the length of `input_ids`, the first 100 000 stored lengths. Blocks are checked again as they
-    are read.
-
-    Args:
-        blocks: The data set.
-        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
-
-    Raises:
-        ValueError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
-    """
-    if len(blocks) == 0:
-        raise ValueError("The training data is empty: it has no block of tokens.")
-    if hasattr(blocks, "with_format"):
-        blocks = blocks.with_format("numpy")
-    first = blocks[0]
-    check_has_tokens(first)
-    length = len(first["input_ids"])
-    digest = hashlib.sha256(f"{len(blocks)} blocks".encode())
-    sample = {int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)}
-    for index in sorted(sample):
-        block = blocks[index]
-        tokens = np.asarray(block["input_ids"], dtype=np.int64)
-        check_length(len(tokens), length, index)
-        _check_padding(block, tokens, pad_token_id, index)
-        digest.update(tokens.tobytes())
-    if hasattr(blocks, "select_columns") and not _has_fixed_length(blocks):
-        _check_stored_lengths(blocks, length)
-    return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
-
-
-def check_has_tokens(block: Any) -> None:
-    """Raise `ValueError` unless the block has `input_ids`."""
-    if not isinstance(block, Mapping) or "input_ids" not in block:
-        names = sorted(block) if isinstance(block, Mapping) else type(block).__name__
-        raise ValueError(
-            f"The training data needs a column 'input_ids', but has {names}: tokenise and pack it."
-        )
-
-
-def check_length(found: int, length: int, index: int) -> None:
-    """Raise `ValueError` unless block `index`, of `found` tokens, has `length` tokens."""
-    if found != length:
-        raise ValueError(
-            f"Blocks must be of equal length, but block 0 of the training data has {length} tokens and block "
-            f"{index} has {found}: pack the data into blocks."
-        )
-
-
-def _check_padding(
-    block: Mapping[str, Any], tokens: NDArray[np.int64], pad_token_id: int | None, index: int
-) -> None:
-    mask = block.get("attention_mask")
-    if mask is not None and not np.asarray(mask).all():
-        raise ValueError(
-            f"Block {index} of the training data is padded (its attention_mask holds zeros), and a bag would "
-            "average padding with text: pack the data into full blocks."
-        )
-    if pad_token_id is not None and int(tokens[-1]) == pad_token_id:
-        raise ValueError(
-            f"Block {index} of the training data ends in the padding token {pad_token_id}, and a bag would "
-            "average padding with text: pack the data into full blocks."
-        )
-
-
-def _has_fixed_length(blocks: Any) -> bool:
-    return getattr(blocks.features["input_ids"], "length", -1) not in (-1, None)
-
-
-def _check_stored_lengths(blocks: Any, length: int) -> None:
-    import pyarrow.compute as pc
-
-    stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
-    lengths = pc.list_value_length(stored["input_ids"]).to_numpy()
-    if (differs := lengths != length).any():
-        index = int(differs.argmax())
-        check_length(int(lengths[index]), length, index)
+# Columns with one value a token.
+PER_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask"}
 
 
 class BlockReader:
@@ -125,10 +25,21 @@ class BlockReader:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
         as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format.
+        rules (`BlockRules`, *optional*): What the blocks must keep to; by default nothing but one length a column.
+
+    Raises:
+        ValueError: In reading, if a block breaks the rules.
     """
 
-    def __init__(self, blocks: Any, columns: Sequence[str], as_arrays: bool = True) -> None:
+    def __init__(
+        self,
+        blocks: Any,
+        columns: Sequence[str],
+        as_arrays: bool = True,
+        rules: BlockRules | None = None,
+    ) -> None:
         self.columns = list(columns)
+        self.rules = rules or BlockRules()
         self._is_dataset = hasattr(blocks, "select_columns")
         self._as_arrays = as_arrays
         self._blocks = blocks.select_columns(self.columns) if self._is_dataset else blocks
@@ -144,18 +55,30 @@ class BlockReader:
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """The columns of each of some blocks."""
+        found: list[Mapping[str, Any]]
         if (arrow := self._open()) is not None:
-            return [{name: column.read(i, 1) for name, column in arrow.items()} for i in indices]
-        if self._is_dataset:
+            found = [{name: column.read(i, 1) for name, column in arrow.items()} for i in indices]
+        elif self._is_dataset:
             batch = self._formatted[list(indices)]
-            return [{name: batch[name][i] for name in self.columns} for i in range(len(indices))]
-        return [{name: block[name] for name in self.columns} for block in (self._blocks[i] for i in indices)]
+            found = [{name: batch[name][i] for name in self.columns} for i in range(len(indices))]
+        else:
+            blocks = (self._blocks[i] for i in indices)
+            found = [{name: block[name] for name in self.columns} for block in blocks]
+        if self.rules.length is not None:
+            for index, block in zip(indices, found, strict=True):
+                for name in PER_TOKEN_COLUMNS & block.keys():
+                    check_length(len(block[name]), self.rules.length, index)
+        return found
 
     def read_joined(self, start: int, count: int) -> dict[str, NDArray[Any]]:
-        """The columns of `count` consecutive blocks, each joined to one array."""
+        """The columns of `count` consecutive blocks, each joined to one array; full blocks, without padding."""
         if (arrow := self._open()) is not None:
-            return {name: column.read(start, count) for name, column in arrow.items()}
-        return join_blocks(self.read(range(start, start + count)))
+            joined = {name: column.read(start, count) for name, column in arrow.items()}
+        else:
+            joined = join_blocks(self.read(range(start, start + count)))
+        if "input_ids" in joined:
+            self.rules.check_padding(joined["input_ids"], joined.get("attention_mask"), start)
+        return joined
 
     def _open(self) -> dict[str, _ArrowColumn] | None:
         if not self._opened:

@@ -176,13 +176,19 @@ def plan_for_passes(
         rows_per_step, seed, shuffle: See [`DataPlan`].
 
     Raises:
-        ValueError: If the data does not give a single step.
+        ValueError: If the data does not give a single step, or fill a single row of superposition.
     """
     budget = math.floor(passes * num_blocks)
 
     def plan(steps: int) -> DataPlan:
         return DataPlan(num_blocks, make_schedule(steps), rows_per_step, seed, shuffle)
 
+    smallest = make_schedule(1)
+    if smallest.phase_ratio and num_blocks < smallest.blocks_per_row:
+        raise ValueError(
+            f"The training data has {num_blocks} blocks, too few for one row of superposition with {smallest.blocks_per_row}: "
+            "give more data, a shorter block or a smaller tst_bag_size."
+        )
     # A step more never reads less, so the number of steps that fit can be found by bisection.
     fits, too_many = 0, budget // rows_per_step + 1
     while too_many - fits > 1:
@@ -193,10 +199,9 @@ def plan_for_passes(
         else:
             too_many = middle
     if not fits:
-        schedule = make_schedule(1)
         raise ValueError(
             f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows "
-            f"with {schedule.blocks_per_row} blocks each: give more data, a smaller batch, a shorter block or a "
+            f"with {smallest.blocks_per_row} blocks each: give more data, a smaller batch, a shorter block or a "
             "smaller tst_bag_size."
         )
     return plan(fits)

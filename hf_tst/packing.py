@@ -45,7 +45,7 @@ def tokenize_documents(
         num_proc (`int`, *optional*): Processes to tokenise with.
 
     Raises:
-        ValueError: If the column is missing, or there is no end-of-sequence token to append.
+        ValueError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
     """
     columns = list(documents.column_names or next(iter(documents)))
     if "input_ids" in columns:
@@ -54,6 +54,12 @@ def tokenize_documents(
     if column not in columns:
         raise ValueError(
             f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these."
+        )
+    kind = getattr((documents.features or {}).get(column), "dtype", "string")
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"The column {column!r} of the data holds {kind}, not text: set text_column to one that does, of "
+            f"{', '.join(columns)}."
         )
     eos = tokenizer.eos_token_id
     if append_eos and eos is None:

@@ -12,6 +12,7 @@ from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .checkpoints import last_complete_checkpoint
+from .errors import one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
 from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
@@ -45,13 +47,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         )
         return documents["train"], documents["test"]
     share = args.validation_split_percentage
-    train_file = args.train_file
-    if train_file:
-
-        def load(split: str) -> Any:
-            return load_text_file(train_file, split, streaming=args.streaming and split == "train")
-
-        validation = load_text_file(args.validation_file) if args.validation_file else None
+    validation = None
+    if args.train_file:
+        train = load_text_file(args.train_file, streaming=args.streaming)
+        if args.validation_file:
+            validation = load_text_file(args.validation_file)
     else:
 
         def load(split: str) -> Any:
@@ -59,19 +59,26 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
                 args.dataset_name,
                 args.dataset_config_name,
                 split=split,
-                streaming=args.streaming and split in ("train", "validation"),
+                streaming=args.streaming,
                 cache_dir=model_args.cache_dir,
             )
 
         names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
+        train = load("train")
         validation = load("validation") if "validation" in names else None
     if validation is not None or not share:
-        return load("train"), validation
+        return train, validation
     if args.streaming:
         raise ValueError(
             "A streamed data set cannot be split: give a validation_file, or set validation_split_percentage to 0."
         )
-    return load(f"train[{share}%:]"), load(f"train[:{share}%]")
+    held_out = round(len(train) * share / 100)
+    if not 0 < held_out < len(train):
+        raise ValueError(
+            f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: give more "
+            "text or a validation_file, or set it to 0."
+        )
+    return train.select(range(held_out, len(train))), train.select(range(held_out))
 
 
 def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
@@ -123,8 +130,11 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     if args.config_name:
         config.update(changes)
         return config
-    # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
-    return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
+    try:
+        # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
+        return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"config_overrides make no {config.model_type}: {one_line(error)}.") from error
 
 
 def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
@@ -132,16 +142,24 @@ def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
     known = {*config.to_dict(), *config.attribute_map, "head_dim"}
     problem = f"config_overrides: {config.model_type} has no field"
     if overrides.lstrip().startswith("{"):
-        changes: dict[str, Any] = json.loads(overrides)
+        try:
+            changes: dict[str, Any] = json.loads(overrides)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config_overrides are not JSON: {error}.") from error
         check_names(changes, known, problem)
         return changes
     pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
+    if not pairs:
+        return {}
     if bad := [pair[0] for pair in pairs if len(pair) == 1]:
         raise ValueError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
     check_names([name for name, _ in pairs], known, problem)
     typed = copy.copy(config)
     typed.head_dim = getattr(config, "head_dim", None) or 0
-    typed.update_from_string(overrides)
+    try:
+        typed.update_from_string(overrides)
+    except ValueError as error:
+        raise ValueError(f"config_overrides: {one_line(error)}.") from error
     return {name: getattr(typed, name) for name, _ in pairs}
 
 
@@ -151,7 +169,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         with explained_loading(args.model_name_or_path):
             model = AutoModelForCausalLM.from_pretrained(
                 args.model_name_or_path,
-                dtype=args.dtype or "auto",
+                dtype=args.torch_dtype() or "auto",
                 attn_implementation=args.attn_implementation,
                 cache_dir=args.cache_dir,
                 revision=args.model_revision,
@@ -170,20 +188,26 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         )
     for name in ("bos", "eos", "pad"):
         setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
-    )
-    return model if args.dtype is None else model.to(dtype=args.dtype)
+    with explained_loading(f"a model of type {config.model_type}"):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
+        )
+    dtype = args.torch_dtype()
+    return model if dtype is None else model.to(dtype=dtype)
 
 
 @contextmanager
 def explained_loading(name: str) -> Iterator[None]:
-    """Context that turns the errors of loading `name` from a folder or the Hub into one sentence."""
+    """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ImportError, KeyError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(".:")
         raise ValueError(f"Cannot load {name}: {reason}.") from error
+    except ValueError as error:
+        if "\n" not in str(error) and len(str(error)) < 500:
+            raise
+        raise ValueError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
 
 
 def prepare_blocks(
@@ -241,6 +265,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         basicConfig(format="%(name)s: %(message)s")
         getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Cannot make output_dir={args.output_dir}: {error.strerror}.") from error
 
     # The first process downloads and tokenises; the others read its cache.
     with args.main_process_first(desc="preparing the data"):

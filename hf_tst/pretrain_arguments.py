@@ -9,12 +9,13 @@ from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHel
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from .arguments import TSTTrainingArguments
+from .errors import one_line
 
 QUICK_START: dict[str, Any] = {
     "output_dir": "runs/quickstart",
@@ -98,6 +99,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        self.torch_dtype()
         if self.config_overrides and self.model_name_or_path:
             raise ValueError(
                 "config_overrides cannot change a trained model: leave out it or model_name_or_path."
@@ -106,6 +108,21 @@ class ModelArguments:
             raise ValueError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
         if self.lora_rank and not self.model_name_or_path:
             raise ValueError("lora_rank adapts a trained model: name it with model_name_or_path.")
+
+    def torch_dtype(self) -> Any:
+        """The `torch.dtype` that `dtype` names; `None` for the checkpoint's own, and for a new model's float32.
+
+        Raises:
+            ValueError: If it is no dtype that weights can be trained in.
+        """
+        if self.dtype in (None, "auto"):
+            return None
+        import torch
+
+        found = getattr(torch, self.dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, but is {self.dtype!r}.")
+        return found
 
     def lora_config(self) -> Any:
         """The `peft.LoraConfig` that the arguments ask for, or `None`."""
@@ -180,6 +197,10 @@ class DataArguments:
             )
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, but is {self.block_size}.")
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}.")
 
     @property
     def is_quick_start(self) -> bool:
@@ -204,11 +225,17 @@ def parse_arguments(
     namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments], DESCRIPTION, prog)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     namespace.gradient_accumulation_steps = micro_batches(namespace, world_size)
-    return (
-        pick(namespace, ModelArguments),
-        pick(namespace, DataArguments),
-        pick(namespace, TSTTrainingArguments),
-    )
+    try:
+        return (
+            pick(namespace, ModelArguments),
+            pick(namespace, DataArguments),
+            pick(namespace, TSTTrainingArguments),
+        )
+    except json.JSONDecodeError as error:
+        names = [name for name, value in vars(namespace).items() if value == error.doc]
+        raise ValueError(f"{names[0] if names else 'An argument'} is not JSON: {error}.") from error
+    except ImportError as error:
+        raise ValueError(f"The arguments need a package that is missing: {one_line(error)}.") from error
 
 
 def parse_values(
@@ -236,8 +263,16 @@ def parse_values(
         values, argv = read_config(argv[0]), argv[1:]
     known = {entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)}
     check_names(values, known, "The configuration file has no such argument as")
-    choices = {action.dest: action for action in parser._actions}
-    values = {name: _as_flag_would_give(choices.get(name), name, value) for name, value in values.items()}
+    actions = {action.dest: action for action in parser._actions}
+    optional = {
+        name for kind in dataclass_types for name, hint in get_type_hints(kind).items() if _takes_none(hint)
+    }
+    values = {
+        name: None
+        if value is None and name in optional
+        else _as_flag_would_give(actions.get(name), name, value)
+        for name, value in values.items()
+    }
     flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
     names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
     parser.set_defaults(**({} if names_data else QUICK_START) | values)
@@ -306,13 +341,23 @@ def read_config(path: str) -> dict[str, Any]:
     }
 
 
+def _takes_none(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
 def _as_flag_would_give(action: Any, name: str, value: Any) -> Any:
     """A value from a file; YAML reads `on` and `off` as booleans, and whole numbers may be written `2e4`."""
+    where = f"{name} in the configuration file"
+    if value is None:
+        raise ValueError(f"{where} has no value: give one, or leave the line out.")
     choices = [str(choice).lower() for choice in getattr(action, "choices", None) or ()]
     if isinstance(value, bool) and {"on", "off"} <= set(choices):
         return "on" if value else "off"
-    if getattr(action, "type", None) is int and not isinstance(value, (str, type(None))):
-        if isinstance(value, bool) or int(value) != value:
-            raise ValueError(f"{name} in the configuration file must be a whole number, but is {value}.")
-        return int(value)
+    kind = getattr(action, "type", None)
+    if kind in (int, float) and not isinstance(value, str):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where} must be a number, but is {value}.")
+        if kind is int and int(value) != value:
+            raise ValueError(f"{where} must be a whole number, but is {value}.")
+        return kind(value)
     return value

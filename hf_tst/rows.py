@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from .block_checks import BlockRules
 from .blocks import BlockReader
 from .data_plan import DataPlan
 
@@ -57,6 +58,7 @@ class PlannedRows(Dataset[Row]):
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
             is faster, not in the data set's own format.
+        rules (`BlockRules`, *optional*): What the blocks must keep to, checked as they are read.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class PlannedRows(Dataset[Row]):
         columns: Sequence[str],
         bag_columns: Sequence[str] = TOKEN_COLUMNS,
         as_arrays: bool = True,
+        rules: BlockRules | None = None,
     ) -> None:
         self.plan = plan
         self._first_blocks: dict[int, int] = {}
-        self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns])
-        self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays)
+        self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns], rules=rules)
+        self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays, rules=rules)
 
     def __len__(self) -> int:
         return self.plan.total_rows

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
-from .blocks import check_blocks
+from .block_checks import BlockRules, check_blocks
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from .data_position import DataPosition, consumed_by_phase
@@ -186,7 +186,7 @@ def open_run_data(
     *,
     columns: Callable[[list[str] | None], Sequence[str] | None],
     current_step: Callable[[], int],
-    pad_token_id: int | None = None,
+    rules: BlockRules | None = None,
     as_arrays: bool = True,
 ) -> RunData:
     """Check the training data and plan the run over it.
@@ -197,13 +197,14 @@ def open_run_data(
         layout (`BatchLayout`), rank (`int`): How rows are dealt out to ranks, and which rank this is.
         columns: Returns those of some columns (of all, for `None`) that the collator gets.
         current_step: Returns the optimizer steps done so far.
-        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
+        rules (`BlockRules`, *optional*): What the blocks must keep to besides being of equal length.
         as_arrays (`bool`, defaults to `True`): See [`PlannedRows`].
 
     Raises:
         ValueError: If the data has no full blocks of equal length, or too few of them.
     """
     seed, shuffle = _order(args)
+    rules = rules or BlockRules()
     respect = args.tst_document_boundaries == "respect"
     bag_columns = TOKEN_COLUMNS + (DOCUMENT_COLUMNS if respect else ())
     rows: PlannedRows | StreamedRows
@@ -216,7 +217,7 @@ def open_run_data(
             share, own, own_rank = blocks, layout, rank
         else:
             own, own_rank = BatchLayout(layout.per_device_batch_size, layout.accumulation_steps), 0
-        rows = StreamedRows(share, schedule, own, own_rank, columns(None), bag_columns, current_step)
+        rows = StreamedRows(share, schedule, own, own_rank, columns(None), bag_columns, current_step, rules)
         facts = {
             "shuffle": False,
             "block_length": rows.block_length or 0,
@@ -227,10 +228,11 @@ def open_run_data(
         }
         steps_per_epoch = schedule.max_steps
     else:
-        checked = check_blocks(blocks, pad_token_id)
+        checked = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
+        rules = replace(rules, length=checked.length)
         plan = make_plan(args, checked.count, layout.rows_per_step)
         schedule = plan.schedule
-        rows = PlannedRows(blocks, plan, columns(list(blocks[0])) or [], bag_columns, as_arrays)
+        rows = PlannedRows(blocks, plan, columns(list(blocks[0])) or [], bag_columns, as_arrays, rules)
         facts = {
             "shuffle": shuffle,
             "block_length": checked.length,

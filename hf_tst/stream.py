@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from .blocks import check_has_tokens, check_length, join_blocks
+from .block_checks import BlockRules
+from .blocks import join_blocks
 from .data_plan import BatchLayout
 from .packing import BlockStream, load_stream_state, stream_state
 from .phases import PhaseSchedule
@@ -39,6 +41,7 @@ class StreamedRows(IterableDataset[Row]):
         columns (`Sequence[str]`, *optional*): Columns to hand on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
         current_step: Returns the optimizer steps done so far; asked when iteration starts.
+        rules (`BlockRules`, *optional*): What the blocks must keep to besides being of equal length.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class StreamedRows(IterableDataset[Row]):
         columns: Sequence[str] | None = None,
         bag_columns: Sequence[str] = TOKEN_COLUMNS,
         current_step: Callable[[], int] = lambda: 0,
+        rules: BlockRules | None = None,
     ) -> None:
         self.blocks = blocks
         self.schedule = schedule
@@ -58,6 +62,7 @@ class StreamedRows(IterableDataset[Row]):
         self.columns = columns
         self.bag_columns = bag_columns
         self.current_step = current_step
+        self._rules = rules or BlockRules()
         self.block_length: int | None = getattr(blocks, "block_size", None)
         self._pass = self._blocks_in_pass = 0
         self._states: dict[int, dict[str, Any]] = {}
@@ -202,10 +207,11 @@ class StreamedRows(IterableDataset[Row]):
             load_stream_state(self.blocks, None)
 
     def _check(self, block: Mapping[str, Any]) -> None:
-        check_has_tokens(block)
+        if self._rules.length != self.block_length:
+            self._rules = replace(self._rules, length=self.block_length)
+        tokens = self._rules.check(block, self._blocks_in_pass)
         if self.block_length is None:
-            self.block_length = len(block["input_ids"])
-        check_length(len(block["input_ids"]), self.block_length, self._blocks_in_pass)
+            self.block_length = len(tokens)
 
 
 def split_stream(blocks: Any, rank: int, world_size: int) -> Any | None:

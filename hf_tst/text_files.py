@@ -7,6 +7,8 @@ import glob
 from pathlib import Path
 from typing import Any
 
+from .errors import one_line
+
 FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -22,7 +24,8 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         streaming (`bool`, defaults to `False`): Read the file as training goes on; every file is a shard.
 
     Raises:
-        ValueError: If a file is missing, empty, of no known kind, or text that is not UTF-8.
+        ValueError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
+            ending says.
     """
     import datasets
 
@@ -46,11 +49,11 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         return datasets.load_dataset(
             loader, data_files={"train": files}, split=split, streaming=streaming, **options
         )
-    except Exception:
+    except Exception as error:
         if loader != "parquet":
             for file in files:
                 _check_utf8(file)
-        raise
+        raise ValueError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
 
 
 def _check_file(file: Path) -> None:
@@ -60,6 +63,13 @@ def _check_file(file: Path) -> None:
         raise ValueError(f"There is no file {file}.")
     if file.stat().st_size == 0:
         raise ValueError(f"The file {file} is empty: name one that holds text.")
+    if file.suffix == ".txt" and not _holds_text(file):
+        raise ValueError(f"The file {file} holds nothing but white space: name one that holds text.")
+
+
+def _holds_text(path: Path, chunk_size: int = 1 << 20) -> bool:
+    with open(path, "rb") as file:
+        return any(chunk.strip() for chunk in iter(lambda: file.read(chunk_size), b""))
 
 
 def _check_utf8(path: str, chunk_size: int = 1 << 20) -> None:

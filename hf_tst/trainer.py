@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
+from .block_checks import BlockRules
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
 from .checkpoints import last_complete_checkpoint, load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
@@ -393,7 +394,7 @@ class TSTTrainer(Trainer):
             rank=args.process_index // (args.world_size // layout.world_size),
             columns=self._used_columns,
             current_step=lambda: self.state.global_step,
-            pad_token_id=self._padding_token_id(),
+            rules=BlockRules(pad_token_id=self._padding_token_id(), vocab_size=self._vocab_size()),
             as_arrays=isinstance(self._recovery_collator, DataCollatorForTokenSuperposition),
         )
 
@@ -416,6 +417,10 @@ class TSTTrainer(Trainer):
         if end is None:
             end = getattr(getattr(self.model, "config", None), "eos_token_id", None)
         return end[0] if isinstance(end, (list, tuple)) else end
+
+    def _vocab_size(self) -> int | None:
+        """Ids that the model has an embedding for."""
+        return getattr(find_language_model(self.model)[1].get_input_embeddings(), "num_embeddings", None)
 
     def _padding_token_id(self) -> int | None:
         """The tokenizer's padding token, if it stands for nothing but padding."""

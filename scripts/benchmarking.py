@@ -74,7 +74,7 @@ def append_rows(
 ) -> None:
     """Append rows to a CSV file, each with date, hardware, versions and the command that made it."""
     circumstances = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": _hardware(device or torch.device("cpu")),
         "torch": torch.__version__,
         "transformers": _version("transformers"),

@@ -62,6 +62,8 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"tst_mode": "input", "tst_offset_weighting": "power_law"}, "single target"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"use_liger_kernel": True}, "liger"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
     ],
 )
 def test_nonsense_is_refused(wrong, message):

@@ -7,12 +7,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import make_blocks
+import torch
+from conftest import BLOCK_LENGTH, make_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tst import PhaseSchedule
-from hf_tst.blocks import BlockReader, check_blocks
+from hf_tst.block_checks import BlockRules, check_blocks
+from hf_tst.blocks import BlockReader
 from hf_tst.data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from hf_tst.permutation import Permutation
 from hf_tst.rows import EpochSampler, PlannedRows
@@ -93,7 +95,9 @@ def test_too_few_blocks_say_how_many_and_what_to_change():
         plan_for_steps(49, schedule, rows_per_step=2, seed=0)
     assert plan_for_steps(50, schedule, rows_per_step=2, seed=0).blocks_consumed == 50
     with pytest.raises(ValueError, match="too few for one optimizer step"):
-        plan_for_passes(3, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
+        plan_for_passes(7, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
+    with pytest.raises(ValueError, match="3 blocks, too few for one row of superposition with 4"):
+        plan_for_passes(3, 10, lambda steps: PhaseSchedule(steps, 0.3, 4), rows_per_step=2, seed=0)
 
 
 def as_variable_lists(blocks):
@@ -266,25 +270,76 @@ def test_the_sampler_starts_where_training_is():
     assert list(EpochSampler(plan, 4, lambda: 8)) == list(range(16, 20))
 
 
+FULL = {"input_ids": [1, 2]}
+
+
 @pytest.mark.parametrize("as_dataset", [False, True])
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], "empty"),
         ([{"text": "abc"}], "input_ids"),
-        (
-            [{"input_ids": [1, 2]}] * 700 + [{"input_ids": [1]}] + [{"input_ids": [1, 2]}] * 2,
-            "block 700 has 1",
-        ),
-        ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], "padded"),
+        ([FULL] * 700 + [{"input_ids": [1]}] + [FULL] * 2, "block 700 has 1"),
+        ([FULL | {"attention_mask": [1, 0]}], "Block 0 .* is padded"),
         ([{"input_ids": [1, 96]}], "padding token 96"),
+        ([{"input_ids": [1, 100]}], "Block 0 .* holds the id 100, but the model has embeddings for 0 to 99"),
+        ([{"input_ids": [1, -1]}], "Block 0 .* holds the id -1"),
+        ([FULL | {"labels": [1]}], "2 input_ids and 1 labels"),
+        ([{"input_ids": []}], "Block 0 .* holds no token"),
+        ([{"input_ids": [[1, 2]]}], r"must be one row of whole numbers, but are an array of shape \(1, 2\)"),
+        ([{"input_ids": [1.0, 2.0]}], "must be one row of whole numbers, but are .* float"),
+        ([{"input_ids": "ab"}], "must be one row of whole numbers, but are text"),
     ],
 )
 def test_data_that_is_no_blocks_is_refused(rows, message, as_dataset):
     if as_dataset:
         rows = datasets.Dataset.from_list(rows)
-    elif "700" in message:
-        rows = rows[699:]
-        message = "block 1 has 1"
     with pytest.raises(ValueError, match=message):
-        check_blocks(rows, pad_token_id=96)
+        check_blocks(rows, pad_token_id=96, vocab_size=100)
+
+
+class Blocks(torch.utils.data.Dataset):
+    """A map-style data set of which nothing but single blocks can be looked at."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        return self.blocks[index]
+
+
+BAD_BLOCKS = [
+    ({"input_ids": [5] * (BLOCK_LENGTH - 1)}, "block 303 has 11"),
+    ({"input_ids": [5] * BLOCK_LENGTH, "attention_mask": [1] * 11 + [0]}, "Block 303 .* is padded"),
+    ({"input_ids": [5] * 11 + [96]}, "Block 303 .* ends in the padding token 96"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_BLOCKS)
+@pytest.mark.parametrize("source", [Blocks, datasets.Dataset.from_list])
+def test_a_bad_block_that_was_not_looked_at_is_found_when_it_is_read(bad, message, source):
+    full = {"input_ids": [5] * BLOCK_LENGTH} | (
+        {"attention_mask": [1] * 12} if "attention_mask" in bad else {}
+    )
+    blocks = source([full] * 303 + [bad] + [full] * 600)
+    rules = BlockRules(BLOCK_LENGTH, pad_token_id=96)
+    plan = DataPlan(904, PhaseSchedule(226, 1, 4), rows_per_step=1, seed=0, shuffle=False)
+    rows = PlannedRows(blocks, plan, list(full), rules=rules)
+    if source is Blocks:
+        check_blocks(blocks, pad_token_id=96)
+    assert len(rows[74].columns["input_ids"]) == len(rows[76].columns["input_ids"]) == 4 * BLOCK_LENGTH
+    with pytest.raises(ValueError, match=message):
+        rows[75]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_BLOCKS)
+def test_a_bad_block_of_a_stream_is_found_when_it_is_read(bad, message):
+    full = {"input_ids": [5] * BLOCK_LENGTH}
+    rows = StreamedRows(
+        [full] * 303 + [bad], PhaseSchedule(200, 1, 4), BatchLayout(1), rules=BlockRules(pad_token_id=96)
+    )
+    with pytest.raises(ValueError, match=message):
+        list(rows)

@@ -1,0 +1,109 @@
+"""What `hf-tst train` and the script say of bad files, flags and configurations: one sentence, before the first step."""
+
+import json
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from hf_tst.pretrain import main, make_config
+from hf_tst.pretrain_arguments import ModelArguments
+from hf_tst.quickstart import train_tokenizer
+
+OVERRIDES = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad_input")
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
+    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    files = {
+        "corpus.txt": "".join(texts),
+        "blank.txt": " \n" * 20_000,
+        "short.txt": "one line\n",
+        "broken.jsonl": '{"text": "abc"}\n{"text": \n',
+        "numbers.jsonl": '{"body": 3}\n' * 50,
+        "broken.csv": 'a,b\n1,2,3\n"x\n',
+        "broken.parquet": "this is none",
+        "broken.yaml": "a: [1\nb: 2",
+        "list.yaml": "- 1\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def values(folder, **changes):
+    return {
+        "output_dir": str(folder / "out"), "model_type": "llama", "config_overrides": OVERRIDES, "block_size": 16,
+        "max_steps": 6, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "train_file": "corpus.txt", "tokenizer_name": "tokenizer",
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_steps": 6.5}, "max_steps in the configuration file must be a whole number, but is 6.5"),
+        ({"max_steps": [1, 2]}, r"max_steps in the configuration file must be a number, but is \[1, 2\]"),
+        ({"max_steps": None}, "max_steps in the configuration file has no value"),
+        ({"learning_rate": "fast"}, "learning_rate.* invalid float value: 'fast'"),
+        ({"lr_scheduler_kwargs": "{bad"}, "lr_scheduler_kwargs is not JSON"),
+        ({"config_overrides": "hidden_size=abc"}, "config_overrides: invalid literal for int.* 'abc'"),
+        ({"config_overrides": "{bad"}, "config_overrides are not JSON"),
+        ({"config_overrides": OVERRIDES | {"hidden_size": 15}}, "config_overrides make no llama: .* multiple"),
+        ({"config_overrides": OVERRIDES | {"hidden_siz": 16}}, "did you mean 'hidden_size'"),
+        ({"dtype": "bogus"}, "dtype must be auto, float32, bfloat16 or float16, but is 'bogus'"),
+        ({"model_type": "t5", "config_overrides": None}, "Cannot load a model of type t5"),
+        ({"attn_implementation": "flash_attention_2"}, "Cannot load a model of type llama: .*[Ff]lash"),
+        ({"tokenizer_name": "./nowhere"}, "Cannot load ./nowhere"),
+        ({"train_file": "blank.txt"}, "blank.txt holds nothing but white space"),
+        ({"train_file": "short.txt"}, "validation_split_percentage=5 of the 1 rows .* is 0 rows"),
+        ({"train_file": "broken.jsonl"}, "Cannot read broken.jsonl as json"),
+        ({"train_file": "numbers.jsonl"}, "column 'body' of the data holds int64, not text"),
+        ({"train_file": "broken.csv"}, "Cannot read broken.csv as csv"),
+        ({"train_file": "broken.parquet"}, "Cannot read broken.parquet as parquet"),
+        ({"output_dir": "corpus.txt"}, "Cannot make output_dir=corpus.txt"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, but is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, but is 0"),
+        ({"max_eval_samples": 0}, "max_eval_samples must be at least 1, but is 0"),
+    ],
+)  # fmt: skip
+def test_bad_values_of_a_file(in_folder, tmp_path, wrong, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values(tmp_path, **wrong)), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        main([str(path)])
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("broken.yaml", "is not YAML"), ("list.yaml", "must hold names")]
+)
+def test_files_that_hold_no_arguments(in_folder, file, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        main([file])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_file_that_the_bad_ones_are_made_of_trains(in_folder, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values(tmp_path, validation_file=None)), encoding="utf-8")
+    assert main([str(path)]).state.global_step == 6
+
+
+def test_a_model_type_alone_is_its_default_configuration():
+    assert (
+        make_config(ModelArguments(model_type="llama"), 99).to_dict() == LlamaConfig(vocab_size=99).to_dict()
+    )
