@@ -142,6 +142,7 @@ class TSTTrainer(Trainer):
         finally:
             self._switch.close()
             self._checkpoint = None
+            self.is_in_train = False  # Trainer leaves it set when training fails
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.

@@ -286,6 +286,16 @@ def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
     # The loader of accelerate fetches one batch ahead, so the second step waits for the third step's data.
     assert [entry["tst_data_wait_seconds"] for entry in entries] == [0, 5, *[0] * 8]
     assert [entry["tst_data_wait_fraction"] for entry in entries] == [0, 0.8333, *[0] * 8]
+    latent = 2 * BLOCK_LENGTH
+    assert [entry["tst_latent_tokens_per_second"] for entry in entries] == [latent, latent / 6, *[latent] * 8]
+    raw = [entry["tst_raw_tokens_per_second"] for entry in entries]
+    assert raw == [latent * 4, latent * 4 / 6, latent * 4, *[latent] * 7]
+
+
+def test_the_last_loss_of_superposition_is_logged(llama, make_args):
+    trainer = TSTTrainer(llama, make_args(logging_steps=100), train_dataset=make_blocks(200))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3]
 
 
 def test_flops_count_latent_work(llama, make_args):
@@ -360,9 +370,13 @@ def test_the_model_is_clean_after_training_and_after_a_failure(llama, make_args)
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyError("stop")
 
-    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200), callbacks=[Fail()])
+    trainer = TSTTrainer(
+        llama, make_args(), train_dataset=make_blocks(200), eval_dataset=make_blocks(4), callbacks=[Fail()]
+    )
     with pytest.raises(KeyError):
         trainer.train()
+    trainer.evaluate()
+    assert "tst_phase" not in trainer.state.log_history[-1]
     assert "_loss_function" not in vars(llama)
     assert not llama._forward_pre_hooks
     TSTTrainer(llama, make_args(tst_phase_ratio=1), train_dataset=make_blocks(200)).train()
@@ -502,6 +516,31 @@ def test_bad_data_is_refused_before_the_first_step(llama, make_args, blocks, mes
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert not steps
+
+
+class Tokenizer:
+    """What the trainer asks of a tokenizer."""
+
+    def __init__(self, **special):
+        self.pad_token_id = self.bos_token_id = self.eos_token_id = self.unk_token_id = None
+        vars(self).update(special)
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_blocks_that_end_in_padding_are_refused_unless_it_also_ends_documents(llama, make_args):
+    blocks = [{"input_ids": [*block["input_ids"][:-1], 96]} for block in make_blocks(200)]
+
+    def train(**special):
+        model = copy.deepcopy(llama)
+        trainer = TSTTrainer(model, make_args(), train_dataset=blocks, processing_class=Tokenizer(**special))
+        return trainer.train().global_step
+
+    assert train(pad_token_id=96, eos_token_id=96) == 10
+    assert train(pad_token_id=95) == 10
+    with pytest.raises(ValueError, match="padding token 96"):
+        train(pad_token_id=96, eos_token_id=95)
 
 
 def test_plain_arguments_are_refused(llama, tmp_path):
