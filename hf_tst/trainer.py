@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
@@ -24,10 +23,9 @@ from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
-from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
-from .model_card import write_card_of_trainer
 from .phases import PhaseSchedule
+from .publishing import PublishingTrainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
 from .sharding import warn_of_missing_fsdp, weights_to_save
@@ -36,7 +34,7 @@ from .superposition import find_language_model
 logger = logging.get_logger(__name__)
 
 
-class TSTTrainer(Trainer):
+class TSTTrainer(PublishingTrainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -66,9 +64,8 @@ class TSTTrainer(Trainer):
         - `floating_point_ops`: a bag costs one latent position.
         - `compute_loss`: counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts.
-        - `init_hf_repo`, `push_to_hub`: errors of the Hub as one sentence, the earliest before training.
-        - `create_model_card`: a card with the phases, from the record of the run.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
+        - [`PublishingTrainer`] overrides what concerns the Hub and the card.
     """
 
     args: TSTTrainingArguments
@@ -266,59 +263,6 @@ class TSTTrainer(Trainer):
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository to push to, or find it; refuses one that holds another model.
-
-        Raises:
-            HubError: If the Hub refuses or does not answer.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
-            super().init_hf_repo(token, private)
-            if self.is_world_process_zero():
-                config = self.accelerator.unwrap_model(self.model).config
-                check_repo_holds_no_other_model(
-                    self.hub_model_id, config, token or self.args.hub_token, self.args.hub_revision
-                )
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
-
-        Raises:
-            HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
-        """
-        kept = f"The model is saved in {self.args.output_dir}."
-        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
-            return super().push_to_hub(*args, **kwargs)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write `README.md` in the output folder from the record of the run, with its loss curve.
-
-        Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
-        results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
-        """
-        if self.is_world_process_zero():
-            write_card_of_trainer(
-                self,
-                repo_id=self.hub_model_id or model_name,
-                base_model=finetuned_from,
-                datasets=dataset,
-                language=language,
-                license=license,
-                tags=tags,
-            )
 
     def _run_epoch(self, **kwargs: Any) -> None:
         batches = kwargs["steps_trained_in_current_epoch"]

@@ -40,7 +40,7 @@ LAYERS = [
     {"linear_loss", "model_card", "blocks", "data_position"},
     {"fused", "rows", "plan"},
     {"superposition", "collator", "arguments", "run_plan", "stream"},
-    {"callbacks", "document_attention", "run_data"},
+    {"callbacks", "document_attention", "run_data", "publishing"},
     {"trainer", "audit", "pretrain_arguments"},
     {"pretrain"},
     {"planning", "run_card"},
