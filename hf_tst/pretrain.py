@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checkpoints import last_complete_checkpoint
 from .errors import one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
@@ -304,12 +303,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
             f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
             "(tensor parallelism); set gradient_accumulation_steps instead."
         )
-    resume: str | None = args.resume_from_checkpoint
-    if resume in ("last", "true", "True"):
-        resume = last_complete_checkpoint(args.output_dir)
-        if resume is None:
-            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     trainer.save_metrics("train", result.metrics)

@@ -17,7 +17,8 @@ from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .block_checks import BlockRules
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import last_complete_checkpoint, load_renamed_weights
+from .checkpointing import CheckpointingTrainer
+from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
@@ -25,7 +26,6 @@ from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .loss import count_target_bags
 from .phases import PhaseSchedule
-from .publishing import PublishingTrainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
 from .sharding import warn_of_missing_fsdp, weights_to_save
@@ -34,7 +34,7 @@ from .superposition import find_language_model
 logger = logging.get_logger(__name__)
 
 
-class TSTTrainer(PublishingTrainer):
+class TSTTrainer(CheckpointingTrainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -65,7 +65,7 @@ class TSTTrainer(PublishingTrainer):
         - `compute_loss`: counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - [`PublishingTrainer`] overrides what concerns the Hub and the card.
+        - [`CheckpointingTrainer`] overrides what concerns checkpoints, [`PublishingTrainer`] the Hub and the card.
     """
 
     args: TSTTrainingArguments
@@ -130,16 +130,20 @@ class TSTTrainer(PublishingTrainer):
         Raises:
             ValueError: If the checkpoint was trained on other data positions than the arguments and the data give.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        self.check_output_dir()
+        self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._restore_random_state = False
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(self._checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
+
+    def steps_to_keep(self) -> set[int]:
+        """The step of the switch, if its checkpoint is asked for."""
+        schedule = self.schedule
+        return {schedule.switch_step} if schedule is not None and self.args.tst_save_at_switch else set()
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.

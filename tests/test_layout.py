@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
+    {"version", "errors", "manifest"},
+    {"checkpoint_folders"},
     {
-        "version",
-        "errors",
         "phases",
         "bags",
         "permutation",
@@ -41,6 +41,7 @@ LAYERS = [
     {"fused", "rows", "plan"},
     {"superposition", "collator", "arguments", "run_plan", "stream"},
     {"callbacks", "document_attention", "run_data", "publishing"},
+    {"checkpointing"},
     {"trainer", "audit", "pretrain_arguments"},
     {"pretrain"},
     {"planning", "run_card"},

@@ -17,7 +17,7 @@ from hf_tst.checkpoints import last_complete_checkpoint
     ("launcher", "when", "left"),
     [
         ("accelerate", "after a step", ["checkpoint-2"]),
-        ("torchrun", "while saving", ["checkpoint-2", "checkpoint-4"]),
+        ("torchrun", "while saving", ["checkpoint-2"]),
     ],
 )
 def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when, left):
@@ -28,7 +28,7 @@ def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when
     assert done.stdout.count("fsdp is asked for, but accelerate runs MULTI_CPU on cpu") == 1
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == left
     checkpoint = last_complete_checkpoint(tmp_path / "run")
-    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one is passed over
+    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one has another name
     AutoModelForCausalLM.from_pretrained(checkpoint)
     args = make_args(max_steps=8, tst_phase_ratio=0.25, gradient_accumulation_steps=2)
     resumed = TSTTrainer(make_model("llama"), args, train_dataset=make_blocks(200))
