@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .arguments import TSTTrainingArguments
     from .bags import offset_weights
     from .collator import DataCollatorForTokenSuperposition
+    from .errors import PreemptedError, RunError, TSTError
     from .linear_loss import linear_multi_hot_cross_entropy
     from .loss import multi_hot_cross_entropy
     from .phases import PhaseSchedule
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "DataCollatorForTokenSuperposition": "collator",
     "PhaseSchedule": "phases",
+    "PreemptedError": "errors",
+    "RunError": "errors",
+    "TSTError": "errors",
     "TSTTrainer": "trainer",
     "TSTTrainingArguments": "arguments",
     "fused_next_token_loss": "superposition",
@@ -33,6 +37,9 @@ _MODULES = {
 __all__ = [
     "DataCollatorForTokenSuperposition",
     "PhaseSchedule",
+    "PreemptedError",
+    "RunError",
+    "TSTError",
     "TSTTrainer",
     "TSTTrainingArguments",
     "__version__",

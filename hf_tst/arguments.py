@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .bags import OffsetWeighting, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
+from .errors import TSTError
 from .fused import FusedLoss, check_fused_loss
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 
@@ -40,7 +41,7 @@ class TSTTrainingArguments(TrainingArguments):
             not what the checkpoint was trained with.
 
     Raises:
-        ValueError: If a field is out of range, or another argument cannot go with superposition.
+        TSTError: If a field is out of range, or another argument cannot go with superposition.
 
     Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
     """
@@ -102,7 +103,7 @@ class TSTTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+                raise TSTError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)
@@ -110,7 +111,7 @@ class TSTTrainingArguments(TrainingArguments):
         check_fused_loss(self.tst_fused_loss)
         check_document_boundaries(self.tst_document_boundaries)
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
-            raise ValueError(
+            raise TSTError(
                 "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="
                 f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
                 "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
@@ -133,7 +134,7 @@ class TSTTrainingArguments(TrainingArguments):
 
     def _check_duration(self) -> None:
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
-            raise ValueError(
+            raise TSTError(
                 f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} give no step to train: set "
                 "max_steps to the number of optimizer steps, or leave it out and set num_train_epochs above 0."
             )
@@ -143,20 +144,20 @@ class TSTTrainingArguments(TrainingArguments):
         if getattr(self, "group_by_length", False):  # transformers before 5.1
             strategy = "group_by_length"
         if strategy not in ("random", "sequential"):
-            raise ValueError(
+            raise TSTError(
                 f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
                 "length in their order: use 'random' or 'sequential'."
             )
 
     def _check_loss(self) -> None:
         if self.label_smoothing_factor:
-            raise ValueError(
+            raise TSTError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets nor for the "
                 "fused loss: set it to 0."
             )
         liger = getattr(self, "liger_kernel_config", None) or {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
-            raise ValueError(
+            raise TSTError(
                 "use_liger_kernel replaces the loss of superposition and the fused loss: set "
                 'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
             )

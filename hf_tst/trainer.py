@@ -22,6 +22,7 @@ from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
+from .errors import TSTError
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .loss import count_target_bags
@@ -50,7 +51,7 @@ class TSTTrainer(CheckpointingTrainer):
             `data_collator` serves recovery and evaluation; by default labels are a copy of `input_ids`.
 
     Raises:
-        ValueError: If the arguments, the model or the data cannot go with superposition.
+        TSTError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
         - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
@@ -81,12 +82,12 @@ class TSTTrainer(CheckpointingTrainer):
         if args is None:
             args = TSTTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, TSTTrainingArguments):
-            raise ValueError(
+            raise TSTError(
                 f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
                 "the arguments are made."
             )
         if args.tst_enabled and args.n_gpu > 1:
-            raise ValueError(
+            raise TSTError(
                 f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition does "
                 "not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
@@ -128,7 +129,7 @@ class TSTTrainer(CheckpointingTrainer):
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If the checkpoint was trained on other data positions than the arguments and the data give.
+            TSTError: If the checkpoint was trained on other data positions than the arguments and the data give.
         """
         self.check_output_dir()
         self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
@@ -149,7 +150,7 @@ class TSTTrainer(CheckpointingTrainer):
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
 
         Raises:
-            ValueError: If the data has no full blocks of equal length, or too few of them.
+            TSTError: If the data has no full blocks of equal length, or too few of them.
         """
         self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
@@ -308,7 +309,7 @@ class TSTTrainer(CheckpointingTrainer):
         _, model = find_language_model(self.model)
         check_fusable(model, self.args.tst_fused_loss)
         if self.compute_loss_func is not None:
-            raise ValueError(
+            raise TSTError(
                 "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
                 "tst_phase_ratio=0 and tst_fused_loss='auto'."
             )
@@ -316,11 +317,11 @@ class TSTTrainer(CheckpointingTrainer):
     def _check_superposition(self) -> None:
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
-                raise ValueError(
+                raise TSTError(
                     f"{name} parallelism (size {size}) splits rows of bags, which is not supported."
                 )
         if getattr(self.args.accelerator_config, "split_batches", False):
-            raise ValueError(
+            raise TSTError(
                 "accelerator_config's split_batches=True would give every process a part of the rows that "
                 "superposition counts on: leave it at False."
             )

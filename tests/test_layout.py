@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
     {"version", "errors", "manifest"},
-    {"checkpoint_folders"},
+    {"checkpoint_folders", "exits"},
     {
         "phases",
         "bags",
