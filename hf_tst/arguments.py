@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
+from .bad_loss import BadLoss, check_bad_loss
 from .bags import OffsetWeighting, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
 from .errors import TSTError
@@ -39,6 +41,13 @@ class TSTTrainingArguments(TrainingArguments):
             training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
         tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
             not what the checkpoint was trained with.
+        tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
+            in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
+            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
+            `"ignore"` it, as the plain `Trainer` does.
+
+    `enable_jit_checkpoint` is honoured: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
+    `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
 
     Raises:
         TSTError: If a field is out of range, or another argument cannot go with superposition.
@@ -99,6 +108,14 @@ class TSTTrainingArguments(TrainingArguments):
         },
     )
 
+    tst_bad_loss: BadLoss = field(
+        default="stop",
+        metadata={
+            "help": "What to do with a loss or gradient that is not finite: stop (with the step and its blocks), skip the "
+            "optimizer step, or ignore it."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -109,6 +126,7 @@ class TSTTrainingArguments(TrainingArguments):
         check_mode(self.tst_mode)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting)
         check_fused_loss(self.tst_fused_loss)
+        check_bad_loss(self.tst_bad_loss)
         check_document_boundaries(self.tst_document_boundaries)
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
             raise TSTError(
@@ -121,6 +139,15 @@ class TSTTrainingArguments(TrainingArguments):
             self._check_order_of_rows()
         if self.tst_replaces_loss:
             self._check_loss()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into training_args.bin, beside the model, and pushes it.
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> TSTTrainingArguments:
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self))
+        return other
 
     @property
     def tst_enabled(self) -> bool:

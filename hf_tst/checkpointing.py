@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import TrainOutput
 
 from .checkpoint_folders import UNFINISHED, clear_unfinished, finish_checkpoint, rotate_checkpoints
 from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .errors import RunError, TSTError, one_line
+from .preemption import PreemptionCallback
 from .publishing import PublishingTrainer
 
 STATE_FILE = "trainer_state.json"
@@ -24,6 +27,7 @@ class CheckpointingTrainer(PublishingTrainer):
     """Trainer that writes a checkpoint aside and renames it when all of it, with a manifest, is on the disk.
 
     Overrides:
+        - `train`: looks whether the output folder can be written to.
         - `_save_checkpoint`: the files of all processes go to `_unfinished`; then the main process writes the manifest,
           renames, pushes and removes checkpoints that are too many.
         - `_get_output_dir`: `_unfinished`, while a checkpoint is written.
@@ -32,6 +36,34 @@ class CheckpointingTrainer(PublishingTrainer):
     """
 
     _writes_aside = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._preemption = PreemptionCallback()
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback) is JITCheckpointCallback:
+                callback.on_train_end(self.args, self.state, self.control)  # it has caught the signal already
+                self.remove_callback(callback)
+        if self.args.enable_jit_checkpoint:
+            self.add_callback(self._preemption)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the last training ended early because of SIGTERM, with a checkpoint to go on from."""
+        return self._preemption.stopped
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, once it is known that checkpoints can be written.
+
+        Raises:
+            TSTError: If no file can be made in the output folder.
+            RunError: If a checkpoint cannot be written.
+        """
+        self._check_output_dir()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._preemption.close()
 
     def choose_checkpoint(self, requested: str | bool | None) -> str | None:
         """The checkpoint to resume from, the same on all processes; the main process has checked its files.
@@ -55,12 +87,11 @@ class CheckpointingTrainer(PublishingTrainer):
             raise TSTError(problem)
         return found
 
-    def check_output_dir(self) -> None:
-        """Check that checkpoints can be written, before hours are spent on what they would hold.
+    def steps_to_keep(self) -> set[int]:
+        """Steps whose checkpoints `save_total_limit` does not remove, besides the newest and the best."""
+        return set()
 
-        Raises:
-            TSTError: If no file can be made in the output folder.
-        """
+    def _check_output_dir(self) -> None:
         if not self.args.should_save:
             return
         probe = Path(self.args.output_dir) / f"{UNFINISHED}.{os.getpid()}"
@@ -70,10 +101,6 @@ class CheckpointingTrainer(PublishingTrainer):
             probe.unlink()
         except OSError as error:
             raise TSTError(f"Cannot write to output_dir={self.args.output_dir}: {error.strerror}.") from error
-
-    def steps_to_keep(self) -> set[int]:
-        """Steps whose checkpoints `save_total_limit` does not remove, besides the newest and the best."""
-        return set()
 
     def _find_checkpoint(self, requested: str | bool) -> str:
         if requested not in NEWEST:

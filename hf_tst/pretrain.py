@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .errors import TSTError, one_line
+from .errors import PreemptedError, TSTError, one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
 from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
 
     Raises:
         TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+        RunError: If the run is stopped: by SIGTERM, by a loss that is not finite, by a disk that takes no checkpoint.
     """
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
     logging.set_verbosity(args.get_process_log_level())
@@ -304,6 +305,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
             "(tensor parallelism); set gradient_accumulation_steps instead."
         )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.preempted:
+        raise PreemptedError(
+            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: go on with "
+            "--resume_from_checkpoint last."
+        )
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     trainer.save_metrics("train", result.metrics)

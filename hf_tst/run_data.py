@@ -93,6 +93,17 @@ class RunData:
         epoch = (step - 1) // self.steps_per_epoch
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
+    def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
+        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` for a stream."""
+        if self.plan is None:
+            return None
+        count = self.start.rows_per_step
+        if micro_batch is None:
+            rows = range(step * count, (step + 1) * count)
+        else:
+            rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
+        return [block for row in rows for block in self.plan.row_blocks(row)]
+
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that training gets, without what loader processes tell this one with them."""
         for batch in batches:

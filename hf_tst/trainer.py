@@ -14,10 +14,10 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
+from .bad_loss import BadNumber
 from .bags import offset_weights, resolve_weighting
 from .block_checks import BlockRules
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpointing import CheckpointingTrainer
 from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
@@ -25,6 +25,7 @@ from .document_attention import DocumentAttentionCallback
 from .errors import TSTError
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
+from .guarding import GuardedTrainer
 from .loss import count_target_bags
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
@@ -35,7 +36,7 @@ from .superposition import find_language_model
 logger = logging.get_logger(__name__)
 
 
-class TSTTrainer(CheckpointingTrainer):
+class TSTTrainer(GuardedTrainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -66,7 +67,8 @@ class TSTTrainer(CheckpointingTrainer):
         - `compute_loss`: counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - [`CheckpointingTrainer`] overrides what concerns checkpoints, [`PublishingTrainer`] the Hub and the card.
+        - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`CheckpointingTrainer`] checkpoints, and
+          [`PublishingTrainer`] the Hub and the card.
     """
 
     args: TSTTrainingArguments
@@ -129,9 +131,8 @@ class TSTTrainer(CheckpointingTrainer):
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            TSTError: If the checkpoint was trained on other data positions than the arguments and the data give.
+            TSTError: If the checkpoint is damaged, or was trained on other data positions than the arguments and the data give.
         """
-        self.check_output_dir()
         self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._restore_random_state = False
         try:
@@ -145,6 +146,14 @@ class TSTTrainer(CheckpointingTrainer):
         """The step of the switch, if its checkpoint is asked for."""
         schedule = self.schedule
         return {schedule.switch_step} if schedule is not None and self.args.tst_save_at_switch else set()
+
+    def phase_and_blocks(self, found: BadNumber, rank: int) -> tuple[str, list[int] | None]:
+        """The phase of a step, and the blocks that the data plan gives it; a stream has no plan."""
+        if self._data is None:
+            return super().phase_and_blocks(found, rank)
+        reader = rank // (self.args.world_size // self._data.start.world_size)
+        blocks = self._data.blocks_of_step(found.step, reader, found.micro_batch)
+        return self._data.schedule.phase(found.step), blocks
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.

@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
     {"version", "errors", "manifest"},
-    {"checkpoint_folders", "exits"},
+    {"checkpoint_folders", "exits", "bad_loss"},
     {
         "phases",
         "bags",
         "permutation",
         "documents",
         "probing",
+        "preemption",
         "checkpoints",
         "sharding",
         "expert_load",
@@ -42,6 +43,7 @@ LAYERS = [
     {"superposition", "collator", "arguments", "run_plan", "stream"},
     {"callbacks", "document_attention", "run_data", "publishing"},
     {"checkpointing"},
+    {"guarding"},
     {"trainer", "audit", "pretrain_arguments"},
     {"pretrain"},
     {"planning", "run_card"},
