@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from .bad_loss import BadLoss, check_bad_loss
 from .bags import OffsetWeighting, resolve_weighting
@@ -13,6 +15,17 @@ from .documents import DocumentBoundaries, check_document_boundaries
 from .errors import TSTError
 from .fused import FusedLoss, check_fused_loss
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+
+# Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
+LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+}
 
 
 @dataclass
@@ -118,9 +131,9 @@ class TSTTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise TSTError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name, lowest in LOWEST.items():
+            if not getattr(self, name) >= lowest:
+                raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)
@@ -134,6 +147,7 @@ class TSTTrainingArguments(TrainingArguments):
                 f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
                 "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
             )
+        self._check_schedule()
         if self.tst_enabled:
             self._check_duration()
             self._check_order_of_rows()
@@ -158,6 +172,15 @@ class TSTTrainingArguments(TrainingArguments):
     def tst_replaces_loss(self) -> bool:
         """Whether training computes another loss function than the model's own: superposed, fused, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
+
+    def _check_schedule(self) -> None:
+        kind = SchedulerType(self.lr_scheduler_type)
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+        for name in self.lr_scheduler_kwargs or {}:
+            if name not in known:
+                raise TSTError(
+                    f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
+                )
 
     def _check_duration(self) -> None:
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):

@@ -127,11 +127,10 @@ class CheckpointingTrainer(PublishingTrainer):
                 with suppress(FileNotFoundError):  # a shared disk that has not heard of the renaming yet
                     finish_checkpoint(run_dir, name)  # what was written on this machine's own disk
         except Exception as error:
-            # What is half written may be what fills the disk.
-            shutil.rmtree(run_dir / UNFINISHED / name, ignore_errors=True)
+            clear_unfinished(run_dir)  # what is half written may be what fills the disk
             raise RunError(
-                f"Writing {run_dir / name} failed: {one_line(error)}. Earlier checkpoints are as they were: go on with "
-                "resume_from_checkpoint='last' when the cause is gone."
+                f"Writing {run_dir / name} failed: {one_line(error)} ({shutil.disk_usage(run_dir).free / 1e9:.2f} GB are free "
+                "there). Earlier checkpoints are as they were: go on with resume_from_checkpoint='last' when the cause is gone."
             ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))

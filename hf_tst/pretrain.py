@@ -203,9 +203,11 @@ def explained_loading(name: str) -> Iterator[None]:
     except (OSError, ImportError, KeyError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(".:")
         raise TSTError(f"Cannot load {name}: {reason}.") from error
+    except TSTError:
+        raise
     except ValueError as error:
         if "\n" not in str(error) and len(str(error)) < 500:
-            raise
+            raise TSTError(str(error)) from error
         raise TSTError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
 
 

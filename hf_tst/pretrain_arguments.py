@@ -231,11 +231,17 @@ def parse_arguments(
             pick(namespace, DataArguments),
             pick(namespace, TSTTrainingArguments),
         )
+    except TSTError:
+        raise
     except json.JSONDecodeError as error:
         names = [name for name, value in vars(namespace).items() if value == error.doc]
         raise TSTError(f"{names[0] if names else 'An argument'} is not JSON: {error}.") from error
     except ImportError as error:
         raise TSTError(f"The arguments need a package that is missing: {one_line(error)}.") from error
+    except TypeError as error:
+        raise TSTError(f"The arguments do not fit: {one_line(error)}.") from error
+    except ValueError as error:  # of Transformers, in more than a line at times
+        raise TSTError(" ".join(str(error).split())) from error
 
 
 def parse_values(
