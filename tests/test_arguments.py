@@ -23,6 +23,7 @@ def test_defaults():
         "tst_fused_loss": "auto",
         "tst_document_boundaries": "ignore",
         "tst_allow_data_change": False,
+        "tst_bad_loss": "stop",
     }
 
 
