@@ -5,6 +5,8 @@ Shapes: V vocabulary, s tokens a target bag.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def multi_hot_cross_entropy(
     check_weights(weights)
     logits = logits.float()
     valid = labels != ignore_index
-    target_logits = logits.gather(-1, labels.masked_fill(~valid, 0))
+    target_logits = _take_targets(logits, labels.masked_fill(~valid, 0))
     weights = weights * valid
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
@@ -115,6 +117,46 @@ def check_weights(weights: Tensor) -> None:
     raise ValueError(
         f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
     )
+
+
+def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits at `targets`, of shape `(..., s)`.
+
+    Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
+    compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_tst.take_targets(logits, targets)
+    return logits.gather(-1, targets)
+
+
+def _take(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets)
+
+
+def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
+    return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    logits, targets = inputs
+    ctx.vocabulary = logits.shape[-1]
+    ctx.save_for_backward(targets)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (targets,) = ctx.saved_tensors
+    return torch.ops.hf_tst.spread_targets(gradient, targets, ctx.vocabulary), None
+
+
+_take_operator = torch.library.custom_op("hf_tst::take_targets", _take, mutates_args=())
+_take_operator.register_fake(lambda logits, targets: logits.new_empty(targets.shape))
+_take_operator.register_autograd(_backward, setup_context=_remember)
+_spread_operator = torch.library.custom_op("hf_tst::spread_targets", _spread, mutates_args=())
+_spread_operator.register_fake(
+    lambda gradient, targets, vocabulary: gradient.new_empty((*targets.shape[:-1], vocabulary))
+)
 
 
 def _holds_nowhere(wrong: Tensor, message: str) -> bool:

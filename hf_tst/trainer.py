@@ -13,6 +13,7 @@ from transformers import ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from .added_loss import adds_to_loss
 from .arguments import TSTTrainingArguments
 from .bags import offset_weights, resolve_weighting
 from .block_checks import BlockRules
@@ -62,7 +63,7 @@ class TSTTrainer(PublishingTrainer):
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
-        - `compute_loss`: counts the load of experts in training.
+        - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
         - [`PublishingTrainer`] overrides what concerns the Hub and the card.
@@ -237,8 +238,17 @@ class TSTTrainer(PublishingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The loss of a batch; in training, also counts what its routers send to each expert."""
+        """The loss of a batch; in training, also counts what its routers send to each expert.
+
+        What a model adds to its loss, such as a router's auxiliary loss, is a mean over a micro-batch. Where superposition
+        or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
+        on their mean. Plain training adds them up, as [`~transformers.Trainer`] does.
+        """
+        parts = self._micro_batches_of_a_step(model, kwargs.get("num_items_in_batch"))
+        if parts > 1:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / parts
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss / parts if parts > 1 else loss
         if model.training and isinstance(outputs, Mapping):
             mask = inputs.get("attention_mask")
             self._expert_load.add(outputs.get("router_logits"), experts_per_position(self.model.config), mask)
@@ -290,6 +300,18 @@ class TSTTrainer(PublishingTrainer):
         if args.average_tokens_across_devices and args.world_size > 1:
             bags = self.accelerator.gather(bags).sum()
         return bags / self.get_tp_size()
+
+    def _micro_batches_of_a_step(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> int:
+        """Micro-batches whose losses are added up, where what the model adds to each is to be averaged; else 1."""
+        args = self.args
+        averages = model.training and args.tst_replaces_loss and adds_to_loss(self.model.config)
+        if not averages or num_items_in_batch is None:
+            return 1
+        # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
+        ranks = (
+            self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
+        )
+        return self.current_gradient_accumulation_steps * ranks
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

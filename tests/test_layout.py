@@ -19,6 +19,7 @@ LAYERS = [
         "checkpoints",
         "sharding",
         "expert_load",
+        "added_loss",
         "hardware",
         "published",
         "run_record",
