@@ -26,6 +26,7 @@ from .fused import check_fusable
 from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
 from .model_card import write_card_of_trainer
+from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
@@ -54,12 +55,14 @@ class TSTTrainer(Trainer):
         ValueError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
-        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
-        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out.
+        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
+          extra heads inside.
+        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
-        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` in checkpoints.
+        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` and extra heads in
+          checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
@@ -109,6 +112,8 @@ class TSTTrainer(Trainer):
             self.add_callback(DocumentAttentionCallback())
         self.add_callback(self._switch)
         self.add_callback(self._meter)
+        self._mtp = MTPCallback(self)
+        self.add_callback(self._mtp)
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
@@ -137,7 +142,8 @@ class TSTTrainer(Trainer):
         self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         self._restore_random_state = False
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._mtp.attached():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
             self._checkpoint = None
@@ -200,6 +206,8 @@ class TSTTrainer(Trainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return
         super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.is_in_train:
+            self._mtp.save(output_dir)
         if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
             self._gather_left_out()
             self._data.save(
@@ -208,6 +216,7 @@ class TSTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._mtp.load(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
 
