@@ -38,7 +38,7 @@ LAYERS = [
     },
     {"linear_loss", "model_card", "rows", "data_position", "last_layer"},
     {"fused", "stream", "plan", "mtp"},
-    {"superposition", "collator", "arguments", "run_plan"},
+    {"superposition", "collator", "arguments", "run_plan", "flops"},
     {"callbacks", "document_attention", "run_data", "mtp_training"},
     {"trainer", "audit", "pretrain_arguments"},
     {"pretrain"},

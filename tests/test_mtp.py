@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_model
+from mtp_by_hand import logits_by_hand
 from torch.nn.functional import cross_entropy
 
 from hf_tst import MTPHeads, fused_next_token_loss, multi_token_prediction, token_superposition
@@ -29,57 +30,15 @@ def make_tokens(seed=0):
     return ids, labels
 
 
-def rms(x, weight):
-    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-def layers_by_hand(model, ids):
-    """Trunk, what the last layer makes of it, how to call a layer, and the way from a layer to logits."""
-    length = ids.shape[1]
-    positions = torch.arange(length).unsqueeze(0)
-    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-    if model.config.model_type == "gpt2":
-        body = model.transformer
-        hidden = body.wte(ids) + body.wpe(positions)
-        layers, norm = body.h, body.ln_f
-
-        def call(layer, x):
-            return layer(x, attention_mask=mask)
-    else:
-        body = model.model
-        hidden = body.embed_tokens(ids) * getattr(model.config, "embedding_multiplier", 1)
-        layers, norm = body.layers, getattr(body, "norm", None) or body.final_layernorm
-        rotary = body.rotary_emb(hidden, positions)
-
-        def call(layer, x):
-            out = layer(x, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-            return out[0] if isinstance(out, tuple) else out
-
-    def logits(x):
-        z = model.lm_head(norm(x)) / getattr(model.config, "logits_scaling", 1)
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return z if cap is None else cap * torch.tanh(z / cap)
-
-    for layer in layers[:-1]:
-        hidden = call(layer, hidden)
-    return hidden, call(layers[-1], hidden), call, logits
-
-
 def reference(model, heads, ids, labels, divisor=None, weight=None):
     """The model's own loss plus that of each extra head, one after the other."""
     own = model(input_ids=ids, labels=labels, **({} if divisor is None else {"num_items_in_batch": divisor}))
-    trunk, last, call, logits = layers_by_hand(model, ids)
     divisor = (labels[:, 1:] != -100).sum() if divisor is None else divisor
-    total, hidden = 0.0, last
-    for k, head in enumerate(heads.heads, start=1):
-        if heads.kind == "parallel":
-            hidden = call(head, trunk)
-        else:
-            embedded = model.get_input_embeddings()(torch.cat([ids[:, k:], ids[:, :k]], dim=1))
-            joined = [rms(hidden, head.hidden_norm.weight), rms(embedded, head.embedding_norm.weight)]
-            hidden = call(head.layer, torch.cat(joined, -1) @ head.projection.weight.T)
-        z, y = logits(hidden)[:, : -1 - k], labels[:, 1 + k :]
-        total += cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum") / divisor
+    total = 0.0
+    for ahead, z in enumerate(logits_by_hand(model, heads, ids)[1:], start=2):
+        total += (
+            cross_entropy(z[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten(), reduction="sum") / divisor
+        )
     if weight is None:
         weight = 1.0 if heads.kind == "parallel" else 0.3
     return own.loss + total * (weight if heads.kind == "parallel" else weight / len(heads.heads))

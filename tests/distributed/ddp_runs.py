@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mtp_num_heads": 2,
         "mtp_kind": "sequential",
         "gradient_checkpointing": True,
-    },  # fmt: skip
+    },
     "resumed_in_superposition": {"resume": 2},
     "resumed_at_the_switch": {"resume": 3},
     "resumed_in_recovery": {"resume": 6},
