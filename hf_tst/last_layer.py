@@ -58,7 +58,7 @@ class ModelEnd:
     """A model from its last layer to its loss.
 
     Args:
-        body (`nn.Module`): What runs the layers and is run by the model.
+        body (`nn.Module`): What the model's forward calls to run the layers.
         last_layer (`nn.Module`): The last layer.
         norm (`nn.Module`, *optional*): What is between last layer and head.
         head (`LinearHead`): The head, see [`inspect_head`].
@@ -88,20 +88,22 @@ def find_model_end(model: Any) -> ModelEnd:
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise UnknownEndError("it is no causal language model of Transformers, or is wrapped")
-    body, layers = model.base_model, decoder_layers(model)
-    if body is model or not layers:
+    layers = decoder_layers(model)
+    if not layers:
         raise UnknownEndError("its decoder layers cannot be found")
     try:
         head = inspect_head(model)
     except UnfusableHeadError as error:
         raise UnknownEndError(str(error)) from error
-    seen = _watch(body, layers)
-    if seen.call is None or not isinstance(seen.hidden, Tensor):
-        raise UnknownEndError("its last layer is not called with hidden states")
+    seen = _watch(model, layers, head.module)
+    around = [module for module in seen.called if any(inner is layers[-1] for inner in module.modules())]
+    bodies = [module for module in around if module is not layers[-1]]
+    if seen.call is None or not isinstance(seen.hidden, Tensor) or not bodies:
+        raise UnknownEndError("its last layer is not called with hidden states inside of a body")
     norms = [module for module, output in seen.after if _is_same(output, seen.end)]
     if not norms and not _is_same(seen.hidden, seen.end):
         raise UnknownEndError("something other than one norm is between its last layer and its head")
-    return ModelEnd(body, layers[-1], norms[0] if norms else None, head, seen.call, seen.hidden)
+    return ModelEnd(bodies[-1], layers[-1], norms[0] if norms else None, head, seen.call, seen.hidden)
 
 
 class _Seen:
@@ -112,6 +114,7 @@ class _Seen:
         self.hidden: Any = None
         self.after: list[tuple[nn.Module, Any]] = []
         self.end: Any = None
+        self.called: list[nn.Module] = []  # in the order in which they return: the outermost last
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = LayerCall.bind(module, args, kwargs)
@@ -119,14 +122,17 @@ class _Seen:
     def after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.hidden = hidden_states_of(output)
 
-    def after_other(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.end = args[0] if args else None
+
+    def after_any(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.called.append(module)
         if self.hidden is not None and args and args[0] is self.hidden:
             self.after.append((module, output))
 
 
-def _watch(body: nn.Module, layers: list[nn.Module]) -> _Seen:
+def _watch(model: Any, layers: list[nn.Module], head: nn.Module) -> _Seen:
     seen, last_layer = _Seen(), layers[-1]
-    inside = {id(module) for layer in layers for module in layer.modules()}
     device = next(last_layer.parameters()).device
     ids = torch.zeros(1, _POSITIONS, dtype=torch.long, device=device)
     with ExitStack() as stack:
@@ -135,11 +141,14 @@ def _watch(body: nn.Module, layers: list[nn.Module]) -> _Seen:
         for handle in (
             last_layer.register_forward_pre_hook(seen.before_layer, with_kwargs=True),
             last_layer.register_forward_hook(seen.after_layer),
-            *(m.register_forward_hook(seen.after_other) for m in body.modules() if id(m) not in inside),
+            head.register_forward_pre_hook(seen.before_head),
+            *(module.register_forward_hook(seen.after_any) for module in model.modules()),
         ):
             stack.callback(handle.remove)
         try:
-            seen.end = hidden_states_of(body(input_ids=ids, use_cache=False, return_dict=False))
+            type(model).forward(
+                model, input_ids=ids, use_cache=False
+            )  # without hooks that want more than this
         except Exception as error:  # whatever a family's forward wants
             raise UnknownEndError(
                 f"its layers cannot be followed ({type(error).__name__}: {error})"
@@ -149,4 +158,6 @@ def _watch(body: nn.Module, layers: list[nn.Module]) -> _Seen:
 
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two tensors are the same numbers in the same place, perhaps in another shape."""
-    return isinstance(one, Tensor) and one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()

@@ -80,6 +80,7 @@ class MTPHeads(nn.Module):
         if num_heads < 2:
             raise ValueError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
         self.kind = kind
+        self._noted_loss: Tensor | None = None
         end = _find_end(model)
         like = next(end.last_layer.parameters())
         with torch.random.fork_rng(
@@ -95,6 +96,15 @@ class MTPHeads(nn.Module):
     def num_heads(self) -> int:
         """Heads with the model's own, n."""
         return len(self.heads) + 1
+
+    def take_loss(self) -> Tensor | None:
+        """The sum of what the heads have added to the loss since it was last asked for; `None` if nothing."""
+        loss, self._noted_loss = self._noted_loss, None
+        return loss
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Add to what [`take_loss`] returns. Nothing waits for the device."""
+        self._noted_loss = loss.detach() if self._noted_loss is None else self._noted_loss + loss.detach()
 
     def forward(self, call: LayerCall, last_hidden: Tensor, next_embeddings: list[Tensor]) -> list[Tensor]:
         """The hidden states of the extra heads, before the model's final norm.
@@ -302,8 +312,15 @@ class _ForwardPass:
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""
-        extra, superposed = self._loss, bool(self._given) and self._given["labels"].dim() == 3
+        extra, predicts = self._loss, self._predicts
+        superposed = bool(self._given) and self._given["labels"].dim() == 3
         self._forget()
+        if extra is not None:
+            self.heads.note_loss(extra)
+        elif predicts and output is not None:
+            raise RuntimeError(
+                "The model has not run the layers that its extra heads were made for: was a module replaced?"
+            )
         if superposed and torch.distributed.is_initialized():
             extra = 0.0 * torch.stack([parameter.sum() for parameter in self.heads.parameters()]).sum()
         if extra is None or output is None:

@@ -33,6 +33,7 @@ class MTPCallback(TrainerCallback):
         args: TSTTrainingArguments = trainer.args
         self._trainer = trainer
         self._heads: MTPHeads | None = None
+        self._reported_step = 0
         if args.mtp_num_heads > 1:
             _check_trainer(trainer)
             self._heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
@@ -61,6 +62,8 @@ class MTPCallback(TrainerCallback):
     ) -> None:
         if self._heads is None:
             return
+        self._reported_step = state.global_step
+        self._heads.take_loss()  # of a run that was broken off
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(p) in known for p in self._heads.parameters()):
             raise ValueError(
@@ -75,6 +78,26 @@ class MTPCallback(TrainerCallback):
             # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.
             for parameter in self._heads.parameters():
                 parameter.grad = None
+
+    def report(self) -> dict[str, float]:
+        """`mtp_loss`: what the extra heads have added to `loss` since the last report; nothing where they did not train.
+
+        Every rank must take part.
+        """
+        loss = None if self._heads is None else self._heads.take_loss()
+        trainer, args = self._trainer, self._trainer.args
+        steps, self._reported_step = (
+            trainer.state.global_step - self._reported_step,
+            trainer.state.global_step,
+        )
+        if loss is None or steps < 1:
+            return {}
+        divided = (
+            trainer.model_accepts_loss_kwargs
+        )  # by the targets of the step, else each by those of its micro-batch
+        summed = divided and args.average_tokens_across_devices
+        total = trainer.accelerator.reduce(loss.float(), "sum" if summed else "mean").item()
+        return {"mtp_loss": round(total / steps / (1 if divided else args.gradient_accumulation_steps), 6)}
 
     def save(self, folder: str | Path) -> None:
         """Write the extra heads beside the model in a checkpoint."""
@@ -122,7 +145,7 @@ def _description_in(path: Path) -> dict[str, str] | None:
 def _in_words(description: dict[str, str] | None) -> str:
     if description is None:
         return "mtp_num_heads=1"
-    return ", ".join(f"{name}={value}" for name, value in description.items() if name != "format")
+    return ", ".join(f"{name}={value}" for name, value in sorted(description.items()) if name != "format")
 
 
 def _check_trainer(trainer: Any) -> None:

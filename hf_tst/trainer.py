@@ -67,7 +67,7 @@ class TSTTrainer(Trainer):
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
         - `compute_loss`: counts the load of experts in training.
-        - `log`: phase, raw and latent tokens, load of experts.
+        - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `init_hf_repo`, `push_to_hub`: errors of the Hub as one sentence, the earliest before training.
         - `create_model_card`: a card with the phases, from the record of the run.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
@@ -255,14 +255,16 @@ class TSTTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
+        """Operations of a forward and backward pass over `inputs`; a bag counts as one token, and reaches no extra head."""
         input_ids = inputs.get("input_ids")
-        if isinstance(input_ids, Tensor) and input_ids.dim() == 3:
-            inputs = {**inputs, "input_ids": input_ids[..., 0]}
-        return super().floating_point_ops(inputs)
+        if not _is_superposed(inputs) or not isinstance(input_ids, Tensor):
+            return super().floating_point_ops(inputs)
+        positions = input_ids[..., 0] if input_ids.dim() == 3 else input_ids
+        operations = super().floating_point_ops({**inputs, "input_ids": positions})
+        return operations - 6 * self._mtp.parameters * positions.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase, the tokens so far and the load of experts."""
+        """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
@@ -270,6 +272,7 @@ class TSTTrainer(Trainer):
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
+            entries |= self._mtp.report()
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]

@@ -4,12 +4,14 @@ import copy
 import re
 
 import pytest
+import tiny_families
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_model
 from mtp_by_hand import logits_by_hand
 from torch.nn.functional import cross_entropy
 
 from hf_tst import MTPHeads, fused_next_token_loss, multi_token_prediction, token_superposition
+from hf_tst.embedding import decoder_layers
 from hf_tst.mtp import MTP_KINDS
 
 FAMILIES = ["llama", "qwen3", "mixtral", "qwen3_moe", "gpt2", "gemma2", "granite", "phi"]
@@ -255,6 +257,36 @@ def test_heads_follow_from_their_seed_and_leave_the_global_generator_alone(llama
     assert all(bool((p == 1).all()) for p in one.parameters() if p.dim() == 1)
 
 
+def test_heads_are_not_forgotten_in_silence(llama):
+    ids, labels = make_tokens()
+    with multi_token_prediction(llama, MTPHeads(llama, 2)):
+        llama.model = make_model("llama").model
+        with pytest.raises(RuntimeError, match="was a module replaced"):
+            llama(input_ids=ids, labels=labels)
+
+
+# Families whose layers are made, called or followed in a way of their own.
+REFUSED = {"Gemma 3n", "GPT-Neo", "Falcon-H1", "Bamba", "Zamba 2", "RWKV", "GPT"}
+
+
+@pytest.mark.parametrize("family", tiny_families.FAMILIES, ids=lambda family: family.name)
+def test_a_copy_of_the_last_layer_says_in_every_family_what_the_model_says(family):
+    model = tiny_families.make_family(family)
+    ids = torch.randint(1, tiny_families.VOCAB_SIZE, (2, BLOCK_LENGTH))
+    if family.name in REFUSED:
+        with pytest.raises(ValueError, match="Multi-token prediction cannot"):
+            MTPHeads(model, 2)
+        return
+    heads = MTPHeads(model, 2)
+    heads.heads[0].load_state_dict(decoder_layers(model)[-1].state_dict())
+    output = model(input_ids=ids, labels=ids)
+    z, y = output.logits[:, :-2].float(), ids[:, 2:]
+    extra = cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum") / ids[:, 1:].numel()
+    with multi_token_prediction(model, heads):
+        loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, output.loss + extra, rtol=1e-5, atol=1e-5)
+
+
 def test_bags_may_not_be_read_from_embeddings_by_sequential_heads(llama):
     ids, labels = make_tokens()
     with (
@@ -304,7 +336,8 @@ def two_norms(model):
 
     def doubled(*args, **kwargs):
         output = forward(*args, **kwargs)
-        return (output[0] * 2, *output[1:])
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
 
     model.model.forward = doubled
 

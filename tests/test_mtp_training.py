@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, make_blocks, make_model, set_dropout
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model, set_dropout
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -244,9 +244,9 @@ def test_a_trainer_trains_again_and_leaves_the_model_after_an_error(llama, make_
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ({"mtp_num_heads": 3}, {}, "was trained with mtp_num_heads=3, mtp_kind=parallel, but this run has mtp_num_heads=1"),
+        ({"mtp_num_heads": 3}, {}, "was trained with mtp_kind=parallel, mtp_num_heads=3, but this run has mtp_num_heads=1"),
         ({}, {"mtp_num_heads": 2}, "was trained with mtp_num_heads=1, but"),
-        ({"mtp_num_heads": 3}, {"mtp_num_heads": 2}, "but this run has mtp_num_heads=2"),
+        ({"mtp_num_heads": 3}, {"mtp_num_heads": 2}, "but this run has mtp_kind=parallel, mtp_num_heads=2"),
         ({"mtp_num_heads": 2}, {"mtp_num_heads": 2, "mtp_kind": "sequential"}, "mtp_kind=sequential"),
     ],
 )  # fmt: skip
@@ -297,3 +297,35 @@ def test_an_optimizer_without_the_heads_is_refused(llama, make_args):
     with pytest.raises(ValueError, match="would not train them"):
         trainer.train()
     assert not hasattr(llama, "mtp_heads")
+
+
+@pytest.mark.parametrize("kind", MTP_KINDS)
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, kind, ratio):
+    """What is left is the next-token loss: that of a run without extra heads, as long as nothing is learned."""
+    found = []
+    for num_heads in (1, 3):
+        args = make_args(
+            tst_phase_ratio=ratio, mtp_num_heads=num_heads, mtp_kind=kind, learning_rate=0, logging_steps=2,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(200))
+        trainer.train()
+        found.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for plain, entry in zip(*found, strict=True):
+        trains = entry["tst_phase"] == "recovery"
+        assert ("mtp_loss" in entry) == trains
+        assert "mtp_loss" not in plain
+        assert entry["loss"] - entry.get("mtp_loss", 0) == pytest.approx(plain["loss"], abs=2e-5)
+        assert not trains or entry["mtp_loss"] > 1
+
+
+@pytest.mark.parametrize("mode", ["full", "output"])
+def test_operations_are_counted_where_heads_train(llama, make_args, mode):
+    found = []
+    for num_heads in (1, 2):
+        args = make_args(mtp_num_heads=num_heads, tst_mode=mode, tst_phase_ratio=0.3)
+        trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(200))
+        found.append(trainer.train().metrics.get("total_flos") or trainer.state.total_flos)
+    layer = sum(p.numel() for p in llama.model.layers[-1].parameters())
+    assert found[1] - found[0] == 6 * layer * (10 - SWITCH) * 2 * BLOCK_LENGTH
