@@ -329,3 +329,13 @@ def test_operations_are_counted_where_heads_train(llama, make_args, mode):
         found.append(trainer.train().metrics.get("total_flos") or trainer.state.total_flos)
     layer = sum(p.numel() for p in llama.model.layers[-1].parameters())
     assert found[1] - found[0] == 6 * layer * (10 - SWITCH) * 2 * BLOCK_LENGTH
+
+
+def test_the_card_is_that_of_the_model_that_is_saved(llama, make_args):
+    args = make_args(mtp_num_heads=3)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
+    trainer.train()
+    trainer.create_model_card()
+    card = (Path(args.output_dir) / "README.md").read_text()
+    assert f"{llama.num_parameters():,}" in card
+    assert "2 extra parallel heads" in card
