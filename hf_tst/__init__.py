@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .collator import DataCollatorForTokenSuperposition
     from .linear_loss import linear_multi_hot_cross_entropy
     from .loss import multi_hot_cross_entropy
+    from .mtp import MTPHeads, multi_token_prediction
     from .phases import PhaseSchedule
     from .superposition import fused_next_token_loss, token_superposition
     from .trainer import TSTTrainer
@@ -20,18 +21,21 @@ if TYPE_CHECKING:
 # Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
 _MODULES = {
     "DataCollatorForTokenSuperposition": "collator",
+    "MTPHeads": "mtp",
     "PhaseSchedule": "phases",
     "TSTTrainer": "trainer",
     "TSTTrainingArguments": "arguments",
     "fused_next_token_loss": "superposition",
     "linear_multi_hot_cross_entropy": "linear_loss",
     "multi_hot_cross_entropy": "loss",
+    "multi_token_prediction": "mtp",
     "offset_weights": "bags",
     "token_superposition": "superposition",
 }
 
 __all__ = [
     "DataCollatorForTokenSuperposition",
+    "MTPHeads",
     "PhaseSchedule",
     "TSTTrainer",
     "TSTTrainingArguments",
@@ -39,6 +43,7 @@ __all__ = [
     "fused_next_token_loss",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
+    "multi_token_prediction",
     "offset_weights",
     "token_superposition",
 ]

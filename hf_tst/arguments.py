@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from .bags import OffsetWeighting, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
 from .fused import FusedLoss, check_fused_loss
+from .mtp import MTPKind, check_mtp
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 
 
@@ -38,6 +39,12 @@ class TSTTrainingArguments(TrainingArguments):
             training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
         tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
             not what the checkpoint was trained with.
+        mtp_num_heads (`int`, defaults to 1): Tokens that every position predicts in next-token training, n, the next
+            one included (multi-token prediction). The n - 1 extra heads are not saved with the model. 1 is none.
+        mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
+            `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
+        mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
+            if sequential; 1 if parallel and 0.3 if sequential by default.
 
     Raises:
         ValueError: If a field is out of range, or another argument cannot go with superposition.
@@ -98,6 +105,27 @@ class TSTTrainingArguments(TrainingArguments):
         },
     )
 
+    mtp_num_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Tokens that every position predicts in next-token training, the next one included (multi-token "
+            "prediction). The extra heads are not saved with the model. 1 is ordinary training."
+        },
+    )
+    mtp_kind: MTPKind = field(
+        default="parallel",
+        metadata={
+            "help": "Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's)."
+        },
+    )
+    mtp_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the extra heads' losses: of their sum if parallel (1 by default), of their mean if "
+            "sequential (0.3 by default)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -109,6 +137,7 @@ class TSTTrainingArguments(TrainingArguments):
         resolve_weighting(self.tst_mode, self.tst_offset_weighting)
         check_fused_loss(self.tst_fused_loss)
         check_document_boundaries(self.tst_document_boundaries)
+        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight)
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
             raise ValueError(
                 "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="

@@ -25,6 +25,7 @@ from .document_attention import DocumentAttentionCallback
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .loss import count_target_bags
+from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
 from .publishing import PublishingTrainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
@@ -54,17 +55,19 @@ class TSTTrainer(PublishingTrainer):
         ValueError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
-        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
-        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out.
+        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
+          extra heads inside.
+        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
-        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` in checkpoints.
+        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` and extra heads in
+          checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
-        - `log`: phase, raw and latent tokens, load of experts.
+        - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
         - [`PublishingTrainer`] overrides what concerns the Hub and the card.
     """
@@ -108,6 +111,8 @@ class TSTTrainer(PublishingTrainer):
             self.add_callback(DocumentAttentionCallback())
         self.add_callback(self._switch)
         self.add_callback(self._meter)
+        self._mtp = MTPCallback(self)
+        self.add_callback(self._mtp)
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
@@ -136,7 +141,8 @@ class TSTTrainer(PublishingTrainer):
         self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         self._restore_random_state = False
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._mtp.attached():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
             self._checkpoint = None
@@ -200,6 +206,8 @@ class TSTTrainer(PublishingTrainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return
         super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.is_in_train:
+            self._mtp.save(output_dir)
         if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
             self._gather_left_out()
             self._data.save(
@@ -208,6 +216,7 @@ class TSTTrainer(PublishingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._mtp.load(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
 
@@ -255,14 +264,16 @@ class TSTTrainer(PublishingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
+        """Operations of a forward and backward pass over `inputs`; a bag counts as one token, and reaches no extra head."""
         input_ids = inputs.get("input_ids")
-        if isinstance(input_ids, Tensor) and input_ids.dim() == 3:
-            inputs = {**inputs, "input_ids": input_ids[..., 0]}
-        return super().floating_point_ops(inputs)
+        if not _is_superposed(inputs) or not isinstance(input_ids, Tensor):
+            return super().floating_point_ops(inputs)
+        positions = input_ids[..., 0] if input_ids.dim() == 3 else input_ids
+        operations = super().floating_point_ops({**inputs, "input_ids": positions})
+        return operations - 6 * self._mtp.parameters * positions.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase, the tokens so far and the load of experts."""
+        """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
@@ -270,6 +281,7 @@ class TSTTrainer(PublishingTrainer):
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
+            entries |= self._mtp.report()
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
