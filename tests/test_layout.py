@@ -21,6 +21,8 @@ LAYERS = [
         "hardware",
         "published",
         "run_record",
+        "evaluation",
+        "next_token_metric",
     },
     {
         "kernels",
