@@ -29,6 +29,7 @@ from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
 from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
 from .quickstart import standard_library_documents, train_tokenizer
+from .reinitialize import ReinitializeCallback
 from .report import format_phases, summarize_phases
 from .text_files import load_text_file
 from .trainer import TSTTrainer
@@ -295,6 +296,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         eval_dataset=eval_blocks,
         processing_class=prepared.tokenizer,
     )
+    if model_args.reinit_at_switch:
+        trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
     tokens = trainer.get_total_train_batch_size(args) * block_size
     if data_args.tokens_per_step not in (None, tokens):
         raise ValueError(

@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .arguments import TSTTrainingArguments
+from .reinitialize import Reinitialized
 
 QUICK_START: dict[str, Any] = {
     "output_dir": "runs/quickstart",
@@ -97,6 +98,12 @@ class ModelArguments:
         default="all-linear",
         metadata={"help": "Layers to adapt: all-linear, or names such as q_proj,v_proj."},
     )
+    reinit_at_switch: Reinitialized | None = field(
+        default=None,
+        metadata={
+            "help": "Ablation: new random weights when superposition ends, of embeddings, head or both."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.config_overrides and self.model_name_or_path:
@@ -107,6 +114,10 @@ class ModelArguments:
             raise ValueError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
         if self.lora_rank and not self.model_name_or_path:
             raise ValueError("lora_rank adapts a trained model: name it with model_name_or_path.")
+        if self.lora_rank and self.reinit_at_switch:
+            raise ValueError(
+                "reinit_at_switch would change what an adapter adapts: leave it or lora_rank out."
+            )
 
     def lora_config(self) -> Any:
         """The `peft.LoraConfig` that the arguments ask for, or `None`."""

@@ -38,6 +38,7 @@ LAYERS = [
         "data_plan",
         "model_shape",
         "run_result",
+        "reinitialize",
     },
     {"linear_loss", "model_card", "rows", "data_position", "run_queue"},
     {"fused", "stream", "plan"},
