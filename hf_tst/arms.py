@@ -44,7 +44,7 @@ def check_arms(names: Iterable[str], values: Mapping[str, Any]) -> None:
         if name.startswith("tst") and not is_superposed(values):
             raise ValueError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="
-                f"{values.get('tst_phase_ratio')} and tst_bag_size={values.get('tst_bag_size')}: set both."
+                f"{setting(values, 'tst_phase_ratio')} and tst_bag_size={setting(values, 'tst_bag_size')}: set both."
             )
 
 
@@ -63,16 +63,17 @@ def arm_values(name: str, values: Mapping[str, Any], *, fusable: bool = True) ->
     return changed
 
 
-def is_superposed(values: Mapping[str, Any]) -> bool:
-    """Whether a configuration asks for superposition; what it does not name has its default."""
-    schedule = arm_schedule(values, 1)
-    return schedule.phase_ratio > 0 and schedule.bag_size > 1
+def setting(values: Mapping[str, Any], name: str) -> Any:
+    """What a configuration gives a training argument: its value there, or else its default."""
+    return values.get(name, TSTTrainingArguments.__dataclass_fields__[name].default)
 
 
 def arm_schedule(values: Mapping[str, Any], max_steps: int) -> PhaseSchedule:
-    """The phases of a run of `max_steps` optimizer steps; what `values` does not name has its default."""
-    defaults = {entry.name: entry.default for entry in fields(TSTTrainingArguments)}
-    ratio, size, mode = (
-        values.get(name, defaults[name]) for name in ("tst_phase_ratio", "tst_bag_size", "tst_mode")
-    )
+    """The phases of a run of `max_steps` optimizer steps with a configuration."""
+    ratio, size, mode = (setting(values, name) for name in ("tst_phase_ratio", "tst_bag_size", "tst_mode"))
     return PhaseSchedule(max_steps, ratio, size, mode)
+
+
+def is_superposed(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration asks for superposition."""
+    return setting(values, "tst_phase_ratio") > 0 and setting(values, "tst_bag_size") > 1

@@ -30,14 +30,20 @@ class StepCost:
         return switch * self.superposition + (schedule.max_steps - switch) * self.recovery
 
 
-def operations_per_step(shape: ModelShape, length: int, latent_tokens: int) -> StepCost:
+def operations_per_step(shape: ModelShape, length: int, latent_tokens: int, heads: int = 1) -> StepCost:
     """Floating point operations of a step of an arm, by phase.
 
     Args:
-        shape (`ModelShape`): The arm's model.
+        shape (`ModelShape`): The model.
         length (`int`): Latent positions a row, l.
         latent_tokens (`int`): Latent tokens a step, over all devices.
+        heads (`int`, defaults to 1): Heads of multi-token prediction.
+
+    Raises:
+        ValueError: If there is more than one head, whose operations are not counted.
     """
+    if heads != 1:
+        raise ValueError(f"The operations of mtp_num_heads={heads} are not counted: leave the arm out.")
     operations = latent_tokens * operations_per_position(shape, length)
     return StepCost(operations, operations)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arms import ARMS, arm_schedule, arm_values, check_arms, is_superposed
+from .arms import ARMS, arm_schedule, arm_values, check_arms, is_superposed, setting
 from .budget import (
     BUDGETS,
     Budget,
@@ -79,25 +79,31 @@ def plan_comparison(
     values = {name: arm_values(name, experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
-    default_rate = str(experiment.values.get("learning_rate", 5e-5))
+    default_rate = str(setting(experiment.values, "learning_rate"))
     rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
     max_steps = experiment.values["max_steps"]
     schedules = {name: arm_schedule(arm, max_steps) for name, arm in values.items()}
     for name, schedule in schedules.items():
         experiment.check_data(f"The arm {name}", schedule)
-    length, tokens = experiment.block_size, experiment.latent_tokens_per_step
+    tokens = experiment.latent_tokens_per_step
+    operations = {
+        name: operations_per_step(experiment.shape, experiment.block_size, 1, arm.get("mtp_num_heads", 1))
+        for name, arm in values.items()
+    }
     if args.budget == "time":
         costs = calibrate(experiment, args, values)
     elif args.budget == "data":
         costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
     else:
-        costs = {name: operations_per_step(experiment.shape, length, tokens) for name in names}
+        costs = {
+            name: StepCost(tokens * o.superposition, tokens * o.recovery) for name, o in operations.items()
+        }
     steps = steps_within_budget(args.budget, costs, schedules)
     plans, runs = {}, []
     for name in names:
         schedule = arm_schedule(values[name], steps[name])
         experiment.check_data(f"The arm {name}", schedule)
-        plans[name] = ArmPlan(schedule, operations_per_step(experiment.shape, length, 1))
+        plans[name] = ArmPlan(schedule, operations[name])
         settings = with_steps(values[name], steps[name])
         for rate in rates:
             for seed in seeds:
@@ -183,7 +189,7 @@ def _facts(
     return {
         "command": shlex.join(["hf-tst", "compare", *argv]),
         "parameters": f"{experiment.shape.parameters:,}",
-        "superposition": f"s = {values.get('tst_bag_size', 6)}, r = {values.get('tst_phase_ratio', 0.3)}",
+        "superposition": f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}",
         "steps": ", ".join(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .arguments import TSTTrainingArguments
+from .arms import setting
 from .fused import check_fusable
 from .model_shape import ModelShape
 from .phases import PhaseSchedule
@@ -76,7 +77,7 @@ class Experiment:
     @property
     def latent_tokens_per_step(self) -> int:
         """Latent tokens a step; those of one process where it is not known how many there are."""
-        rows = self.rows_per_step or self.values.get("per_device_train_batch_size", 8)
+        rows = self.rows_per_step or setting(self.values, "per_device_train_batch_size")
         return rows * self.block_size
 
     def check_data(self, name: str, schedule: PhaseSchedule) -> None:
@@ -152,10 +153,11 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
         fusable = True
     except ValueError:
         fusable = False
-    batch, tokens = values.get("per_device_train_batch_size", 8), values.get("tokens_per_step")
+    tokens = values.get("tokens_per_step")
     rows = tokens // prepared.block_size if tokens else None
     if rows is None and launcher is None:
-        rows = batch * values.get("gradient_accumulation_steps", 1)
+        batch = setting(values, "per_device_train_batch_size")
+        rows = batch * setting(values, "gradient_accumulation_steps")
     return Experiment(
         values=values,
         shape=ModelShape.from_config(prepared.model.config, model_args.lora_config()),
@@ -174,7 +176,8 @@ def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:
     """
     settings = dict(values)
     if settings.get("tokens_per_step"):
-        filled = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "block_size": None}
+        names = ("gradient_accumulation_steps", "per_device_train_batch_size")
+        filled = {name: setting(values, name) for name in names} | {"block_size": None}
         settings["gradient_accumulation_steps"] = micro_batches(Namespace(**filled | settings), 1)
     return _make(TSTTrainingArguments, settings)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arms import arm_schedule, arm_values, is_superposed
+from .arms import arm_schedule, arm_values, is_superposed, setting
 from .comparison import BASELINE, Outcome, summarize_rate
 from .experiment import (
     Experiment,
@@ -53,9 +53,9 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
     values = experiment.values
     seeds = parse_list("seeds", args.seeds, int)
     cells: list[tuple[Cell, dict[str, Any]]] = []
-    for mode in parse_list("modes", args.modes or values.get("tst_mode", "full"), str):
+    for mode in parse_list("modes", args.modes or setting(values, "tst_mode"), str):
         for weighting in parse_list(
-            "weightings", args.weightings or values.get("tst_offset_weighting", "uniform"), str
+            "weightings", args.weightings or setting(values, "tst_offset_weighting"), str
         ):
             for size in parse_list("bag_sizes", args.bag_sizes, int):
                 for ratio in parse_list("phase_ratios", args.phase_ratios, float):
@@ -95,7 +95,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     failures = run_all(
         [run for _, runs in planned for run in runs], processes=args.processes, launcher=args.launcher
     )
-    rate = values.get("learning_rate", 5e-5)
+    rate = setting(values, "learning_rate")
     losses = {}
     for cell, runs in planned:
         outcomes = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from hf_tst import cli, pretrain, run_queue
+from hf_tst import TSTTrainingArguments, cli, pretrain, run_queue
 from hf_tst.arms import ARMS
 from hf_tst.compare import CompareArguments, main, plan_comparison
 from hf_tst.experiment import open_experiment, parse_experiment, parse_list, training_arguments
@@ -42,6 +42,13 @@ def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
     assert settings["baseline"]["max_steps"] == 12 * 4 + 28
     assert settings["baseline"]["warmup_steps"] == round(4 * 76 / 40)
     assert settings["baseline"]["lr_scheduler_kwargs"] == {"num_decay_steps": round(8 * 76 / 40)}
+
+
+def test_an_arm_with_extra_heads_takes_fewer_steps(tiny_recipe):
+    if "mtp_num_heads" not in TSTTrainingArguments.__dataclass_fields__:
+        pytest.skip("there are no extra heads in this version")
+    plans, _ = planned(tiny_recipe, "--arms", "baseline,mtp", "--max_steps", "200")
+    assert plans["mtp"].schedule.max_steps < plans["baseline"].schedule.max_steps
 
 
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
