@@ -283,7 +283,7 @@ def parse_values(
     actions = {action.dest: action for action in parser._actions}
     optional = {
         name for kind in dataclass_types for name, hint in get_type_hints(kind).items() if _takes_none(hint)
-    }
+    } | {name for name, action in actions.items() if action.default is None}
     values = {
         name: None
         if value is None and name in optional
