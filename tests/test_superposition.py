@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, make_model
@@ -104,6 +106,40 @@ def snapshot(model):
     }
     hooks = {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()}
     return {name: set(values) for name, values in attributes.items()}, hooks, model.config.to_dict()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+def test_a_copy_made_inside_works_on_its_own_weights(llama, fused_loss, wrapped):
+    model = llama.train()
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        model = peft.get_peft_model(model, config).train()
+    bags, labels = make_bags()
+
+    def loss_and_gradients(one):
+        one.zero_grad()
+        loss = one(input_ids=bags, labels=labels).loss
+        loss.backward()
+        return loss, {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+
+    with token_superposition(model, 4, fused_loss=fused_loss):
+        before, expected = loss_and_gradients(model)
+        model.zero_grad()
+        twin = copy.deepcopy(model)
+        loss, gradients = loss_and_gradients(twin)
+        assert torch.equal(loss, before)
+        assert all(p.grad is None for p in model.parameters())
+        assert gradients.keys() == expected.keys()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+        twin.get_input_embeddings().weight.data.normal_()
+        of_embedding = loss_and_gradients(twin)[0]
+        twin.get_output_embeddings().weight.data.normal_()
+    assert not torch.equal(of_embedding, before)
+    assert not torch.equal(loss_and_gradients(twin)[0], of_embedding)
+    assert "_loss_function" not in vars(llama)
+    assert not llama._forward_pre_hooks
 
 
 @pytest.mark.parametrize("fails", [False, True])
