@@ -18,6 +18,7 @@ from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_w
 from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
+from .head import check_loss_is_replaceable
 from .phases import TSTMode, check_bag_size, check_mode
 from .probing import own_class
 
@@ -72,6 +73,7 @@ def token_superposition(
     weighting = resolve_weighting(mode, offset_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
+    check_loss_is_replaceable(core)
     weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
     with replaced_loss(called, core, weights, fused_loss):
         bags = _BagInput(core, bag_size, mode, document_boundaries)
@@ -194,10 +196,14 @@ class _BagInput:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: `input_ids` of shape `(B, l, s)` become `inputs_embeds`."""
         input_ids = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None or input_ids.dim() != 3:
+        if input_ids is None:
             return None
-        if self.mode == "output":
+        are_bags = input_ids.dim() == 3
+        if are_bags and self.mode == "output":
             raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
+        _check_labels_fit(kwargs.get("labels"), input_ids)
+        if not are_bags:
+            return None
         if input_ids.shape[-1] != self.bag_size:
             raise ValueError(
                 f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
@@ -212,6 +218,17 @@ class _BagInput:
         averaged = average_embeddings(self.core.get_input_embeddings(), input_ids, self.empty)
         kwargs["inputs_embeds"] = averaged if self.scale == 1 else averaged * self.scale
         return (None, *args[1:]) if args else (), kwargs
+
+
+def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
+    """Raise `ValueError` unless labels, where either they or the ids are bags, have a bag for every position."""
+    if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
+        return
+    if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
+            f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
+        )
 
 
 def _unwrap_peft(model: Any) -> Any:

@@ -24,6 +24,7 @@ from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
+from .head import check_loss_is_replaceable
 from .hub import check_repo_holds_no_other_model, explained_hub_errors
 from .loss import count_target_bags
 from .model_card import write_card_of_trainer
@@ -386,6 +387,7 @@ class TSTTrainer(Trainer):
             )
 
     def _check_superposition(self) -> None:
+        check_loss_is_replaceable(find_language_model(self.model)[1])
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
                 raise ValueError(

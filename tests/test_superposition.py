@@ -191,6 +191,25 @@ def test_wrong_shapes_are_refused(llama):
             llama(input_ids=bags, labels=labels[..., :2])
 
 
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+def test_labels_that_are_not_one_bag_a_position_are_refused(llama, fused_loss):
+    bags, labels = make_bags()
+    llama.train()
+    with token_superposition(llama, 4, fused_loss=fused_loss):
+        for wrong, shape in ((labels[:, :5], "2, 5, 4"), (labels[:1], "1, 6, 4"), (labels[..., 0], "2, 6")):
+            message = rf"labels of shape \({shape}\) do not fit input_ids of shape \(2, 6, 4\)"
+            with pytest.raises(ValueError, match=message):
+                llama(input_ids=bags, labels=wrong)
+            with pytest.raises(ValueError, match=message):
+                llama(bags, labels=wrong)
+        assert llama(input_ids=bags, labels=labels).loss.isfinite()
+    with token_superposition(llama, 4, mode="output", fused_loss=fused_loss):
+        with pytest.raises(ValueError, match=r"\(2, 6, 4\) do not fit input_ids of shape \(2, 24\)"):
+            llama(input_ids=bags.flatten(1), labels=labels)
+        tokens = bags[..., 0]
+        assert llama(input_ids=tokens, labels=tokens).loss.isfinite()
+
+
 def test_a_bag_level_mask_hides_bags(llama):
     bags, labels = make_bags()
     mask = torch.ones(2, 6, dtype=torch.long)
