@@ -8,7 +8,7 @@ only, so ordinary 2-D batches (evaluation, generation) pass through as if nothin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_w
 from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, replaced_loss
+from .head import check_loss_is_replaceable
 from .phases import TSTMode, check_bag_size, check_mode
 from .probing import own_class
 
@@ -38,7 +39,8 @@ def token_superposition(
     `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
     Calls with ordinary 2-D ids and labels behave as ever. After the context, also after an exception, the
-    model's hooks, attributes, outputs and loss are what they were.
+    model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
+    its own weights, and stays in superposition when the context ends.
 
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
@@ -71,11 +73,11 @@ def token_superposition(
     weighting = resolve_weighting(mode, offset_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
+    check_loss_is_replaceable(core)
     weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
     with replaced_loss(called, core, weights, fused_loss):
-        handle = called.register_forward_pre_hook(
-            _make_input_hook(core, bag_size, mode, document_boundaries), with_kwargs=True
-        )
+        bags = _BagInput(core, bag_size, mode, document_boundaries)
+        handle = called.register_forward_pre_hook(bags.before_forward, with_kwargs=True)
         try:
             yield model
         finally:
@@ -168,23 +170,43 @@ def _is_causal(model: nn.Module) -> bool:
     return True
 
 
-def _make_input_hook(
-    core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    empty = -100 if document_boundaries == "respect" else None
-    scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+class _BagInput:
+    """Feeds a model the averaged embeddings of bags.
 
-    def feed_averaged_bags(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    An object with the model in it and no closure: a deep copy of the model has one of its own, with the copy in it.
+
+    Args:
+        core (`PreTrainedModel`): The model whose embedding it is.
+        bag_size (`int`): Tokens a bag, s.
+        mode (`str`): See [`token_superposition`].
+        document_boundaries (`str`): See [`token_superposition`].
+    """
+
+    def __init__(
+        self, core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
+    ) -> None:
+        self.core = core
+        self.bag_size = bag_size
+        self.mode = mode
+        self.empty = -100 if document_boundaries == "respect" else None
+        self.scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: `input_ids` of shape `(B, l, s)` become `inputs_embeds`."""
         input_ids = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None or input_ids.dim() != 3:
+        if input_ids is None:
             return None
-        if mode == "output":
+        are_bags = input_ids.dim() == 3
+        if are_bags and self.mode == "output":
             raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
-        if input_ids.shape[-1] != bag_size:
+        _check_labels_fit(kwargs.get("labels"), input_ids)
+        if not are_bags:
+            return None
+        if input_ids.shape[-1] != self.bag_size:
             raise ValueError(
-                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {bag_size}."
+                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
             )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
@@ -193,11 +215,20 @@ def _make_input_hook(
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        averaged = average_embeddings(core.get_input_embeddings(), input_ids, empty)
-        kwargs["inputs_embeds"] = averaged if scale == 1 else averaged * scale
+        averaged = average_embeddings(self.core.get_input_embeddings(), input_ids, self.empty)
+        kwargs["inputs_embeds"] = averaged if self.scale == 1 else averaged * self.scale
         return (None, *args[1:]) if args else (), kwargs
 
-    return feed_averaged_bags
+
+def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
+    """Raise `ValueError` unless labels, where either they or the ids are bags, have a bag for every position."""
+    if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
+        return
+    if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
+            f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
+        )
 
 
 def _unwrap_peft(model: Any) -> Any:

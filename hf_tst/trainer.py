@@ -24,6 +24,7 @@ from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
+from .head import check_loss_is_replaceable
 from .loss import count_target_bags
 from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
@@ -344,6 +345,7 @@ class TSTTrainer(PublishingTrainer):
             )
 
     def _check_superposition(self) -> None:
+        check_loss_is_replaceable(find_language_model(self.model)[1])
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
                 raise ValueError(
