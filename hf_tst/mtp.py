@@ -6,7 +6,7 @@ Extra head k = 1 … n-1 predicts token t+1+k at position t, by a decoder layer 
 model's own final norm and head. What is between last layer and head is found out by trying, as in `head.py`.
 
 - `"parallel"` (arXiv 2404.19737): the trunk is all layers but the last, which is the head of the next token; the extra
-  heads are layers beside it. This is how the paper's released code shares an unchanged number of layers.
+  heads are layers beside it. The paper takes n - 1 layers off the trunk, for equal parameters; here the model keeps its own.
 - `"sequential"` (arXiv 2412.19437, section 2.2): head k reads the head before it, the first one the model's last layer,
   and the embedding of token t+k: both normalised, joined, projected to d, then a decoder layer.
 

@@ -339,3 +339,16 @@ def test_the_card_is_that_of_the_model_that_is_saved(llama, make_args):
     card = (Path(args.output_dir) / "README.md").read_text()
     assert f"{llama.num_parameters():,}" in card
     assert "2 extra parallel heads" in card
+
+
+def test_superposition_is_that_of_a_run_without_extra_heads_bit_for_bit(llama, make_args):
+    set_dropout(llama)
+    found = []
+    for num_heads in (1, 3):
+        trainer = TSTTrainer(
+            copy.deepcopy(llama), make_args(mtp_num_heads=num_heads), train_dataset=make_blocks(200)
+        )
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0][:SWITCH] == found[1][:SWITCH]
+    assert found[0][SWITCH] < found[1][SWITCH]
