@@ -81,29 +81,33 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     for run in runs:
         run.check_settings()
     failures: dict[str, str] = {}
-    places, refused = _places(processes, launcher), Event()
+    places, stopped = _places(processes, launcher), Event()
 
     def do(run: PlannedRun) -> int:
-        if refused.is_set():
+        if stopped.is_set():
             return 0
         environment = places.get()
+        status = 2
         try:
             status = launch(run, launcher, environment)
         finally:
             places.put(environment)
-        if status == 2:  # the others would be refused as well
-            refused.set()
+            if status == 2:  # the others would be refused as well
+                stopped.set()
         return status
 
     with ThreadPoolExecutor(processes) as pool:
         started = {pool.submit(do, run): run for run in runs if run.result is None}
-        for number, future in enumerate(as_completed(started), 1):
-            run, status = started[future], future.result()
-            if status == 2:
-                raise ValueError(f"The run {run.name} was refused: {_last_line(run)}")
-            if status or run.result is None:
-                failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
-            print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
+        try:
+            for number, future in enumerate(as_completed(started), 1):
+                run, status = started[future], future.result()
+                if status == 2:
+                    raise ValueError(f"The run {run.name} was refused: {_last_line(run)}")
+                if status or run.result is None:
+                    failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
+                print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
+        finally:
+            stopped.set()  # interrupted: nothing further is started
     return failures
 
 

@@ -187,6 +187,19 @@ def test_a_refused_run_ends_the_comparison(tiny_recipe, tmp_path, in_process, mo
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
+def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        started.append(command[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    with pytest.raises(KeyboardInterrupt):
+        run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
+    assert len(started) == 1
+
+
 def test_lists():
     assert parse_list("seeds", "[0, 1]", int) == [0, 1]
     with pytest.raises(ValueError, match="at least one"):
