@@ -71,7 +71,7 @@ def test_extra_heads_are_told():
     card = make_model_card(
         make_record(arguments=ARGUMENTS | {"mtp_num_heads": 3, "mtp_kind": "sequential"}), repo_id="model"
     )
-    assert "2 extra sequential heads predicted the tokens after the next one" in card.text
+    assert "2 extra sequential heads predicted tokens after the next one" in card.text
     assert "extra" not in make_model_card(make_record(), repo_id="model").text
 
 
