@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path, before: int | None = None) -> str | None:
     """The checkpoint of the most steps that was written to its end, or `None`.
 
     Trainer writes `trainer_state.json` when weights, optimizer and schedule are there. A process that dies while a
@@ -16,11 +16,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
+        before (`int`, *optional*): Pass over checkpoints of so many steps, or more.
     """
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if number and folder.is_dir() and _is_complete(folder, int(number[1])):
+        if number is None or (before is not None and int(number[1]) >= before):
+            continue
+        if folder.is_dir() and _is_complete(folder, int(number[1])):
             found.append((int(number[1]), str(folder)))
     return max(found)[1] if found else None
 

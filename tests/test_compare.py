@@ -107,6 +107,20 @@ def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path
     assert resumed.arms[0].best.curve[-1].raw_tokens == whole.arms[0].best.curve[-1].raw_tokens
 
 
+def test_a_run_whose_result_was_not_written_takes_no_step_more(tiny_recipe, tmp_path, in_process):
+    argv = [str(tiny_recipe), "--seeds", "0", "--output_dir", str(tmp_path)]
+    first = main(argv)
+    for path in tmp_path.glob("*/result.json"):
+        path.unlink()
+    again = main(argv)
+    assert len(in_process) == 4
+    for before, after in zip(first.arms, again.arms, strict=True):
+        assert after.best.losses == before.best.losses
+        assert [(p.step, p.eval_loss) for p in after.best.curve] == [
+            (p.step, p.eval_loss) for p in before.best.curve
+        ]
+
+
 def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in_process, capsys):
     folder = tmp_path / "tst-lr0.01-seed0"
     folder.mkdir()
