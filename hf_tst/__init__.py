@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .arguments import TSTTrainingArguments
     from .bags import offset_weights
     from .collator import DataCollatorForTokenSuperposition
+    from .errors import PreemptedError, RunError, TSTError
     from .linear_loss import linear_multi_hot_cross_entropy
     from .loss import multi_hot_cross_entropy
     from .mtp import MTPHeads, multi_token_prediction
@@ -23,6 +24,9 @@ _MODULES = {
     "DataCollatorForTokenSuperposition": "collator",
     "MTPHeads": "mtp",
     "PhaseSchedule": "phases",
+    "PreemptedError": "errors",
+    "RunError": "errors",
+    "TSTError": "errors",
     "TSTTrainer": "trainer",
     "TSTTrainingArguments": "arguments",
     "fused_next_token_loss": "superposition",
@@ -37,6 +41,9 @@ __all__ = [
     "DataCollatorForTokenSuperposition",
     "MTPHeads",
     "PhaseSchedule",
+    "PreemptedError",
+    "RunError",
+    "TSTError",
     "TSTTrainer",
     "TSTTrainingArguments",
     "__version__",

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from .bad_loss import BadLoss, check_bad_loss
 from .bags import OffsetWeighting, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
+from .errors import TSTError
 from .fused import FusedLoss, check_fused_loss
 from .mtp import MTPKind, check_mtp
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+
+# Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
+LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+}
 
 
 @dataclass
@@ -45,9 +61,16 @@ class TSTTrainingArguments(TrainingArguments):
             `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
         mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
             if sequential; 1 if parallel and 0.3 if sequential by default.
+        tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
+            in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
+            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
+            `"ignore"` it, as the plain `Trainer` does.
+
+    `enable_jit_checkpoint` is honoured: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
+    `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
 
     Raises:
-        ValueError: If a field is out of range, or another argument cannot go with superposition.
+        TSTError: If a field is out of range, or another argument cannot go with superposition.
 
     Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
     """
@@ -125,30 +148,48 @@ class TSTTrainingArguments(TrainingArguments):
             "sequential (0.3 by default)."
         },
     )
+    tst_bad_loss: BadLoss = field(
+        default="stop",
+        metadata={
+            "help": "What to do with a loss or gradient that is not finite: stop (with the step and its blocks), skip the "
+            "optimizer step, or ignore it."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name, lowest in LOWEST.items():
+            if not getattr(self, name) >= lowest:
+                raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting)
         check_fused_loss(self.tst_fused_loss)
+        check_bad_loss(self.tst_bad_loss)
         check_document_boundaries(self.tst_document_boundaries)
         check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight)
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
-            raise ValueError(
+            raise TSTError(
                 "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="
                 f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
                 "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
             )
+        self._check_schedule()
         if self.tst_enabled:
             self._check_duration()
             self._check_order_of_rows()
         if self.tst_replaces_loss:
             self._check_loss()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into training_args.bin, beside the model, and pushes it.
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> TSTTrainingArguments:
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self))
+        return other
 
     @property
     def tst_enabled(self) -> bool:
@@ -160,9 +201,18 @@ class TSTTrainingArguments(TrainingArguments):
         """Whether training computes another loss function than the model's own: superposed, fused, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
 
+    def _check_schedule(self) -> None:
+        kind = SchedulerType(self.lr_scheduler_type)
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+        for name in self.lr_scheduler_kwargs or {}:
+            if name not in known:
+                raise TSTError(
+                    f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
+                )
+
     def _check_duration(self) -> None:
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
-            raise ValueError(
+            raise TSTError(
                 f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} give no step to train: set "
                 "max_steps to the number of optimizer steps, or leave it out and set num_train_epochs above 0."
             )
@@ -172,20 +222,20 @@ class TSTTrainingArguments(TrainingArguments):
         if getattr(self, "group_by_length", False):  # transformers before 5.1
             strategy = "group_by_length"
         if strategy not in ("random", "sequential"):
-            raise ValueError(
+            raise TSTError(
                 f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
                 "length in their order: use 'random' or 'sequential'."
             )
 
     def _check_loss(self) -> None:
         if self.label_smoothing_factor:
-            raise ValueError(
+            raise TSTError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets nor for the "
                 "fused loss: set it to 0."
             )
         liger = getattr(self, "liger_kernel_config", None) or {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
-            raise ValueError(
+            raise TSTError(
                 "use_liger_kernel replaces the loss of superposition and the fused loss: set "
                 'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
             )

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .arguments import TSTTrainingArguments
+from .errors import TSTError
 from .phases import PhaseSchedule
 
 # What an arm changes in the configuration, and nothing else. The baseline computes its loss as TST does, fused with the
@@ -29,13 +30,13 @@ def check_arms(names: Iterable[str], values: Mapping[str, Any]) -> None:
         values (`dict`): The configuration that they change.
 
     Raises:
-        ValueError: For an unknown arm, or a TST arm without superposition.
+        TSTError: For an unknown arm, or a TST arm without superposition.
     """
     for name in names:
         if name not in ARMS:
-            raise ValueError(f"arms must be of {', '.join(ARMS)}, but one is {name!r}.")
+            raise TSTError(f"arms must be of {', '.join(ARMS)}, but one is {name!r}.")
         if name.startswith("tst") and not is_superposed(values):
-            raise ValueError(
+            raise TSTError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="
                 f"{setting(values, 'tst_phase_ratio')} and tst_bag_size={setting(values, 'tst_bag_size')}: set both."
             )

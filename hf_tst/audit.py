@@ -9,6 +9,7 @@ import numpy as np
 from .arguments import TSTTrainingArguments
 from .data_plan import BatchLayout, DataPlan
 from .data_position import DataPosition
+from .errors import TSTError
 from .phases import Phase
 from .run_data import make_plan
 
@@ -69,10 +70,10 @@ def plan_of_arguments(
         world_size (`int`, defaults to 1): Ranks that read data of their own.
 
     Raises:
-        ValueError: If superposition is off (the plain Trainer orders the data then), or there are too few blocks.
+        TSTError: If superposition is off (the plain Trainer orders the data then), or there are too few blocks.
     """
     if not args.tst_enabled:
-        raise ValueError(
+        raise TSTError(
             f"tst_phase_ratio={args.tst_phase_ratio} and tst_bag_size={args.tst_bag_size} switch superposition off, and "
             "the plain Trainer orders the data by itself: there is no plan to audit."
         )
@@ -84,12 +85,10 @@ def plan_of_position(position: DataPosition) -> tuple[DataPlan, BatchLayout]:
     """The plan of the run that a `data_position.json` comes from.
 
     Raises:
-        ValueError: If the run reads a stream: what it gives is not known ahead.
+        TSTError: If the run reads a stream: what it gives is not known ahead.
     """
     if position.num_blocks is None:
-        raise ValueError(
-            "The run reads a stream, which has no plan: which blocks come next is for it to say."
-        )
+        raise TSTError("The run reads a stream, which has no plan: which blocks come next is for it to say.")
     plan = DataPlan(
         position.num_blocks, position.schedule, position.rows_per_step, position.seed, position.shuffle
     )
@@ -105,11 +104,11 @@ def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int
         block_length (`int`): Tokens a block, L.
 
     Raises:
-        ValueError: If the run has no such step.
+        TSTError: If the run has no such step.
     """
     steps = plan.schedule.max_steps
     if not 0 <= step < steps:
-        raise ValueError(f"The run has optimizer steps 0 to {steps - 1}, but step {step} is asked for.")
+        raise TSTError(f"The run has optimizer steps 0 to {steps - 1}, but step {step} is asked for.")
     blocks = [
         [[plan.row_blocks(int(row)) for row in rows] for rows in layout.rows(step, rank)]
         for rank in range(layout.world_size)
@@ -124,7 +123,7 @@ def verify_plan(plan: DataPlan) -> PlanSummary:
     It goes through every row of the run, in memory of a bit a block.
 
     Raises:
-        ValueError: If a block is read twice in a pass, naming both.
+        TSTError: If a block is read twice in a pass, naming both.
     """
     size = plan.schedule.blocks_per_row
     ever = np.zeros(plan.num_blocks, dtype=bool)
@@ -142,7 +141,7 @@ def verify_plan(plan: DataPlan) -> PlanSummary:
                 current, seen[:] = int(data_pass), False
             values, counts = np.unique(blocks, return_counts=True)
             if (twice := (counts > 1) | seen[values]).any():
-                raise ValueError(
+                raise TSTError(
                     f"Block {values[twice.argmax()]} is read more than once in pass {current}: the plan is wrong."
                 )
             seen[values] = ever[values] = True

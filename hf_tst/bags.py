@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .errors import TSTError
+
 OffsetWeighting = Literal["uniform", "power_law", "fitted_power_law", "exponential", "first_token"]
 
 OFFSET_WEIGHTINGS: tuple[OffsetWeighting, ...] = get_args(OffsetWeighting)
@@ -24,10 +26,10 @@ def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
     """Fold `(B, l·s)` into `(B, l, s)`: bag t holds tokens `t·s … t·s + s - 1`.
 
     Raises:
-        ValueError: If the row length is no multiple of `bag_size`.
+        TSTError: If the row length is no multiple of `bag_size`.
     """
     if tokens.dim() != 2 or tokens.shape[1] % bag_size:
-        raise ValueError(
+        raise TSTError(
             f"Rows of shape {tuple(tokens.shape)} cannot be folded into bags of {bag_size}: "
             "give a 2-D tensor whose row length is a multiple of the bag size."
         )
@@ -81,7 +83,7 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
         bag_size (`int`): Tokens a bag, s.
 
     Raises:
-        ValueError: If `weighting` is unknown.
+        TSTError: If `weighting` is unknown.
     """
     check_offset_weighting(weighting)
     offset = torch.arange(1, bag_size + 1, dtype=torch.float64)
@@ -100,9 +102,9 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
 
 
 def check_offset_weighting(weighting: str) -> None:
-    """Raise `ValueError` unless `weighting` is one of `OFFSET_WEIGHTINGS`."""
+    """Raise `TSTError` unless `weighting` is one of `OFFSET_WEIGHTINGS`."""
     if weighting not in OFFSET_WEIGHTINGS:
-        raise ValueError(
+        raise TSTError(
             f"tst_offset_weighting must be one of {', '.join(OFFSET_WEIGHTINGS)}, but is {weighting!r}."
         )
 
@@ -111,13 +113,13 @@ def resolve_weighting(mode: str, weighting: OffsetWeighting) -> OffsetWeighting:
     """The weighting that `mode` trains with: input-only superposition has one target, the first token.
 
     Raises:
-        ValueError: If `weighting` is unknown, or `mode` leaves it nothing to weigh.
+        TSTError: If `weighting` is unknown, or `mode` leaves it nothing to weigh.
     """
     check_offset_weighting(weighting)
     if mode != "input":
         return weighting
     if weighting not in ("uniform", "first_token"):
-        raise ValueError(
+        raise TSTError(
             f"tst_mode='input' has a single target token, so tst_offset_weighting={weighting!r} has nothing "
             "to weigh: leave it at 'uniform', or use tst_mode='full'."
         )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import TSTError
+
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
 # Stored lengths that are looked at before training starts, where the data's type does not say the length.
@@ -50,14 +52,14 @@ class BlockRules:
         """The tokens of block `index` of the data, `(L,)`.
 
         Raises:
-            ValueError: If it has no `input_ids`, or they are not one row of ids of the vocabulary, differ in length from
+            TSTError: If it has no `input_ids`, or they are not one row of ids of the vocabulary, differ in length from
                 the other blocks or from the labels, or are padded.
         """
         tokens = _tokens(block, index)
         if self.length is not None:
             check_length(len(tokens), self.length, index)
         if "labels" in block and len(block["labels"]) != len(tokens):
-            raise ValueError(
+            raise TSTError(
                 f"Block {index} of the training data has {len(tokens)} input_ids and {len(block['labels'])} labels: give "
                 "every token its label, or leave the labels out."
             )
@@ -66,10 +68,10 @@ class BlockRules:
         return tokens
 
     def check_padding(self, tokens: NDArray[Any], attention_mask: Any, index: int) -> None:
-        """Raise `ValueError` if the blocks from `index` on, joined to one row, are padded."""
+        """Raise `TSTError` if the blocks from `index` on, joined to one row, are padded."""
         if attention_mask is not None and not (real := np.asarray(attention_mask).astype(bool)).all():
             padded = index + int(real.argmin()) // (self.length or len(tokens))
-            raise ValueError(
+            raise TSTError(
                 f"Block {padded} of the training data is padded (its attention_mask holds zeros), and a bag would "
                 "average padding with text: pack the data into full blocks."
             )
@@ -77,7 +79,7 @@ class BlockRules:
             return
         length = self.length or len(tokens)
         if (ends := tokens[length - 1 :: length] == self.pad_token_id).any():
-            raise ValueError(
+            raise TSTError(
                 f"Block {index + int(ends.argmax())} of the training data ends in the padding token "
                 f"{self.pad_token_id}, and a bag would average padding with text: pack the data into full blocks."
             )
@@ -89,7 +91,7 @@ class BlockRules:
             known = (
                 "ids are not negative" if size is None else f"the model has embeddings for 0 to {size - 1}"
             )
-            raise ValueError(
+            raise TSTError(
                 f"Block {index} of the training data holds the id {tokens[bad.argmax()]}, but {known}: tokenise it with the "
                 "model's own tokenizer."
             )
@@ -108,10 +110,10 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
         vocab_size (`int`, *optional*): Ids that the model has an embedding for.
 
     Raises:
-        ValueError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
+        TSTError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
     """
     if len(blocks) == 0:
-        raise ValueError("The training data is empty: it has no block of tokens.")
+        raise TSTError("The training data is empty: it has no block of tokens.")
     if hasattr(blocks, "with_format"):
         blocks = blocks.with_format("numpy")
     length = len(BlockRules().check(blocks[0], 0))
@@ -129,9 +131,9 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
 
 
 def check_length(found: int, length: int, index: int) -> None:
-    """Raise `ValueError` unless block `index`, of `found` tokens, has `length` tokens."""
+    """Raise `TSTError` unless block `index`, of `found` tokens, has `length` tokens."""
     if found != length:
-        raise ValueError(
+        raise TSTError(
             f"Blocks must be of equal length, but block 0 of the training data has {length} tokens and block "
             f"{index} has {found}: pack the data into blocks."
         )
@@ -141,20 +143,20 @@ def _tokens(block: Any, index: int) -> NDArray[np.int64]:
     """The `input_ids` of a block, `(L,)`."""
     if not isinstance(block, Mapping) or "input_ids" not in block:
         names = sorted(block) if isinstance(block, Mapping) else type(block).__name__
-        raise ValueError(
+        raise TSTError(
             f"The training data needs a column 'input_ids', but has {names}: tokenise and pack it."
         )
     try:
         tokens = np.asarray(block["input_ids"])
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise TSTError(
             f"The input_ids of block {index} of the training data are not one row of token ids: {error}."
         ) from None
     if tokens.ndim == 1 and not len(tokens):
-        raise ValueError(f"Block {index} of the training data holds no token: pack the data into blocks.")
+        raise TSTError(f"Block {index} of the training data holds no token: pack the data into blocks.")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = f"an array of shape {tokens.shape} and type {tokens.dtype}" if tokens.ndim else "text"
-        raise ValueError(
+        raise TSTError(
             f"The input_ids of block {index} of the training data must be one row of whole numbers, but are {found}: "
             "tokenise the data and pack it into blocks."
         )

@@ -28,7 +28,7 @@ class BlockReader:
         rules (`BlockRules`, *optional*): What the blocks must keep to; by default nothing but one length a column.
 
     Raises:
-        ValueError: In reading, if a block breaks the rules.
+        TSTError: In reading, if a block breaks the rules.
     """
 
     def __init__(

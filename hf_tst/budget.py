@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from .errors import TSTError
 from .model_shape import ModelShape
 from .mtp import MTPKind
 from .phases import PhaseSchedule
@@ -68,7 +69,7 @@ def steps_within_budget(
         schedules (`dict[str, PhaseSchedule]`): The phases by arm, for the configured number of steps.
 
     Raises:
-        ValueError: If whole steps of an arm cannot come within 1 % of the budget.
+        TSTError: If whole steps of an arm cannot come within 1 % of the budget.
     """
     totals = {name: costs[name].of_run(schedule) for name, schedule in schedules.items()}
     reference = "baseline" if "baseline" in totals else next(iter(totals))
@@ -79,7 +80,7 @@ def steps_within_budget(
     for name, count in steps.items():
         total = costs[name].of_run(replace(schedules[name], max_steps=count))
         if abs(total - target) > TOLERANCE * target:
-            raise ValueError(
+            raise TSTError(
                 f"The arm {name} cannot be equal to {reference} in {UNITS[budget]}: {count} steps take {total:.4g}, and the "
                 f"budget is {target:.4g}, more than {TOLERANCE:.0%} away. Raise max_steps, or leave the arm out."
             )

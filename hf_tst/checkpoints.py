@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+from .checkpoint_folders import checkpoint_folders, restore_replaced
+from .errors import TSTError
+from .manifest import MANIFEST_FILE, manifest_problem
+
+logger = logging.get_logger(__name__)
+
 
 def last_complete_checkpoint(output_dir: str | Path, before: int | None = None) -> str | None:
-    """The checkpoint of the most steps that was written to its end, or `None`.
+    """The checkpoint of the most steps that is complete, or `None`.
 
-    Trainer writes `trainer_state.json` when weights, optimizer and schedule are there. A process that dies while a
-    checkpoint is written leaves a folder without it, or with half of it, which is passed over here.
+    A checkpoint with a manifest is complete if every file is what was written. Others, of the plain Trainer or of an older
+    hf_tst, are complete if their `trainer_state.json` is: Trainer writes it when weights, optimizer and schedule are
+    there. Those that are passed over are named in a warning.
 
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
         before (`int`, *optional*): Pass over checkpoints of so many steps, or more.
     """
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if number is None or (before is not None and int(number[1]) >= before):
+    restore_replaced(output_dir)
+    for step, folder in reversed(checkpoint_folders(output_dir).items()):
+        if before is not None and step >= before:
             continue
-        if folder.is_dir() and _is_complete(folder, int(number[1])):
-            found.append((int(number[1]), str(folder)))
-    return max(found)[1] if found else None
+        problem = _problem(folder, step)
+        if problem is None:
+            return str(folder)
+        logger.warning(f"{folder} is passed over: {problem}.")
+    return None
 
 
-def _is_complete(folder: Path, step: int) -> bool:
+def check_checkpoint(folder: str | Path) -> None:
+    """Check a checkpoint that is asked for by name.
+
+    Raises:
+        TSTError: If it is not there, or its manifest says that it is damaged.
+    """
+    if not Path(folder).is_dir():
+        raise TSTError(f"There is no checkpoint {folder} to resume from.")
+    if (Path(folder) / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
+        raise TSTError(
+            f"The checkpoint {folder} is damaged: {problem}; resume from another one, with "
+            f"resume_from_checkpoint='last' for the newest that is complete (without {MANIFEST_FILE} it is not checked)."
+        )
+
+
+def _problem(folder: Path, step: int) -> str | None:
+    if (folder / MANIFEST_FILE).exists():
+        return manifest_problem(folder)
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
     except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and state.get("global_step") == step
+        return "trainer_state.json is damaged"
+    if not isinstance(state, dict) or state.get("global_step") != step:
+        return f"trainer_state.json is not that of step {step}"
+    return None
 
 
 def load_renamed_weights(model: Any, folder: str | Path) -> bool:

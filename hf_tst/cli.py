@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from .exits import run_command
 from .version import __version__
 
 DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
@@ -28,7 +29,8 @@ EXAMPLES = """examples:
 
 `hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
 1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
-trained), 130 interrupted.
+trained), 130 interrupted, 143 told to end (SIGTERM, with enable_jit_checkpoint), after a checkpoint. --debug, anywhere,
+shows the traceback of what failed.
 """
 
 
@@ -47,19 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
+    before = ["--debug"] if arguments[0] == "--debug" else []
+    arguments = arguments[len(before) :]
     command = parser.parse_args(arguments[:1]).command
-    try:
-        COMMANDS[command](arguments[1:])
-    except ValueError as error:
-        print(f"hf-tst {command}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print(f"hf-tst {command}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(f"hf-tst {command}", COMMANDS[command], [*before, *arguments[1:]])
 
 
 def train(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ from .documents import (
     starts_of_ids,
     starts_of_positions,
 )
+from .errors import TSTError
 from .phases import TSTMode, check_bag_size, check_mode
 
 
@@ -55,7 +56,7 @@ class DataCollatorForTokenSuperposition:
         eos_token_id (`int`, *optional*): Last token of a document.
 
     Raises:
-        ValueError: If rows differ in length, do not divide into bags, are padded, lack `input_ids`, or do not say
+        TSTError: If rows differ in length, do not divide into bags, are padded, lack `input_ids`, or do not say
             where documents end although that is to be respected.
 
     Example:
@@ -85,12 +86,12 @@ class DataCollatorForTokenSuperposition:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for feature in features:
             if "input_ids" not in feature:
-                raise ValueError(
+                raise TSTError(
                     f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data."
                 )
         lengths = sorted({len(feature["input_ids"]) for feature in features})
         if len(lengths) > 1:
-            raise ValueError(
+            raise TSTError(
                 f"Rows of one batch must be of equal length, but have {lengths[0]} to {lengths[-1]} tokens: "
                 "pack the data into blocks."
             )
@@ -139,7 +140,7 @@ class DataCollatorForTokenSuperposition:
         if "position_ids" in features[0]:
             return starts_of_positions(_stack(features, "position_ids"))
         if self.eos_token_id is None:
-            raise ValueError(
+            raise TSTError(
                 "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
                 "a column 'document_ids', or set tst_document_boundaries='ignore'."
             )
@@ -151,7 +152,7 @@ def _full_rows(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     for feature in features:
         mask = feature.get("attention_mask")
         if mask is not None and not torch.as_tensor(mask).all():
-            raise ValueError(
+            raise TSTError(
                 "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
                 "pack the data into full blocks."
             )

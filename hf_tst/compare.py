@@ -19,6 +19,7 @@ from .budget import (
 )
 from .comparison import ArmPlan, Comparison, Outcome, compare_outcomes
 from .comparison_report import format_comparison, write_report
+from .errors import TSTError
 from .experiment import (
     Experiment,
     ExperimentArguments,
@@ -61,9 +62,9 @@ class CompareArguments(ExperimentArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget not in BUDGETS:
-            raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, but is {self.budget!r}.")
+            raise TSTError(f"budget must be one of {', '.join(BUDGETS)}, but is {self.budget!r}.")
         if self.calibration_steps < 4:
-            raise ValueError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
+            raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
 
 
 def plan_comparison(
@@ -72,7 +73,7 @@ def plan_comparison(
     """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
 
     Raises:
-        ValueError: If the arms cannot be equal in the budget, or the data is too short for one.
+        TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
     """
     names = parse_list("arms", args.arms, str)
     seeds = parse_list("seeds", args.seeds, int)
@@ -129,7 +130,7 @@ def calibrate(
     """Seconds a step of each arm, by phase, from short runs one after the other; kept, and not measured again.
 
     Raises:
-        ValueError: If one fails.
+        TSTError: If one fails.
     """
     runs = {}
     for name, arm in values.items():
@@ -147,7 +148,7 @@ def calibrate(
         )
     failures = run_all(list(runs.values()), launcher=args.launcher)
     if failures:
-        raise ValueError(next(iter(failures.values())))
+        raise TSTError(next(iter(failures.values())))
     costs = {}
     for name, run in runs.items():
         assert run.result is not None
@@ -161,7 +162,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     """Do what is missing of a comparison, and write `comparison.json`, `.md`, `.html` and `.png` into its folder.
 
     Raises:
-        ValueError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
+        TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import TSTError
 from .permutation import Indices, Permutation
 from .phases import PhaseSchedule
 
@@ -176,7 +177,7 @@ def plan_for_passes(
         rows_per_step, seed, shuffle: See [`DataPlan`].
 
     Raises:
-        ValueError: If the data does not give a single step, or fill a single row of superposition.
+        TSTError: If the data does not give a single step, or fill a single row of superposition.
     """
     budget = math.floor(passes * num_blocks)
 
@@ -185,7 +186,7 @@ def plan_for_passes(
 
     smallest = make_schedule(1)
     if smallest.phase_ratio and num_blocks < smallest.blocks_per_row:
-        raise ValueError(
+        raise TSTError(
             f"The training data has {num_blocks} blocks, too few for one row of superposition with {smallest.blocks_per_row}: "
             "give more data, a shorter block or a smaller tst_bag_size."
         )
@@ -199,7 +200,7 @@ def plan_for_passes(
         else:
             too_many = middle
     if not fits:
-        raise ValueError(
+        raise TSTError(
             f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows "
             f"with {smallest.blocks_per_row} blocks each: give more data, a smaller batch, a shorter block or a "
             "smaller tst_bag_size."
@@ -213,13 +214,13 @@ def plan_for_steps(
     """The plan of `schedule.max_steps` steps within one pass over the data.
 
     Raises:
-        ValueError: If the data has fewer blocks than the schedule needs.
+        TSTError: If the data has fewer blocks than the schedule needs.
     """
     needed = schedule.blocks_needed(rows_per_step)
     if needed > num_blocks:
         superposed, recovery = schedule.switch_step, schedule.max_steps - schedule.switch_step
         per_step = max(1.0, needed / schedule.max_steps)
-        raise ValueError(
+        raise TSTError(
             f"The schedule needs {needed} blocks ({superposed} superposition steps of {rows_per_step} rows with "
             f"{schedule.blocks_per_row} blocks each, {recovery} recovery steps of {rows_per_step} rows with one), but the "
             f"training data has {num_blocks}: lower max_steps to about {int(num_blocks / per_step)}, lower "

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .data_plan import BatchLayout
+from .errors import TSTError
 from .phases import PhaseSchedule
 
 POSITION_FILE = "data_position.json"
@@ -81,7 +82,7 @@ class DataPosition:
         """The position in a checkpoint, or `None` if it holds none.
 
         Raises:
-            ValueError: If the file is of another version, or damaged.
+            TSTError: If the file is of another version, or damaged.
         """
         path = Path(folder) / POSITION_FILE
         if not path.is_file():
@@ -91,10 +92,8 @@ class DataPosition:
             if values.get("version") == POSITION_VERSION:
                 return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"The file {path} is damaged ({error}): resume from another checkpoint."
-            ) from None
-        raise ValueError(
+            raise TSTError(f"The file {path} is damaged ({error}): resume from another checkpoint.") from None
+        raise TSTError(
             f"The file {path} has version {values.get('version')}, but this hf_tst reads version {POSITION_VERSION}: "
             "resume with the hf_tst that wrote it, or remove the file to go on unchecked."
         )
@@ -103,7 +102,7 @@ class DataPosition:
         """Check that a run with the fields `now` reads on where this position stands.
 
         Raises:
-            ValueError: If one of them differs, with both values.
+            TSTError: If one of them differs, with both values.
         """
         named = NAMES | ({"world_size": "the number of processes"} if self.split_by_rank else {})
         differences = [
@@ -112,7 +111,7 @@ class DataPosition:
             if (before := getattr(self, field)) != (after := getattr(now, field))
         ]
         if differences:
-            raise ValueError(
+            raise TSTError(
                 f"The checkpoint at step {self.step} was trained on other data positions ({'; '.join(differences)}): "
                 "resume with what it was saved with, or set tst_allow_data_change=True and accept that data is "
                 "read twice or never."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import TSTTrainingArguments
+from .errors import TSTError
 from .superposition import find_language_model
 
 _LENGTH = 4
@@ -45,12 +46,12 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
             of one row only.
 
     Raises:
-        ValueError: If the model's attention, or another mixing of positions, crosses documents.
+        TSTError: If the model's attention, or another mixing of positions, crosses documents.
     """
     _, core = find_language_model(model)
     name = type(core).__name__
     if "position_ids" not in inspect.signature(type(core).forward).parameters:
-        raise ValueError(
+        raise TSTError(
             f"{name} takes no position_ids, so it cannot keep documents apart: set tst_document_boundaries='ignore'."
         )
     device = next(core.parameters()).device
@@ -71,7 +72,7 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
         model.train(was_training)
     if not inside <= _ROUNDING * across:
         implementation = getattr(core.config, "_attn_implementation", None)
-        raise ValueError(
+        raise TSTError(
             f"tst_document_boundaries='respect' needs a model that keeps attention inside documents, but {name} with "
             f"attn_implementation={implementation!r} in batches of {rows} does not: use attn_implementation='sdpa', "
             "'eager' or 'flex_attention' (flash attention does with per_device_train_batch_size=1), or set "

@@ -11,15 +11,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .errors import TSTError
+
 DocumentBoundaries = Literal["ignore", "respect"]
 
 DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
 
 
 def check_document_boundaries(boundaries: str) -> None:
-    """Raise `ValueError` unless `boundaries` is one of `DOCUMENT_BOUNDARIES`."""
+    """Raise `TSTError` unless `boundaries` is one of `DOCUMENT_BOUNDARIES`."""
     if boundaries not in DOCUMENT_BOUNDARIES:
-        raise ValueError(
+        raise TSTError(
             f"tst_document_boundaries must be one of {', '.join(DOCUMENT_BOUNDARIES)}, but is {boundaries!r}."
         )
 

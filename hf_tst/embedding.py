@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import TSTError
 from .probing import StandIn, own_class, replaced_module
 
 _POSITIONS = 3
@@ -28,7 +29,7 @@ def inputs_embeds_scale(model: Any) -> float:
         model (`PreTrainedModel`): A causal language model, not wrapped.
 
     Raises:
-        ValueError: If the model does something else than scaling to its own embeddings only.
+        TSTError: If the model does something else than scaling to its own embeddings only.
     """
     embedding = model.get_input_embeddings()
     weight = embedding.weight
@@ -47,7 +48,7 @@ def inputs_embeds_scale(model: Any) -> float:
     except _UnknownWayError:
         return 1.0
     if not torch.allclose(by_ids, scaled, rtol=1e-4, atol=1e-6):
-        raise ValueError(
+        raise TSTError(
             f"{own_class(model).__name__} cannot be fed averaged embeddings: what it does to those it looks up itself, it "
             "does not do to `inputs_embeds`."
         )

@@ -1,6 +1,27 @@
-"""Turning what went wrong into one sentence."""
+"""What the package raises, and turning what went wrong into one sentence."""
 
 from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TSTError(ValueError):
+    """Bad input: an argument, a file, a data set or a checkpoint that cannot be used. The message is one sentence."""
+
+
+class RunError(RuntimeError):
+    """What stops a run whose input is right, such as a full disk or a loss that is not finite.
+
+    The message is one sentence that names the checkpoint to go on from.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+
+class PreemptedError(RunError):
+    """The process was told to end (SIGTERM), and the checkpoint to go on from is written."""
+
+    exit_status: ClassVar[int] = 143  # 128 + SIGTERM, as shells and schedulers expect it
 
 
 def one_line(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from .errors import TSTError
+
 METRIC_FILE = Path(__file__).parent / "next_token_metric.py"
 # Tokens that a window holds at most, unless told: some models name contexts that no machine has the memory for.
 LONGEST_WINDOW = 2048
@@ -74,7 +76,7 @@ def evaluate_checkpoint(
         `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`; see [`TextScores`].
 
     Raises:
-        ValueError: As [`score_texts`].
+        TSTError: As [`score_texts`].
         OSError: If the checkpoint cannot be loaded.
 
     Example:
@@ -107,23 +109,21 @@ def score_texts(
         batch_size (`int`, defaults to 8): Windows at a time.
 
     Raises:
-        ValueError: If there is no text, or no token that could begin one.
+        TSTError: If there is no text, or no token that could begin one.
     """
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise ValueError(
-            "The tokenizer has neither a bos nor an eos token, which could begin a text: add one."
-        )
+        raise TSTError("The tokenizer has neither a bos nor an eos token, which could begin a text: add one.")
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     length = min(context, LONGEST_WINDOW) if max_length is None else max_length
     if length < 1 or length > context:
-        raise ValueError(f"max_length must be from 1 to the model's context of {context}, but is {length}.")
+        raise TSTError(f"max_length must be from 1 to the model's context of {context}, but is {length}.")
     texts = [text for text in texts if text]
     windows: list[tuple[list[int], int]] = []
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
         windows += _windows([first, *ids], length)
     if not windows:
-        raise ValueError("There is no text to predict.")
+        raise TSTError("There is no text to predict.")
     windows.sort(key=lambda window: len(window[0]))
     was_training = model.training
     model.eval()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .arguments import TSTTrainingArguments
 from .arms import setting
+from .errors import TSTError
 from .fused import check_fusable
 from .model_shape import ModelShape
 from .phases import PhaseSchedule
@@ -47,7 +48,7 @@ class ExperimentArguments:
 
     def __post_init__(self) -> None:
         if self.processes < 1:
-            raise ValueError(f"processes must be at least 1, but is {self.processes}.")
+            raise TSTError(f"processes must be at least 1, but is {self.processes}.")
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ class Experiment:
         """Check that a run fits into one pass over the data, so that none reads data twice.
 
         Raises:
-            ValueError: If it does not.
+            TSTError: If it does not.
         """
         if self.blocks is None or self.rows_per_step is None:
             return
         needed = schedule.blocks_needed(self.rows_per_step)
         if needed > self.blocks:
-            raise ValueError(
+            raise TSTError(
                 f"{name} reads {needed:,} blocks of {self.block_size} tokens in {schedule.max_steps} steps, but the data has "
                 f"{self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
             )
@@ -108,17 +109,17 @@ def parse_experiment(
         output_dir (`str`): The default of `output_dir`.
 
     Raises:
-        ValueError: For what cannot be understood, or cannot be part of a comparison.
+        TSTError: For what cannot be understood, or cannot be part of a comparison.
     """
     namespace = parse_values(argv, [kind, *TRAINING], description, prog, {"output_dir": output_dir})
     values = given_values(namespace, TRAINING)
     if isinstance(values.get("lr_scheduler_kwargs"), str):
         values["lr_scheduler_kwargs"] = json.loads(values["lr_scheduler_kwargs"])
     if namespace.max_steps <= 0:
-        raise ValueError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
+        raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint"):
         if values.get(name):
-            raise ValueError(
+            raise TSTError(
                 f"{name} cannot go with several runs that are compared by their last step: leave it out."
             )
     return values | _records(namespace), pick(namespace, kind)
@@ -139,14 +140,12 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
     """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
 
     Raises:
-        ValueError: If a run would be refused, or there is no data to evaluate on.
+        TSTError: If a run would be refused, or there is no data to evaluate on.
     """
     model_args = _make(ModelArguments, values)
     prepared = prepare_run(model_args, _make(DataArguments, values), training_arguments(values))
     if prepared.eval_blocks is None:
-        raise ValueError(
-            "There is no data to evaluate on: set validation_file or validation_split_percentage."
-        )
+        raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
     _, model = find_language_model(prepared.model)
     try:
         check_fusable(model, "on")
@@ -172,7 +171,7 @@ def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:
     """The training arguments of a configuration, checked.
 
     Raises:
-        ValueError: If they contradict each other.
+        TSTError: If they contradict each other.
     """
     settings = dict(values)
     if settings.get("tokens_per_step"):
@@ -191,15 +190,15 @@ def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
     """The values that an option names, such as `0,1,2`.
 
     Raises:
-        ValueError: If one is of another kind, there is none, or one comes twice.
+        TSTError: If one is of another kind, there is none, or one comes twice.
     """
     parts = [part.strip() for part in str(text).strip("[]").split(",") if part.strip()]
     try:
         values = [kind(part) for part in parts]
     except ValueError:
-        raise ValueError(
+        raise TSTError(
             f"{name} must be values of the kind {kind.__name__}, such as 1,2, but is {text!r}."
         ) from None
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name} must name each value once, and at least one, but is {text!r}.")
+        raise TSTError(f"{name} must name each value once, and at least one, but is {text!r}.")
     return values

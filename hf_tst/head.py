@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from .errors import TSTError
 from .probing import StandIn, own_class, replaced_attribute, replaced_module
 
 _PROBE_ROWS = 3
@@ -79,7 +80,7 @@ def inspect_head(model: Any) -> LinearHead:
 
 
 def check_loss_is_replaceable(model: Any) -> None:
-    """Raise `ValueError` if a model computes its loss without calling its `loss_function`.
+    """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
 
     A forward that the stand-ins cannot lead to its end is given the benefit of the doubt.
 
@@ -95,7 +96,7 @@ def check_loss_is_replaceable(model: Any) -> None:
     except UnfusableHeadError:
         return
     if loss.logits is None:
-        raise ValueError(
+        raise TSTError(
             f"{own_class(model).__name__} computes its loss itself, without `loss_function`, so superposition cannot put "
             "its own in that place."
         )

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import TSTError
 
-class HubError(ValueError):
+
+class HubError(TSTError):
     """The Hub refused, or could not be reached. Nothing on this machine is lost by it."""
 
 

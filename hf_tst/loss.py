@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import TSTError
+
 
 def multi_hot_cross_entropy(
     logits: Tensor,
@@ -39,14 +41,14 @@ def multi_hot_cross_entropy(
         `torch.FloatTensor`: The loss in nats, float32, 0-dim.
 
     Raises:
-        ValueError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+        TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
             On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
 
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
     """
     if labels.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
+        raise TSTError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
             "all dimensions but the last must agree."
         )
@@ -85,13 +87,13 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     """The weight of each offset, float32 of shape `(s,)` beside `labels`: those given, or `1/s` each.
 
     Raises:
-        ValueError: If `weights` is of another shape.
+        TSTError: If `weights` is of another shape.
     """
     bag_size = labels.shape[-1]
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
     if weights.shape != (bag_size,):
-        raise ValueError(
+        raise TSTError(
             f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             f"give one weight for each of the {bag_size} offsets."
         )
@@ -99,22 +101,22 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
-    """Raise `ValueError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
+    """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if _holds_nowhere(wrong, "A label is outside the vocabulary."):
         return
-    raise ValueError(
+    raise TSTError(
         f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
         f"{vocabulary - 1}, or {ignore_index} where there is no target."
     )
 
 
 def check_weights(weights: Tensor) -> None:
-    """Raise `ValueError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
+    """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
     if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
         return
-    raise ValueError(
+    raise TSTError(
         f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
     )
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedding import decoder_layers
+from .errors import TSTError
 from .head import LinearHead
 from .last_layer import LayerCall, ModelEnd, UnknownEndError, find_model_end, hidden_states_of
 from .linear_loss import linear_multi_hot_cross_entropy
@@ -44,17 +45,17 @@ _IGNORED = -100
 
 
 def check_mtp(num_heads: int, kind: str = "parallel", loss_weight: float | None = None) -> None:
-    """Raise `ValueError` unless the arguments are such as [`MTPHeads`] and [`multi_token_prediction`] take."""
+    """Raise `TSTError` unless the arguments are such as [`MTPHeads`] and [`multi_token_prediction`] take."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"mtp_num_heads must be a whole number of at least 1, but is {num_heads!r}.")
+        raise TSTError(f"mtp_num_heads must be a whole number of at least 1, but is {num_heads!r}.")
     if kind not in MTP_KINDS:
-        raise ValueError(f"mtp_kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
+        raise TSTError(f"mtp_kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
     if loss_weight is None:
         return
     if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
-        raise ValueError(f"mtp_loss_weight must be a number, but is {loss_weight!r}.")
+        raise TSTError(f"mtp_loss_weight must be a number, but is {loss_weight!r}.")
     if not math.isfinite(loss_weight) or loss_weight < 0:
-        raise ValueError(f"mtp_loss_weight must be finite and at least 0, but is {loss_weight}.")
+        raise TSTError(f"mtp_loss_weight must be finite and at least 0, but is {loss_weight}.")
 
 
 class MTPHeads(nn.Module):
@@ -67,7 +68,7 @@ class MTPHeads(nn.Module):
         seed (`int`, *optional*): Seed of the initial weights, which then take nothing from the global generator.
 
     Raises:
-        ValueError: If an argument is out of range, or the layers of the model cannot be found, made or called.
+        TSTError: If an argument is out of range, or the layers of the model cannot be found, made or called.
 
     Source: arXiv 2404.19737 (parallel), arXiv 2412.19437 (sequential).
     """
@@ -78,7 +79,7 @@ class MTPHeads(nn.Module):
         super().__init__()
         check_mtp(num_heads, kind)
         if num_heads < 2:
-            raise ValueError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
+            raise TSTError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
         self.kind = kind
         self._noted_loss: Tensor | None = None
         end = _find_end(model)
@@ -134,7 +135,7 @@ class MTPHeads(nn.Module):
                 config, layer_idx=index
             )  # of the kind of the last: layers of one model may differ
         except Exception as error:  # whatever else a family's layer wants to be made of
-            raise ValueError(
+            raise TSTError(
                 f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
                 f"({type(error).__name__}: {error}): set mtp_num_heads=1."
             ) from error
@@ -146,7 +147,7 @@ class MTPHeads(nn.Module):
         return head
 
     def _try_heads(self, model: Any, end: ModelEnd) -> None:
-        """Raise `ValueError` unless the heads can be called as the last layer is called."""
+        """Raise `TSTError` unless the heads can be called as the last layer is called."""
         call, last_hidden = end.call, end.last_hidden
         embedded = [torch.zeros_like(last_hidden)] * len(self.heads)
         device = last_hidden.device
@@ -202,7 +203,7 @@ def multi_token_prediction(
         The same `model`.
 
     Raises:
-        ValueError: If `loss_weight` is out of range, or the model cannot be served.
+        TSTError: If `loss_weight` is out of range, or the model cannot be served.
         RuntimeError: If the model is inside such a context already.
 
     Example:
@@ -335,7 +336,7 @@ class _ForwardPass:
             return []
         ids = self._given["input_ids"]
         if ids is None:
-            raise ValueError("Sequential heads look the next tokens up: give input_ids, not inputs_embeds.")
+            raise TSTError("Sequential heads look the next tokens up: give input_ids, not inputs_embeds.")
         # The last positions have no next token and no target; what they read instead reaches no other position.
         embedding = self.model.get_input_embeddings()
         return [embedding(nn.functional.pad(ids, (0, k))[:, k:]) for k in range(1, count + 1)]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import TSTTrainingArguments
+from .errors import TSTError
 from .mtp import MTPHeads, multi_token_prediction
 
 FILE_NAME = "mtp_heads.safetensors"
@@ -26,7 +27,7 @@ class MTPCallback(TrainerCallback):
         trainer (`TSTTrainer`): The trainer, with its model, arguments and accelerator.
 
     Raises:
-        ValueError: If the model, or the way it is trained, cannot go with multi-token prediction.
+        TSTError: If the model, or the way it is trained, cannot go with multi-token prediction.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -66,7 +67,7 @@ class MTPCallback(TrainerCallback):
         self._heads.take_loss()  # of a run that was broken off
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not all(id(p) in known for p in self._heads.parameters()):
-            raise ValueError(
+            raise TSTError(
                 "The optimizer was made before the extra heads of multi-token prediction were there, and would not train "
                 "them: give the trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
@@ -112,13 +113,13 @@ class MTPCallback(TrainerCallback):
         """Read the extra heads of a checkpoint.
 
         Raises:
-            ValueError: If the checkpoint has other heads than this run, or only one of the two has any.
+            TSTError: If the checkpoint has other heads than this run, or only one of the two has any.
         """
         path = Path(folder) / FILE_NAME
         found = _description_in(path)
         wanted = self._description()
         if found != wanted:
-            raise ValueError(
+            raise TSTError(
                 f"{folder} was trained with {_in_words(found)}, but this run has {_in_words(wanted)}: set mtp_num_heads and "
                 "mtp_kind to what they were."
             )
@@ -149,7 +150,7 @@ def _in_words(description: dict[str, str] | None) -> str:
 
 
 def _check_trainer(trainer: Any) -> None:
-    """Raise `ValueError` for what multi-token prediction does not work with, or has not been tried with."""
+    """Raise `TSTError` for what multi-token prediction does not work with, or has not been tried with."""
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     parallelism = getattr(accelerator, "parallelism_config", None)
     split = [name for name in ("cp", "sp", "tp") if (getattr(parallelism, f"{name}_size", 1) or 1) > 1]
@@ -165,7 +166,7 @@ def _check_trainer(trainer: Any) -> None:
         "compute_loss_func": trainer.compute_loss_func is not None,
     }
     if refused := [name for name, given in reasons.items() if given]:
-        raise ValueError(
+        raise TSTError(
             f"mtp_num_heads={args.mtp_num_heads} does not go with {', '.join(refused)}: leave it out, or set "
             "mtp_num_heads=1."
         )

@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
+from .errors import TSTError
+
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
@@ -45,25 +47,25 @@ def tokenize_documents(
         num_proc (`int`, *optional*): Processes to tokenise with.
 
     Raises:
-        ValueError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
+        TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
     """
     columns = list(documents.column_names or next(iter(documents)))
     if "input_ids" in columns:
         return documents
     column = text_column or ("text" if "text" in columns else columns[0])
     if column not in columns:
-        raise ValueError(
+        raise TSTError(
             f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these."
         )
     kind = getattr((documents.features or {}).get(column), "dtype", "string")
     if kind not in ("string", "large_string", "null"):
-        raise ValueError(
+        raise TSTError(
             f"The column {column!r} of the data holds {kind}, not text: set text_column to one that does, of "
             f"{', '.join(columns)}."
         )
     eos = tokenizer.eos_token_id
     if append_eos and eos is None:
-        raise ValueError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")
+        raise TSTError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")
     end = [eos] if append_eos else []
 
     def tokenize(batch: Mapping[str, list[str | None]]) -> dict[str, list[list[int]]]:
@@ -91,7 +93,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens a row.
 
     Raises:
-        ValueError: If the data does not fill one block.
+        TSTError: If the data does not fill one block.
     """
     import datasets
 
@@ -222,7 +224,7 @@ def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Pa
                 column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), block_size)
                 writer.write_batch(pa.record_batch([column], schema=schema))
     if tokens < block_size:
-        raise ValueError(
+        raise TSTError(
             f"The data holds {tokens} tokens, which do not fill one block of {block_size}: give more text or a "
             "smaller block_size."
         )

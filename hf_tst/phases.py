@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .errors import TSTError
+
 Phase = Literal["superposition", "recovery"]
 TSTMode = Literal["full", "input", "output"]
 
@@ -26,7 +28,7 @@ class PhaseSchedule:
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        TSTError: If an argument is outside its range.
 
     Source: "Efficient Pre-Training with Token Superposition" (arXiv 2605.06546), section 3.
 
@@ -45,7 +47,7 @@ class PhaseSchedule:
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, but is {self.max_steps}.")
+            raise TSTError(f"max_steps must be at least 1, but is {self.max_steps}.")
         check_phase_ratio(self.phase_ratio)
         check_bag_size(self.bag_size)
         check_mode(self.mode)
@@ -83,20 +85,20 @@ class PhaseSchedule:
 
 
 def check_phase_ratio(phase_ratio: float) -> None:
-    """Raise `ValueError` unless `phase_ratio` is a number in [0, 1]."""
+    """Raise `TSTError` unless `phase_ratio` is a number in [0, 1]."""
     if isinstance(phase_ratio, bool) or not isinstance(phase_ratio, (int, float)):
-        raise ValueError(f"tst_phase_ratio must be a number from 0 to 1, but is {phase_ratio!r}.")
+        raise TSTError(f"tst_phase_ratio must be a number from 0 to 1, but is {phase_ratio!r}.")
     if not math.isfinite(phase_ratio) or not 0 <= phase_ratio <= 1:
-        raise ValueError(f"tst_phase_ratio must be from 0 to 1, but is {phase_ratio}.")
+        raise TSTError(f"tst_phase_ratio must be from 0 to 1, but is {phase_ratio}.")
 
 
 def check_bag_size(bag_size: int) -> None:
-    """Raise `ValueError` unless `bag_size` is an integer of at least 1."""
+    """Raise `TSTError` unless `bag_size` is an integer of at least 1."""
     if isinstance(bag_size, bool) or not isinstance(bag_size, int) or bag_size < 1:
-        raise ValueError(f"tst_bag_size must be a whole number of at least 1, but is {bag_size!r}.")
+        raise TSTError(f"tst_bag_size must be a whole number of at least 1, but is {bag_size!r}.")
 
 
 def check_mode(mode: str) -> None:
-    """Raise `ValueError` unless `mode` is one of `MODES`."""
+    """Raise `TSTError` unless `mode` is one of `MODES`."""
     if mode not in MODES:
-        raise ValueError(f"tst_mode must be one of {', '.join(MODES)}, but is {mode!r}.")
+        raise TSTError(f"tst_mode must be one of {', '.join(MODES)}, but is {mode!r}.")

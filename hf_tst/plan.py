@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .errors import TSTError
 from .linear_loss import chunk_rows
 from .model_shape import ModelShape
 
@@ -50,7 +51,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("shard_size", "replicas", "rows", "length", "micro_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+                raise TSTError(f"{name} must be at least 1, but is {getattr(self, name)}.")
 
     @property
     def gpus(self) -> int:

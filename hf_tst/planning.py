@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import TSTTrainingArguments
+from .errors import TSTError
 from .fused import check_fused_loss
 from .hardware import ACCELERATORS, Accelerator
 from .model_shape import ModelShape
@@ -65,7 +66,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     """The plan of a recipe and flags, as [`parse_arguments`] takes them, and of [`PlanArguments`].
 
     Raises:
-        ValueError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not told.
+        TSTError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not told.
     """
     types = [PlanArguments, ModelArguments, DataArguments, TSTTrainingArguments]
     values = parse_values(argv, types, description=DESCRIPTION, prog=prog)
@@ -73,7 +74,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     model_args: ModelArguments = pick(values, ModelArguments)
     data_args: DataArguments = pick(values, DataArguments)
     if values.max_steps <= 0:
-        raise ValueError(
+        raise TSTError(
             f"max_steps is {values.max_steps}: set it, as a plan cannot know how many steps num_train_epochs would give."
         )
     check_fused_loss(values.tst_fused_loss)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> RunPlan:
     """Print the plan of a recipe and flags, then check that it fits into memory.
 
     Raises:
-        ValueError: As [`plan_from_arguments`], and if the run does not fit.
+        TSTError: As [`plan_from_arguments`], and if the run does not fit.
     """
     plan, args = plan_from_arguments(argv, prog)
     print(json.dumps(plan_to_dict(plan), indent=2) if args.json else format_plan(plan))
@@ -117,7 +118,7 @@ def _vocabulary(args: ModelArguments, data_args: DataArguments) -> int | None:
     if not args.tokenizer_name:
         if data_args.is_quick_start:
             return QUICK_START_VOCABULARY
-        raise ValueError(
+        raise TSTError(
             "The size of the model follows from its vocabulary: set vocab_size in config_overrides, or tokenizer_name."
         )
     from transformers import AutoTokenizer
@@ -143,10 +144,10 @@ def _layout(values: Namespace, args: PlanArguments, config: Any) -> Layout:
     length = values.block_size or min(1024, getattr(config, "max_position_embeddings", None) or 1024)
     context = getattr(config, "max_position_embeddings", None)
     if context and length > context:
-        raise ValueError(f"block_size={length} is more than the model's context of {context} tokens.")
+        raise TSTError(f"block_size={length} is more than the model's context of {context} tokens.")
     shard_size = args.shard_size or args.num_gpus
     if args.num_gpus < 1 or shard_size < 1 or args.num_gpus % shard_size:
-        raise ValueError(
+        raise TSTError(
             f"shard_size={shard_size} must divide num_gpus={args.num_gpus}, and both must be at least 1."
         )
     return Layout(

@@ -25,8 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .arguments import TSTTrainingArguments
-from .checkpoints import last_complete_checkpoint
-from .errors import one_line
+from .errors import PreemptedError, TSTError, one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
 from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
@@ -72,12 +71,12 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     if validation is not None or not share:
         return train, validation
     if args.streaming:
-        raise ValueError(
+        raise TSTError(
             "A streamed data set cannot be split: give a validation_file, or set validation_split_percentage to 0."
         )
     held_out = round(len(train) * share / 100)
     if not 0 < held_out < len(train):
-        raise ValueError(
+        raise TSTError(
             f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: give more "
             "text or a validation_file, or set it to 0."
         )
@@ -96,7 +95,7 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: An
             )
     if data_args.is_quick_start:
         return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
-    raise ValueError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
+    raise TSTError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
 
 
 def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
@@ -107,7 +106,7 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
         vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
 
     Raises:
-        ValueError: If no architecture is named, or it has no such field as `config_overrides` names.
+        TSTError: If no architecture is named, or it has no such field as `config_overrides` names.
     """
     options = {
         "cache_dir": args.cache_dir,
@@ -121,7 +120,7 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
-        raise ValueError(
+        raise TSTError(
             f"model_type is {args.model_type!r}: set it to an architecture such as llama, or set config_name or "
             "model_name_or_path."
         )
@@ -137,7 +136,7 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
         # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
         return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"config_overrides make no {config.model_type}: {one_line(error)}.") from error
+        raise TSTError(f"config_overrides make no {config.model_type}: {one_line(error)}.") from error
 
 
 def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
@@ -148,21 +147,21 @@ def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
         try:
             changes: dict[str, Any] = json.loads(overrides)
         except json.JSONDecodeError as error:
-            raise ValueError(f"config_overrides are not JSON: {error}.") from error
+            raise TSTError(f"config_overrides are not JSON: {error}.") from error
         check_names(changes, known, problem)
         return changes
     pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
     if not pairs:
         return {}
     if bad := [pair[0] for pair in pairs if len(pair) == 1]:
-        raise ValueError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
+        raise TSTError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
     check_names([name for name, _ in pairs], known, problem)
     typed = copy.copy(config)
     typed.head_dim = getattr(config, "head_dim", None) or 0
     try:
         typed.update_from_string(overrides)
     except ValueError as error:
-        raise ValueError(f"config_overrides: {one_line(error)}.") from error
+        raise TSTError(f"config_overrides: {one_line(error)}.") from error
     return {name: getattr(typed, name) for name, _ in pairs}
 
 
@@ -186,7 +185,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         return get_peft_model(model, lora)
     config = make_config(args, len(tokenizer))
     if config.vocab_size < len(tokenizer):
-        raise ValueError(
+        raise TSTError(
             f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
         )
     for name in ("bos", "eos", "pad"):
@@ -206,11 +205,13 @@ def explained_loading(name: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, KeyError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(".:")
-        raise ValueError(f"Cannot load {name}: {reason}.") from error
+        raise TSTError(f"Cannot load {name}: {reason}.") from error
+    except TSTError:
+        raise
     except ValueError as error:
         if "\n" not in str(error) and len(str(error)) < 500:
-            raise
-        raise ValueError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
+            raise TSTError(str(error)) from error
+        raise TSTError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
 
 
 def prepare_blocks(
@@ -231,7 +232,7 @@ def prepare_blocks(
     )
     if not hasattr(tokenized, "num_rows"):
         if max_samples is not None:
-            raise ValueError(
+            raise TSTError(
                 f"A stream is read until max_steps, not max_train_samples={max_samples}: leave it out."
             )
         return BlockStream(tokenized, block_size)
@@ -256,7 +257,7 @@ def prepare_run(
     """Model, tokenizer and packed data of a run.
 
     Raises:
-        ValueError: If one of them cannot be loaded, or the blocks are longer than the model's context.
+        TSTError: If one of them cannot be loaded, or the blocks are longer than the model's context.
     """
     # The first process downloads and tokenises; the others read its cache.
     with args.main_process_first(desc="preparing the data"):
@@ -267,7 +268,7 @@ def prepare_run(
         context = getattr(model.config, "max_position_embeddings", None) or 1024
         block_size = data_args.block_size or min(1024, context)
         if block_size > context:
-            raise ValueError(f"block_size={block_size} is more than the model's context of {context} tokens.")
+            raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
         train_blocks = prepare_blocks(
             data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
         )
@@ -300,7 +301,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     """Train as `argv` says, by default the process's arguments: data, model, both phases, evaluation, card, push.
 
     Raises:
-        ValueError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+        TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+        RunError: If the run is stopped: by SIGTERM, by a loss that is not finite, by a disk that takes no checkpoint.
     """
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
     logging.set_verbosity(args.get_process_log_level())
@@ -311,7 +313,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"Cannot make output_dir={args.output_dir}: {error.strerror}.") from error
+        raise TSTError(f"Cannot make output_dir={args.output_dir}: {error.strerror}.") from error
 
     prepared = prepare_run(model_args, data_args, args)
     eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
@@ -328,16 +330,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
     tokens = trainer.get_total_train_batch_size(args) * block_size
     if data_args.tokens_per_step not in (None, tokens):
-        raise ValueError(
+        raise TSTError(
             f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
             "(tensor parallelism); set gradient_accumulation_steps instead."
         )
-    resume: str | None = args.resume_from_checkpoint
-    if resume in ("last", "true", "True"):
-        resume = last_complete_checkpoint(args.output_dir)
-        if resume is None:
-            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.preempted:
+        raise PreemptedError(
+            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: go on with "
+            "--resume_from_checkpoint last."
+        )
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     trainer.save_metrics("train", result.metrics)

@@ -16,7 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .arguments import TSTTrainingArguments
-from .errors import one_line
+from .errors import TSTError, one_line
 from .reinitialize import Reinitialized
 
 QUICK_START: dict[str, Any] = {
@@ -109,23 +109,21 @@ class ModelArguments:
     def __post_init__(self) -> None:
         self.torch_dtype()
         if self.config_overrides and self.model_name_or_path:
-            raise ValueError(
+            raise TSTError(
                 "config_overrides cannot change a trained model: leave out it or model_name_or_path."
             )
         if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
+            raise TSTError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
         if self.lora_rank and not self.model_name_or_path:
-            raise ValueError("lora_rank adapts a trained model: name it with model_name_or_path.")
+            raise TSTError("lora_rank adapts a trained model: name it with model_name_or_path.")
         if self.lora_rank and self.reinit_at_switch:
-            raise ValueError(
-                "reinit_at_switch would change what an adapter adapts: leave it or lora_rank out."
-            )
+            raise TSTError("reinit_at_switch would change what an adapter adapts: leave it or lora_rank out.")
 
     def torch_dtype(self) -> Any:
         """The `torch.dtype` that `dtype` names; `None` for the checkpoint's own, and for a new model's float32.
 
         Raises:
-            ValueError: If it is no dtype that weights can be trained in.
+            TSTError: If it is no dtype that weights can be trained in.
         """
         if self.dtype in (None, "auto"):
             return None
@@ -133,7 +131,7 @@ class ModelArguments:
 
         found = getattr(torch, self.dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, but is {self.dtype!r}.")
+            raise TSTError(f"dtype must be auto, float32, bfloat16 or float16, but is {self.dtype!r}.")
         return found
 
     def lora_config(self) -> Any:
@@ -202,17 +200,17 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file:
-            raise ValueError("Both dataset_name and train_file are given: name one of them.")
+            raise TSTError("Both dataset_name and train_file are given: name one of them.")
         if not 0 <= self.validation_split_percentage < 100:
-            raise ValueError(
+            raise TSTError(
                 f"validation_split_percentage must be from 0 to 99, but is {self.validation_split_percentage}."
             )
         if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"block_size must be at least 2, but is {self.block_size}.")
+            raise TSTError(f"block_size must be at least 2, but is {self.block_size}.")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
+                raise TSTError(f"{name} must be at least 1, but is {value}.")
 
     @property
     def is_quick_start(self) -> bool:
@@ -224,10 +222,10 @@ class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter)
 
 
 class ArgumentParser(HfArgumentParser):
-    """A parser that raises `ValueError` with one sentence where `argparse` prints its usage and exits."""
+    """A parser that raises `TSTError` with one sentence where `argparse` prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+        raise TSTError(f"{message[:1].upper()}{message[1:]}.")
 
 
 def parse_arguments(
@@ -243,11 +241,17 @@ def parse_arguments(
             pick(namespace, DataArguments),
             pick(namespace, TSTTrainingArguments),
         )
+    except TSTError:
+        raise
     except json.JSONDecodeError as error:
         names = [name for name, value in vars(namespace).items() if value == error.doc]
-        raise ValueError(f"{names[0] if names else 'An argument'} is not JSON: {error}.") from error
+        raise TSTError(f"{names[0] if names else 'An argument'} is not JSON: {error}.") from error
     except ImportError as error:
-        raise ValueError(f"The arguments need a package that is missing: {one_line(error)}.") from error
+        raise TSTError(f"The arguments need a package that is missing: {one_line(error)}.") from error
+    except TypeError as error:
+        raise TSTError(f"The arguments do not fit: {one_line(error)}.") from error
+    except ValueError as error:  # of Transformers, in more than a line at times
+        raise TSTError(" ".join(str(error).split())) from error
 
 
 def parse_values(
@@ -266,7 +270,7 @@ def parse_values(
         defaults (`dict`, *optional*): Values in the place of the dataclasses' and the quick start's.
 
     Raises:
-        ValueError: For a file or flag that cannot be understood.
+        TSTError: For a file or flag that cannot be understood.
     """
     parser = ArgumentParser(
         dataclass_types,
@@ -297,7 +301,7 @@ def parse_values(
     unknown = [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in rest if flag.startswith("--")]
     check_names(unknown, known, "There is no flag")
     if rest:
-        raise ValueError(f"{rest[0]!r} belongs to no flag: write --name value.")
+        raise TSTError(f"{rest[0]!r} belongs to no flag: write --name value.")
     return namespace
 
 
@@ -313,12 +317,12 @@ def given_values(namespace: Namespace, dataclass_types: list[type]) -> dict[str,
 
 
 def check_names(names: Iterable[str], known: Iterable[str], problem: str) -> None:
-    """Raise `ValueError` at a name that is not known, with the nearest that is."""
+    """Raise `TSTError` at a name that is not known, with the nearest that is."""
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help."
-            raise ValueError(f"{problem} {name!r}: {hint}")
+            raise TSTError(f"{problem} {name!r}: {hint}")
 
 
 def pick(namespace: Namespace, dataclass_type: Any) -> Any:
@@ -331,21 +335,21 @@ def micro_batches(namespace: Namespace, world_size: int) -> int:
     """Micro-batches an optimizer step: as given, or as `tokens_per_step` needs them on `world_size` processes.
 
     Raises:
-        ValueError: If they do not make `tokens_per_step`.
+        TSTError: If they do not make `tokens_per_step`.
     """
     given, tokens = namespace.gradient_accumulation_steps, namespace.tokens_per_step
     if tokens is None:
         return given
     if given != 1:
-        raise ValueError(
+        raise TSTError(
             f"tokens_per_step={tokens} and gradient_accumulation_steps={given} are both given: leave one out."
         )
     if namespace.block_size is None:
-        raise ValueError(f"tokens_per_step={tokens} needs block_size: set both.")
+        raise TSTError(f"tokens_per_step={tokens} needs block_size: set both.")
     micro_batch = world_size * namespace.per_device_train_batch_size * namespace.block_size
     count, rest = divmod(tokens, micro_batch)
     if rest or count < 1:
-        raise ValueError(
+        raise TSTError(
             f"tokens_per_step={tokens} is not a multiple of the {micro_batch} tokens of a micro-batch ({world_size} processes "
             f"· per_device_train_batch_size={namespace.per_device_train_batch_size} · block_size={namespace.block_size}): "
             f"set it to {max(1, round(tokens / micro_batch)) * micro_batch}, or change the batch or the processes."
@@ -356,14 +360,14 @@ def micro_batches(namespace: Namespace, world_size: int) -> int:
 def read_config(path: str) -> dict[str, Any]:
     """Names and values of a YAML or JSON file; mappings become JSON, which flags would hold as well."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no configuration file {path}.")
+        raise TSTError(f"There is no configuration file {path}.")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"The configuration file {path} is not YAML: {reason}.") from error
+        raise TSTError(f"The configuration file {path} is not YAML: {reason}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"The configuration file {path} must hold names and values of arguments.")
+        raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
     return {
         str(name): json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()
     }
@@ -377,15 +381,15 @@ def _as_flag_would_give(action: Any, name: str, value: Any) -> Any:
     """A value from a file; YAML reads `on` and `off` as booleans, and whole numbers may be written `2e4`."""
     where = f"{name} in the configuration file"
     if value is None:
-        raise ValueError(f"{where} has no value: give one, or leave the line out.")
+        raise TSTError(f"{where} has no value: give one, or leave the line out.")
     choices = [str(choice).lower() for choice in getattr(action, "choices", None) or ()]
     if isinstance(value, bool) and {"on", "off"} <= set(choices):
         return "on" if value else "off"
     kind = getattr(action, "type", None)
     if kind in (int, float) and not isinstance(value, str):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{where} must be a number, but is {value}.")
+            raise TSTError(f"{where} must be a number, but is {value}.")
         if kind is int and int(value) != value:
-            raise ValueError(f"{where} must be a whole number, but is {value}.")
+            raise TSTError(f"{where} must be a whole number, but is {value}.")
         return kind(value)
     return value

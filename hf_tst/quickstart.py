@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import TSTError
+
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
@@ -37,13 +39,13 @@ def standard_library_documents(max_bytes: int = 16_000_000, seed: int = 0) -> da
         seed (`int`, defaults to 0): Seed of the order.
 
     Raises:
-        ValueError: If this Python ships without the sources of its library.
+        TSTError: If this Python ships without the sources of its library.
     """
     import datasets
 
     files = standard_library_files()
     if not files:
-        raise ValueError(
+        raise TSTError(
             "This Python ships no source files to train the quick start on: name data with --dataset_name or --train_file."
         )
     documents = datasets.Dataset.from_dict({"path": [str(file) for file in files]}).shuffle(seed=seed)

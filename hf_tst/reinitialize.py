@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .errors import TSTError
 from .phases import PhaseSchedule
 
 logger = logging.get_logger(__name__)
@@ -28,14 +29,14 @@ class ReinitializeCallback(TrainerCallback):
         schedule: Gives the run's phases, once training has begun.
 
     Raises:
-        ValueError: When training begins, if the weights are sharded.
+        TSTError: When training begins, if the weights are sharded.
 
     Source: arXiv 2605.06546, ablations.
     """
 
     def __init__(self, parts: Reinitialized, schedule: Callable[[], PhaseSchedule | None]) -> None:
         if parts not in REINITIALIZED:
-            raise ValueError(f"reinit_at_switch must be one of {', '.join(REINITIALIZED)}, but is {parts!r}.")
+            raise TSTError(f"reinit_at_switch must be one of {', '.join(REINITIALIZED)}, but is {parts!r}.")
         self._parts = parts
         self._schedule = schedule
 
@@ -48,7 +49,7 @@ class ReinitializeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if any(hasattr(module.weight, "device_mesh") for module in self._modules(model)):
-            raise ValueError("reinit_at_switch cannot go with FSDP, whose shards it would not fill alike.")
+            raise TSTError("reinit_at_switch cannot go with FSDP, whose shards it would not fill alike.")
 
     def on_step_end(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .errors import TSTError
 from .model_card import write_model_card
 from .pretrain_arguments import ArgumentParser, check_names
 from .run_record import RunRecord
@@ -35,7 +36,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
     """Write the card of the folder that `argv` names first.
 
     Raises:
-        ValueError: If there is no run on record there, or a card that no trainer wrote.
+        TSTError: If there is no run on record there, or a card that no trainer wrote.
     """
     parser = ArgumentParser([CardArguments], description=DESCRIPTION, prog=prog)
     parser.add_argument("folder", help="Output folder of the run, or one of its checkpoints.")
@@ -57,7 +58,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
         tags=args.tags,
     )
     if path is None:
-        raise ValueError(
+        raise TSTError(
             f"{folder / 'README.md'} is a card of your own and stays as it is: move it away first."
         )
     print(path)

@@ -19,6 +19,7 @@ from .block_checks import BlockRules, check_blocks
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from .data_position import DataPosition, consumed_by_phase
+from .errors import TSTError
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, TOKEN_COLUMNS, WORKER_NOTE, EpochSampler, PlannedRows
 from .stream import StreamedRows, check_stream_workers, count_shards, split_stream
@@ -40,7 +41,7 @@ def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -
         rows_per_step (`int`): Rows an optimizer step, over all ranks and accumulation steps.
 
     Raises:
-        ValueError: If the data has too few blocks.
+        TSTError: If the data has too few blocks.
     """
     seed, shuffle = _order(args)
     if args.max_steps > 0:
@@ -92,6 +93,17 @@ class RunData:
         epoch = (step - 1) // self.steps_per_epoch
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
+    def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
+        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` for a stream."""
+        if self.plan is None:
+            return None
+        count = self.start.rows_per_step
+        if micro_batch is None:
+            rows = range(step * count, (step + 1) * count)
+        else:
+            rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
+        return [block for row in rows for block in self.plan.row_blocks(row)]
+
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that training gets, without what loader processes tell this one with them."""
         for batch in batches:
@@ -136,7 +148,7 @@ class RunData:
             The position in the checkpoint, or `None` if it holds none.
 
         Raises:
-            ValueError: If data would be read twice or never, and `allow_change` is not set.
+            TSTError: If data would be read twice or never, and `allow_change` is not set.
         """
         saved = DataPosition.load(folder)
         if saved is None:
@@ -169,7 +181,7 @@ class RunData:
         if any(getattr(saved, name) != getattr(self.start, name) for name in names):
             return
         if not file.is_file():
-            raise ValueError(
+            raise TSTError(
                 f"The checkpoint has no {file.name} to read the stream on from: copy the files of all processes "
                 "into one folder."
             )
@@ -201,7 +213,7 @@ def open_run_data(
         as_arrays (`bool`, defaults to `True`): See [`PlannedRows`].
 
     Raises:
-        ValueError: If the data has no full blocks of equal length, or too few of them.
+        TSTError: If the data has no full blocks of equal length, or too few of them.
     """
     seed, shuffle = _order(args)
     rules = rules or BlockRules()
@@ -292,7 +304,7 @@ def make_collators(
     """Collators of superposition rows, of recovery rows and of evaluation, from the one the user gave, if any.
 
     Raises:
-        ValueError: If the user's collator does other bags than the arguments say, or cannot respect documents.
+        TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
     boundaries = args.tst_document_boundaries
 
@@ -307,7 +319,7 @@ def make_collators(
         return superposition, recovery, evaluation
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     if boundaries == "respect" and not (ours and data_collator.document_boundaries == "respect"):
-        raise ValueError(
+        raise TSTError(
             f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
             f"{type(data_collator).__name__}: leave it out, or give DataCollatorForTokenSuperposition(1, "
             "document_boundaries='respect')."
@@ -318,7 +330,7 @@ def make_collators(
         args.tst_bag_size,
         args.tst_mode,
     ):
-        raise ValueError(
+        raise TSTError(
             f"data_collator makes bags of {data_collator.bag_size} in mode {data_collator.mode!r}, but the arguments "
             f"say tst_bag_size={args.tst_bag_size} and tst_mode={args.tst_mode!r}: leave data_collator out."
         )

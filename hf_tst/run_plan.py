@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from .errors import TSTError
 from .hardware import ACCELERATORS, Accelerator
 from .model_shape import ModelShape
 from .mtp import MTPKind
@@ -41,11 +42,11 @@ class Machines:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"num_gpus must be at least 1, but is {self.count}.")
+            raise TSTError(f"num_gpus must be at least 1, but is {self.count}.")
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"mfu must be more than 0 and at most 1, but is {self.mfu}.")
+            raise TSTError(f"mfu must be more than 0 and at most 1, but is {self.mfu}.")
         if not (self.accelerator.tflops > 0 and self.accelerator.memory_gib > 0):
-            raise ValueError(
+            raise TSTError(
                 f"An accelerator of {self.accelerator.tflops} TFLOP/s and {self.accelerator.memory_gib} GiB cannot train: "
                 "peak_tflops and gpu_memory_gib must be more than 0."
             )
@@ -123,12 +124,12 @@ class RunPlan:
         return self.machines.accelerator.memory_gib * GIB * (1 - RESERVED_MEMORY)
 
     def check_memory(self) -> None:
-        """Raise `ValueError` if the run does not fit into memory, and say by how much."""
+        """Raise `TSTError` if the run does not fit into memory, and say by how much."""
         lacking = self.memory["peak"] - self.usable_memory
         if lacking <= 0:
             return
         machines = self.machines
-        raise ValueError(
+        raise TSTError(
             f"The run needs about {self.memory['peak'] / GIB:.1f} GiB on each of {machines.count} x "
             f"{machines.accelerator.name}, {lacking / GIB:.1f} GiB more than the {self.usable_memory / GIB:.1f} GiB that it "
             "can use: lower per_device_train_batch_size, set gradient_checkpointing, or plan with more or larger GPUs."
@@ -159,10 +160,10 @@ def plan_run(
             recovery phase, see [`MTPHeads`].
 
     Raises:
-        ValueError: If `layout` is for another number of GPUs than `machines` has.
+        TSTError: If `layout` is for another number of GPUs than `machines` has.
     """
     if layout.gpus != machines.count:
-        raise ValueError(
+        raise TSTError(
             f"The step is cut for {layout.gpus} GPUs, but num_gpus is {machines.count}: shard_size must divide it."
         )
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens

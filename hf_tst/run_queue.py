@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from .errors import TSTError
 from .run_result import RunResult
 
 SETTINGS_FILE = "arguments.yaml"
@@ -47,7 +48,7 @@ class PlannedRun:
         """Check that what is in the folder already was begun with the same settings.
 
         Raises:
-            ValueError: If not, with the setting and both values.
+            TSTError: If not, with the setting and both values.
         """
         path = self.folder / SETTINGS_FILE
         if not path.is_file():
@@ -56,7 +57,7 @@ class PlannedRun:
         for name in sorted((begun.keys() | self.settings.keys()) - FREE_SETTINGS):
             before, now = begun.get(name), self.settings.get(name)
             if before != now:
-                raise ValueError(
+                raise TSTError(
                     f"The run {self.name} in {self.folder} was begun with {name}={before!r}, but is to go on with "
                     f"{name}={now!r}: set it back, or name another output_dir."
                 )
@@ -76,7 +77,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
         What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
 
     Raises:
-        ValueError: If the settings of one were others before, or its input is refused.
+        TSTError: If the settings of one were others before, or its input is refused.
     """
     for run in runs:
         run.check_settings()
@@ -102,7 +103,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
             for number, future in enumerate(as_completed(started), 1):
                 run, status = started[future], future.result()
                 if status == 2:
-                    raise ValueError(f"The run {run.name} was refused: {_last_line(run)}")
+                    raise TSTError(f"The run {run.name} was refused: {_last_line(run)}")
                 if status or run.result is None:
                     failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
                 print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .errors import TSTError
+
 RUN_ENTRY = "tst_run"
 # Of the arguments, those that a card tells; the others hold paths and names of this machine.
 ARGUMENTS = (
@@ -62,12 +64,12 @@ class RunRecord:
             now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
 
         Raises:
-            ValueError: If no TST run is on record.
+            TSTError: If no TST run is on record.
         """
         history = state.get("log_history") or []
         runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
         if not runs:
-            raise ValueError("no run of TSTTrainer is on record in it")
+            raise TSTError("no run of TSTTrainer is on record in it")
         evaluations = [entry for entry in history if "eval_loss" in entry]
         last = runs[-1]
         return cls(
@@ -92,17 +94,15 @@ class RunRecord:
         """The record of the run that left `trainer_state.json` in a folder.
 
         Raises:
-            ValueError: If there is none, or not of a TST run.
+            TSTError: If there is none, or not of a TST run.
         """
         path = Path(folder) / "trainer_state.json"
         if not path.is_file():
-            raise ValueError(
-                f"There is no {path}: name the output folder of a finished run, or a checkpoint."
-            )
+            raise TSTError(f"There is no {path}: name the output folder of a finished run, or a checkpoint.")
         try:
             return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}.") from error
+            raise TSTError(f"{path} cannot be used: {error}.") from error
 
 
 def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .errors import TSTError
 from .phases import PhaseSchedule
 
 RESULT_FILE = "result.json"
@@ -81,7 +82,7 @@ class RunResult:
         """The result in a run's folder, or `None` if it is not finished.
 
         Raises:
-            ValueError: If the file is damaged.
+            TSTError: If the file is damaged.
         """
         path = Path(folder) / RESULT_FILE
         if not path.is_file():
@@ -90,7 +91,7 @@ class RunResult:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(**values | {"curve": [CurvePoint(**point) for point in values["curve"]]})
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
+            raise TSTError(
                 f"The file {path} is damaged ({error}): remove it to have the run done again."
             ) from None
 
@@ -110,7 +111,7 @@ def result_of_run(
         run (`dict`): What it ran with and on, as [`run_entry`] gives it.
 
     Raises:
-        ValueError: If it was not evaluated.
+        TSTError: If it was not evaluated.
     """
     clock, per_step = _clock(log_history, latent_tokens_per_step)
     left_out, points = 0, {}
@@ -127,7 +128,7 @@ def result_of_run(
             eval_loss=loss if math.isfinite(loss) else None,
         )
     if not points:
-        raise ValueError("The run was not evaluated: give it evaluation data.")
+        raise TSTError("The run was not evaluated: give it evaluation data.")
     curve = [points[step] for step in sorted(points)]
     memory, memory_of = _peak_memory()
     last = curve[-1]

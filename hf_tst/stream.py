@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .block_checks import BlockRules
 from .blocks import join_blocks
 from .data_plan import BatchLayout
+from .errors import TSTError
 from .packing import BlockStream, load_stream_state, stream_state
 from .phases import PhaseSchedule
 from .rows import TOKEN_COLUMNS, Row, WorkerNote
@@ -196,7 +197,7 @@ class StreamedRows(IterableDataset[Row]):
                 self._blocks_in_pass += 1
                 yield block
             if not self._blocks_in_pass:
-                raise ValueError(
+                raise TSTError(
                     "The stream of training data is empty: check the data set's name, split and files."
                 )
             logger.warning(
@@ -232,10 +233,10 @@ def split_stream(blocks: Any, rank: int, world_size: int) -> Any | None:
 
 
 def check_stream_workers(blocks: Any, num_workers: int, world_size: int) -> None:
-    """Raise `ValueError` unless the shards of a stream divide among ranks and their loader processes."""
+    """Raise `TSTError` unless the shards of a stream divide among ranks and their loader processes."""
     shards = count_shards(blocks)
     if num_workers and (not shards or shards % (world_size * num_workers)):
-        raise ValueError(
+        raise TSTError(
             f"dataloader_num_workers={num_workers} needs a stream of `datasets` whose shards divide among {world_size} "
             f"processes with {num_workers} loader processes each, but this one has {shards or 'no'} shards: set it to "
             "0 or to a number that divides them, or load the data set without streaming."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
+from .errors import TSTError
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .head import check_loss_is_replaceable
 from .phases import TSTMode, check_bag_size, check_mode
@@ -59,7 +60,7 @@ def token_superposition(
         The same `model`.
 
     Raises:
-        ValueError: If an argument is out of range, or the model cannot be served (the message says why).
+        TSTError: If an argument is out of range, or the model cannot be served (the message says why).
         RuntimeError: If the model is inside such a context already.
 
     Example:
@@ -97,7 +98,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
 
     Raises:
-        ValueError: If `fused_loss` is `"on"` and the model cannot be served.
+        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
         RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
     """
     called, core = find_language_model(model)
@@ -117,7 +118,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """The module that is called (a PEFT wrapper or the model itself) and the Transformers model inside it.
 
     Raises:
-        ValueError: With the reason, if superposition cannot train this model.
+        TSTError: With the reason, if superposition cannot train this model.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -131,21 +132,21 @@ def _check_model(model: Any) -> None:
     name = own_class(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
-        raise ValueError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
+        raise TSTError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
+        raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
-        raise ValueError(
+        raise TSTError(
             f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
         )
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
+        raise TSTError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
     text_config = config.get_text_config()
     has_per_layer_size = getattr(
         text_config, "hidden_size_per_layer_input", 1
     )  # Gemma 4 switches it off with 0
     if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
-        raise ValueError(
+        raise TSTError(
             f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
             "embeddings would not give it the whole bag."
         )
@@ -200,17 +201,17 @@ class _BagInput:
             return None
         are_bags = input_ids.dim() == 3
         if are_bags and self.mode == "output":
-            raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
+            raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
         _check_labels_fit(kwargs.get("labels"), input_ids)
         if not are_bags:
             return None
         if input_ids.shape[-1] != self.bag_size:
-            raise ValueError(
+            raise TSTError(
                 f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
             )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
-            raise ValueError(
+            raise TSTError(
                 f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
@@ -221,11 +222,11 @@ class _BagInput:
 
 
 def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
-    """Raise `ValueError` unless labels, where either they or the ids are bags, have a bag for every position."""
+    """Raise `TSTError` unless labels, where either they or the ids are bags, have a bag for every position."""
     if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
         return
     if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
-        raise ValueError(
+        raise TSTError(
             f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
             f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
         )
@@ -236,7 +237,7 @@ def _unwrap_peft(model: Any) -> Any:
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-        raise ValueError(
+        raise TSTError(
             "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
         )
     return model.get_base_model()

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arms import arm_schedule, arm_values, is_superposed, setting
 from .comparison import BASELINE, Outcome, summarize_rate
+from .errors import TSTError
 from .experiment import (
     Experiment,
     ExperimentArguments,
@@ -48,7 +49,7 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
     """The cells of the grid with their runs, one a seed; the baseline first.
 
     Raises:
-        ValueError: If a cell is no superposition, its values cannot go together, or the data is too short for it.
+        TSTError: If a cell is no superposition, its values cannot go together, or the data is too short for it.
     """
     values = experiment.values
     seeds = parse_list("seeds", args.seeds, int)
@@ -66,7 +67,7 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
     for cell, settings in cells:
         training_arguments(settings)
         if not is_superposed(settings):
-            raise ValueError(
+            raise TSTError(
                 f"{cell.name} is plain training: leave bag size 1 and ratio 0 out; --baseline trains without superposition."
             )
     if args.baseline:
@@ -86,7 +87,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     """Do what is missing of a sweep, and write `sweep.json`, `.md` and `.png` into its folder.
 
     Raises:
-        ValueError: For bad input, or settings that have changed.
+        TSTError: For bad input, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
     values, args = parse_experiment(argv, SweepArguments, DESCRIPTION, prog, "runs/sweep")

@@ -7,7 +7,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from .errors import one_line
+from .errors import TSTError, one_line
 
 FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -24,17 +24,17 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         streaming (`bool`, defaults to `False`): Read the file as training goes on; every file is a shard.
 
     Raises:
-        ValueError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
+        TSTError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
             ending says.
     """
     import datasets
 
     files = sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
     if not files:
-        raise ValueError(f"There is no file that fits {path}.")
+        raise TSTError(f"There is no file that fits {path}.")
     kinds = {Path(file).suffix for file in files}
     if len(kinds) > 1:
-        raise ValueError(
+        raise TSTError(
             f"The files that fit {path} end in {', '.join(sorted(kinds))}: name files of one kind."
         )
     for file in files:
@@ -53,18 +53,18 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         if loader != "parquet":
             for file in files:
                 _check_utf8(file)
-        raise ValueError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
+        raise TSTError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
 
 
 def _check_file(file: Path) -> None:
     if file.suffix not in FILE_LOADERS:
-        raise ValueError(f"Cannot read {file}: its name must end in one of {', '.join(FILE_LOADERS)}.")
+        raise TSTError(f"Cannot read {file}: its name must end in one of {', '.join(FILE_LOADERS)}.")
     if not file.is_file():
-        raise ValueError(f"There is no file {file}.")
+        raise TSTError(f"There is no file {file}.")
     if file.stat().st_size == 0:
-        raise ValueError(f"The file {file} is empty: name one that holds text.")
+        raise TSTError(f"The file {file} is empty: name one that holds text.")
     if file.suffix == ".txt" and not _holds_text(file):
-        raise ValueError(f"The file {file} holds nothing but white space: name one that holds text.")
+        raise TSTError(f"The file {file} holds nothing but white space: name one that holds text.")
 
 
 def _holds_text(path: Path, chunk_size: int = 1 << 20) -> bool:
@@ -82,7 +82,7 @@ def _check_utf8(path: str, chunk_size: int = 1 << 20) -> None:
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise TSTError(
                     f"The file {path} is not UTF-8 text: byte {position - pending + error.start} is "
                     f"0x{error.object[error.start]:02x}; convert it, for example with "
                     "`iconv -f latin1 -t utf-8`."

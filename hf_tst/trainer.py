@@ -15,20 +15,22 @@ from transformers.utils import logging
 
 from .added_loss import adds_to_loss
 from .arguments import TSTTrainingArguments
+from .bad_loss import BadNumber
 from .bags import offset_weights, resolve_weighting
 from .block_checks import BlockRules
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import last_complete_checkpoint, load_renamed_weights
+from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
+from .errors import TSTError
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
+from .guarding import GuardedTrainer
 from .head import check_loss_is_replaceable
 from .loss import count_target_bags
 from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
-from .publishing import PublishingTrainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
 from .sharding import warn_of_missing_fsdp, weights_to_save
@@ -37,7 +39,7 @@ from .superposition import find_language_model
 logger = logging.get_logger(__name__)
 
 
-class TSTTrainer(PublishingTrainer):
+class TSTTrainer(GuardedTrainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -53,7 +55,7 @@ class TSTTrainer(PublishingTrainer):
             `data_collator` serves recovery and evaluation; by default labels are a copy of `input_ids`.
 
     Raises:
-        ValueError: If the arguments, the model or the data cannot go with superposition.
+        TSTError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
         - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
@@ -70,7 +72,8 @@ class TSTTrainer(PublishingTrainer):
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - [`PublishingTrainer`] overrides what concerns the Hub and the card.
+        - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`CheckpointingTrainer`] checkpoints, and
+          [`PublishingTrainer`] the Hub and the card.
     """
 
     args: TSTTrainingArguments
@@ -86,12 +89,12 @@ class TSTTrainer(PublishingTrainer):
         if args is None:
             args = TSTTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, TSTTrainingArguments):
-            raise ValueError(
+            raise TSTError(
                 f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
                 "the arguments are made."
             )
         if args.tst_enabled and args.n_gpu > 1:
-            raise ValueError(
+            raise TSTError(
                 f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition does "
                 "not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
@@ -135,25 +138,36 @@ class TSTTrainer(PublishingTrainer):
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If the checkpoint was trained on other data positions than the arguments and the data give.
+            TSTError: If the checkpoint is damaged, or was trained on other data positions than the arguments and the data give.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._restore_random_state = False
         try:
             with self._mtp.attached():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(self._checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
 
+    def steps_to_keep(self) -> set[int]:
+        """The step of the switch, if its checkpoint is asked for."""
+        schedule = self.schedule
+        return {schedule.switch_step} if schedule is not None and self.args.tst_save_at_switch else set()
+
+    def phase_and_blocks(self, found: BadNumber, rank: int) -> tuple[str, list[int] | None]:
+        """The phase of a step, and the blocks that the data plan gives it; a stream has no plan."""
+        if self._data is None:
+            return super().phase_and_blocks(found, rank)
+        reader = rank // (self.args.world_size // self._data.start.world_size)
+        blocks = self._data.blocks_of_step(found.step, reader, found.micro_batch)
+        return self._data.schedule.phase(found.step), blocks
+
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
 
         Raises:
-            ValueError: If the data has no full blocks of equal length, or too few of them.
+            TSTError: If the data has no full blocks of equal length, or too few of them.
         """
         self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
@@ -339,7 +353,7 @@ class TSTTrainer(PublishingTrainer):
         _, model = find_language_model(self.model)
         check_fusable(model, self.args.tst_fused_loss)
         if self.compute_loss_func is not None:
-            raise ValueError(
+            raise TSTError(
                 "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
                 "tst_phase_ratio=0 and tst_fused_loss='auto'."
             )
@@ -348,11 +362,11 @@ class TSTTrainer(PublishingTrainer):
         check_loss_is_replaceable(find_language_model(self.model)[1])
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
-                raise ValueError(
+                raise TSTError(
                     f"{name} parallelism (size {size}) splits rows of bags, which is not supported."
                 )
         if getattr(self.args.accelerator_config, "split_batches", False):
-            raise ValueError(
+            raise TSTError(
                 "accelerator_config's split_batches=True would give every process a part of the rows that "
                 "superposition counts on: leave it at False."
             )

@@ -22,6 +22,8 @@ from transformers import HfArgumentParser
 from hf_tst import TSTTrainingArguments
 from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 from hf_tst.data_position import DataPosition
+from hf_tst.errors import TSTError
+from hf_tst.exits import run_command
 
 
 @dataclass
@@ -53,11 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     if audit.checkpoint is not None:
         position = DataPosition.load(audit.checkpoint)
         if position is None:
-            raise ValueError(f"There is no data_position.json in {audit.checkpoint}.")
+            raise TSTError(f"There is no data_position.json in {audit.checkpoint}.")
         plan, layout = plan_of_position(position)
         length = position.block_length
     elif audit.num_blocks is None:
-        raise ValueError("The number of blocks is not known: set num_blocks, or name a checkpoint.")
+        raise TSTError("The number of blocks is not known: set num_blocks, or name a checkpoint.")
     else:
         plan, layout = plan_of_arguments(args, audit.num_blocks, audit.world_size)
     for step in filter(None, audit.steps.split(",")):
@@ -67,8 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"audit.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("audit.py", main, sys.argv[1:]))

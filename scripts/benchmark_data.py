@@ -28,6 +28,7 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst.errors import TSTError
 from hf_tst.packing import pack_blocks
 
 SCALE = 64  # vocabulary of a model that only has to exist
@@ -180,7 +181,7 @@ def main() -> None:
             }
             counts = {name: load() for name, load in loaders.items()}
             if len(set(counts.values())) > 1:
-                raise ValueError(f"The loaders do not give equal raw tokens, but {counts}.")
+                raise TSTError(f"The loaders do not give equal raw tokens, but {counts}.")
             seconds = measure_alternating(loaders, device, options.rounds)
             results += rows_of("loader", seconds, counts, "stock Trainer", workers)
     print(format_table(results))

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import sys
 
+from hf_tst.exits import run_command
 from hf_tst.pretrain import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"run_clm_tst.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("run_clm_tst.py", main, sys.argv[1:]))

@@ -90,7 +90,7 @@ def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[d
 @pytest.fixture
 def make_args(tmp_path: Path) -> Any:
     def make(**overrides: Any) -> TSTTrainingArguments:
-        defaults = {
+        defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 10,
             "tst_bag_size": 4,

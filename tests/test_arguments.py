@@ -28,6 +28,7 @@ def test_defaults():
         "mtp_num_heads": 1,
         "mtp_kind": "parallel",
         "mtp_loss_weight": None,
+        "tst_bad_loss": "stop",
     }
 
 

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_tst import cli, pretrain
+from hf_tst import PreemptedError, RunError, cli, pretrain
 
 
 def run(*arguments, **options):
@@ -199,6 +199,36 @@ def test_a_step_of_other_tokens_than_asked_for_is_refused(recipe, capsys, monkey
     monkeypatch.setattr(pretrain, "TSTTrainer", SharedRows)
     assert cli.main(["train", str(recipe), "--tokens_per_step", "64"]) == 2
     assert "A step trains on 32 tokens, not on tokens_per_step=64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_debug_anywhere_shows_the_traceback(capsys, place):
+    arguments = ["plan", "--gpu", "b20"]
+    assert cli.main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.main([*arguments[:place], "--debug", *arguments[place:]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert lines[-1].startswith("hf-tst plan: ")
+
+
+def test_the_debug_flag_of_trainer_stays_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, "train", seen.append)
+    assert cli.main(["train", "--debug", "underflow_overflow", "--max_steps", "3", "--debug"]) == 0
+    assert seen == [["--debug", "underflow_overflow", "--max_steps", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RunError("The disk is full."), 1), (PreemptedError("Told to end."), 143)]
+)
+def test_statuses_of_runs_that_are_stopped(monkeypatch, capsys, error, status):
+    def stopped(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", stopped)
+    assert cli.main(["train"]) == status
+    assert capsys.readouterr().err == f"hf-tst train: {error}\n"
 
 
 def test_statuses_of_a_process(recipe):

@@ -8,14 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
+    {"version", "errors", "manifest"},
+    {"checkpoint_folders", "exits", "bad_loss"},
     {
-        "version",
-        "errors",
         "phases",
         "bags",
         "permutation",
         "documents",
         "probing",
+        "preemption",
         "checkpoints",
         "sharding",
         "expert_load",
@@ -46,6 +47,8 @@ LAYERS = [
     {"fused", "rows", "plan", "mtp"},
     {"superposition", "collator", "arguments", "run_plan", "stream", "flops", "budget"},
     {"callbacks", "document_attention", "run_data", "publishing", "mtp_training", "arms", "comparison"},
+    {"checkpointing"},
+    {"guarding"},
     {"trainer", "audit", "pretrain_arguments", "comparison_report"},
     {"pretrain"},
     {"planning", "run_card", "run_worker", "experiment", "sweep_report"},

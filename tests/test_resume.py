@@ -161,7 +161,7 @@ def test_streams_read_by_workers_resume_too(llama, make_args, tmp_path, source, 
     assert history(resumed) == history(whole)
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
     assert len(fed.rows) == args.max_steps
-    state = torch.load(Path(args.output_dir) / "checkpoint-4" / "stream_state_0.pt")
+    state = torch.load(Path(args.output_dir) / "checkpoint-4" / "stream_state_0.pt", weights_only=True)
     assert sorted(state["workers"]) == [0, 1]
     assert all(
         (worker["stream"] is None) == (source == "shuffled stream") for worker in state["workers"].values()
@@ -258,7 +258,7 @@ def test_resuming_at_step_a_million_costs_what_it_costs_at_step_ten(
     TSTTrainer(llama, args, train_dataset=Enormous(), callbacks=[StopAt(10)]).train()
     early = Path(args.output_dir) / "checkpoint-10"
     late = Path(args.output_dir) / "checkpoint-1000000"
-    shutil.copytree(early, late)
+    shutil.copytree(early, late, ignore=shutil.ignore_patterns("manifest.json"))
     state = json.loads((late / "trainer_state.json").read_text())
     (late / "trainer_state.json").write_text(json.dumps(state | {"global_step": 1_000_000}))
     replace(DataPosition.load(early), step=1_000_000).save(late)
@@ -396,6 +396,7 @@ def test_a_checkpoint_of_the_plain_trainer_is_resumed_with_a_warning(llama, make
 def test_a_position_that_cannot_be_read_is_refused(stopped, make_args, text, message):
     model, checkpoint = stopped
     Path(checkpoint, "data_position.json").write_text(text)
+    Path(checkpoint, "manifest.json").unlink()
     with pytest.raises(ValueError, match=message):
         TSTTrainer(model, make_args(), train_dataset=make_blocks(200)).train(checkpoint)
 
@@ -405,6 +406,7 @@ def test_a_stream_without_its_state_file_is_refused(llama, make_args):
     TSTTrainer(llama, args, train_dataset=block_stream(), callbacks=[StopAt(5)]).train()
     checkpoint = Path(args.output_dir) / "checkpoint-5"
     os.remove(checkpoint / "stream_state_0.pt")
+    os.remove(checkpoint / "manifest.json")
     with pytest.raises(ValueError, match=r"no stream_state_0\.pt"):
         TSTTrainer(llama, args, train_dataset=block_stream()).train(str(checkpoint))
 

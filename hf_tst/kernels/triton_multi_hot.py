@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import TSTError
+
 # Logits of a row that are worked on at a time, and the threads that do it: a larger block holds more registers than a
 # program has.
 _MAX_BLOCK = 8192
@@ -36,7 +38,7 @@ def multi_hot_loss_and_gradient(
     if rows == 0:
         return losses
     if logits.stride(1) != 1:
-        raise ValueError(f"logits have stride {logits.stride(1)} in the vocabulary: make them contiguous.")
+        raise TSTError(f"logits have stride {logits.stride(1)} in the vocabulary: make them contiguous.")
     block = min(_MAX_BLOCK, triton.next_power_of_2(vocabulary))
     with torch.cuda.device_of(logits):
         multi_hot_kernel[(rows,)](

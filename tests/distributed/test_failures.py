@@ -1,5 +1,7 @@
 """What goes wrong on several processes is seen: a rank that dies, FSDP that accelerate did not turn on."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer
+from hf_tst.audit import audit_step, plan_of_arguments
 from hf_tst.checkpoints import last_complete_checkpoint
 
 
@@ -17,7 +20,7 @@ from hf_tst.checkpoints import last_complete_checkpoint
     ("launcher", "when", "left"),
     [
         ("accelerate", "after a step", ["checkpoint-2"]),
-        ("torchrun", "while saving", ["checkpoint-2", "checkpoint-4"]),
+        ("torchrun", "while saving", ["checkpoint-2"]),
     ],
 )
 def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when, left):
@@ -28,12 +31,58 @@ def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when
     assert done.stdout.count("fsdp is asked for, but accelerate runs MULTI_CPU on cpu") == 1
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == left
     checkpoint = last_complete_checkpoint(tmp_path / "run")
-    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one is passed over
+    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one has another name
     AutoModelForCausalLM.from_pretrained(checkpoint)
     args = make_args(max_steps=8, tst_phase_ratio=0.25, gradient_accumulation_steps=2)
     resumed = TSTTrainer(make_model("llama"), args, train_dataset=make_blocks(200))
     resumed.train(resume_from_checkpoint=checkpoint)
     assert resumed.state.global_step == 8
+
+
+def steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def test_one_process_that_is_told_to_end_stops_all_at_the_same_step(tmp_path):
+    """And the run goes on to the weights of the uninterrupted one, on two processes, with the files of both."""
+    script = TESTS / "distributed" / "interrupted_run.py"
+    stopped = launch("torchrun", script, tmp_path / "run", "sigterm", "")
+    assert stopped.returncode == 0, stopped.stdout
+    for rank in (0, 1):
+        assert f'{{"rank": {rank}, "step": 5, "preempted": true}}' in stopped.stdout
+    assert steps(tmp_path / "run") == [2, 5]  # of two that may stay, the switch is one
+    files = json.loads((tmp_path / "run" / "checkpoint-5" / "manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < set(files)
+    for name, resume in (("run", "last"), ("whole", "")):
+        done = launch("torchrun", script, tmp_path / name, "nothing", resume)
+        assert done.returncode == 0, done.stdout
+    ours, whole = (tmp_path / name / "checkpoint-8" / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+    damaged = tmp_path / "run" / "checkpoint-8" / "rng_state_1.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    refused = launch("torchrun", script, tmp_path / "run", "nothing", str(damaged.parent))
+    for rank in (0, 1):  # though only one of them has looked
+        assert (
+            f"rank {rank}: The checkpoint {damaged.parent} is damaged: rng_state_1.pth has" in refused.stdout
+        )
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_told_by_all(tmp_path, make_args):
+    """With the blocks that the process had read, not those of the others."""
+    done = launch("torchrun", TESTS / "distributed" / "interrupted_run.py", tmp_path / "run", "nan", "")
+    assert done.returncode != 0
+    args = make_args(max_steps=8, tst_phase_ratio=0.25)
+    plan, layout = plan_of_arguments(args, 200, 2)
+    layout = replace(layout, accumulation_steps=2)
+    plan = replace(plan, rows_per_step=layout.rows_per_step)
+    (blocks,) = [audit_step(plan, layout, 4, 12).blocks[1][0]]
+    named = ", ".join(str(block) for row in blocks for block in row)
+    for rank in (0, 1):
+        assert (
+            f"rank {rank}: The loss of optimizer step 4 (recovery) is nan; it was computed on blocks {named} of"
+            in done.stdout
+        )
+    assert steps(tmp_path / "run") == [2, 3]
 
 
 def test_the_last_complete_checkpoint(tmp_path):

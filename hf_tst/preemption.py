@@ -1,0 +1,66 @@
+"""SIGTERM, by which schedulers take machines back: the step is finished, a checkpoint written, and training stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class PreemptionCallback(TrainerCallback):
+    """What `enable_jit_checkpoint` asks for, in the place of the callback that Trainer has for it.
+
+    Trainer's waits three seconds, and then each process saves by itself, possibly in the middle of a step: processes that
+    stand at different steps wait for each other for ever, and what is drawn at random differs after the resume. Here the
+    step is finished first, at the end of which the processes agree. That costs runs with `enable_jit_checkpoint` on
+    several processes an exchange of one number a step, between their CPUs.
+
+    [`TSTTrainer`] calls [`close`] when training ends, however it ends.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._told = False
+        self._group: Any = None
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stopped = self._told = False
+        if distributed.is_available() and distributed.is_initialized():
+            self._group = distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():  # signals can be caught there only
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._anybody_told():
+            return
+        self.stopped = control.should_save = control.should_training_stop = True
+        control.should_evaluate = False  # there may be seconds left
+        logger.warning(f"SIGTERM: training stops after step {state.global_step}, with a checkpoint.")
+
+    def close(self) -> None:
+        """Give the signal back to whoever had it before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _note(self, *_: Any) -> None:
+        self._told = True
+
+    def _anybody_told(self) -> bool:
+        if self._group is None:
+            return self._told
+        told = torch.tensor(int(self._told))
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(told)

@@ -1,0 +1,225 @@
+"""Checkpoints are complete or not there; what damages them is noticed; what has to stay is not rotated away."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_blocks
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_tst import TSTTrainer
+from hf_tst.checkpoint_folders import UNFINISHED, clear_unfinished, finish_checkpoint, rotate_checkpoints
+from hf_tst.checkpoints import last_complete_checkpoint
+from hf_tst.manifest import MANIFEST_FILE, manifest_problem, write_manifest
+
+
+def steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
+
+
+@pytest.fixture
+def run(llama, make_args):
+    """A finished run with checkpoints at steps 4 and 8, and at the switch, 3."""
+
+    def make(**overrides):
+        args = make_args(**{"save_strategy": "steps", "save_steps": 4} | overrides)
+        model = copy.deepcopy(llama)
+        trainer = TSTTrainer(model, args, train_dataset=make_blocks(200), eval_dataset=make_blocks(4))
+        trainer.train()
+        return trainer, Path(args.output_dir)
+
+    return make
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(run):
+    _, folder = run()
+    assert steps(folder) == [3, 4, 8, 10]
+    assert not (folder / UNFINISHED).exists()
+    for step in steps(folder):
+        checkpoint = folder / f"checkpoint-{step}"
+        files = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+        assert {*files, MANIFEST_FILE} == {path.name for path in checkpoint.iterdir()}
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "data_position.json"} < set(files)
+        assert manifest_problem(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "data_position.json", "trainer_state.json", MANIFEST_FILE]
+)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_and_refused(run, llama, make_args, file, damage, caplog):
+    if (file, damage) == (MANIFEST_FILE, "missing"):
+        pytest.skip("a checkpoint without manifest is an ordinary one of Trainer")
+    _, folder = run()
+    path = folder / "checkpoint-10" / file
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with caplog.at_level("WARNING"):
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-8")
+    assert str(path.parent) in caplog.text
+    assert file == MANIFEST_FILE or f": {file} " in caplog.text
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    with pytest.raises(ValueError, match=r"checkpoint-10 is damaged: .*; resume from another one") as caught:
+        trainer.train(str(path.parent))
+    assert len(str(caught.value).splitlines()) == 1
+    assert trainer.state.global_step == 0
+    trainer.train("last")
+    assert trainer.state.global_step == 10
+
+
+def test_checkpoints_of_the_plain_trainer_are_taken_as_they_are(run, llama, make_args):
+    _, folder = run()
+    (folder / "checkpoint-10" / MANIFEST_FILE).unlink()
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-10")
+    (folder / "checkpoint-10" / "trainer_state.json").write_text("{")
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-8")
+
+
+@pytest.mark.parametrize("requested", ["last", True])
+def test_no_checkpoint_to_resume_from(llama, make_args, requested):
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
+    with pytest.raises(ValueError, match="There is no checkpoint to resume from in"):
+        trainer.train(resume_from_checkpoint=requested)
+    with pytest.raises(ValueError, match="There is no checkpoint nowhere to resume from"):
+        trainer.train(resume_from_checkpoint="nowhere")
+
+
+def test_a_folder_of_the_same_step_is_replaced_as_a_whole(run):
+    trainer, folder = run(max_steps=4)
+    (folder / "checkpoint-4" / "stray").write_text("of an earlier run")
+    trainer.train()
+    assert not (folder / "checkpoint-4" / "stray").exists()
+    assert manifest_problem(folder / "checkpoint-4") is None
+
+
+def test_a_process_that_dies_while_it_replaces_a_checkpoint_leaves_the_old_one(tmp_path):
+    """Between the two renamings of `finish_checkpoint`."""
+    for folder in (tmp_path / UNFINISHED / "checkpoint-4", tmp_path / UNFINISHED / "replaced-checkpoint-4"):
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text('{"global_step": 4}')
+        write_manifest(folder)
+    (tmp_path / UNFINISHED / "replaced-checkpoint-4" / "mark").touch()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "mark").exists()
+    clear_unfinished(tmp_path)
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_complete_checkpoint_is_not_replaced_by_one_that_could_not_be_written(run, monkeypatch):
+    trainer, folder = run(max_steps=4)
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                monkeypatch.setattr(torch, "save", self.refuse)
+
+        def refuse(self, *args):
+            raise OSError(28, "No space left on device")
+
+    trainer.add_callback(Fails())
+    with pytest.raises(
+        RuntimeError, match=r"Writing .*checkpoint-4 failed: .*No space left on device"
+    ) as caught:
+        trainer.train()
+    assert "last" in str(caught.value)
+    assert manifest_problem(folder / "checkpoint-4") is None
+    assert not list(folder.glob(f"{UNFINISHED}/*"))
+
+
+def test_plain_training_writes_the_same_weights_and_state_as_trainer(llama, make_args, tmp_path):
+    common = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 2,
+        "metric_for_best_model": "eval_loss", "load_best_model_at_end": True, "learning_rate": 1e-2,
+    }  # fmt: skip
+    plain = TrainingArguments(output_dir=str(tmp_path / "plain"), **common)
+    data = {"train_dataset": make_blocks(200), "eval_dataset": make_blocks(4, seed=1)}
+    Trainer(copy.deepcopy(llama), plain, **data).train()
+    args = make_args(**common, tst_phase_ratio=0, per_device_train_batch_size=8)
+    ours = TSTTrainer(copy.deepcopy(llama), args, **data)
+    ours.train()
+    folder = Path(args.output_dir)
+    assert steps(folder) == steps(tmp_path / "plain")
+    for step in steps(folder):
+        files = {path.name for path in (folder / f"checkpoint-{step}").iterdir()}
+        other = tmp_path / "plain" / f"checkpoint-{step}"
+        assert files - {MANIFEST_FILE} == {path.name for path in other.iterdir()}
+        for name in ("model.safetensors",):
+            assert (folder / f"checkpoint-{step}" / name).read_bytes() == (other / name).read_bytes()
+    best = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    expected = json.loads((tmp_path / "plain/checkpoint-6/trainer_state.json").read_text())
+    assert best == expected["best_model_checkpoint"].replace(str(tmp_path / "plain"), str(folder))
+    assert Path(best).is_dir()
+
+
+# Rotation
+
+
+def test_rotation_keeps_the_switch_and_the_newest(run):
+    _, folder = run(save_steps=1, save_total_limit=2)
+    assert steps(folder) == [3, 10]
+    _, folder = run(save_steps=1, save_total_limit=1)
+    assert steps(folder) == [3, 10]
+    _, folder = run(
+        save_steps=1, save_total_limit=2, tst_save_at_switch=False, output_dir=str(folder / "other")
+    )
+    assert steps(folder) == [9, 10]
+
+
+def test_rotation_keeps_the_best_and_the_newest_also_at_the_end(run):
+    """With a limit of 1, Trainer would remove the newest at the end, and so what a stopped run goes on from."""
+
+    class Worsening(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(abs(state.global_step - 4))
+
+    options = {
+        "save_total_limit": 1, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss",
+        "load_best_model_at_end": True, "tst_phase_ratio": 0.2,
+    }  # fmt: skip
+    trainer, folder = run(**options, max_steps=5)
+    shutil.rmtree(folder)
+    trainer.add_callback(Worsening())
+    trainer.train()
+    assert steps(folder) == [1, 4, 5]
+    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-4")
+    assert trainer.args.save_total_limit == 1
+
+
+def test_rotation_goes_by_steps_not_by_the_clock(tmp_path):
+    for step in (1, 2, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (10**9 - step, 10**9 - step))
+    rotate_checkpoints(tmp_path, 2, keep={11})
+    assert steps(tmp_path) == [10, 11]
+    rotate_checkpoints(tmp_path, None, keep=())
+    assert steps(tmp_path) == [10, 11]
+
+
+def test_finishing_writes_the_manifest_before_the_name(tmp_path, monkeypatch):
+    written = tmp_path / UNFINISHED / "checkpoint-7"
+    (written / "shards").mkdir(parents=True)
+    (written / "shards" / "0.distcp").write_bytes(b"weights")
+    seen = []
+    rename = Path.rename
+
+    def note(self, target):
+        seen.append((self.name, (self / MANIFEST_FILE).is_file()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", note)
+    finish_checkpoint(tmp_path, "checkpoint-7")
+    assert seen == [("checkpoint-7", True)]
+    assert manifest_problem(tmp_path / "checkpoint-7") is None
+    (tmp_path / "checkpoint-7" / "shards" / "0.distcp").write_bytes(b"Weights")
+    assert "shards/0.distcp does not hold" in manifest_problem(tmp_path / "checkpoint-7")
