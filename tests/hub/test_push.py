@@ -111,6 +111,16 @@ def test_every_strategy(hub, push, strategy, expected):
         assert f"{expected}trainer_state.json" in files
 
 
+def test_the_token_of_the_arguments_goes_into_no_file(hub, push):
+    """Nor does it on the Hub, where Trainer's `training_args.bin` would have it."""
+    result, folder = push(token="", hub_token=TOKEN, hub_strategy="all_checkpoints", hub_always_push=True)
+    assert result == {"step": 6, "saved": True}
+    files = hub.files("someone/mine")
+    assert {"training_args.bin", "checkpoint-6/training_args.bin", "checkpoint-6/manifest.json"} <= set(files)
+    assert not [name for name, content in files.items() if TOKEN.encode() in content]
+    assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
 def test_pushing_again_replaces_and_a_branch_of_its_own_is_left_alone(hub, push):
     push(name="first", hub_model_id="someone/model")
     first = hub.files("someone/model")["model.safetensors"]

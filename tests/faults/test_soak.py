@@ -1,0 +1,29 @@
+"""A run of thousands of steps holds on to neither memory nor files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("soak_run.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and open files are read from /proc")
+def test_memory_and_open_files_stay_flat(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(RUN), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
+    assert [sample["step"] for sample in samples] == list(range(100, 3001, 100))
+    # Both phases have saved and evaluated by step 1 200; the resume, at 1 500, makes a new trainer and optimizer.
+    before, after = samples[11], samples[-1]
+    assert after["memory"] - before["memory"] < 4 * 2**20
+    assert max(sample["files"] for sample in samples[12:]) <= before["files"] + 1
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3000",
+        "checkpoint-900",
+    ]
