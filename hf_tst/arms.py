@@ -10,8 +10,8 @@ from .arguments import TSTTrainingArguments
 from .errors import TSTError
 from .phases import PhaseSchedule
 
-# What an arm changes in the configuration, and nothing else. The baseline computes its loss as TST does, fused with the
-# head, so that a step of either costs the same.
+# What an arm changes in the configuration, and nothing else. Arms without superposition compute their loss as TST does, fused
+# with the head, so that steps of all cost the same but for what an arm adds.
 ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "baseline": {"tst_phase_ratio": 0.0, "tst_fused_loss": "on"},

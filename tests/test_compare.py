@@ -49,6 +49,18 @@ def test_an_arm_with_extra_heads_takes_fewer_steps(tiny_recipe):
     assert plans["mtp"].schedule.max_steps < plans["baseline"].schedule.max_steps
 
 
+def test_arms_with_extra_heads_train(tiny_recipe, tmp_path, in_process):
+    flags = ["--arms", "baseline,mtp,tst+mtp", "--budget", "data", "--seeds", "0"]
+    comparison = main([str(tiny_recipe), *flags, "--output_dir", str(tmp_path)])
+    assert [run.status for run in comparison.outcomes] == ["finished"] * 3
+    assert len({arm.best.curve[-1].raw_tokens for arm in comparison.arms}) == 1
+    flops = {arm.arm: arm.flops(arm.best.curve[-1]) for arm in comparison.arms}
+    assert flops["mtp"] > flops["baseline"]
+    for name in ("baseline", "mtp"):
+        log = (tmp_path / f"{name}-lr0.01-seed0" / "arguments.yaml").read_text()
+        assert yaml.safe_load(log)["tst_fused_loss"] == "on"
+
+
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
     _, runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
     names = [run.name for run, _ in runs]
