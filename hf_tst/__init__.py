@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import PreemptedError, RunError, TSTError
     from .linear_loss import linear_multi_hot_cross_entropy
     from .loss import multi_hot_cross_entropy
+    from .mtp import MTPHeads, multi_token_prediction
     from .phases import PhaseSchedule
     from .superposition import fused_next_token_loss, token_superposition
     from .trainer import TSTTrainer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
 _MODULES = {
     "DataCollatorForTokenSuperposition": "collator",
+    "MTPHeads": "mtp",
     "PhaseSchedule": "phases",
     "PreemptedError": "errors",
     "RunError": "errors",
@@ -30,12 +32,14 @@ _MODULES = {
     "fused_next_token_loss": "superposition",
     "linear_multi_hot_cross_entropy": "linear_loss",
     "multi_hot_cross_entropy": "loss",
+    "multi_token_prediction": "mtp",
     "offset_weights": "bags",
     "token_superposition": "superposition",
 }
 
 __all__ = [
     "DataCollatorForTokenSuperposition",
+    "MTPHeads",
     "PhaseSchedule",
     "PreemptedError",
     "RunError",
@@ -46,6 +50,7 @@ __all__ = [
     "fused_next_token_loss",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
+    "multi_token_prediction",
     "offset_weights",
     "token_superposition",
 ]

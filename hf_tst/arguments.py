@@ -14,6 +14,7 @@ from .bags import OffsetWeighting, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
 from .errors import TSTError
 from .fused import FusedLoss, check_fused_loss
+from .mtp import MTPKind, check_mtp
 from .phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
@@ -54,6 +55,12 @@ class TSTTrainingArguments(TrainingArguments):
             training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
         tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
             not what the checkpoint was trained with.
+        mtp_num_heads (`int`, defaults to 1): Tokens that every position predicts in next-token training, n, the next
+            one included (multi-token prediction). The n - 1 extra heads are not saved with the model. 1 is none.
+        mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
+            `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
+        mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
+            if sequential; 1 if parallel and 0.3 if sequential by default.
         tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
@@ -121,6 +128,26 @@ class TSTTrainingArguments(TrainingArguments):
         },
     )
 
+    mtp_num_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Tokens that every position predicts in next-token training, the next one included (multi-token "
+            "prediction). The extra heads are not saved with the model. 1 is ordinary training."
+        },
+    )
+    mtp_kind: MTPKind = field(
+        default="parallel",
+        metadata={
+            "help": "Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's)."
+        },
+    )
+    mtp_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the extra heads' losses: of their sum if parallel (1 by default), of their mean if "
+            "sequential (0.3 by default)."
+        },
+    )
     tst_bad_loss: BadLoss = field(
         default="stop",
         metadata={
@@ -141,6 +168,7 @@ class TSTTrainingArguments(TrainingArguments):
         check_fused_loss(self.tst_fused_loss)
         check_bad_loss(self.tst_bad_loss)
         check_document_boundaries(self.tst_document_boundaries)
+        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight)
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
             raise TSTError(
                 "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="

@@ -14,12 +14,16 @@ DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train
 commands:
   train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of three minutes)
   plan    say what a run costs before it is started: steps, tokens, GPU-hours, memory, and what it is compared with
+  compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
+  sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
   card    write the model card of a finished run again, from its record
 """
 EXAMPLES = """examples:
   hf-tst train                                      the quick start; the model is in runs/quickstart
   hf-tst train recipe.yaml --max_steps 1000         a recipe, and flags that win over it
   hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
+  hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
+  hf-tst sweep recipe.yaml --bag_sizes 2,4,6        losses by bag size and phase ratio, in output_dir
   hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
   accelerate launch --num_processes 8 -m hf_tst.cli train recipe.yaml
 
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="hf-tst",
-        usage="hf-tst [-h] [--version] {train,plan,card} ...",
+        usage="hf-tst [-h] [--version] {train,plan,compare,sweep,card} ...",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,6 +69,20 @@ def plan(argv: list[str]) -> None:
     run(argv, prog="hf-tst plan")
 
 
+def compare(argv: list[str]) -> None:
+    """`hf-tst compare`: see [`hf_tst.compare.main`]."""
+    from .compare import main as run
+
+    run(argv, prog="hf-tst compare")
+
+
+def sweep(argv: list[str]) -> None:
+    """`hf-tst sweep`: see [`hf_tst.sweep.main`]."""
+    from .sweep import main as run
+
+    run(argv, prog="hf-tst sweep")
+
+
 def card(argv: list[str]) -> None:
     """`hf-tst card`: see [`hf_tst.run_card.main`]."""
     from .run_card import main as run
@@ -72,7 +90,13 @@ def card(argv: list[str]) -> None:
     run(argv, prog="hf-tst card")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "plan": plan, "card": card}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "plan": plan,
+    "compare": compare,
+    "sweep": sweep,
+    "card": card,
+}
 
 
 if __name__ == "__main__":

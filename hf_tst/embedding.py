@@ -56,13 +56,19 @@ def inputs_embeds_scale(model: Any) -> float:
 
 
 def first_layer(model: Any) -> nn.Module | None:
-    """The first of the model's layers: of the list that is as long as its configuration says, or of the first list."""
+    """The first of [`decoder_layers`], or `None` if there are none."""
+    layers = decoder_layers(model)
+    return layers[0] if layers else None
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The model's layers: the list that is as long as its configuration says, or the first list; empty if there is none."""
     lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)) and len(m)]
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in lists if len(m) == count] or lists
     if not lists:
-        return None
-    return next(iter(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0]))
+        return []
+    return list(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0])
 
 
 class _UnknownWayError(Exception):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
+from .errors import TSTError
 from .head import LinearHead, UnfusableHeadError, inspect_head
 from .linear_loss import linear_multi_hot_cross_entropy
 from .loss import multi_hot_cross_entropy
@@ -32,9 +33,9 @@ logger = logging.get_logger(__name__)
 
 
 def check_fused_loss(choice: str) -> None:
-    """Raise `ValueError` unless `choice` is one of `FUSED_LOSS_CHOICES`."""
+    """Raise `TSTError` unless `choice` is one of `FUSED_LOSS_CHOICES`."""
     if choice not in FUSED_LOSS_CHOICES:
-        raise ValueError(f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
+        raise TSTError(f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def replaced_loss(
             does. Which of them it came to, and why, is logged.
 
     Raises:
-        ValueError: If `choice` is `"on"` and this model's head and loss cannot be fused.
+        TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
     """
     head = _choose_head(model, choice, next_token=weights is None)
     loss = TSTLoss(model.loss_function, weights, head)
@@ -70,7 +71,7 @@ def replaced_loss(
 
 
 def check_fusable(model: Any, choice: FusedLoss) -> None:
-    """Raise `ValueError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
+    """Raise `TSTError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
     if choice == "on":
         _find_head(model, choice, next_token=True)
 
@@ -97,7 +98,7 @@ def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | 
         return inspect_head(model)
     except UnfusableHeadError as error:
         if choice == "on":
-            raise ValueError(
+            raise TSTError(
                 f"tst_fused_loss='on', but {own_class(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
             ) from error
         return str(error)
@@ -182,7 +183,7 @@ class TSTLoss:
         if self.weights is None:
             labels = _next_tokens(labels, given.get("shift_labels"), ignore_index)
         elif labels.shape[-1] != len(self.weights):
-            raise ValueError(
+            raise TSTError(
                 f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(self.weights)}."
             )
         return {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from .errors import TSTError
 from .probing import StandIn, own_class, replaced_attribute, replaced_module
 
 _PROBE_ROWS = 3
@@ -76,6 +77,29 @@ def inspect_head(model: Any) -> LinearHead:
     # What the fused path returns in place of logits must go through the rest of forward, too.
     _logits_at_loss(model, head, probe[..., :0])
     return LinearHead(head, scale, softcap)
+
+
+def check_loss_is_replaceable(model: Any) -> None:
+    """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
+
+    A forward that the stand-ins cannot lead to its end is given the benefit of the doubt.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return
+    try:
+        loss = _run_to_loss(model, head, _probe_values(weight.shape[0])).loss
+    except UnfusableHeadError:
+        return
+    if loss.logits is None:
+        raise TSTError(
+            f"{own_class(model).__name__} computes its loss itself, without `loss_function`, so superposition cannot put "
+            "its own in that place."
+        )
 
 
 def _probe_values(vocabulary: int) -> Tensor:
@@ -141,45 +165,75 @@ class _ProbedLoss:
         return self.answer.to(logits.device)
 
 
-def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
-    """What the loss function is given when the head returns `returned`."""
-    device = head.weight.device
-    hidden = torch.zeros(1, _PROBE_ROWS, head.in_features, device=device, dtype=head.weight.dtype)
-    ids = torch.arange(_PROBE_ROWS, device=device).unsqueeze(0)
-    options: dict[str, Any] = (
-        {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
-    )
+@dataclass
+class _Run:
+    """What became of a forward pass with stand-ins.
+
+    Args:
+        inputs (`dict`): Labels, and the divisor if the model takes one.
+        hidden (`torch.Tensor`): What the stand-in body returned.
+        head (`StandIn`): The stand-in head, with its calls.
+        loss (`_ProbedLoss`): The stand-in loss function, with what it was given.
+        outputs: What forward returned.
+    """
+
+    inputs: dict[str, Any]
+    hidden: Tensor
+    head: StandIn
+    loss: _ProbedLoss
+    outputs: Any
+
+
+def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
+    """Run the model's forward with a head that returns `returned`.
+
+    Raises:
+        UnfusableHeadError: If forward fails.
+    """
+    weight = head.weight
+    hidden = torch.zeros(1, _PROBE_ROWS, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    ids = torch.arange(_PROBE_ROWS, device=weight.device).unsqueeze(0)
+    inputs: dict[str, Any] = {"labels": ids}
+    if hasattr(model.config, "output_router_logits"):
+        inputs["output_router_logits"] = False
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
-        options["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
-    stand_in, loss = StandIn(head, returned.to(device)), _ProbedLoss()
+        inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
+    stand_in, loss = StandIn(head, returned.to(weight.device)), _ProbedLoss()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
         stack.enter_context(replaced_attribute(model, "_loss_function", loss))
         stack.enter_context(replaced_module(model, head, stand_in))
         if model.base_model is not model:
             body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
             stack.enter_context(replaced_module(model, model.base_model, body))
         try:
-            outputs = type(model).forward(model, input_ids=ids, labels=ids, **options)
+            outputs = type(model).forward(model, input_ids=ids, **inputs)
         except Exception as error:  # whatever a family does with what the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
             ) from error
+    return _Run(inputs, hidden, stand_in, loss, outputs)
+
+
+def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
+    """What the loss function is given when the head returns `returned`."""
+    run = _run_to_loss(model, head, returned)
+    loss = run.loss
     if loss.logits is None:
         raise UnfusableHeadError("its forward does not call loss_function")
-    if len(stand_in.calls) != 1 or getattr(stand_in.calls[0], "shape", None) != hidden.shape:
+    if len(run.head.calls) != 1 or getattr(run.head.calls[0], "shape", None) != run.hidden.shape:
         raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
     if (
         loss.labels is None
-        or not torch.equal(loss.labels, ids)
-        or loss.divisor != options.get("num_items_in_batch")
+        or not torch.equal(loss.labels, run.inputs["labels"])
+        or loss.divisor != run.inputs.get("num_items_in_batch")
     ):
         raise UnfusableHeadError(
             "its forward does not hand labels and num_items_in_batch on to loss_function as they are"
         )
-    total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    total = run.outputs[0] if isinstance(run.outputs, tuple) else getattr(run.outputs, "loss", None)
     if not isinstance(total, Tensor) or total.item() != loss.answer.item():
         raise UnfusableHeadError(
             "its forward adds something to what loss_function returns, such as a z-loss of the logits"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import TSTError
 from .kernels import select_kernel
 from .loss import check_labels, check_weights, count_target_bags, resolve_weights
 
@@ -59,27 +60,27 @@ def linear_multi_hot_cross_entropy(
         through it once.
 
     Raises:
-        ValueError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+        TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
             On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
 
     Source: arXiv 2605.06546, section 3.2, leaves this reuse of one logsumexp unexplored.
     """
     bag_size = labels.shape[-1]
     if hidden.shape[:-1] != labels.shape[:-1]:
-        raise ValueError(
+        raise TSTError(
             f"labels of shape {tuple(labels.shape)} do not fit hidden of shape {tuple(hidden.shape)}: all dimensions "
             "but the last must agree."
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
+        raise TSTError(
             f"weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: give (V, d)."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
+        raise TSTError(
             f"bias of shape {tuple(bias.shape)} does not fit weight of shape {tuple(weight.shape)}: give (V,)."
         )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be more than 0, but is {softcap}: leave it out for no cap.")
+        raise TSTError(f"softcap must be more than 0, but is {softcap}: leave it out for no cap.")
     labels = labels.to(hidden.device)
     weights = resolve_weights(weights, labels)
     if num_items_in_batch is None:

@@ -5,8 +5,12 @@ Shapes: V vocabulary, s tokens a target bag.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .errors import TSTError
 
 
 def multi_hot_cross_entropy(
@@ -37,14 +41,14 @@ def multi_hot_cross_entropy(
         `torch.FloatTensor`: The loss in nats, float32, 0-dim.
 
     Raises:
-        ValueError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+        TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
             On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
 
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
     """
     if labels.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
+        raise TSTError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
             "all dimensions but the last must agree."
         )
@@ -53,7 +57,7 @@ def multi_hot_cross_entropy(
     check_weights(weights)
     logits = logits.float()
     valid = labels != ignore_index
-    target_logits = logits.gather(-1, labels.masked_fill(~valid, 0))
+    target_logits = _take_targets(logits, labels.masked_fill(~valid, 0))
     weights = weights * valid
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
@@ -83,13 +87,13 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     """The weight of each offset, float32 of shape `(s,)` beside `labels`: those given, or `1/s` each.
 
     Raises:
-        ValueError: If `weights` is of another shape.
+        TSTError: If `weights` is of another shape.
     """
     bag_size = labels.shape[-1]
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
     if weights.shape != (bag_size,):
-        raise ValueError(
+        raise TSTError(
             f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             f"give one weight for each of the {bag_size} offsets."
         )
@@ -97,24 +101,64 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
-    """Raise `ValueError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
+    """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if _holds_nowhere(wrong, "A label is outside the vocabulary."):
         return
-    raise ValueError(
+    raise TSTError(
         f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
         f"{vocabulary - 1}, or {ignore_index} where there is no target."
     )
 
 
 def check_weights(weights: Tensor) -> None:
-    """Raise `ValueError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
+    """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
     if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
         return
-    raise ValueError(
+    raise TSTError(
         f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
     )
+
+
+def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits at `targets`, of shape `(..., s)`.
+
+    Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
+    compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_tst.take_targets(logits, targets)
+    return logits.gather(-1, targets)
+
+
+def _take(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets)
+
+
+def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
+    return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    logits, targets = inputs
+    ctx.vocabulary = logits.shape[-1]
+    ctx.save_for_backward(targets)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (targets,) = ctx.saved_tensors
+    return torch.ops.hf_tst.spread_targets(gradient, targets, ctx.vocabulary), None
+
+
+_take_operator = torch.library.custom_op("hf_tst::take_targets", _take, mutates_args=())
+_take_operator.register_fake(lambda logits, targets: logits.new_empty(targets.shape))
+_take_operator.register_autograd(_backward, setup_context=_remember)
+_spread_operator = torch.library.custom_op("hf_tst::spread_targets", _spread, mutates_args=())
+_spread_operator.register_fake(
+    lambda gradient, targets, vocabulary: gradient.new_empty((*targets.shape[:-1], vocabulary))
+)
 
 
 def _holds_nowhere(wrong: Tensor, message: str) -> bool:

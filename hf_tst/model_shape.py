@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class ModelShape:
             and with the experts of the position only.
         trainable_parameters (`int`): Those that have gradients; fewer with LoRA.
         layer_parameters (`int`): Of the largest layer.
+        last_layer_parameters (`int`), active_last_layer_parameters (`int`): Of the last layer, all and active ones.
         embedding_parameters (`int`): Of the embedding; the head has as many, or shares them.
         layers, hidden_size, vocab_size (`int`): As in the configuration; d and V.
         heads, kv_heads, head_dim (`int`): Of the attention.
@@ -34,6 +35,8 @@ class ModelShape:
     active_parameters: int
     trainable_parameters: int
     layer_parameters: int
+    last_layer_parameters: int
+    active_last_layer_parameters: int
     embedding_parameters: int
     layers: int
     hidden_size: int
@@ -65,7 +68,10 @@ class ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        looked_up_only = 0 if head is not None and head.weight is embedding else embedding.numel()
+        tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        if head is not None:
+            tables.pop(id(head.weight), None)
+        looked_up_only = sum(table.numel() for table in tables.values())
         embedding_parameters = embedding.numel()
         if lora is not None:
             from peft import get_peft_model
@@ -74,20 +80,24 @@ class ModelShape:
         text = config.get_text_config()
         heads = text.num_attention_heads
         top_k, experts = experts_per_position(config) or 0, _number_of_experts(text)
-        parameters, layers, routed = 0, Counter[int](), 0
+        parameters, layers, idle = 0, Counter[int](), Counter[int]()
         for name, parameter in model.named_parameters():
             parameters += parameter.numel()
-            if layer := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name):
-                layers[int(layer[1])] += parameter.numel()
+            layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+            index = int(layer[1]) if layer else -1
+            if layer:
+                layers[index] += parameter.numel()
             if experts and ".experts." in name:
-                routed += parameter.numel()
-        idle = routed - routed * top_k // experts if routed else 0
+                idle[index] += parameter.numel() - parameter.numel() * top_k // experts
+        last = max(layers, default=-1)
         width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         return cls(
             parameters=parameters,
-            active_parameters=parameters - looked_up_only - idle,
+            active_parameters=parameters - looked_up_only - idle.total(),
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             layer_parameters=max(layers.values(), default=0),
+            last_layer_parameters=layers[last],
+            active_last_layer_parameters=layers[last] - idle[last],
             embedding_parameters=embedding_parameters,
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
@@ -95,9 +105,31 @@ class ModelShape:
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            intermediate_size=(getattr(text, "moe_intermediate_size", None) or width) if routed else width,
-            experts_per_token=top_k if routed else 0,
+            intermediate_size=(getattr(text, "moe_intermediate_size", None) or width) if idle else width,
+            experts_per_token=top_k if idle else 0,
             norms_per_head=any(".q_norm." in name for name, _ in model.named_parameters()),
+        )
+
+    def with_mtp_heads(self, num_heads: int, kind: str = "parallel") -> ModelShape:
+        """The shape while extra heads of multi-token prediction train with the model.
+
+        Each is one more layer like the last, of sequential ones with a projection and two norms, and one more product
+        with the model's head.
+
+        Args:
+            num_heads (`int`): Heads with the model's own, n; 1 changes nothing.
+            kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`, as in [`MTPHeads`].
+        """
+        extra = num_heads - 1
+        joined = 2 * self.hidden_size * (self.hidden_size + 1) if kind == "sequential" else 0
+        added = extra * (self.last_layer_parameters + joined)
+        active = extra * (self.active_last_layer_parameters + joined + self.embedding_parameters)
+        return replace(
+            self,
+            parameters=self.parameters + added,
+            trainable_parameters=self.trainable_parameters + added,
+            active_parameters=self.active_parameters + active,
+            layers=self.layers + extra,
         )
 
     @property

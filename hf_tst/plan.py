@@ -175,18 +175,20 @@ def communication_per_step(
     }
 
 
-def operations_per_position(shape: ModelShape, length: int) -> int:
+def operations_per_position(shape: ModelShape, length: int, causal: bool = True) -> int:
     """Floating-point operations of a training step on one latent position.
 
     4 an active parameter (forward, and backward to the layer before) and 2 a trained one (its gradient), so 6 · P where all
-    are trained; and 6 · layers · heads · head size · l for causal attention. A bag is one position.
+    are trained; and 6 · layers · heads · head size · l for causal attention. A bag is one position. Extra heads count where
+    `shape` has them, see [`ModelShape.with_mtp_heads`].
 
     Args:
         shape (`ModelShape`): The model.
         length (`int`): Latent positions a row, l.
+        causal (`bool`, defaults to `True`): Whether attention leaves out what its mask hides; otherwise it costs twice that.
     """
     trained = shape.active_parameters if shape.trains_everything else shape.trainable_parameters
-    attention = 6 * shape.layers * shape.heads * shape.head_dim * length  # causal: half of 12
+    attention = (6 if causal else 12) * shape.layers * shape.heads * shape.head_dim * length
     return 4 * shape.active_parameters + 2 * trained + attention
 
 

@@ -14,6 +14,7 @@ from .errors import TSTError
 from .fused import check_fused_loss
 from .hardware import ACCELERATORS, Accelerator
 from .model_shape import ModelShape
+from .mtp import check_mtp
 from .phases import PhaseSchedule
 from .plan import Layout, Precision
 from .pretrain import QUICK_START_VOCABULARY, explained_loading, make_config
@@ -77,6 +78,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
             f"max_steps is {values.max_steps}: set it, as a plan cannot know how many steps num_train_epochs would give."
         )
     check_fused_loss(values.tst_fused_loss)
+    check_mtp(values.mtp_num_heads, values.mtp_kind)
     config = make_config(model_args, _vocabulary(model_args, data_args))
     shape = ModelShape.from_config(config, model_args.lora_config())
     schedule = PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode)
@@ -89,6 +91,8 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
         machines,
         precision=_precision(values, model_args),
         fused_loss=values.tst_fused_loss == "on" or (values.tst_fused_loss == "auto" and superposed),
+        mtp_num_heads=values.mtp_num_heads,
+        mtp_kind=values.mtp_kind,
     )
     return plan, args
 
@@ -168,8 +172,9 @@ def format_plan(plan: RunPlan) -> str:
     shape, layout, machines = plan.shape, plan.layout, plan.machines
     hours = plan.gpu_hours / machines.count
     trained = "" if shape.trains_everything else f", {shape.trainable_parameters:,} of them trained"
+    heads = f"; {plan.mtp_parameters:,} more in extra heads while it trains" if plan.mtp_parameters else ""
     facts = [
-        ("model", f"{shape.parameters:,} parameters{trained}; {shape.active_parameters:,} multiply a position's state"),
+        ("model", f"{shape.parameters:,} parameters{trained}; {shape.active_parameters:,} multiply a position's state{heads}"),
         (
             "step",
             f"{layout.rows_per_step:,} rows of {layout.length:,} = {layout.latent_tokens:,} latent tokens "
@@ -261,6 +266,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
         "peak_tflops": machines.accelerator.tflops,
         "gpu_hours": plan.gpu_hours,
         "model": asdict(plan.shape),
+        "mtp_parameters": plan.mtp_parameters,
         "layout": asdict(plan.layout),
         "memory_bytes": plan.memory,
         "usable_memory_bytes": int(plan.usable_memory),

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .arguments import TSTTrainingArguments
 from .errors import PreemptedError, TSTError, one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
 from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
 from .quickstart import standard_library_documents, train_tokenizer
+from .reinitialize import ReinitializeCallback
 from .report import format_phases, summarize_phases
 from .text_files import load_text_file
 from .trainer import TSTTrainer
@@ -237,6 +240,46 @@ def prepare_blocks(
     return blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
 
 
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run starts from. `eval_blocks` is `None` without evaluation data; `block_size` is L, in tokens."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    train_blocks: Any
+    eval_blocks: Any
+    block_size: int
+
+
+def prepare_run(
+    model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
+) -> PreparedRun:
+    """Model, tokenizer and packed data of a run.
+
+    Raises:
+        TSTError: If one of them cannot be loaded, or the blocks are longer than the model's context.
+    """
+    # The first process downloads and tokenises; the others read its cache.
+    with args.main_process_first(desc="preparing the data"):
+        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
+            train_documents, eval_documents = load_documents(data_args, model_args)
+        tokenizer = load_tokenizer(model_args, data_args, train_documents)
+        model = load_model(model_args, tokenizer)
+        context = getattr(model.config, "max_position_embeddings", None) or 1024
+        block_size = data_args.block_size or min(1024, context)
+        if block_size > context:
+            raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
+        train_blocks = prepare_blocks(
+            data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
+        )
+        eval_blocks = None
+        if eval_documents is not None:
+            eval_blocks = prepare_blocks(
+                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples
+            )
+    return PreparedRun(model, tokenizer, train_blocks, eval_blocks, block_size)
+
+
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
     history = trainer.state.log_history
     output = Path(trainer.args.output_dir)
@@ -272,34 +315,19 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     except OSError as error:
         raise TSTError(f"Cannot make output_dir={args.output_dir}: {error.strerror}.") from error
 
-    # The first process downloads and tokenises; the others read its cache.
-    with args.main_process_first(desc="preparing the data"):
-        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
-            train_documents, eval_documents = load_documents(data_args, model_args)
-        tokenizer = load_tokenizer(model_args, data_args, train_documents)
-        model = load_model(model_args, tokenizer)
-        context = getattr(model.config, "max_position_embeddings", None) or 1024
-        block_size = data_args.block_size or min(1024, context)
-        if block_size > context:
-            raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
-        train_blocks = prepare_blocks(
-            data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
-        )
-        eval_blocks = None
-        if eval_documents is not None:
-            eval_blocks = prepare_blocks(
-                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples
-            )
-
+    prepared = prepare_run(model_args, data_args, args)
+    eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
     if eval_blocks is None:
         args.eval_strategy = "no"
     trainer = TSTTrainer(
-        model=model,
+        model=prepared.model,
         args=args,
-        train_dataset=train_blocks,
+        train_dataset=prepared.train_blocks,
         eval_dataset=eval_blocks,
-        processing_class=tokenizer,
+        processing_class=prepared.tokenizer,
     )
+    if model_args.reinit_at_switch:
+        trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
     tokens = trainer.get_total_train_batch_size(args) * block_size
     if data_args.tokens_per_step not in (None, tokens):
         raise TSTError(

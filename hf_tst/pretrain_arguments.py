@@ -6,8 +6,9 @@ import difflib
 import json
 import os
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -16,6 +17,7 @@ from transformers import HfArgumentParser
 
 from .arguments import TSTTrainingArguments
 from .errors import TSTError, one_line
+from .reinitialize import Reinitialized
 
 QUICK_START: dict[str, Any] = {
     "output_dir": "runs/quickstart",
@@ -97,6 +99,12 @@ class ModelArguments:
         default="all-linear",
         metadata={"help": "Layers to adapt: all-linear, or names such as q_proj,v_proj."},
     )
+    reinit_at_switch: Reinitialized | None = field(
+        default=None,
+        metadata={
+            "help": "Ablation: new random weights when superposition ends, of embeddings, head or both."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.torch_dtype()
@@ -108,6 +116,8 @@ class ModelArguments:
             raise TSTError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
         if self.lora_rank and not self.model_name_or_path:
             raise TSTError("lora_rank adapts a trained model: name it with model_name_or_path.")
+        if self.lora_rank and self.reinit_at_switch:
+            raise TSTError("reinit_at_switch would change what an adapter adapts: leave it or lora_rank out.")
 
     def torch_dtype(self) -> Any:
         """The `torch.dtype` that `dtype` names; `None` for the checkpoint's own, and for a new model's float32.
@@ -245,7 +255,11 @@ def parse_arguments(
 
 
 def parse_values(
-    argv: Sequence[str], dataclass_types: list[type], description: str, prog: str | None = None
+    argv: Sequence[str],
+    dataclass_types: list[type],
+    description: str,
+    prog: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Namespace:
     """The values of all arguments, not checked together yet.
 
@@ -253,6 +267,7 @@ def parse_values(
         argv: A YAML or JSON file of arguments, if the first one ends so, and flags.
         dataclass_types: The dataclasses of arguments.
         description, prog: For `--help`.
+        defaults (`dict`, *optional*): Values in the place of the dataclasses' and the quick start's.
 
     Raises:
         TSTError: For a file or flag that cannot be understood.
@@ -272,7 +287,7 @@ def parse_values(
     actions = {action.dest: action for action in parser._actions}
     optional = {
         name for kind in dataclass_types for name, hint in get_type_hints(kind).items() if _takes_none(hint)
-    }
+    } | {name for name, action in actions.items() if action.default is None}
     values = {
         name: None
         if value is None and name in optional
@@ -281,13 +296,24 @@ def parse_values(
     }
     flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
     names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
-    parser.set_defaults(**({} if names_data else QUICK_START) | values)
+    parser.set_defaults(**({} if names_data else QUICK_START) | dict(defaults or {}) | values)
     namespace, rest = parser.parse_known_args(list(argv))
     unknown = [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in rest if flag.startswith("--")]
     check_names(unknown, known, "There is no flag")
     if rest:
         raise TSTError(f"{rest[0]!r} belongs to no flag: write --name value.")
     return namespace
+
+
+def given_values(namespace: Namespace, dataclass_types: list[type]) -> dict[str, Any]:
+    """The values in `namespace` that a configuration file must hold to give it again: those that are not the default."""
+    values = {}
+    for entry in (entry for kind in dataclass_types for entry in fields(kind) if entry.init):
+        value = getattr(namespace, entry.name)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if value != default or entry.name in QUICK_START:
+            values[entry.name] = value.value if isinstance(value, Enum) else value
+    return values
 
 
 def check_names(names: Iterable[str], known: Iterable[str], problem: str) -> None:

@@ -26,6 +26,11 @@ def standard_library_files() -> list[Path]:
     )
 
 
+def installed_package_files() -> list[Path]:
+    """The source files of the packages that are installed beside this Python's standard library, in a fixed order."""
+    return sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+
+
 def standard_library_documents(max_bytes: int = 16_000_000, seed: int = 0) -> datasets.Dataset:
     """Python's standard library as a data set of documents (column `text`), in shuffled order.
 

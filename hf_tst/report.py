@@ -48,8 +48,8 @@ def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
                 last_step=last["step"] - 1,
                 raw_tokens=last["tst_raw_tokens"] - done_raw,
                 latent_tokens=last["tst_latent_tokens"] - done_latent,
-                first_loss=losses[0]["loss"],
-                last_loss=last["loss"],
+                first_loss=_own_loss(losses[0]),
+                last_loss=_own_loss(last),
                 eval_loss=evals[-1] if evals else None,
                 first_expert_load=_expert_load(losses[0]),
                 last_expert_load=_expert_load(last),
@@ -57,6 +57,11 @@ def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
         )
         done_step, done_raw, done_latent = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
     return summaries
+
+
+def _own_loss(entry: Mapping[str, Any]) -> float:
+    """The loss of the model that is saved: without what extra heads have added to it."""
+    return entry["loss"] - entry.get("mtp_loss", 0.0)
 
 
 def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -136,7 +141,9 @@ def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int 
         ("superposition", "training loss on bags"),
         ("recovery", "training loss, next token"),
     ):
-        points = [(e["step"], e["loss"]) for e in log_history if "loss" in e and e.get("tst_phase") == phase]
+        points = [
+            (e["step"], _own_loss(e)) for e in log_history if "loss" in e and e.get("tst_phase") == phase
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     points = [(e["step"], e["eval_loss"]) for e in log_history if "eval_loss" in e]

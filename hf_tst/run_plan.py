@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .errors import TSTError
 from .hardware import ACCELERATORS, Accelerator
 from .model_shape import ModelShape
+from .mtp import MTPKind
 from .phases import PhaseSchedule
 from .plan import (
     MIXED_PRECISION,
@@ -93,6 +94,7 @@ class RunPlan:
     memory: dict[str, int]
     communication: dict[str, int]
     checkpoints: dict[str, int]
+    mtp_parameters: int = 0  # of extra heads, which are there while it trains
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -142,6 +144,8 @@ def plan_run(
     *,
     precision: Precision = MIXED_PRECISION,
     fused_loss: bool = True,
+    mtp_num_heads: int = 1,
+    mtp_kind: MTPKind = "parallel",
 ) -> RunPlan:
     """Plan a run.
 
@@ -152,6 +156,8 @@ def plan_run(
         machines (`Machines`): What it runs on.
         precision (`Precision`): Bytes a number.
         fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
+        mtp_num_heads (`int`, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in the
+            recovery phase, see [`MTPHeads`].
 
     Raises:
         TSTError: If `layout` is for another number of GPUs than `machines` has.
@@ -161,55 +167,80 @@ def plan_run(
             f"The step is cut for {layout.gpus} GPUs, but num_gpus is {machines.count}: shard_size must divide it."
         )
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens
-    per_position = operations_per_position(shape, layout.length)
+    training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
 
-    def phase(name: str, first: int, end: int) -> PhaseCost:
+    def phase(name: str, first: int, end: int, shape: ModelShape) -> PhaseCost:
+        per_position = operations_per_position(shape, layout.length)
         raw = schedule.tokens_seen(end, tokens) - schedule.tokens_seen(first, tokens)
         flops = (end - first) * tokens * per_position
         return PhaseCost(name, end - first, raw, (end - first) * tokens, flops, machines.gpu_hours(flops))
 
-    alternatives, notes = _compare(schedule, shape, layout, machines) if switch else ([], [])
+    phases = [phase("superposition", 0, switch, shape), phase("recovery", switch, steps, training_shape)]
+    flops = sum(phase.flops for phase in phases)
+    alternatives, notes = (
+        _compare(schedule, shape, layout, machines, flops, mtp_num_heads) if switch else ([], [])
+    )
+    checkpoints = checkpoint_bytes(training_shape, precision)
     return RunPlan(
         schedule=schedule,
         shape=shape,
         layout=layout,
         machines=machines,
-        phases=[phase("superposition", 0, switch), phase("recovery", switch, steps)],
+        phases=phases,
         alternatives=alternatives,
         notes=notes,
+        mtp_parameters=training_shape.parameters - shape.parameters,
         memory=memory_per_gpu(
-            shape,
+            training_shape,
             layout,
             bag_size=schedule.bag_size if switch else 1,
             fused_loss=fused_loss,
             precision=precision,
         ),
-        communication=communication_per_step(shape, layout, precision),
-        checkpoints=checkpoint_bytes(shape, precision),
+        communication=communication_per_step(training_shape, layout, precision),
+        checkpoints=checkpoints | {"model": checkpoint_bytes(shape, precision)["model"]},
     )
 
 
 def _compare(
-    schedule: PhaseSchedule, shape: ModelShape, layout: Layout, machines: Machines
+    schedule: PhaseSchedule,
+    shape: ModelShape,
+    layout: Layout,
+    machines: Machines,
+    flops: int,
+    mtp_num_heads: int,
 ) -> tuple[list[Alternative], list[str]]:
     """The run beside baselines of equal operations, equal data and equal loss, and what is said of them."""
     tokens, steps = layout.latent_tokens, schedule.max_steps
     raw_tokens = schedule.tokens_seen(steps, tokens)
-    published = find_published(
-        shape.hidden_size, shape.layers, shape.vocab_size, steps, tokens, schedule.bag_size,
-        schedule.phase_ratio,
-    )  # fmt: skip
+    published = None
+    if mtp_num_heads == 1:
+        published = find_published(
+            shape.hidden_size, shape.layers, shape.vocab_size, steps, tokens, schedule.bag_size,
+            schedule.phase_ratio,
+        )  # fmt: skip
     label = f"loss: published, {SOURCE}"
 
-    def row(name: str, steps: int, raw: int, loss: float | None, source: str = label) -> Alternative:
-        flops = steps * tokens * operations_per_position(shape, layout.length)
+    step_flops = tokens * operations_per_position(shape, layout.length)
+
+    def row(
+        name: str, steps: int, raw: int, loss: float | None, source: str = label, flops: int | None = None
+    ) -> Alternative:
+        flops = steps * step_flops if flops is None else flops
         hours = machines.gpu_hours(flops)
         return Alternative(name, steps, raw, flops, hours, loss, source if loss else "computed")
 
+    this_run = "TST, this run" if mtp_num_heads == 1 else "TST and MTP, this run"
+    equal_flops = round(flops / step_flops)
     equal_data = math.ceil(raw_tokens / tokens)
     rows = [
-        row("TST, this run", steps, raw_tokens, published.loss if published else None),
-        row("baseline, equal FLOPs", steps, steps * tokens, published.baseline_loss if published else None),
+        row(this_run, steps, raw_tokens, published.loss if published else None, flops=flops),
+        row(
+            "baseline, equal FLOPs",
+            equal_flops,
+            equal_flops * tokens,
+            published.baseline_loss if published else None,
+        ),
         row("baseline, equal data", equal_data, equal_data * tokens, None),
     ]
     if published and published.equal_loss_steps:
@@ -218,7 +249,7 @@ def _compare(
         rows.append(row("baseline, equal loss", length, length * tokens, published.equal_loss, source))
     else:
         rows.append(Alternative("baseline, equal loss", source="no published figure"))
-    return rows, _notes(published, rows[0].flops or 0)
+    return rows, _notes(published, flops)
 
 
 def _notes(published: PublishedRun | None, flops: int) -> list[str]:

@@ -16,6 +16,7 @@ RUN_ENTRY = "tst_run"
 # Of the arguments, those that a card tells; the others hold paths and names of this machine.
 ARGUMENTS = (
     "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_mode", "tst_document_boundaries", "tst_fused_loss",
+    "mtp_num_heads", "mtp_kind", "mtp_loss_weight",
     "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16",
 )  # fmt: skip
 
@@ -117,12 +118,22 @@ def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> di
         "switch_step": switch_step,
         "rows_per_step": rows_per_step,
         "arguments": {name: values[name] for name in ARGUMENTS if name in values},
-        "parameters": model.num_parameters() if hasattr(model, "num_parameters") else 0,
+        "parameters": _saved_parameters(model),
         "hardware": describe_hardware(args.world_size),
         "software": describe_software(),
         "base_model": loaded_from(model),
         "library_name": "peft" if hasattr(model, "peft_config") else "transformers",
     }
+
+
+def _saved_parameters(model: Any) -> int:
+    """Parameters of the model as it is saved, without heads that are there for training only."""
+    if not hasattr(model, "num_parameters"):
+        return 0
+    saved = model.state_dict().keys()
+    return model.num_parameters() - sum(
+        p.numel() for name, p in model.named_parameters() if name not in saved
+    )
 
 
 def describe_hardware(world_size: int = 1) -> str:

@@ -8,7 +8,7 @@ only, so ordinary 2-D batches (evaluation, generation) pass through as if nothin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
 from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
+from .errors import TSTError
 from .fused import FusedLoss, TSTLoss, replaced_loss
+from .head import check_loss_is_replaceable
 from .phases import TSTMode, check_bag_size, check_mode
 from .probing import own_class
 
@@ -38,7 +40,8 @@ def token_superposition(
     `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
     Calls with ordinary 2-D ids and labels behave as ever. After the context, also after an exception, the
-    model's hooks, attributes, outputs and loss are what they were.
+    model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
+    its own weights, and stays in superposition when the context ends.
 
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
@@ -57,7 +60,7 @@ def token_superposition(
         The same `model`.
 
     Raises:
-        ValueError: If an argument is out of range, or the model cannot be served (the message says why).
+        TSTError: If an argument is out of range, or the model cannot be served (the message says why).
         RuntimeError: If the model is inside such a context already.
 
     Example:
@@ -71,11 +74,11 @@ def token_superposition(
     weighting = resolve_weighting(mode, offset_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
+    check_loss_is_replaceable(core)
     weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
     with replaced_loss(called, core, weights, fused_loss):
-        handle = called.register_forward_pre_hook(
-            _make_input_hook(core, bag_size, mode, document_boundaries), with_kwargs=True
-        )
+        bags = _BagInput(core, bag_size, mode, document_boundaries)
+        handle = called.register_forward_pre_hook(bags.before_forward, with_kwargs=True)
         try:
             yield model
         finally:
@@ -95,7 +98,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
 
     Raises:
-        ValueError: If `fused_loss` is `"on"` and the model cannot be served.
+        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
         RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
     """
     called, core = find_language_model(model)
@@ -115,7 +118,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """The module that is called (a PEFT wrapper or the model itself) and the Transformers model inside it.
 
     Raises:
-        ValueError: With the reason, if superposition cannot train this model.
+        TSTError: With the reason, if superposition cannot train this model.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -129,21 +132,21 @@ def _check_model(model: Any) -> None:
     name = own_class(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
-        raise ValueError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
+        raise TSTError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
+        raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
-        raise ValueError(
+        raise TSTError(
             f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
         )
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
+        raise TSTError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
     text_config = config.get_text_config()
     has_per_layer_size = getattr(
         text_config, "hidden_size_per_layer_input", 1
     )  # Gemma 4 switches it off with 0
     if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
-        raise ValueError(
+        raise TSTError(
             f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
             "embeddings would not give it the whole bag."
         )
@@ -168,36 +171,65 @@ def _is_causal(model: nn.Module) -> bool:
     return True
 
 
-def _make_input_hook(
-    core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    empty = -100 if document_boundaries == "respect" else None
-    scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+class _BagInput:
+    """Feeds a model the averaged embeddings of bags.
 
-    def feed_averaged_bags(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    An object with the model in it and no closure: a deep copy of the model has one of its own, with the copy in it.
+
+    Args:
+        core (`PreTrainedModel`): The model whose embedding it is.
+        bag_size (`int`): Tokens a bag, s.
+        mode (`str`): See [`token_superposition`].
+        document_boundaries (`str`): See [`token_superposition`].
+    """
+
+    def __init__(
+        self, core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
+    ) -> None:
+        self.core = core
+        self.bag_size = bag_size
+        self.mode = mode
+        self.empty = -100 if document_boundaries == "respect" else None
+        self.scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: `input_ids` of shape `(B, l, s)` become `inputs_embeds`."""
         input_ids = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None or input_ids.dim() != 3:
+        if input_ids is None:
             return None
-        if mode == "output":
-            raise ValueError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
-        if input_ids.shape[-1] != bag_size:
-            raise ValueError(
-                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {bag_size}."
+        are_bags = input_ids.dim() == 3
+        if are_bags and self.mode == "output":
+            raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
+        _check_labels_fit(kwargs.get("labels"), input_ids)
+        if not are_bags:
+            return None
+        if input_ids.shape[-1] != self.bag_size:
+            raise TSTError(
+                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
             )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
-            raise ValueError(
+            raise TSTError(
                 f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        averaged = average_embeddings(core.get_input_embeddings(), input_ids, empty)
-        kwargs["inputs_embeds"] = averaged if scale == 1 else averaged * scale
+        averaged = average_embeddings(self.core.get_input_embeddings(), input_ids, self.empty)
+        kwargs["inputs_embeds"] = averaged if self.scale == 1 else averaged * self.scale
         return (None, *args[1:]) if args else (), kwargs
 
-    return feed_averaged_bags
+
+def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
+    """Raise `TSTError` unless labels, where either they or the ids are bags, have a bag for every position."""
+    if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
+        return
+    if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
+            f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
+        )
 
 
 def _unwrap_peft(model: Any) -> Any:
@@ -205,7 +237,7 @@ def _unwrap_peft(model: Any) -> Any:
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-        raise ValueError(
+        raise TSTError(
             "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
         )
     return model.get_base_model()

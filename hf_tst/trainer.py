@@ -13,6 +13,7 @@ from transformers import ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from .added_loss import adds_to_loss
 from .arguments import TSTTrainingArguments
 from .bad_loss import BadNumber
 from .bags import offset_weights, resolve_weighting
@@ -26,7 +27,9 @@ from .errors import TSTError
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .guarding import GuardedTrainer
+from .head import check_loss_is_replaceable
 from .loss import count_target_bags
+from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
@@ -55,17 +58,19 @@ class TSTTrainer(GuardedTrainer):
         TSTError: If the arguments, the model or the data cannot go with superposition.
 
     Overrides:
-        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends.
-        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out.
+        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
+          extra heads inside.
+        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
-        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` in checkpoints.
+        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` and extra heads in
+          checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
         - `floating_point_ops`: a bag costs one latent position.
-        - `compute_loss`: counts the load of experts in training.
-        - `log`: phase, raw and latent tokens, load of experts.
+        - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
+        - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
         - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`CheckpointingTrainer`] checkpoints, and
           [`PublishingTrainer`] the Hub and the card.
@@ -110,6 +115,8 @@ class TSTTrainer(GuardedTrainer):
             self.add_callback(DocumentAttentionCallback())
         self.add_callback(self._switch)
         self.add_callback(self._meter)
+        self._mtp = MTPCallback(self)
+        self.add_callback(self._mtp)
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
@@ -136,7 +143,8 @@ class TSTTrainer(GuardedTrainer):
         self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
         self._restore_random_state = False
         try:
-            return super().train(self._checkpoint, *args, **kwargs)
+            with self._mtp.attached():
+                return super().train(self._checkpoint, *args, **kwargs)
         finally:
             self._switch.close()
             self._checkpoint = None
@@ -213,6 +221,8 @@ class TSTTrainer(GuardedTrainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return
         super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.is_in_train:
+            self._mtp.save(output_dir)
         if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
             self._gather_left_out()
             self._data.save(
@@ -221,6 +231,7 @@ class TSTTrainer(GuardedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._mtp.load(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
 
@@ -251,22 +262,33 @@ class TSTTrainer(GuardedTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The loss of a batch; in training, also counts what its routers send to each expert."""
+        """The loss of a batch; in training, also counts what its routers send to each expert.
+
+        What a model adds to its loss, such as a router's auxiliary loss, is a mean over a micro-batch. Where superposition
+        or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
+        on their mean. Plain training adds them up, as [`~transformers.Trainer`] does.
+        """
+        parts = self._micro_batches_of_a_step(model, kwargs.get("num_items_in_batch"))
+        if parts > 1:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / parts
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss / parts if parts > 1 else loss
         if model.training and isinstance(outputs, Mapping):
             mask = inputs.get("attention_mask")
             self._expert_load.add(outputs.get("router_logits"), experts_per_position(self.model.config), mask)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a forward and backward pass over `inputs`; a bag counts as one token."""
+        """Operations of a forward and backward pass over `inputs`; a bag counts as one token, and reaches no extra head."""
         input_ids = inputs.get("input_ids")
-        if isinstance(input_ids, Tensor) and input_ids.dim() == 3:
-            inputs = {**inputs, "input_ids": input_ids[..., 0]}
-        return super().floating_point_ops(inputs)
+        if not _is_superposed(inputs) or not isinstance(input_ids, Tensor):
+            return super().floating_point_ops(inputs)
+        positions = input_ids[..., 0] if input_ids.dim() == 3 else input_ids
+        operations = super().floating_point_ops({**inputs, "input_ids": positions})
+        return operations - 6 * self._mtp.parameters * positions.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase, the tokens so far and the load of experts."""
+        """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
@@ -274,6 +296,7 @@ class TSTTrainer(GuardedTrainer):
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
+            entries |= self._mtp.report()
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
@@ -305,6 +328,18 @@ class TSTTrainer(GuardedTrainer):
             bags = self.accelerator.gather(bags).sum()
         return bags / self.get_tp_size()
 
+    def _micro_batches_of_a_step(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> int:
+        """Micro-batches whose losses are added up, where what the model adds to each is to be averaged; else 1."""
+        args = self.args
+        averages = model.training and args.tst_replaces_loss and adds_to_loss(self.model.config)
+        if not averages or num_items_in_batch is None:
+            return 1
+        # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
+        ranks = (
+            self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
+        )
+        return self.current_gradient_accumulation_steps * ranks
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
         schedule = self._switch.schedule
@@ -324,6 +359,7 @@ class TSTTrainer(GuardedTrainer):
             )
 
     def _check_superposition(self) -> None:
+        check_loss_is_replaceable(find_language_model(self.model)[1])
         for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
             if size > 1:
                 raise TSTError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from hf_tst.embedding import first_layer
-from hf_tst.head import UnfusableHeadError, inspect_head
+from hf_tst.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.superposition import find_language_model
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def describe(family: Family) -> tuple[str, ...]:
     """The family's row of the table, one text a column, measured on its tiny model."""
     model = make_family(family).eval()
     try:
-        find_language_model(model)
+        check_loss_is_replaceable(find_language_model(model)[1])
     except ValueError as error:
         reason = str(error).split(", so ")[0].removeprefix(f"{type(model).__name__} ")
         return family.name, f"`{family.model_type}`", "refused", "-", f"it {reason}"

@@ -13,10 +13,12 @@ if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_tst import TSTTrainingArguments
@@ -88,7 +90,7 @@ def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[d
 @pytest.fixture
 def make_args(tmp_path: Path) -> Any:
     def make(**overrides: Any) -> TSTTrainingArguments:
-        defaults = {
+        defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 10,
             "tst_bag_size": 4,
@@ -103,3 +105,48 @@ def make_args(tmp_path: Path) -> Any:
         return TSTTrainingArguments(**defaults | overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 40 steps of a tiny Llama, with a tokenizer and a corpus beside it; it saves every 10 steps."""
+    from hf_tst.quickstart import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_recipe")
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(1500)]
+    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    values = {
+        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
+        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 40, "tst_bag_size": 4,
+        "per_device_train_batch_size": 4, "max_eval_samples": 16, "learning_rate": 1e-2, "warmup_steps": 4,
+        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 8}, "logging_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "report_to": "none", "use_cpu": True,
+        "config_overrides": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": 512,
+        },
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs of a comparison in this process, which has all imported already; the folders of those started."""
+    from hf_tst import run_queue, run_worker
+
+    started: list[str] = []
+
+    def run(command: list[str], stdout: Any, **_: Any) -> SimpleNamespace:
+        started.append(Path(command[-1]).parent.name)
+        try:
+            run_worker.main([command[-1]])
+        except (ValueError, RuntimeError) as error:
+            stdout.write(f"{error}\n".encode())
+            return SimpleNamespace(returncode=2 if isinstance(error, ValueError) else 1)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    return started

@@ -9,7 +9,9 @@ from transformers import HfArgumentParser
 from hf_tst import TSTTrainingArguments
 from hf_tst.bags import OFFSET_WEIGHTINGS
 
-FIELDS = [field for field in dataclasses.fields(TSTTrainingArguments) if field.name.startswith("tst_")]
+FIELDS = [
+    field for field in dataclasses.fields(TSTTrainingArguments) if field.name.startswith(("tst_", "mtp_"))
+]
 
 
 def test_defaults():
@@ -23,6 +25,9 @@ def test_defaults():
         "tst_fused_loss": "auto",
         "tst_document_boundaries": "ignore",
         "tst_allow_data_change": False,
+        "mtp_num_heads": 1,
+        "mtp_kind": "parallel",
+        "mtp_loss_weight": None,
         "tst_bad_loss": "stop",
     }
 
@@ -56,6 +61,12 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"tst_offset_weighting": "linear"}, "tst_offset_weighting"),
         ({"tst_mode": "both"}, "tst_mode"),
         ({"tst_fused_loss": "yes"}, "tst_fused_loss"),
+        ({"mtp_num_heads": 0}, "mtp_num_heads"),
+        ({"mtp_num_heads": 2.0}, "mtp_num_heads"),
+        ({"mtp_num_heads": True}, "mtp_num_heads"),
+        ({"mtp_kind": "tree"}, "mtp_kind"),
+        ({"mtp_loss_weight": -1}, "mtp_loss_weight"),
+        ({"mtp_loss_weight": math.nan}, "mtp_loss_weight"),
         (
             {"tst_phase_ratio": 0, "tst_fused_loss": "on", "label_smoothing_factor": 0.1},
             "label_smoothing_factor",

@@ -213,8 +213,6 @@ PLANS = {
 }
 # Of the Trainer's constructor and of the optimizer, which `main` leaves as they are.
 LIBRARIES = {"adam: beta", "stream: no steps", "trackers: unknown"}
-# Of functions that a script of one's own calls, where `main` has its own words.
-LIBRARIES |= {"call: fused loss", "call: encoder-decoder"}
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,16 @@ def test_help_teaches_and_loads_nothing():
     code = "import sys\nfrom hf_tst import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "0 False"
-    for word in ("train", "plan", "card", "examples:", "Exit status", "hf-tst plan recipe.yaml --gpu h100"):
+    for word in (
+        "train",
+        "plan",
+        "compare",
+        "sweep",
+        "card",
+        "examples:",
+        "Exit status",
+        "hf-tst plan recipe.yaml --gpu h100",
+    ):
         assert word in result.stdout
 
 
@@ -73,7 +82,14 @@ def test_no_command_and_unknown_commands_are_bad_input(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "flag"), [("train", "--tst_bag_size"), ("plan", "--mfu"), ("card", "--license")]
+    ("command", "flag"),
+    [
+        ("train", "--tst_bag_size"),
+        ("plan", "--mfu"),
+        ("compare", "--budget"),
+        ("sweep", "--phase_ratios"),
+        ("card", "--license"),
+    ],
 )
 def test_help_of_a_command(capsys, command, flag):
     with pytest.raises(SystemExit, match="0"):

@@ -67,6 +67,14 @@ def test_the_other_modes_are_told_apart(mode, words):
     assert words in card.text
 
 
+def test_extra_heads_are_told():
+    card = make_model_card(
+        make_record(arguments=ARGUMENTS | {"mtp_num_heads": 3, "mtp_kind": "sequential"}), repo_id="model"
+    )
+    assert "2 extra sequential heads predicted tokens after the next one" in card.text
+    assert "extra" not in make_model_card(make_record(), repo_id="model").text
+
+
 def test_a_card_of_the_users_own_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: mit\n---\n# Mine\n")

@@ -7,7 +7,7 @@ import torch
 from conftest import BLOCK_LENGTH, make_blocks, make_model
 from test_superposition import make_bags
 from tiny_families import FAMILIES, make_family
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
 from hf_tst.expert_load import ExpertLoadMeter
@@ -74,6 +74,38 @@ def test_a_z_loss_of_logits_is_over_bags(choice):
     z_loss = outputs.logits.logsumexp(-1).square().mean()
     expected = multi_hot_cross_entropy(outputs.logits, labels) + model.config.z_loss_coefficient * z_loss
     torch.testing.assert_close(outputs.loss, expected)
+
+
+def train_on_equal_rows(model, args, trainer=TSTTrainer):
+    """Losses of the steps. The auxiliary loss of equal micro-batches is that of the batch that they make up."""
+    run = trainer(copy.deepcopy(model), args, train_dataset=make_blocks(1) * 300)
+    run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry], run.model
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_accumulation_averages_the_auxiliary_loss_in_both_phases(make_args, model_type, fused):
+    model = make_model(model_type, router_aux_loss_coef=5.0)
+    common = {"optim": "sgd", "max_steps": 4, "tst_phase_ratio": 0.5, "tst_fused_loss": fused}
+    small = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=3, **common)
+    large = make_args(per_device_train_batch_size=6, **common)
+    (found, found_model), (expected, expected_model) = (
+        train_on_equal_rows(model, args) for args in (small, large)
+    )
+    assert min(expected) > 5 * 0.9  # it is in the loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found_model.parameters(), expected_model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_training_adds_it_up_as_trainer_does(make_args):
+    model = make_model("qwen3_moe", router_aux_loss_coef=5.0)
+    args = make_args(tst_phase_ratio=0, gradient_accumulation_steps=3, max_steps=3)
+    losses, ours = train_on_equal_rows(model, args)
+    expected, plain = train_on_equal_rows(model, args, Trainer)
+    assert losses == expected
+    assert same_weights(ours, plain)
 
 
 # The load of experts

@@ -21,6 +21,13 @@ def test_phases_are_summed_up():
     assert table[1].split() == ["superposition", "0-2", "120", "30", "4.000", "3.500", "4.500"]
 
 
+def test_losses_are_those_of_the_next_token_where_extra_heads_train():
+    (only,) = summarize_phases(
+        [{**entry, "mtp_loss": 0.5} for entry in HISTORY if entry["tst_phase"] == "recovery"]
+    )
+    assert (only.first_loss, only.last_loss) == (4.5, 2.5)
+
+
 def test_plain_training_has_one_phase():
     (only,) = summarize_phases([entry for entry in HISTORY if entry["tst_phase"] == "recovery"])
     assert only.phase == "recovery"

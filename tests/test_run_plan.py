@@ -170,3 +170,27 @@ def test_pictures_differ_with_the_plan(tmp_path):
 def test_accelerators_have_the_makers_figures():
     assert {name: gpu.tflops for name, gpu in ACCELERATORS.items()}["b200"] == 2250
     assert all(gpu.memory_gib > 0 for gpu in ACCELERATORS.values())
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_extra_heads_cost_in_recovery_only(kind):
+    recipe, flags = "270m-20k-tst.yaml", ("--num_gpus", 8)
+    plain = plan(recipe, *flags)
+    made = plan(recipe, *flags, "--mtp_num_heads", 3, "--mtp_kind", kind)
+    superposition, recovery = made.phases
+    assert superposition == plain.phases[0]
+    d, layer, head = 576, plain.shape.layer_parameters, 128_256 * 576
+    joined = 2 * d * d + 2 * d if kind == "sequential" else 0
+    per_position = 6 * (layer + head + joined) + 6 * d * plain.layout.length
+    assert recovery.flops == plain.phases[1].flops + 2 * per_position * recovery.latent_tokens
+    assert made.mtp_parameters == 2 * (layer + joined)
+    assert made.checkpoints["model"] == plain.checkpoints["model"]
+    assert made.checkpoints["checkpoint"] == plain.checkpoints["checkpoint"] + 12 * made.mtp_parameters
+    assert made.memory["state"] == plain.memory["state"] + 2 * made.mtp_parameters
+    others = alternatives(made)
+    assert others["TST and MTP, this run"].flops == made.flops
+    assert others["baseline, equal FLOPs"].flops == pytest.approx(made.flops, rel=1e-4)
+    assert others["baseline, equal data"].steps == 50_000
+    assert all(other.loss is None for other in made.alternatives)  # the paper has no such run
+    assert f"{made.mtp_parameters:,} more in extra heads" in format_plan(made)
+    assert "extra heads" not in format_plan(plain)

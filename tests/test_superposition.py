@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, make_model
@@ -106,6 +108,40 @@ def snapshot(model):
     return {name: set(values) for name, values in attributes.items()}, hooks, model.config.to_dict()
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+def test_a_copy_made_inside_works_on_its_own_weights(llama, fused_loss, wrapped):
+    model = llama.train()
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        model = peft.get_peft_model(model, config).train()
+    bags, labels = make_bags()
+
+    def loss_and_gradients(one):
+        one.zero_grad()
+        loss = one(input_ids=bags, labels=labels).loss
+        loss.backward()
+        return loss, {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+
+    with token_superposition(model, 4, fused_loss=fused_loss):
+        before, expected = loss_and_gradients(model)
+        model.zero_grad()
+        twin = copy.deepcopy(model)
+        loss, gradients = loss_and_gradients(twin)
+        assert torch.equal(loss, before)
+        assert all(p.grad is None for p in model.parameters())
+        assert gradients.keys() == expected.keys()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+        twin.get_input_embeddings().weight.data.normal_()
+        of_embedding = loss_and_gradients(twin)[0]
+        twin.get_output_embeddings().weight.data.normal_()
+    assert not torch.equal(of_embedding, before)
+    assert not torch.equal(loss_and_gradients(twin)[0], of_embedding)
+    assert "_loss_function" not in vars(llama)
+    assert not llama._forward_pre_hooks
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_undone(llama, fails):
     tokens = make_bags()[0].flatten(1)
@@ -153,6 +189,25 @@ def test_wrong_shapes_are_refused(llama):
             llama(input_ids=bags, labels=labels, attention_mask=torch.ones(2, 24))
         with pytest.raises(ValueError, match="labels hold bags of 2"):
             llama(input_ids=bags, labels=labels[..., :2])
+
+
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+def test_labels_that_are_not_one_bag_a_position_are_refused(llama, fused_loss):
+    bags, labels = make_bags()
+    llama.train()
+    with token_superposition(llama, 4, fused_loss=fused_loss):
+        for wrong, shape in ((labels[:, :5], "2, 5, 4"), (labels[:1], "1, 6, 4"), (labels[..., 0], "2, 6")):
+            message = rf"labels of shape \({shape}\) do not fit input_ids of shape \(2, 6, 4\)"
+            with pytest.raises(ValueError, match=message):
+                llama(input_ids=bags, labels=wrong)
+            with pytest.raises(ValueError, match=message):
+                llama(bags, labels=wrong)
+        assert llama(input_ids=bags, labels=labels).loss.isfinite()
+    with token_superposition(llama, 4, mode="output", fused_loss=fused_loss):
+        with pytest.raises(ValueError, match=r"\(2, 6, 4\) do not fit input_ids of shape \(2, 24\)"):
+            llama(input_ids=bags.flatten(1), labels=labels)
+        tokens = bags[..., 0]
+        assert llama(input_ids=tokens, labels=tokens).loss.isfinite()
 
 
 def test_a_bag_level_mask_hides_bags(llama):

@@ -105,13 +105,16 @@ def test_accumulation_gives_one_large_batch(llama, make_args, mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0])
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_the_fused_loss_gives_the_same_run(model_type, make_args, ratio):
+@pytest.mark.parametrize(
+    ("model_type", "ratio", "accumulation"),
+    # Over several micro-batches plain training, ratio 0 and not fused, weighs Mixtral's auxiliary loss by their number.
+    [("llama", 0.3, 2), ("llama", 0, 2), ("mixtral", 0.3, 2), ("mixtral", 0, 1)],
+)
+def test_the_fused_loss_gives_the_same_run(model_type, make_args, ratio, accumulation):
     model = make_model(model_type)
     fused, other = copy.deepcopy(model), model
     seen = []
-    common = {"tst_phase_ratio": ratio, "optim": "sgd", "gradient_accumulation_steps": 2}
+    common = {"tst_phase_ratio": ratio, "optim": "sgd", "gradient_accumulation_steps": accumulation}
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -586,3 +589,13 @@ def test_a_model_that_is_not_causal_is_refused(make_args):
     )
     with pytest.raises(ValueError, match="causal language model"):
         TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused_unless_training_is_plain(make_args):
+    from transformers import TrOCRConfig, TrOCRForCausalLM
+
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    model = TrOCRForCausalLM(TrOCRConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=64, **sizes))
+    with pytest.raises(ValueError, match="TrOCRForCausalLM computes its loss itself"):
+        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
+    TSTTrainer(model, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4)).train()

@@ -154,6 +154,9 @@ FAMILIES = (
     Family("GPT", "openai-gpt", GPT),
     Family("BioGPT", "biogpt", DENSE),
     Family("JAIS 2", "jais2", DENSE | HEAD),
+    Family("XLM", "xlm", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "causal": True, "max_position_embeddings": 64}, refused="computes its loss itself"),
+    Family("TrOCR", "trocr", {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_position_embeddings": 64}, refused="computes its loss itself"),
+    Family("XLNet", "xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, refused="computes its loss itself"),
 )
 # fmt: on
 

@@ -28,7 +28,7 @@ def multi_hot_loss_and_gradient(
     Args:
         logits (`torch.FloatTensor` of shape `(n, V)`): Outputs of the head. Overwritten if `write_gradient`.
         labels (`torch.LongTensor` of shape `(n, s)`): Targets in `[0, V)`, or `ignore_index`.
-        weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset.
+        weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset. A target of weight 0 counts as none.
         gradient_scale (0-dim `torch.FloatTensor`): Factor on the gradient of the sum of the losses.
         ignore_index (`int`, defaults to -100): Label that is no target.
         softcap (`float`, *optional*): Cap on the scaled logits.
@@ -36,11 +36,11 @@ def multi_hot_loss_and_gradient(
         write_gradient (`bool`, defaults to `True`): Without it, `logits` stay as they are.
 
     Returns:
-        `torch.FloatTensor` of shape `(n,)`: Losses; 0 for a row without a target, whatever its logits are.
+        `torch.FloatTensor` of shape `(n,)`: Losses. A row without a target has loss 0 and gradient 0, whatever its logits are.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     in_place = write_gradient and softcap is None and logits.dtype == torch.float32
-    rows = len(logits) if in_place else max(1, _TILE_ELEMENTS // logits.shape[1])
+    rows = max(1, len(logits) if in_place else _TILE_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), rows):
         tile = logits[start : start + rows]
         scaled = tile if in_place else tile.to(torch.float32, copy=True)
@@ -59,6 +59,10 @@ def multi_hot_loss_and_gradient(
             scaled *= slope
         if write_gradient and not in_place:
             tile.copy_(scaled)
+    if write_gradient:
+        # A zero weight times what is not a number would be none either.
+        without = ((labels == ignore_index) | (weights == 0)).all(-1)
+        logits.index_fill_(0, without.nonzero().squeeze(1), 0.0)
     return losses
 
 
@@ -76,7 +80,4 @@ def _loss_and_gradient(
     weight = row_weights.sum(-1, keepdim=True)
     logits *= weight * factor / total
     logits.scatter_add_(-1, targets, -factor * row_weights)
-    # A zero weight times what is not a number would be none either.
-    if (without := weight.squeeze(-1) == 0).any():
-        logits[without] = 0.0
-    return torch.where(row_weights > 0, row_weights * cross_entropies, 0.0).sum(-1)
+    return torch.where(row_weights != 0, row_weights * cross_entropies, 0.0).sum(-1)

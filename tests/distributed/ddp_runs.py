@@ -28,6 +28,14 @@ CASES: dict[str, dict[str, Any]] = {
     "fused_off": {"tst_fused_loss": "off"},
     "tokens_of_a_rank": {"average_tokens_across_devices": False},
     "tokens_of_a_rank_unequal": {"average_tokens_across_devices": False, "unequal": True},
+    "mtp": {"mtp_num_heads": 3, "weight_decay": 0.1},
+    # With gradient checkpointing Trainer tells DDP that every parameter gets a gradient in every step.
+    "mtp_sequential_moe": {
+        "model": ("qwen3_moe", AUX),
+        "mtp_num_heads": 2,
+        "mtp_kind": "sequential",
+        "gradient_checkpointing": True,
+    },
     "resumed_in_superposition": {"resume": 2},
     "resumed_at_the_switch": {"resume": 3},
     "resumed_in_recovery": {"resume": 6},

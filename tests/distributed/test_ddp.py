@@ -34,6 +34,8 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
     assert (one["world_size"], result["world_size"]) == (1, 2)
     torch.testing.assert_close(result["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result["grad_norms"], one["grad_norms"], rtol=1e-4, atol=1e-5)
+    extra = [[entry.get("mtp_loss", 0) for entry in run["logs"]] for run in (result, one)]
+    torch.testing.assert_close(*extra, rtol=1e-5, atol=1e-5)
     weights, expected = (load_file(folder / "weights.safetensors") for folder in (out / name, tmp_path))
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
     for key in ("tst_raw_tokens", "tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused"):
@@ -48,6 +50,7 @@ def test_what_the_cases_are_about_happens(two):
     assert (
         results["qwen3_moe"]["losses"][0] > results["llama"]["losses"][0] + 0.5
     )  # the auxiliary loss is in it
+    assert ["mtp_loss" in entry for entry in results["mtp"]["logs"]] == [i >= SWITCH for i in range(STEPS)]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -90,8 +90,8 @@ class FaultyTrainer(TSTTrainer):
             halve(Path(output_dir) / "optimizer.pt")
             die()
 
-    def compute_loss(self, model: Any, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, *args, return_outputs=True, **kwargs)
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training and self._now("nan loss", "infinite loss"):
             loss = loss * float("nan" if self.fault == "nan loss" else "inf")
         return (loss, outputs) if return_outputs else loss
@@ -175,7 +175,7 @@ def train(folder: str, options: dict[str, Any]) -> None:
     kill_at_event(fault, at)
     if fault == "clock":
         start, real = time.time(), time.time
-        time.time = lambda: 2 * start - 10 * real()  # type: ignore[assignment]  # it runs backwards, fast
+        time.time = lambda: 2 * start - 10 * real()  # it runs backwards, fast
     torch.manual_seed(0)
     defaults = {
         "output_dir": folder, "max_steps": 10, "tst_bag_size": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,

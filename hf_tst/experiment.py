@@ -1,0 +1,204 @@
+"""What a comparison and a sweep have in common: their options, and one configuration that all runs change."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .arguments import TSTTrainingArguments
+from .arms import setting
+from .errors import TSTError
+from .fused import check_fusable
+from .model_shape import ModelShape
+from .phases import PhaseSchedule
+from .pretrain import prepare_run
+from .pretrain_arguments import (
+    DataArguments,
+    ModelArguments,
+    given_values,
+    micro_batches,
+    parse_values,
+    pick,
+)
+from .superposition import find_language_model
+
+T = TypeVar("T")
+TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
+
+
+@dataclass
+class ExperimentArguments:
+    """How the runs are done."""
+
+    seeds: str = field(default="0,1,2", metadata={"help": "Seeds that every run is repeated with."})
+    processes: int = field(
+        default=1,
+        metadata={"help": "Runs at the same time; more than 1 changes what they take of time."},
+    )
+    launcher: str | None = field(
+        default=None,
+        metadata={
+            "help": "What starts a run instead of Python, for example 'accelerate launch --num_processes 8'."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise TSTError(f"processes must be at least 1, but is {self.processes}.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One configuration, and what is known of it before any run.
+
+    Args:
+        values (`dict`): The configuration, as a file holds it: what is not in it has its default.
+        shape (`ModelShape`): The model.
+        block_size (`int`): Tokens a block, L.
+        rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
+        blocks (`int`, *optional*): Of training data; `None` for a stream.
+        fusable (`bool`): Whether the model's loss can be fused with its head.
+    """
+
+    values: Mapping[str, Any]
+    shape: ModelShape
+    block_size: int
+    rows_per_step: int | None
+    blocks: int | None
+    fusable: bool
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"])
+
+    @property
+    def latent_tokens_per_step(self) -> int:
+        """Latent tokens a step; those of one process where it is not known how many there are."""
+        rows = self.rows_per_step or setting(self.values, "per_device_train_batch_size")
+        return rows * self.block_size
+
+    def check_data(self, name: str, schedule: PhaseSchedule) -> None:
+        """Check that a run fits into one pass over the data, so that none reads data twice.
+
+        Raises:
+            TSTError: If it does not.
+        """
+        if self.blocks is None or self.rows_per_step is None:
+            return
+        needed = schedule.blocks_needed(self.rows_per_step)
+        if needed > self.blocks:
+            raise TSTError(
+                f"{name} reads {needed:,} blocks of {self.block_size} tokens in {schedule.max_steps} steps, but the data has "
+                f"{self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
+            )
+
+
+def parse_experiment(
+    argv: Sequence[str], kind: type[T], description: str, prog: str | None, output_dir: str
+) -> tuple[dict[str, Any], T]:
+    """The configuration of training, as a file would hold it, and the options of kind `kind`.
+
+    Args:
+        argv: A configuration file, if any, and flags.
+        kind: Dataclass of the options.
+        description, prog: For `--help`.
+        output_dir (`str`): The default of `output_dir`.
+
+    Raises:
+        TSTError: For what cannot be understood, or cannot be part of a comparison.
+    """
+    namespace = parse_values(argv, [kind, *TRAINING], description, prog, {"output_dir": output_dir})
+    values = given_values(namespace, TRAINING)
+    if isinstance(values.get("lr_scheduler_kwargs"), str):
+        values["lr_scheduler_kwargs"] = json.loads(values["lr_scheduler_kwargs"])
+    if namespace.max_steps <= 0:
+        raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
+    for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint"):
+        if values.get(name):
+            raise TSTError(
+                f"{name} cannot go with several runs that are compared by their last step: leave it out."
+            )
+    return values | _records(namespace), pick(namespace, kind)
+
+
+def _records(namespace: Namespace) -> dict[str, Any]:
+    """What every run does so that there are curves: log, and evaluate also before training."""
+    values: dict[str, Any] = {"eval_on_start": True, "disable_tqdm": True}
+    interval = max(1, namespace.max_steps // 20)
+    if str(namespace.eval_strategy) == "no":
+        values |= {"eval_strategy": "steps", "eval_steps": interval}
+    if namespace.logging_steps * 10 > namespace.max_steps:
+        values["logging_steps"] = interval
+    return values
+
+
+def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> Experiment:
+    """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
+
+    Raises:
+        TSTError: If a run would be refused, or there is no data to evaluate on.
+    """
+    model_args = _make(ModelArguments, values)
+    prepared = prepare_run(model_args, _make(DataArguments, values), training_arguments(values))
+    if prepared.eval_blocks is None:
+        raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
+    _, model = find_language_model(prepared.model)
+    try:
+        check_fusable(model, "on")
+        fusable = True
+    except ValueError:
+        fusable = False
+    tokens = values.get("tokens_per_step")
+    rows = tokens // prepared.block_size if tokens else None
+    if rows is None and launcher is None:
+        batch = setting(values, "per_device_train_batch_size")
+        rows = batch * setting(values, "gradient_accumulation_steps")
+    return Experiment(
+        values=values,
+        shape=ModelShape.from_config(prepared.model.config, model_args.lora_config()),
+        block_size=prepared.block_size,
+        rows_per_step=rows,
+        blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
+        fusable=fusable,
+    )
+
+
+def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:
+    """The training arguments of a configuration, checked.
+
+    Raises:
+        TSTError: If they contradict each other.
+    """
+    settings = dict(values)
+    if settings.get("tokens_per_step"):
+        names = ("gradient_accumulation_steps", "per_device_train_batch_size")
+        filled = {name: setting(values, name) for name in names} | {"block_size": None}
+        settings["gradient_accumulation_steps"] = micro_batches(Namespace(**filled | settings), 1)
+    return _make(TSTTrainingArguments, settings)
+
+
+def _make(kind: type[T], values: Mapping[str, Any]) -> T:
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """The values that an option names, such as `0,1,2`.
+
+    Raises:
+        TSTError: If one is of another kind, there is none, or one comes twice.
+    """
+    parts = [part.strip() for part in str(text).strip("[]").split(",") if part.strip()]
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        raise TSTError(
+            f"{name} must be values of the kind {kind.__name__}, such as 1,2, but is {text!r}."
+        ) from None
+    if not values or len(set(values)) < len(values):
+        raise TSTError(f"{name} must name each value once, and at least one, but is {text!r}.")
+    return values

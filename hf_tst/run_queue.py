@@ -1,0 +1,151 @@
+"""Runs of a comparison or a sweep: each a process with a folder of its own, some at a time, done once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import yaml
+
+from .errors import TSTError
+from .run_result import RunResult
+
+SETTINGS_FILE = "arguments.yaml"
+LOG_FILE = "log.txt"
+# What may change before a run goes on: where it lies and what it shows.
+FREE_SETTINGS = {"output_dir"}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run to be done.
+
+    Args:
+        name (`str`): Its own among all runs.
+        folder (`Path`): Where it is kept.
+        settings (`dict`): Its arguments, as a configuration file holds them.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def result(self) -> RunResult | None:
+        """What came of it; `None` until it is finished."""
+        return RunResult.load(self.folder)
+
+    def check_settings(self) -> None:
+        """Check that what is in the folder already was begun with the same settings.
+
+        Raises:
+            TSTError: If not, with the setting and both values.
+        """
+        path = self.folder / SETTINGS_FILE
+        if not path.is_file():
+            return
+        begun = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for name in sorted((begun.keys() | self.settings.keys()) - FREE_SETTINGS):
+            before, now = begun.get(name), self.settings.get(name)
+            if before != now:
+                raise TSTError(
+                    f"The run {self.name} in {self.folder} was begun with {name}={before!r}, but is to go on with "
+                    f"{name}={now!r}: set it back, or name another output_dir."
+                )
+
+
+def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | None = None) -> dict[str, str]:
+    """Do the runs that are not finished; those half done go on from their last complete checkpoint.
+
+    Args:
+        runs: The runs.
+        processes (`int`, defaults to 1): How many at the same time. They share the processor's cores, and each has a GPU
+            of its own, in turn, where there are several and no `launcher`.
+        launcher (`str`, *optional*): What starts a run in the place of this Python, for example
+            `"accelerate launch --num_processes 8"`.
+
+    Returns:
+        What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
+
+    Raises:
+        TSTError: If the settings of one were others before, or its input is refused.
+    """
+    for run in runs:
+        run.check_settings()
+    failures: dict[str, str] = {}
+    places, stopped = _places(processes, launcher), Event()
+
+    def do(run: PlannedRun) -> int:
+        if stopped.is_set():
+            return 0
+        environment = places.get()
+        status = 2
+        try:
+            status = launch(run, launcher, environment)
+        finally:
+            places.put(environment)
+            if status == 2:  # the others would be refused as well
+                stopped.set()
+        return status
+
+    with ThreadPoolExecutor(processes) as pool:
+        started = {pool.submit(do, run): run for run in runs if run.result is None}
+        try:
+            for number, future in enumerate(as_completed(started), 1):
+                run, status = started[future], future.result()
+                if status == 2:
+                    raise TSTError(f"The run {run.name} was refused: {_last_line(run)}")
+                if status or run.result is None:
+                    failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
+                print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
+        finally:
+            stopped.set()  # interrupted: nothing further is started
+    return failures
+
+
+def launch(run: PlannedRun, launcher: str | None, environment: Mapping[str, str]) -> int:
+    """Start a run, wait for its end, and return its exit status."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    settings = {**run.settings, "output_dir": str(run.folder)}
+    path = run.folder / SETTINGS_FILE
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    start = shlex.split(launcher) if launcher else [sys.executable]
+    command = [*start, "-m", "hf_tst.run_worker", str(path)]
+    with open(run.folder / LOG_FILE, "ab") as log:
+        return subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False
+        ).returncode
+
+
+def _places(processes: int, launcher: str | None) -> SimpleQueue[dict[str, str]]:
+    """What the environment of a run holds, for as many as run at the same time."""
+    cores = str(max(1, (os.cpu_count() or 1) // processes))
+    common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
+    gpus = [] if launcher else _visible_gpus()
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in range(processes):
+        places.put(common | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}))
+    return places
+
+
+def _visible_gpus() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _last_line(run: PlannedRun) -> str:
+    lines = (run.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")

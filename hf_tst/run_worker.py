@@ -1,0 +1,44 @@
+"""One run of a comparison, in a process of its own: `python -m hf_tst.run_worker <folder>/arguments.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoints import last_complete_checkpoint
+from .phases import PhaseSchedule
+from .pretrain import main as train
+from .pretrain_arguments import read_config
+from .run_record import run_entry
+from .run_result import result_of_run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as [`hf_tst.pretrain.main`] does, on from the last complete checkpoint if there is one, and write `result.json`.
+
+    Raises:
+        ValueError: For bad input.
+    """
+    config = Path(argv[0])
+    # Resumed after its last step, Trainer would take one more.
+    steps = read_config(str(config))["max_steps"]
+    checkpoint = last_complete_checkpoint(config.parent, before=steps)
+    resume = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
+    trainer = train([str(config), *resume], prog="run_worker")
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    rows = trainer.get_total_train_batch_size(args)
+    schedule = trainer.schedule or PhaseSchedule(trainer.state.max_steps, 0, 1)
+    length = len(trainer.eval_dataset[0]["input_ids"])
+    run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
+    result_of_run(trainer.state.log_history, schedule, rows * length, run).save(config.parent)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Compare TST with a baseline on one configuration and one budget. `hf-tst compare` is the same.
+
+python scripts/compare.py --output_dir runs/compare
+python scripts/compare.py scripts/configs/recipes/30m-laptop-tst.yaml --learning_rates 1e-3,2e-3 --seeds 0,1,2 --budget data
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hf_tst.compare import main
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,68 @@
+"""Both phases in a loop of one's own with Accelerate, without a Trainer.
+
+    accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
+
+With more processes a step is as many times as large.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, load_dataset
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, token_superposition
+from hf_tst.packing import pack_blocks, tokenize_documents
+
+
+@dataclass
+class Arguments:
+    output_dir: str
+    model: str = "HuggingFaceTB/SmolLM2-135M"
+    dataset: str = "roneneldan/TinyStories"
+    block_size: int = 512
+    max_steps: int = 1000
+    batch_size: int = 8
+    bag_size: int = 6
+    phase_ratio: float = 0.3
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    accelerator = Accelerator()
+    schedule = PhaseSchedule(args.max_steps, args.phase_ratio, args.bag_size)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+
+    tokens = tokenize_documents(load_dataset(args.dataset, split="train"), tokenizer)
+    # Rows of l·s tokens from the first part of the text, rows of l tokens from the part behind it.
+    rows = args.batch_size * accelerator.num_processes
+    bags = pack_blocks(tokens, args.block_size * args.bag_size).select(range(schedule.switch_step * rows))
+    blocks = pack_blocks(tokens, args.block_size)
+    blocks = blocks.select(range(schedule.switch_step * rows * args.bag_size, schedule.blocks_needed(rows)))
+
+    def loader(data: Dataset, bag_size: int) -> DataLoader:
+        fold = DataCollatorForTokenSuperposition(bag_size)
+        return DataLoader(data, args.batch_size, shuffle=True, collate_fn=fold)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    loaders = loader(bags, args.bag_size), loader(blocks, 1)
+    model, optimizer, first, second = accelerator.prepare(model, optimizer, *loaders)
+
+    def train(batches: DataLoader) -> None:
+        for batch in batches:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with token_superposition(accelerator.unwrap_model(model), args.bag_size):
+        train(first)
+    train(second)  # here the model is what it was
+    accelerator.unwrap_model(model).save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Sweep bag size, phase ratio, weighting and mode. `hf-tst sweep` is the same.
+
+python scripts/sweep.py --output_dir runs/sweep --bag_sizes 2,4,6 --phase_ratios 0.2,0.3
+python scripts/sweep.py scripts/configs/recipes/30m-laptop-tst.yaml --weightings uniform,power_law --processes 2
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hf_tst.sweep import main
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,86 @@
+"""Arms and budgets: what an arm changes, and how many steps make arms equal."""
+
+import pytest
+from conftest import DENSE
+from transformers import LlamaConfig
+
+from hf_tst.arms import arm_values, check_arms
+from hf_tst.budget import StepCost, operations_per_step, raw_tokens_per_step, steps_within_budget, with_steps
+from hf_tst.flops import step_flops
+from hf_tst.model_shape import ModelShape
+from hf_tst.phases import PhaseSchedule
+
+TST = PhaseSchedule(20_000, 0.3, 6)
+PLAIN = PhaseSchedule(20_000, 0, 6)
+
+
+def test_equal_data_gives_the_baseline_the_papers_steps():
+    schedules = {"baseline": PLAIN, "tst": TST}
+    costs = {name: raw_tokens_per_step(schedule, 2**21) for name, schedule in schedules.items()}
+    assert steps_within_budget("data", costs, schedules) == {"baseline": 50_000, "tst": 20_000}
+
+
+def test_data_of_an_arm_that_reads_single_tokens_is_that_of_the_baseline():
+    output = PhaseSchedule(20_000, 0.3, 6, "output")
+    assert raw_tokens_per_step(output, 7) == StepCost(7, 7)
+
+
+def test_equal_operations_shorten_an_arm_whose_steps_cost_more():
+    costs = {"baseline": StepCost(10, 10), "tst": StepCost(10, 10), "mtp": StepCost(13, 13)}
+    schedules = {"baseline": PLAIN, "tst": TST, "mtp": PLAIN}
+    steps = steps_within_budget("flops", costs, schedules)
+    assert steps == {"baseline": 20_000, "tst": 20_000, "mtp": round(20_000 / 1.3)}
+
+
+def test_equal_time_counts_both_phases():
+    costs = {"tst": StepCost(2.0, 1.0), "baseline": StepCost(9.0, 1.0)}
+    steps = steps_within_budget("time", costs, {"tst": TST, "baseline": PLAIN})
+    assert steps["baseline"] == 20_000
+    assert costs["tst"].of_run(PhaseSchedule(steps["tst"], 0.3, 6)) == pytest.approx(20_000, abs=1.5)
+
+
+def test_arms_that_whole_steps_cannot_make_equal_are_refused():
+    schedules = {"baseline": PhaseSchedule(3, 0, 6), "mtp": PhaseSchedule(3, 0, 6)}
+    with pytest.raises(
+        ValueError, match="mtp cannot be equal to baseline in FLOPs: 2 steps take 26, and the budget is 30"
+    ):
+        steps_within_budget("flops", {"baseline": StepCost(10, 10), "mtp": StepCost(13, 13)}, schedules)  # fmt: skip
+
+
+def test_stages_of_the_schedule_are_as_long_in_proportion():
+    values = {
+        "max_steps": 300,
+        "warmup_steps": 20,
+        "lr_scheduler_kwargs": {"num_decay_steps": 60, "min_lr_ratio": 0.1},
+    }
+    assert with_steps(values, 750) == {
+        "max_steps": 750,
+        "warmup_steps": 50,
+        "lr_scheduler_kwargs": {"num_decay_steps": 150, "min_lr_ratio": 0.1},
+    }
+    assert with_steps(values | {"warmup_steps": 0.1}, 750)["warmup_steps"] == 0.1
+    assert with_steps(values, 300) == values
+
+
+def test_an_arm_changes_what_the_table_says():
+    values = {"tst_bag_size": 4, "learning_rate": 1e-3}
+    assert arm_values("tst", values) == values
+    assert arm_values("baseline", values) == values | {"tst_phase_ratio": 0.0, "tst_fused_loss": "on"}
+    assert arm_values("baseline", values, fusable=False)["tst_fused_loss"] == "off"
+    assert arm_values("baseline", values | {"tst_fused_loss": "off"})["tst_fused_loss"] == "off"
+
+
+def test_unknown_arms_and_tst_without_superposition_are_refused():
+    with pytest.raises(ValueError, match=r"one is 'tts'"):
+        check_arms(["baseline", "tts"], {})
+    with pytest.raises(ValueError, match=r"The arm tst needs superposition, but .* tst_phase_ratio=0 "):
+        check_arms(["tst"], {"tst_phase_ratio": 0})
+    check_arms(["baseline"], {"tst_phase_ratio": 0})
+
+
+def test_the_operations_of_an_arm_are_those_of_its_steps():
+    config = LlamaConfig(**DENSE)
+    shape = ModelShape.from_config(config)
+    cost = operations_per_step(shape, 16, 2 * 16, heads=3)
+    assert cost.superposition == step_flops(config, 2, 16, phase="superposition", mtp_num_heads=3)
+    assert cost.recovery == step_flops(config, 2, 16, mtp_num_heads=3) > cost.superposition

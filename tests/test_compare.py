@@ -1,0 +1,264 @@
+"""hf-tst compare: what it plans, that runs are done once and go on where they stopped, and what it refuses."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from hf_tst import cli, pretrain, run_queue
+from hf_tst.arms import ARMS
+from hf_tst.compare import CompareArguments, main, plan_comparison
+from hf_tst.experiment import open_experiment, parse_experiment, parse_list, training_arguments
+from hf_tst.run_queue import PlannedRun, run_all
+
+
+def planned(recipe, *flags):
+    values, args = parse_experiment([str(recipe), *flags], CompareArguments, "", None, "runs/compare")
+    return plan_comparison(open_experiment(values), args)
+
+
+def differences(runs, arm):
+    """Names of the resolved training arguments that differ between an arm and the baseline, at one rate and seed."""
+    first = {run.arm: training_arguments(plan.settings).to_dict() for run, plan in runs if run.seed == 0}
+    names = first[arm].keys() | first["baseline"].keys()
+    return {name for name in names if first[arm].get(name) != first["baseline"].get(name)}
+
+
+def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
+    _, runs = planned(tiny_recipe)
+    assert differences(runs, "tst") == set(ARMS["baseline"])
+    _, runs = planned(tiny_recipe, "--budget", "data")
+    assert differences(runs, "tst") == {
+        *ARMS["baseline"],
+        "max_steps",
+        "warmup_steps",
+        "lr_scheduler_kwargs",
+    }
+    settings = {run.arm: plan.settings for run, plan in runs}
+    # 12 steps on bags of 4, and 28 more.
+    assert settings["baseline"]["max_steps"] == 12 * 4 + 28
+    assert settings["baseline"]["warmup_steps"] == round(4 * 76 / 40)
+    assert settings["baseline"]["lr_scheduler_kwargs"] == {"num_decay_steps": round(8 * 76 / 40)}
+
+
+def test_an_arm_with_extra_heads_takes_fewer_steps(tiny_recipe):
+    plans, _ = planned(tiny_recipe, "--arms", "baseline,mtp", "--max_steps", "200")
+    assert plans["mtp"].schedule.max_steps < plans["baseline"].schedule.max_steps
+
+
+def test_arms_with_extra_heads_train(tiny_recipe, tmp_path, in_process):
+    flags = ["--arms", "baseline,mtp,tst+mtp", "--budget", "data", "--seeds", "0"]
+    comparison = main([str(tiny_recipe), *flags, "--output_dir", str(tmp_path)])
+    assert [run.status for run in comparison.outcomes] == ["finished"] * 3
+    assert len({arm.best.curve[-1].raw_tokens for arm in comparison.arms}) == 1
+    flops = {arm.arm: arm.flops(arm.best.curve[-1]) for arm in comparison.arms}
+    assert flops["mtp"] > flops["baseline"]
+    for name in ("baseline", "mtp"):
+        log = (tmp_path / f"{name}-lr0.01-seed0" / "arguments.yaml").read_text()
+        assert yaml.safe_load(log)["tst_fused_loss"] == "on"
+
+
+def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
+    _, runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
+    names = [run.name for run, _ in runs]
+    assert names[:4] == [f"{arm}-lr{rate}-seed5" for arm in ("baseline", "tst") for rate in (0.001, 0.002)]
+    assert len(names) == 8
+    for run, plan in runs:
+        assert (plan.settings["learning_rate"], plan.settings["seed"]) == (run.learning_rate, run.seed)
+        assert plan.folder.name == run.name
+
+
+def test_runs_are_done_once_and_the_report_follows(tiny_recipe, tmp_path, in_process, capsys):
+    argv = [str(tiny_recipe), "--seeds", "0", "--output_dir", str(tmp_path)]
+    comparison = main(argv)
+    assert in_process == ["baseline-lr0.01-seed0", "tst-lr0.01-seed0"]
+    baseline, tst = comparison.arms
+    assert baseline.best.mean_loss < 5 < baseline.best.curve[0].eval_loss
+    assert [point.step for point in tst.best.curve] == [0, 10, 20, 30, 40]
+    assert tst.best.curve[-1].raw_tokens == (12 * 4 + 28) * 64
+    assert tst.best.curve[-1].latent_tokens == baseline.best.curve[-1].raw_tokens == 40 * 64
+    assert tst.flops(tst.best.curve[-1]) == baseline.flops(baseline.best.curve[-1])
+    assert tst.best.peak_memory_bytes > 2**20
+    assert f"{baseline.best.mean_loss:.4f}" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert saved["facts"]["command"].startswith("hf-tst compare ")
+    assert (tmp_path / "tst-lr0.01-seed0" / "model.safetensors").is_file()
+    again = main([*argv[:2], "0,1", *argv[3:], "--arms", "tst"])
+    assert in_process[2:] == ["tst-lr0.01-seed1"]
+    assert again.arms[0].best.losses[0] == tst.best.losses[0]
+
+
+def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path, in_process, monkeypatch):
+    argv = [str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir"]
+    whole = main([*argv, str(tmp_path / "whole")])
+    steps = []
+
+    class Stopped(pretrain.TSTTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 25 and 25 not in steps:
+                steps.append(25)
+                raise RuntimeError("the machine went away")
+            steps.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", Stopped)
+    with pytest.raises(
+        SystemExit, match=r"tst-lr0.01-seed0 failed: the machine went away \(.*log.txt\)"
+    ) as end:
+        main([*argv, str(tmp_path / "half")])
+    assert isinstance(end.value.code, str)  # status 1
+    assert "| missing |" in (tmp_path / "half" / "comparison.md").read_text()
+    resumed = main([*argv, str(tmp_path / "half")])
+    assert steps == [*range(26), *range(20, 40)]
+    assert resumed.arms[0].best.losses == whole.arms[0].best.losses
+    losses = [[point.eval_loss for point in made.arms[0].best.curve] for made in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert resumed.arms[0].best.curve[-1].raw_tokens == whole.arms[0].best.curve[-1].raw_tokens
+
+
+def test_a_run_whose_result_was_not_written_takes_no_step_more(tiny_recipe, tmp_path, in_process):
+    argv = [str(tiny_recipe), "--seeds", "0", "--output_dir", str(tmp_path)]
+    first = main(argv)
+    for path in tmp_path.glob("*/result.json"):
+        path.unlink()
+    again = main(argv)
+    assert len(in_process) == 4
+    for before, after in zip(first.arms, again.arms, strict=True):
+        assert after.best.losses == before.best.losses
+        assert [(p.step, p.eval_loss) for p in after.best.curve] == [
+            (p.step, p.eval_loss) for p in before.best.curve
+        ]
+
+
+def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in_process, capsys):
+    folder = tmp_path / "tst-lr0.01-seed0"
+    folder.mkdir()
+    _, runs = planned(tiny_recipe)
+    (settings,) = [plan.settings for run, plan in runs if run.name == folder.name]
+    (folder / "arguments.yaml").write_text(yaml.safe_dump(settings | {"weight_decay": 0.25}))
+    assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "was begun with weight_decay=0.25, but is to go on with weight_decay=0.0" in message
+    assert not in_process
+
+
+def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_process):
+    comparison = main([
+        str(tiny_recipe), "--seeds", "0", "--arms", "baseline", "--learning_rates", "1e-2,1e9", "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    (arm,) = comparison.arms
+    assert arm.best.learning_rate == 1e-2
+    assert [run.status for run in comparison.outcomes] == ["finished", "diverged"]
+    assert arm.rates[1].mean_loss is None
+    assert "diverged, and in no mean: baseline-lr1e+09-seed0." in comparison.notes
+
+
+def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr("hf_tst.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
+    flags = ("--budget", "time", "--calibration_steps", "8", "--output_dir", str(tmp_path))
+    _, runs = planned(tiny_recipe, *flags)
+    assert in_process == ["baseline", "tst"]
+    paces = {
+        arm: json.loads((tmp_path / "calibration" / arm / "result.json").read_text())["seconds_per_step"]
+        for arm in ("baseline", "tst")
+    }
+    assert paces["baseline"].keys() == {"recovery"}
+    assert paces["tst"].keys() == {"superposition", "recovery"}
+    steps = {run.arm: plan.settings["max_steps"] for run, plan in runs}
+    assert steps["baseline"] == 40
+    switch = round(0.3 * steps["tst"])
+    seconds = switch * paces["tst"]["superposition"] + (steps["tst"] - switch) * paces["tst"]["recovery"]
+    assert seconds == pytest.approx(40 * paces["baseline"]["recovery"], rel=0.05)
+    again = planned(tiny_recipe, *flags)[1]
+    assert [plan.settings for _, plan in again] == [plan.settings for _, plan in runs]
+    assert len(in_process) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arms", "baseline,tts"], "one is 'tts'"),
+        (["--arms", "tst,tst"], "arms must name each value once"),
+        (["--seeds", "a"], "seeds must be values of the kind int"),
+        (["--budget", "money"], "invalid choice: 'money'"),
+        (["--processes", "0"], "processes must be at least 1"),
+        (["--tst_phase_ratio", "0"], "The arm tst needs superposition"),
+        (["--max_steps", "100000"], "The arm baseline reads 400,000 blocks of 16 tokens in 100000 steps, but the data has"),
+        (["--budget", "data", "--max_train_samples", "300"], "The arm tst reads 304 blocks"),
+        (["--max_steps", "-1"], "max_steps is -1: set it"),
+        (["--validation_split_percentage", "0"], "no data to evaluate on"),
+        (["--push_to_hub"], "push_to_hub cannot go with several runs"),
+        (["--tst_document_boundaries", "respect"], "needs superposition"),
+        (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_before_any_run(tiny_recipe, tmp_path, in_process, capsys, flags, message):
+    assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("hf-tst compare: ")
+    assert message in line
+    assert not in_process
+
+
+def test_a_refused_run_ends_the_comparison(tiny_recipe, tmp_path, in_process, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(pretrain.TSTTrainer, "__init__", refuse)
+    with pytest.raises(ValueError, match=r"The run baseline-lr0.01-seed0 was refused: no such thing"):
+        main([str(tiny_recipe), "--output_dir", str(tmp_path)])
+    assert in_process == ["baseline-lr0.01-seed0"]
+
+
+def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        started.append(command[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    with pytest.raises(KeyboardInterrupt):
+        run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
+    assert len(started) == 1
+
+
+def test_lists():
+    assert parse_list("seeds", "[0, 1]", int) == [0, 1]
+    with pytest.raises(ValueError, match="at least one"):
+        parse_list("seeds", "", int)
+
+
+def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    seen = []
+
+    def run(command, env, **_):
+        seen.append((command[0], env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    runs = [PlannedRun(name, tmp_path / name, {}) for name in "abcd"]
+    failures = run_all(runs, processes=2)
+    assert {place[1] for place in seen} <= {"3", "5"}
+    assert {(command, cores) for command, _, cores in seen} == {(sys.executable, "6")}
+    assert failures["a"].startswith("a failed: it left no message (")
+    seen.clear()
+    run_all(runs, launcher="accelerate launch --num_processes 2")
+    assert seen == [("accelerate", "3,5", "12")] * 4
+
+
+@pytest.mark.slow
+def test_runs_are_processes(tiny_recipe, tmp_path, capsys):
+    flags = ["--output_dir", str(tmp_path), "--seeds", "0", "--arms", "tst", "--processes", "2"]
+    main([str(tiny_recipe), *flags])
+    out = capsys.readouterr().out
+    assert "1/1  tst-lr0.01-seed0 is done" in out
+    assert "2 runs at the same time share the machine" in out
+    assert (tmp_path / "comparison.html").is_file()
+    assert "final evaluation loss" in (tmp_path / "tst-lr0.01-seed0" / "log.txt").read_text()

@@ -1,0 +1,157 @@
+"""Runs put together: means, the best rate, who reached what; and the report that readers get of them."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_tst.budget import StepCost
+from hf_tst.comparison import ArmPlan, Outcome, compare_outcomes
+from hf_tst.comparison_report import format_comparison, format_comparison_markdown, render_html, write_report
+from hf_tst.phases import PhaseSchedule
+from hf_tst.run_result import CurvePoint, RunResult
+
+PLANS = {
+    "baseline": ArmPlan(PhaseSchedule(100, 0, 4), StepCost(6, 6)),
+    "tst": ArmPlan(PhaseSchedule(100, 0.5, 4), StepCost(8, 6)),
+}
+
+
+def outcome(arm, seed, final, rate=1e-3, middle=4.0):
+    result = None
+    if final != "missing":
+        losses = (7.0, middle, final)
+        curve = [CurvePoint(50 * i, 1000 * i, 500 * i, 3.0 * i + seed, loss) for i, loss in enumerate(losses)]
+        result = RunResult(
+            100, 2000, 1000, 6.0, curve, {"recovery": 0.06}, 3 * 2**30 + seed, "GPU", 9, "Abacus", "torch 99"
+        )
+    return Outcome(f"{arm}-lr{rate:g}-seed{seed}", arm, rate, seed, result)
+
+
+def compared(*outcomes, **options):
+    return compare_outcomes("flops", PLANS, outcomes, **options)
+
+
+def arms(comparison):
+    return {arm.arm: arm for arm in comparison.arms}
+
+
+def test_means_and_the_best_rate_of_each_arm():
+    comparison = compared(
+        outcome("baseline", 0, 3.0), outcome("baseline", 1, 3.2),
+        outcome("baseline", 0, 2.9, rate=2e-3), outcome("baseline", 1, 3.5, rate=2e-3),
+        outcome("tst", 0, 3.0), outcome("tst", 1, 3.4), outcome("tst", 0, 2.8, rate=2e-3), outcome("tst", 1, 3.1, rate=2e-3),
+    )  # fmt: skip
+    baseline, tst = arms(comparison).values()
+    assert (baseline.best.learning_rate, tst.best.learning_rate) == (1e-3, 2e-3)
+    assert baseline.best.mean_loss == pytest.approx(3.1)
+    assert baseline.best.sd == pytest.approx(0.1414, abs=1e-4)  # of a sample of two
+    assert tst.difference == pytest.approx((2.8 - 3.0 + 3.1 - 3.2) / 2)
+    assert len(baseline.rates) == 2
+    assert baseline.best.peak_memory_bytes == 3 * 2**30 + 1
+    assert [point.seconds for point in baseline.best.curve] == [0.5, 3.5, 6.5]
+    notes = " ".join(comparison.notes)
+    assert "baseline: the best learning rate is the lowest of those tried" in notes
+    assert "tst: the best learning rate is the highest of those tried" in notes
+
+
+def test_runs_that_diverged_or_are_missing_are_in_no_mean():
+    comparison = compared(
+        outcome("baseline", 0, 3.0), outcome("baseline", 1, None), outcome("baseline", 2, "missing"),
+        outcome("tst", 0, 7.5), outcome("tst", 1, "missing"),
+    )  # fmt: skip
+    baseline, tst = arms(comparison).values()
+    assert (baseline.best.mean_loss, baseline.best.sd, baseline.best.losses) == (3.0, None, {0: 3.0})
+    assert (baseline.best.diverged, baseline.best.missing) == ([1], [2])
+    assert tst.best.mean_loss is None
+    assert (tst.best.diverged, tst.best.missing, tst.reached) == ([0], [1], None)
+    text = format_comparison(comparison)
+    assert "1, 1 diverged, 1 missing" in text
+    assert "not finite" in text
+    assert "NaN" not in json.dumps(comparison_json(comparison))
+
+
+def comparison_json(comparison):
+    from hf_tst.comparison import comparison_to_dict
+
+    return comparison_to_dict(comparison)
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_the_best_if_there_is_another():
+    comparison = compared(
+        outcome("tst", 0, 2.0, rate=9e-3), outcome("tst", 1, None, rate=9e-3), outcome("tst", 0, 3.0), outcome("tst", 1, 3.1),
+        outcome("baseline", 0, 3.0),
+    )  # fmt: skip
+    assert arms(comparison)["tst"].best.learning_rate == 1e-3
+
+
+def test_the_first_evaluation_that_is_down_to_the_baselines_end():
+    comparison = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5, middle=2.9))
+    reached = arms(comparison)["tst"].reached
+    assert reached.step == 50
+    # 50 steps of 10 latent tokens, all superposed, at 8 operations each.
+    assert arms(comparison)["tst"].flops(reached) == 50 * 10 * 8
+    assert arms(comparison)["baseline"].reached.step == 100
+    comparison = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 3.1))
+    assert arms(comparison)["tst"].reached is None
+    assert "not reached" in format_comparison(comparison)
+
+
+def test_operations_of_both_phases():
+    assert PLANS["tst"].flops(100, 1000) == 50 * 10 * 8 + 50 * 10 * 6
+    assert PLANS["tst"].flops(0, 0) == 0
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.attributes = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_holds_all_and_escapes_all():
+    hostile = "<script>alert(1)</script>"
+    comparison = compared(
+        outcome("baseline", 0, 3.0), outcome("tst", 0, "missing"), facts={"command": hostile, hostile: "x"}, notes=[hostile]
+    )  # fmt: skip
+    html = render_html(comparison)
+    page = Page(html)
+    assert "script" not in page.tags
+    assert html.count("&lt;script&gt;alert(1)") == 3
+    assert len(page.sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert ("name", "viewport") in page.attributes
+    assert ("content", "width=device-width, initial-scale=1") in page.attributes
+    assert "@media print" in html
+    assert not re.search(r"url\(|@import", html)
+    assert hostile not in format_comparison_markdown(comparison)
+
+
+def test_the_files_of_the_report(tmp_path):
+    comparison = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5), facts={"command": "x"})
+    written = write_report(comparison, tmp_path)
+    assert sorted(path.name for path in written) == [
+        f"comparison.{ending}" for ending in ("html", "json", "md", "png")
+    ]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads((tmp_path / "comparison.json").read_text())
+    assert [arm["best"]["mean_final_eval_loss"] for arm in values["arms"]] == [3.0, 2.5]
+    assert values["arms"][1]["reached_baseline_loss"]["step"] == 100
+    text = (tmp_path / "comparison.md").read_text()
+    assert "![" in text
+    assert (
+        "| tst | 0.001 | 2.5000 | -0.5000 | 1 | 2,000 | 1,000 | 7e+03 | 6.0 s | 3.00 GiB (GPU) | 100 | 7e+03 |"
+        in text
+    )
+
+
+def test_a_comparison_of_which_nothing_has_run(tmp_path):
+    comparison = compared(outcome("baseline", 0, "missing"), outcome("tst", 0, None))
+    write_report(comparison, tmp_path)
+    assert "missing" in (tmp_path / "comparison.md").read_text()

@@ -1,0 +1,125 @@
+"""Loss, perplexity and bits per byte of a checkpoint; the metric of `evaluate`; lm-evaluation-harness."""
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_tst.evaluation import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
+from hf_tst.quickstart import train_tokenizer
+
+TEXTS = [
+    "line 7 of the text, which says 49\n",
+    "",
+    "é\n",
+    "".join(f"{i} squared is {i * i}\n" for i in range(40)),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer([f"line {i} of the text, which says {i * i}\n" for i in range(400)], 400)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(checkpoint):
+    from transformers import AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def naive_nats(model, tokenizer, text, length):
+    """One token at a time, from what is before it in its window; the last window is full."""
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    nats = 0.0
+    for position in range(1, len(ids)):
+        start = (position - 1) // length * length
+        if start + length + 1 > len(ids):
+            start = max(0, len(ids) - length - 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:position]])).logits[0, -1]
+        nats -= logits.log_softmax(-1)[ids[position]].item()
+    return nats
+
+
+@pytest.mark.parametrize("length", [None, 5, 1])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_token_is_predicted_once_from_its_window(model_and_tokenizer, length, batch_size):
+    model, tokenizer = model_and_tokenizer
+    scores = score_texts(model, tokenizer, TEXTS, max_length=length, batch_size=batch_size)
+    expected = sum(naive_nats(model, tokenizer, text, length or 32) for text in TEXTS)
+    assert scores.nats == pytest.approx(expected, rel=1e-5)
+    assert scores.tokens == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS)
+    assert scores.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert scores.loss == pytest.approx(expected / scores.tokens)
+    assert scores.perplexity == pytest.approx(math.exp(scores.loss))
+    assert scores.bits_per_byte == pytest.approx(expected / math.log(2) / scores.bytes)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    for mode in (True, False):
+        model.train(mode)
+        score_texts(model, tokenizer, ["x"])
+        assert model.training is mode
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "There is no text"),
+        ([""], {}, "There is no text"),
+        (["x"], {"max_length": 33}, "from 1 to the model's context of 32, but is 33"),
+        (["x"], {"max_length": 0}, "but is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(model_and_tokenizer, texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        score_texts(*model_and_tokenizer, texts, **options)
+
+
+def test_the_metric_is_loaded_by_its_path_without_a_network(checkpoint, tmp_path):
+    import evaluate
+
+    metric = evaluate.load(str(METRIC_FILE), cache_dir=str(tmp_path))
+    scores = metric.compute(
+        predictions=[text for text in TEXTS if text], model_id=str(checkpoint), max_length=5
+    )
+    assert scores == pytest.approx(evaluate_checkpoint(checkpoint, TEXTS, max_length=5))
+
+
+def test_what_is_missing_for_the_harness_is_said(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-tst\[lm-eval\]'"):
+        evaluate_tasks(checkpoint, ["arc_easy"])
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_the_harness_runs_a_local_task_and_agrees(checkpoint, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS if text)
+    )
+    task = {
+        "task": "local_texts", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}},
+        "output_type": "loglikelihood_rolling", "test_split": "test", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    (tmp_path / "local_texts.yaml").write_text(yaml.safe_dump(task))
+    found = evaluate_tasks(checkpoint, ["local_texts"], include_path=tmp_path, device="cpu", batch_size=2)
+    ours = evaluate_checkpoint(checkpoint, TEXTS, device="cpu")["bits_per_byte"]
+    assert found["local_texts"]["bits_per_byte,none"] == pytest.approx(ours, rel=1e-4)

@@ -1,0 +1,59 @@
+"""Every example runs in a tiny form, and leaves an ordinary model."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DENSE
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_tst.quickstart import train_tokenizer
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "scripts" / "examples").glob("*.py"))
+TRAINER = [
+    "--per_device_train_batch_size",
+    "2",
+    "--report_to",
+    "none",
+    "--disable_tqdm",
+    "True",
+    "--use_cpu",
+    "True",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model with its tokenizer, and a data set, as folders in place of Hub ids."""
+    folder = tmp_path_factory.mktemp("examples")
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
+    tokenizer = train_tokenizer(texts, 400)
+    tokenizer.save_pretrained(folder / "model")
+    LlamaForCausalLM(LlamaConfig(**DENSE | {"vocab_size": len(tokenizer)})).save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.txt").write_text("".join(texts), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_trains(example, data, tmp_path, monkeypatch):
+    flags = ["--model", data / "model", "--dataset", data / "data", "--block_size", 16, "--max_steps", 5]
+    flags += ["--output_dir", tmp_path / "out"]
+    if "TSTTrainingArguments" in example.read_text(encoding="utf-8"):
+        flags += TRAINER
+    else:
+        flags += ["--batch_size", 2]
+    monkeypatch.setattr(sys, "argv", [str(example), *map(str, flags)])
+    runpy.run_path(str(example), run_name="__main__")
+    output = (
+        tmp_path / "out" / "merged" if "merge" in example.read_text(encoding="utf-8") else tmp_path / "out"
+    )
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokens = AutoTokenizer.from_pretrained(output)("line 1", return_tensors="pt")["input_ids"]
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] == tokens.shape[1] + 2
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_enough_to_read(example):
+    assert sum(bool(line.strip()) for line in example.read_text(encoding="utf-8").splitlines()) < 60

@@ -1,0 +1,71 @@
+"""The result of a run: its curve and clock from the log, what counts as diverged, its file."""
+
+import json
+import math
+
+import pytest
+
+from hf_tst.phases import PhaseSchedule
+from hf_tst.run_result import RunResult, result_of_run
+
+RUN = {"parameters": 7, "hardware": "1 x Abacus", "software": "torch 99"}
+SCHEDULE = PhaseSchedule(10, 0.4, 3)
+
+
+def log(step, speed, phase="superposition"):
+    return {"step": step, "loss": 1.0, "tst_phase": phase, "tst_latent_tokens_per_second": speed}
+
+
+def history(*losses):
+    """Ten steps of 100 tokens, four on bags of 3, evaluated before, in the middle of and after training."""
+    first, middle, last = losses
+    return [
+        {"step": 0, "eval_loss": first},
+        log(2, 10.0),
+        log(4, 50.0),
+        {"step": 5, "eval_loss": middle},
+        log(6, 100.0, "recovery"),
+        log(8, 200.0, "recovery"),
+        {"step": 10, "eval_loss": last},
+    ]
+
+
+def test_tokens_and_seconds_at_each_evaluation():
+    result = result_of_run(history(5.0, 4.0, 3.0), SCHEDULE, 100, RUN)
+    assert [point.step for point in result.curve] == [0, 5, 10]
+    assert [point.latent_tokens for point in result.curve] == [0, 500, 1000]
+    assert [point.raw_tokens for point in result.curve] == [0, 4 * 300 + 100, 4 * 300 + 600]
+    # 20 s for the first two steps, 4 s for the next two, then 1 s a step, 0.5 s a step, and so on to the end.
+    assert [point.seconds for point in result.curve] == pytest.approx([0, 25, 28])
+    assert result.seconds_per_step == pytest.approx({"superposition": 2.0, "recovery": 0.5})
+    assert (result.steps, result.initial_eval_loss, result.final_eval_loss) == (10, 5.0, 3.0)
+
+
+def test_tokens_that_were_left_out_at_document_ends_are_not_counted():
+    entries = history(5.0, 4.0, 3.0)
+    entries[2]["tst_tokens_left_out"] = 30
+    assert result_of_run(entries, SCHEDULE, 100, RUN).raw_tokens == 4 * 300 + 600 - 30
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [((5, 4, 3), False), ((5, 4, math.nan), True), ((5, 4, math.inf), True), ((5, 4, 5.1), True), ((5, math.nan, 4), False)],
+)  # fmt: skip
+def test_no_finite_loss_or_one_above_the_first_is_divergence(losses, diverged):
+    assert result_of_run(history(*losses), SCHEDULE, 100, RUN).has_diverged is diverged
+
+
+def test_the_file_is_json_and_comes_back(tmp_path):
+    assert RunResult.load(tmp_path) is None
+    result = result_of_run(history(5.0, math.nan, 3.0), SCHEDULE, 100, RUN)
+    result.save(tmp_path)
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert RunResult.load(tmp_path) == result
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        RunResult.load(tmp_path)
+
+
+def test_a_run_without_evaluation_is_refused():
+    with pytest.raises(ValueError, match="was not evaluated"):
+        result_of_run([log(2, 10.0)], SCHEDULE, 100, RUN)
