@@ -32,6 +32,7 @@ class CheckpointingTrainer(PublishingTrainer):
           renames, pushes and removes checkpoints that are too many.
         - `_get_output_dir`: `_unfinished`, while a checkpoint is written.
         - `_push_from_checkpoint`: waits until the checkpoint has its name.
+        - `_run_epoch`: trains nothing in a run that is over.
         - `_finalize_training`: removes no checkpoint.
     """
 
@@ -160,6 +161,13 @@ class CheckpointingTrainer(PublishingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._writes_aside:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last checkpoint, Trainer would see that the run is over after one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # With a limit of 1, Trainer would keep the best checkpoint alone, also when training stops early and would go on

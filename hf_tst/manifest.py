@@ -17,7 +17,7 @@ def write_manifest(folder: str | Path) -> None:
     """Bring all files below `folder` to the disk, and write their manifest last.
 
     The files are read once, from the memory they have just been written from: about a second a gigabyte and file
-    (SHA-256 on one core), four files at a time.
+    (SHA-256 on one core), four files at once.
 
     Args:
         folder: The folder, which nobody writes to any more.

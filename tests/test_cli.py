@@ -1,8 +1,10 @@
 """The console command: what it teaches, how it ends, and that its commands are the scripts' functions."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
 
 import pytest
@@ -11,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_tst import PreemptedError, RunError, cli, pretrain
+from hf_tst.checkpoints import last_complete_checkpoint
 
 
 def run(*arguments, **options):
@@ -236,6 +239,30 @@ def test_statuses_of_a_process(recipe):
     result = run("plan", recipe, "--mfu", 2)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("hf-tst plan: mfu must be")
+
+
+def test_sigterm_ends_training_with_a_checkpoint_and_143(recipe, tmp_path):
+    flags = ["--max_steps", "-1", "--num_train_epochs", "200", "--save_steps", "5", "--save_total_limit", "2"]
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "hf_tst.cli", "train", str(recipe), *flags, "--output_dir", str(folder)]
+    process = subprocess.Popen(
+        [*command, "--enable_jit_checkpoint"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(3000):
+        if list(folder.glob("checkpoint-*")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    message = process.communicate(timeout=100)[1].splitlines()[-1]
+    assert process.returncode == 143
+    found = re.fullmatch(
+        rf"hf-tst train: SIGTERM after optimizer step (\d+), with a checkpoint in {folder}: go on with "
+        r"--resume_from_checkpoint last\.",
+        message,
+    )
+    assert last_complete_checkpoint(folder) == str(folder / f"checkpoint-{found[1]}")
+    assert not (folder / "README.md").exists()
+    assert not (folder / "model.safetensors").exists()
 
 
 def test_interruption_is_130(monkeypatch, capsys):

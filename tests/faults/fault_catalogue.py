@@ -101,6 +101,11 @@ FAULTS = (
         {"fault": "kill in optimizer", "at": 4, "save_total_limit": 1},
     ),
     Fault("SIGKILL while the card is written", {"fault": "kill in card"}),
+    Fault(
+        "SIGKILL while the card is written, plain training at a constant rate",
+        {"fault": "kill in card", "tst_phase_ratio": 0, "lr_scheduler_type": "constant"},
+    ),
+    Fault("SIGKILL in plain training", {"fault": "kill before optimizer", "at": 6, "tst_phase_ratio": 0}),
     Fault("SIGTERM within a step", {"fault": "sigterm in step", "at": 5}),
     Fault("SIGTERM within a step, `enable_jit_checkpoint`", {"fault": "sigterm in step", "at": 4, **JIT}),
     Fault("SIGTERM at the switch, `enable_jit_checkpoint`", {"fault": "sigterm", "at": 3, **JIT}),
