@@ -126,8 +126,8 @@ def parse_experiment(
 
 
 def _records(namespace: Namespace) -> dict[str, Any]:
-    """What every run does so that there are curves: log, and evaluate also before training."""
-    values: dict[str, Any] = {"eval_on_start": True, "disable_tqdm": True}
+    """What every run does so that there are curves: log, evaluate also before training, and diverge to the end if it does."""
+    values: dict[str, Any] = {"eval_on_start": True, "disable_tqdm": True, "tst_bad_loss": "ignore"}
     interval = max(1, namespace.max_steps // 20)
     if str(namespace.eval_strategy) == "no":
         values |= {"eval_strategy": "steps", "eval_steps": interval}
