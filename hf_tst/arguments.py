@@ -161,6 +161,9 @@ class TSTTrainingArguments(TrainingArguments):
         for name, lowest in LOWEST.items():
             if not getattr(self, name) >= lowest:
                 raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
         check_phase_ratio(self.tst_phase_ratio)
         check_bag_size(self.tst_bag_size)
         check_mode(self.tst_mode)

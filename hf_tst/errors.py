@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -22,6 +24,17 @@ class PreemptedError(RunError):
     """The process was told to end (SIGTERM), and the checkpoint to go on from is written."""
 
     exit_status: ClassVar[int] = 143  # 128 + SIGTERM, as shells and schedulers expect it
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Context that turns a library's `ValueError` into a [`TSTError`] of one line."""
+    try:
+        yield
+    except TSTError:
+        raise
+    except ValueError as error:
+        raise TSTError(f"{one_line(error)}.") from error
 
 
 def one_line(error: BaseException) -> str:

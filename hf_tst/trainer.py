@@ -23,7 +23,7 @@ from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
-from .errors import TSTError
+from .errors import TSTError, bad_input
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .fused import check_fusable
 from .guarding import GuardedTrainer
@@ -105,7 +105,8 @@ class TSTTrainer(GuardedTrainer):
         self._checkpoint: str | None = None
         self._restore_random_state = False
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
-        super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
+        with bad_input():
+            super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
         superposition, recovery, evaluation = make_collators(args, data_collator, self._end_token_id())
         self._recovery_collator = recovery
         self.data_collator = (
