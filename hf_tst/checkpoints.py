@@ -15,7 +15,7 @@ from .manifest import MANIFEST_FILE, manifest_problem
 logger = logging.get_logger(__name__)
 
 
-def last_complete_checkpoint(output_dir: str | Path, before: int | None = None) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The checkpoint of the most steps that is complete, or `None`.
 
     A checkpoint with a manifest is complete if every file is what was written. Others, of the plain Trainer or of an older
@@ -24,12 +24,9 @@ def last_complete_checkpoint(output_dir: str | Path, before: int | None = None) 
 
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
-        before (`int`, *optional*): Pass over checkpoints of so many steps, or more.
     """
     restore_replaced(output_dir)
     for step, folder in reversed(checkpoint_folders(output_dir).items()):
-        if before is not None and step >= before:
-            continue
         problem = _problem(folder, step)
         if problem is None:
             return str(folder)

@@ -9,7 +9,6 @@ from pathlib import Path
 from .checkpoints import last_complete_checkpoint
 from .phases import PhaseSchedule
 from .pretrain import main as train
-from .pretrain_arguments import read_config
 from .run_record import run_entry
 from .run_result import result_of_run
 
@@ -18,12 +17,10 @@ def main(argv: Sequence[str]) -> None:
     """Train as [`hf_tst.pretrain.main`] does, on from the last complete checkpoint if there is one, and write `result.json`.
 
     Raises:
-        ValueError: For bad input.
+        TSTError: For bad input.
     """
     config = Path(argv[0])
-    # Resumed after its last step, Trainer would take one more.
-    steps = read_config(str(config))["max_steps"]
-    checkpoint = last_complete_checkpoint(config.parent, before=steps)
+    checkpoint = last_complete_checkpoint(config.parent)
     resume = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
     trainer = train([str(config), *resume], prog="run_worker")
     if not trainer.is_world_process_zero():
