@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tables import ROOT, write_table
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
@@ -20,10 +20,9 @@ from hf_tst.embedding import first_layer
 from hf_tst.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.superposition import find_language_model
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny_families import FAMILIES, VOCAB_SIZE, Family, make_family  # noqa: E402
+from tiny_families import FAMILIES, VOCAB_SIZE, Family, make_family
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,13 +156,7 @@ def main() -> None:
     parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
     table = make_table()
-    if args.output == "-":
-        print(table)
-        return
-    path = ROOT / args.output
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    write_table(args.output, BEGIN, END, table)
 
 
 if __name__ == "__main__":

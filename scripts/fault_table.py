@@ -11,12 +11,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tables import ROOT, write_table
 from transformers import HfArgumentParser
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
-from fault_catalogue import COLUMNS, FAULTS, observe  # noqa: E402
+from fault_catalogue import COLUMNS, FAULTS, observe
 
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
@@ -41,13 +41,7 @@ def main() -> None:
     (args,) = parser.parse_args_into_dataclasses()
     with tempfile.TemporaryDirectory() as folder:
         table = make_table([observe(fault, Path(folder)).row for fault in FAULTS])
-    if args.output == "-":
-        print(table)
-        return
-    path = ROOT / args.output
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    write_table(args.output, BEGIN, END, table)
 
 
 if __name__ == "__main__":

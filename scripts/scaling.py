@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from tables import ROOT, write_table
 from transformers import HfArgumentParser
 
 from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu, operations_per_gpu
 from hf_tst.pretrain import make_config
 from hf_tst.pretrain_arguments import ModelArguments, read_config
 
-ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12
 
@@ -89,13 +88,7 @@ def main() -> None:
     parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
     table = make_table(args)
-    if args.output == "-":
-        print(table)
-        return
-    path = ROOT / args.output
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    write_table(args.output, BEGIN, END, table)
 
 
 if __name__ == "__main__":
