@@ -87,6 +87,16 @@ def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[d
     return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
 
 
+def write_corpus(folder: Path, lines: int = 400) -> list[str]:
+    """Write `corpus.txt` and a `tokenizer` for it into a folder, and return the lines."""
+    from hf_tst.quickstart import train_tokenizer
+
+    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(lines)]
+    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    return texts
+
+
 @pytest.fixture
 def make_args(tmp_path: Path) -> Any:
     def make(**overrides: Any) -> TSTTrainingArguments:
@@ -110,12 +120,8 @@ def make_args(tmp_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 40 steps of a tiny Llama, with a tokenizer and a corpus beside it; it saves every 10 steps."""
-    from hf_tst.quickstart import train_tokenizer
-
     folder = tmp_path_factory.mktemp("tiny_recipe")
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(1500)]
-    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
-    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    write_corpus(folder, 1500)
     values = {
         "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
         "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 40, "tst_bag_size": 4,

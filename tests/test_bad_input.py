@@ -4,11 +4,11 @@ import json
 
 import pytest
 import yaml
+from conftest import write_corpus
 from transformers import LlamaConfig
 
 from hf_tst.pretrain import main, make_config
 from hf_tst.pretrain_arguments import ModelArguments
-from hf_tst.quickstart import train_tokenizer
 
 OVERRIDES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -19,10 +19,8 @@ OVERRIDES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input")
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
-    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    write_corpus(folder)
     files = {
-        "corpus.txt": "".join(texts),
         "blank.txt": " \n" * 20_000,
         "short.txt": "one line\n",
         "broken.jsonl": '{"text": "abc"}\n{"text": \n',

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model, write_corpus
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from hf_tst import (
@@ -32,7 +32,6 @@ from hf_tst.data_plan import plan_for_passes, plan_for_steps
 from hf_tst.data_position import DataPosition
 from hf_tst.packing import pack_blocks, tokenize_documents
 from hf_tst.pretrain import main
-from hf_tst.quickstart import train_tokenizer
 from hf_tst.run_record import RunRecord
 from hf_tst.text_files import load_text_file
 
@@ -215,10 +214,9 @@ PLANS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input_table")
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
-    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
+    texts = write_corpus(folder)
     files = {
-        "corpus.txt": "".join(texts), "blank.txt": " \n" * 20_000, "short.txt": "one line\n", "empty.txt": "",
+        "blank.txt": " \n" * 20_000, "short.txt": "one line\n", "empty.txt": "",
         "corpus.doc": "".join(texts), "broken.jsonl": '{"text": "abc"}\n{"text": \n', "numbers.jsonl": '{"body": 3}\n' * 50,
         "broken.csv": 'a,b\n1,2,3\n"x\n', "broken.parquet": "this is none", "broken.yaml": "a: [1\nb: 2", "list.yaml": "- 1\n",
         "empty.yaml": "", "python.yaml": "output_dir: !!python/object/apply:os.getcwd []\n", "broken.json": '{"output_dir": ',

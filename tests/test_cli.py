@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import yaml
+from conftest import write_corpus
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +24,8 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    from hf_tst.quickstart import train_tokenizer
-
     folder = tmp_path_factory.mktemp("cli")
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
-    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
-    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    write_corpus(folder)
     values = {
         "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
         "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 6, "per_device_train_batch_size": 2,

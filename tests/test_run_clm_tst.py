@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run_clm_tst.py"
@@ -35,12 +36,8 @@ def run(*flags, cwd, fails=False):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A tokenizer, a corpus and a configuration file."""
-    from hf_tst.quickstart import train_tokenizer
-
     folder = tmp_path_factory.mktemp("workspace")
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(400)]
-    train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
-    (folder / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    texts = write_corpus(folder)
     (folder / "corpus.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
     )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_corpus
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 from server import TOKEN, LocalHub
@@ -213,11 +214,7 @@ def test_a_fault_during_training_does_not_stop_it(hub, push):
 
 
 def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hub, environment, tmp_path):
-    from hf_tst.quickstart import train_tokenizer
-
-    texts = [f"line {i} of the text, which says {i * i}\n" for i in range(300)]
-    train_tokenizer(texts, 400).save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "corpus.txt").write_text("".join(texts), encoding="utf-8")
+    write_corpus(tmp_path, 300)
     sizes = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,max_position_embeddings=32"
     flags = (
         "--train_file corpus.txt --tokenizer_name tokenizer --model_type llama --block_size 16 --max_steps 4 "
