@@ -12,7 +12,7 @@ from .version import __version__
 DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
 
 commands:
-  train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of three minutes)
+  train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of a few minutes)
   plan    say what a run costs before it is started: steps, tokens, GPU-hours, memory, and what it is compared with
   compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
   sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
