@@ -1,0 +1,50 @@
+"""The corpus script finds the text of folders, plain and compressed, and keeps all of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "local_corpus.py"
+
+
+def write_corpus_of(folders: list[Path], output: Path) -> subprocess.CompletedProcess[str]:
+    names = [str(folder) for folder in folders]
+    command = [sys.executable, SCRIPT, "--output_dir", output, "--vocab_size", "300", "--folders", *names]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def test_text_files_of_folders(tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "plain.txt").write_text("a plain text\n")
+    (books / "again.txt").write_text("a plain text\n")
+    (books / "packed.rst.gz").write_bytes(gzip.compress("a packed text: é\n".encode()))
+    (books / "empty.md").write_text("  \n")
+    (books / "picture.png").write_bytes(b"\x89PNG")
+    long = "".join(f"line {number} of a long book\n" for number in range(12_000))
+    (books / "words.dict.dz").write_bytes(gzip.compress(long.encode()))
+
+    done = write_corpus_of([books], tmp_path / "out")
+
+    assert done.returncode == 0, done.stderr
+    texts = [
+        json.loads(line)["text"] for line in (tmp_path / "out" / "corpus.jsonl").read_text().splitlines()
+    ]
+    parts = [text for text in texts if text.startswith("line ")]
+    assert sorted(set(texts) - set(parts)) == ["a packed text: é\n", "a plain text\n"]
+    assert len(texts) == len(set(texts))
+    assert len(parts) > 1 and max(map(len, parts)) < 110_000
+    assert sorted("".join(parts).splitlines()) == sorted(long.splitlines())
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    missing = write_corpus_of([tmp_path / "missing"], tmp_path / "out")
+    empty = write_corpus_of([tmp_path / "empty"], tmp_path / "out")
+    assert missing.returncode == 1 and "missing, which is not a folder" in missing.stderr
+    assert empty.returncode == 1 and "No text was found in" in empty.stderr
