@@ -89,18 +89,19 @@ def main() -> None:
     random.Random(args.seed).shuffle(texts)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    size, for_tokenizer = 0, []
+    size, written, for_tokenizer = 0, 0, []
     with open(output / "corpus.jsonl", "w", encoding="utf-8") as corpus:
-        for number, text in enumerate(texts, start=1):
+        for text in texts:
             corpus.write(json.dumps({"text": text}) + "\n")
             if size < args.tokenizer_bytes:
                 for_tokenizer.append(text)
+            written += 1
             size += len(text.encode())
             if size >= args.max_bytes:
                 break
     tokenizer = train_tokenizer(for_tokenizer, args.vocab_size)
     tokenizer.save_pretrained(output / "tokenizer")
-    print(f"{number} documents, {size} bytes, {len(tokenizer)} tokens of vocabulary: {output}")
+    print(f"{written} documents, {size} bytes, {len(tokenizer)} tokens of vocabulary: {output}")
 
 
 if __name__ == "__main__":

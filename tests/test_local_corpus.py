@@ -37,7 +37,8 @@ def test_text_files_of_folders(tmp_path):
     parts = [text for text in texts if text.startswith("line ")]
     assert sorted(set(texts) - set(parts)) == ["a packed text: é\n", "a plain text\n"]
     assert len(texts) == len(set(texts))
-    assert len(parts) > 1 and max(map(len, parts)) < 110_000
+    assert len(parts) > 1
+    assert max(map(len, parts)) < 110_000
     assert sorted("".join(parts).splitlines()) == sorted(long.splitlines())
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
 
@@ -46,5 +47,7 @@ def test_folders_without_text_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     missing = write_corpus_of([tmp_path / "missing"], tmp_path / "out")
     empty = write_corpus_of([tmp_path / "empty"], tmp_path / "out")
-    assert missing.returncode == 1 and "missing, which is not a folder" in missing.stderr
-    assert empty.returncode == 1 and "No text was found in" in empty.stderr
+    assert missing.returncode == 1
+    assert "missing, which is not a folder" in missing.stderr
+    assert empty.returncode == 1
+    assert "No text was found in" in empty.stderr
