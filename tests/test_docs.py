@@ -2,14 +2,20 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import options
 import pytest
 import torch
+import yaml
+from bs4 import BeautifulSoup
 from conftest import VOCAB_SIZE, make_blocks, make_model
 from safetensors.torch import load_file
 
+import hf_tst
 from hf_tst import TSTTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +97,69 @@ def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
     exec(script, names)
     losses.append(names["loss"].item())
     assert losses == pytest.approx([torch.tensor(VOCAB_SIZE).log().item()] * 2, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages as `sphinx-build -W` makes them, by path from the site's root."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        folder / "doctrees",
+        "docs",
+        folder / "html",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    pages = (folder / "html").rglob("*.html")
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages}
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page_and_every_public_name(site):
+    folder = next(path.parent for path in site if path.name == "index.html" and path.parent.name == "html")
+    for page in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]:
+        if "_build" not in page.parts:
+            assert folder / page.relative_to(ROOT / "docs").with_suffix(".html") in site, page
+    documented = {tag["id"] for tag in site[folder / "api.html"].find_all(id=re.compile(r"^hf_tst\.\w+$"))}
+    assert documented == {f"hf_tst.{name}" for name in hf_tst.__all__}
+    assert site[folder / "readme.html"].find("h1").text.startswith("hf_tst")
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere(site):
+    seen = 0
+    for page, content in site.items():
+        for link in content.select("article a[href]"):
+            url = urlsplit(link["href"])
+            if url.scheme or not (url.path or url.fragment):
+                continue
+            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            assert target.is_file(), f"{page.name}: {link['href']}"
+            if url.fragment and target in site:
+                assert site[target].find(id=unquote(url.fragment)), f"{page.name}: {link['href']}"
+            seen += 1
+    assert seen > 100
+
+
+@pytest.mark.slow
+def test_docstrings_are_rendered(site):
+    (page,) = [content.find("article") for path, content in site.items() if path.name == "api.html"]
+    assert not re.findall(r"\[`|`\]|:py:|\*optional\*|\|---", page.text)
+    trainer = page.find(id="hf_tst.TSTTrainer").find_next("dd")
+    assert trainer.select_one('a[href="#hf_tst.TSTTrainingArguments"]')
+    assert "Parameters" in trainer.text
+    assert "Overrides" in trainer.text
+
+
+def test_read_the_docs_builds_what_the_test_builds():
+    config = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text(encoding="utf-8"))
+    assert (ROOT / config["sphinx"]["configuration"]).is_file()
+    assert config["sphinx"]["fail_on_warning"]
+    assert ".[docs]" in "".join(config["build"]["jobs"]["install"])
