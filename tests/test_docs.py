@@ -9,11 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 import options
 import pytest
-import torch
 import yaml
 from bs4 import BeautifulSoup
-from conftest import VOCAB_SIZE, make_blocks, make_model
-from safetensors.torch import load_file
 
 import hf_tst
 from hf_tst import TSTTrainingArguments
@@ -61,42 +58,6 @@ def test_the_map_has_every_module_and_nothing_else():
     page = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^hf_tst/(\w+)\.py", page, re.MULTILINE))
     assert named == {path.stem for path in (ROOT / "hf_tst").glob("*.py")} - {"__init__"}
-
-
-def code_block(language, holding):
-    """The fenced block of the README in a language that holds some text."""
-    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if holding in text]
-    assert len(found) == 1
-    return found[0]
-
-
-@pytest.mark.parametrize("side", ["-", "+"])
-def test_the_script_before_and_after_trains(side, tmp_path):
-    lines = code_block("diff", "TSTTrainer").splitlines()
-    script = "\n".join(line[1:] for line in lines if line[:1] in (side, " "))
-    tiny = f'output_dir="{tmp_path}", use_cpu=True, report_to="none", per_device_train_batch_size=2'
-    script = script.replace('output_dir="out"', tiny).replace("20_000", "6")
-    assert tiny in script
-    names = {"model": make_model("llama"), "tokenizer": None, "blocks": make_blocks(200)}
-    exec(script + "\ntrainer.save_model()", names)
-    assert names["trainer"].state.global_step == 6
-    assert set(load_file(tmp_path / "model.safetensors")) == set(make_model("llama").state_dict())
-
-
-def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
-    losses = []
-    script = code_block("python", "DataCollatorForTokenSuperposition").replace(
-        "\n# here", "\nnote(loss)\n# here"
-    )
-    names = {
-        "model": make_model("llama"),
-        "rows": make_blocks(2, length=72),
-        "tokens": torch.tensor([block["input_ids"] for block in make_blocks(2)]),
-        "note": lambda loss: losses.append(loss.item()),
-    }
-    exec(script, names)
-    losses.append(names["loss"].item())
-    assert losses == pytest.approx([torch.tensor(VOCAB_SIZE).log().item()] * 2, rel=0.02)
 
 
 @pytest.fixture(scope="module")
