@@ -34,11 +34,13 @@ class DataCollatorForTokenSuperposition:
     model; by default they are the ids. `attention_mask` is accepted if it is all ones, and dropped: what the
     model sees is a full row of l bags.
 
-    | `bag_size` | `mode` | `input_ids` | `labels` |
-    |---|---|---|---|
-    | s > 1 | `"full"`, `"input"` | `(B, l, s)` | `(B, l, s)`: position t holds bag t + 1, the last position -100 |
-    | s > 1 | `"output"` | `(B, l)` | `(B, l, s)`: position t holds tokens t+1 … t+s, -100 beyond the row |
-    | 1 | any | `(B, l)` | `(B, l)`, unshifted, for the model's own loss; other columns are kept |
+    What a batch holds:
+
+    - `bag_size` s > 1, `mode` `"full"` or `"input"`: `input_ids` `(B, l, s)` and `labels` `(B, l, s)`; position t holds
+      bag t + 1, the last position -100.
+    - `bag_size` s > 1, `mode` `"output"`: `input_ids` `(B, l)` and `labels` `(B, l, s)`; position t holds tokens
+      t+1 … t+s, -100 beyond the row.
+    - `bag_size` 1: `input_ids` `(B, l)` and `labels` `(B, l)`, unshifted, for the model's own loss; other columns are kept.
 
     With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
     their empty places, the last bag of a document has no target, `position_ids` `(B, l)` restart with each document,

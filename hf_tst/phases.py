@@ -54,12 +54,12 @@ class PhaseSchedule:
 
     @property
     def switch_step(self) -> int:
-        """First step of the recovery phase: round(r·N)."""
+        """First step of the recovery phase, round(r·N)."""
         return round(self.phase_ratio * self.max_steps)
 
     @property
     def blocks_per_row(self) -> int:
-        """Blocks that one row of a superposition batch reads: s, or 1 where the input stays plain tokens."""
+        """Blocks that one row of a superposition batch reads, s; 1 where the input stays plain tokens."""
         return 1 if self.mode == "output" else self.bag_size
 
     def phase(self, step: int) -> Phase:

@@ -51,8 +51,10 @@ class TSTTrainer(GuardedTrainer):
     an equal share of the steps. One pass is the last remainder shorter than an optimizer step.
 
     Args:
-        model, args, data_collator, ...: As for [`~transformers.Trainer`], with `args` a [`TSTTrainingArguments`].
-            `data_collator` serves recovery and evaluation; by default labels are a copy of `input_ids`.
+        model (`PreTrainedModel`): As for [`~transformers.Trainer`].
+        args (`TSTTrainingArguments`): See [`TSTTrainingArguments`].
+        data_collator (*optional*): Serves recovery and evaluation; by default labels are a copy of `input_ids`.
+        positional, kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:
         TSTError: If the arguments, the model or the data cannot go with superposition.

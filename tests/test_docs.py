@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import options
 import pytest
-import torch
-from conftest import VOCAB_SIZE, make_blocks, make_model
-from safetensors.torch import load_file
+import yaml
+from bs4 import BeautifulSoup
 
+import hf_tst
 from hf_tst import TSTTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -57,37 +60,67 @@ def test_the_map_has_every_module_and_nothing_else():
     assert named == {path.stem for path in (ROOT / "hf_tst").glob("*.py")} - {"__init__"}
 
 
-def code_block(language, holding):
-    """The fenced block of the README in a language that holds some text."""
-    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if holding in text]
-    assert len(found) == 1
-    return found[0]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages as `sphinx-build -W` makes them, by path from the site's root."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        folder / "doctrees",
+        "docs",
+        folder / "html",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    pages = (folder / "html").rglob("*.html")
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages}
 
 
-@pytest.mark.parametrize("side", ["-", "+"])
-def test_the_script_before_and_after_trains(side, tmp_path):
-    lines = code_block("diff", "TSTTrainer").splitlines()
-    script = "\n".join(line[1:] for line in lines if line[:1] in (side, " "))
-    tiny = f'output_dir="{tmp_path}", use_cpu=True, report_to="none", per_device_train_batch_size=2'
-    script = script.replace('output_dir="out"', tiny).replace("20_000", "6")
-    assert tiny in script
-    names = {"model": make_model("llama"), "tokenizer": None, "blocks": make_blocks(200)}
-    exec(script + "\ntrainer.save_model()", names)
-    assert names["trainer"].state.global_step == 6
-    assert set(load_file(tmp_path / "model.safetensors")) == set(make_model("llama").state_dict())
+@pytest.mark.slow
+def test_the_site_has_every_page_and_every_public_name(site):
+    folder = next(path.parent for path in site if path.name == "index.html" and path.parent.name == "html")
+    for page in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]:
+        if "_build" not in page.parts:
+            assert folder / page.relative_to(ROOT / "docs").with_suffix(".html") in site, page
+    documented = {tag["id"] for tag in site[folder / "api.html"].find_all(id=re.compile(r"^hf_tst\.\w+$"))}
+    assert documented == {f"hf_tst.{name}" for name in hf_tst.__all__}
+    assert site[folder / "readme.html"].find("h1").text.startswith("hf_tst")
 
 
-def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
-    losses = []
-    script = code_block("python", "DataCollatorForTokenSuperposition").replace(
-        "\n# here", "\nnote(loss)\n# here"
-    )
-    names = {
-        "model": make_model("llama"),
-        "rows": make_blocks(2, length=72),
-        "tokens": torch.tensor([block["input_ids"] for block in make_blocks(2)]),
-        "note": lambda loss: losses.append(loss.item()),
-    }
-    exec(script, names)
-    losses.append(names["loss"].item())
-    assert losses == pytest.approx([torch.tensor(VOCAB_SIZE).log().item()] * 2, rel=0.02)
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere(site):
+    seen = 0
+    for page, content in site.items():
+        for link in content.select("article a[href]"):
+            url = urlsplit(link["href"])
+            if url.scheme or not (url.path or url.fragment):
+                continue
+            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            assert target.is_file(), f"{page.name}: {link['href']}"
+            if url.fragment and target in site:
+                assert site[target].find(id=unquote(url.fragment)), f"{page.name}: {link['href']}"
+            seen += 1
+    assert seen > 100
+
+
+@pytest.mark.slow
+def test_docstrings_are_rendered(site):
+    (page,) = [content.find("article") for path, content in site.items() if path.name == "api.html"]
+    assert not re.findall(r"\[`|`\]|:py:|\*optional\*|\|---", page.text)
+    trainer = page.find(id="hf_tst.TSTTrainer").find_next("dd")
+    assert trainer.select_one('a[href="#hf_tst.TSTTrainingArguments"]')
+    assert "Parameters" in trainer.text
+    assert "Overrides" in trainer.text
+
+
+def test_read_the_docs_builds_what_the_test_builds():
+    config = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text(encoding="utf-8"))
+    assert (ROOT / config["sphinx"]["configuration"]).is_file()
+    assert config["sphinx"]["fail_on_warning"]
+    assert ".[docs]" in "".join(config["build"]["jobs"]["install"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_recipes import shrink
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst import TSTTrainingArguments, pretrain
@@ -145,24 +146,7 @@ def test_the_papers_runs_are_the_papers(plan, recipe, steps, switch, tokens_per_
 def test_a_tiny_version_trains(workspace, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(workspace)
     values = yaml.safe_load((FOLDER / recipe).read_text(encoding="utf-8"))
-    small = {
-        "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-        "vocab_size": 400, "max_position_embeddings": 64,
-    }  # fmt: skip
-    if "config_overrides" in values:
-        overrides = values["config_overrides"]
-        values["config_overrides"] = overrides | {k: v for k, v in small.items() if k in overrides}
-        values["tokenizer_name"] = "tokenizer"
-    else:
-        values["model_name_or_path"] = "small"
-    for name in ("dataset_name", "dataset_config_name", "preprocessing_num_workers"):
-        values.pop(name, None)
-    values |= {
-        "output_dir": str(tmp_path / "run"), "train_file": "corpus.jsonl", "block_size": 16, "max_steps": 4,
-        "tokens_per_step": 64, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "warmup_steps": 1,
-        "lr_scheduler_kwargs": {"num_decay_steps": 1}, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
-    }  # fmt: skip
+    values = shrink(values) | {"output_dir": str(tmp_path / "run")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     trainer = pretrain.main([str(tmp_path / "tiny.yaml")])
     assert trainer.state.global_step == 4

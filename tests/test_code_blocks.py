@@ -1,0 +1,251 @@
+"""Every fenced block of README, CONTRIBUTING, docs/ and model_cards/ is run, parsed or compared with what is so."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import documented_commands
+import pytest
+import torch
+import yaml
+from code_blocks import PAGES, ROOT, all_blocks, blocks_of, commands_of, find_block
+from conftest import VOCAB_SIZE, make_blocks, make_model, write_corpus
+from documented_commands import LEFT_OUT, RUN_BY_CI, UnknownCommandError
+from jinja2 import Template
+from safetensors.torch import load_file
+from tiny_recipes import RUN
+
+from hf_tst import pretrain
+from hf_tst.pretrain_arguments import parse_arguments
+from hf_tst.report import format_phases, summarize_phases
+
+BLOCKS = all_blocks()
+
+
+class UnknownBlockError(Exception):
+    """No rule says how a block of the documentation is tested."""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder with all that the documentation's commands name: text, a tokenizer, configurations, finished runs."""
+    folder = tmp_path_factory.mktemp("documented")
+    texts = write_corpus(folder)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "corpus.txt").rename(folder / "text.txt")
+    shutil.copytree(folder / "tokenizer", folder / "gpt2")
+    shutil.copytree(ROOT / "model_cards", folder / "model_cards", symlinks=True)
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    values = RUN | {
+        "train_file": "corpus.jsonl", "tokenizer_name": "tokenizer", "model_type": "llama", "report_to": "none",
+        "config_overrides": documented_commands.SMALL_LLAMA, "save_steps": 2, "max_eval_samples": 8,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, output in (("config", "out"), ("recipe", "runs/quickstart")):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(values | {"output_dir": output}))
+            pretrain.main([f"{name}.yaml"])
+    shutil.rmtree(folder / "out" / "checkpoint-4")  # so that there is something to resume
+    shutil.copytree(folder / "runs" / "quickstart", folder / "quickstart")
+    return folder
+
+
+@pytest.fixture
+def workplace(finished, tmp_path, monkeypatch, in_process):
+    """A copy of that folder, in which the test is; the quick start takes little of Python's text."""
+    shutil.copytree(finished, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(pretrain, "QUICK_START_BYTES", 100_000)
+    monkeypatch.setattr(pretrain, "QUICK_START_VOCABULARY", 400)
+    return tmp_path / "work"
+
+
+def check_block(block):
+    """Test a block by its language.
+
+    Raises:
+        UnknownBlockError, UnknownCommandError: If no rule knows it.
+    """
+    if block.language in CHECKS:
+        CHECKS[block.language](block)
+    elif re.match(r"\{[\w-]+\}", block.language) and block.page.startswith("docs/"):
+        pass  # a directive of Sphinx: tests/test_docs.py builds the site
+    else:
+        raise UnknownBlockError(f"{block}: a block of {block.language!r} is tested nowhere")
+
+
+def check_bash(block):
+    commands = commands_of(block.text)
+    assert commands
+    for words in commands:
+        documented_commands.run(words)
+
+
+def check_python(block):
+    text = block.text
+    if block.page.endswith("template.md"):
+        text = Template(text).render(repo_id="quickstart")
+    exec(compile(text, str(block), "exec"), names_of_python())
+
+
+def names_of_python():
+    """What blocks of Python take as given, as the text around them says."""
+    return {
+        "model": make_model("llama"),
+        "rows": make_blocks(2, length=72),
+        "blocks": make_blocks(200),
+        "tokens": torch.tensor([block["input_ids"] for block in make_blocks(2)]),
+        "tokenizer": None,
+    }
+
+
+def check_diff(block):
+    for side in "-+":
+        names = run_side(block, side, Path(f"side{side}"))
+        assert names["trainer"].state.global_step == 6
+
+
+def run_side(block, side, output):
+    """Run one side of a difference as a script, with 6 steps on the CPU."""
+    script = "\n".join(line[1:] for line in block.text.splitlines() if line[:1] in (side, " "))
+    tiny = f'output_dir="{output}", use_cpu=True, report_to="none", per_device_train_batch_size=2'
+    script = script.replace('output_dir="out"', tiny).replace("20_000", "6")
+    assert tiny in script
+    names = names_of_python()
+    exec(script + "\ntrainer.save_model()", names)
+    assert set(load_file(output / "model.safetensors")) == set(make_model("llama").state_dict())
+    return names
+
+
+def check_arguments(block):
+    """A file of arguments, as `hf-tst train` reads it."""
+    Path("block.yaml").write_text(block.text, encoding="utf-8")
+    parse_arguments(["block.yaml", "--use_cpu", "True"])
+
+
+def check_citation(block):
+    (entry,) = re.findall(r"@article\{[\s\S]*\}", block.text)
+    assert entry == re.search(r"@article\{[\s\S]*?\n\}", (ROOT / "model_cards/template.md").read_text())[0]
+    assert "2605.06546" in entry
+
+
+def check_output(block):
+    """Text that a program wrote, or that names files."""
+    if block.page == "README.md":
+        check_output_of_the_quick_start(block)
+    elif block.page == "docs/plans.md":
+        (words, *_) = commands_of(find_block(block.page, "bash", "hf-tst plan").text)
+        assert block.text in documented_commands.run(words)
+    elif block.page == "docs/map.md":
+        for line in block.text.splitlines():
+            assert list(ROOT.glob(line.split()[0])), line
+    else:
+        raise UnknownBlockError(f"{block}: say here what wrote this text")
+
+
+def check_output_of_the_quick_start(block):
+    history = json.loads((ROOT / "model_cards/quickstart/trainer_state.json").read_text())["log_history"]
+    loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+    last = f"final evaluation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
+    assert block.text == f"{format_phases(summarize_phases(history))}\n\n{last}\n"
+
+
+CHECKS = {
+    "bash": check_bash,
+    "python": check_python,
+    "diff": check_diff,
+    "yaml": check_arguments,
+    "json": check_arguments,
+    "bibtex": check_citation,
+    "text": check_output,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_does_what_it_says(block, workplace):
+    check_block(block)
+
+
+def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
+    block = find_block("README.md", "python", "DataCollatorForTokenSuperposition")
+    losses = []
+    names = names_of_python() | {"note": lambda loss: losses.append(loss.item())}
+    exec(block.text.replace("\n# here", "\nnote(loss)\n# here"), names)
+    losses.append(names["loss"].item())
+    assert losses == pytest.approx([math.log(VOCAB_SIZE)] * 2, rel=0.02)
+
+
+def test_all_pages_are_looked_at():
+    pages = {path.relative_to(ROOT).as_posix() for path in PAGES}
+    assert {"README.md", "CONTRIBUTING.md", "docs/plans.md", "model_cards/template.md"} <= pages
+    for path in PAGES:
+        fences = re.findall(r"^\s*```", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found = [block for block in BLOCKS if block.page == path.relative_to(ROOT).as_posix()]
+        assert len(fences) == 2 * len(found), path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\nno language\n```",
+        "```rust\nfn main() {}\n```",
+        "    indented\n",
+        "```text\nwritten by nobody knows what\n```",
+        "```{toctree}\nindex\n```",  # outside docs/
+        "```bash\nmake docs\n```",
+        "```bash\npython scripts/unheard_of.py\n```",
+        "```bash\nhf-tst plan recipe.yaml | head\n```",
+        "```bash\npip install something\n```",
+    ],
+)
+def test_what_no_rule_knows_is_an_error(text, workplace):
+    (block,) = blocks_of(text)
+    with pytest.raises((UnknownBlockError, UnknownCommandError)):
+        check_block(block)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\nhf-tst train recipe.yaml --tst_bagsize 4\n```",
+        "```bash\nhf-tst plan recipe.yaml --gpus b200\n```",
+        "```bash\nhf-tst compare recipe.yaml --armz tst\n```",
+        "```bash\nhf-tst compare recipe.yaml --learning_rates 1e-3,fast\n```",
+        "```bash\nhf-tst sweep recipe.yaml --bag_sizes 1,2\n```",
+        "```bash\nhf-tst card out --licence mit\n```",
+        "```bash\nhf-tst train missing.yaml\n```",
+        "```bash\npython scripts/audit.py --num_blocks 4000 --worldsize 2 --steps 0\n```",
+        "```bash\naccelerate launch --num_process_of_mine 8 scripts/run_clm_tst.py config.yaml\n```",
+        "```bash\naccelerate launch scripts/run_clm_tst.py config.yaml --block_sizes 3\n```",
+        "```bash\npython -m pytest --no-such-flag\n```",
+        "```bash\nsphinx-build --no-such-flag docs out\n```",
+        "```python\nmodel.forward_all()\n```",
+        "```yaml\ntst_bagsize: 4\n```",
+        '```json\n{"tst_phase_ratio": 2}\n```',
+    ],
+)
+def test_a_block_that_is_wrong_is_an_error(text, workplace):
+    (block,) = blocks_of(text)
+    with pytest.raises((AssertionError, ValueError, AttributeError, SystemExit)):
+        check_block(block)
+
+
+def test_what_is_left_to_ci_is_there_and_run_by_it():
+    lines = {
+        " ".join(words) for block in BLOCKS if block.language == "bash" for words in commands_of(block.text)
+    }
+    assert RUN_BY_CI.keys() | LEFT_OUT.keys() <= lines
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert {'run_block "Quick start"', 'run_block "Tests"'} <= set(script.splitlines())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = [blocks_of(readme.split(f"## {title}\n")[1])[0].text for title in ("Quick start", "Tests")]
+    run_to_the_letter = [" ".join(words) for text in first for words in commands_of(text)]
+    for line, place in RUN_BY_CI.items():
+        assert line in run_to_the_letter if place == "README" else place in script, line
+
+
+def test_commands_are_split_as_a_shell_splits_them():
+    text = "a --b \\\n  c 'd e'  # note\n\n# all of it\nf 'g|h' | i\n"
+    assert commands_of(text) == [["a", "--b", "c", "d e"], ["f", "g|h", "|", "i"]]
