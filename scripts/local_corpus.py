@@ -59,9 +59,10 @@ def text_files(folders: list[str]) -> list[Path]:
 
 
 def read(path: Path) -> str:
-    """The text of a file, which may be compressed."""
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix in GZIP_SUFFIXES else data).decode("utf-8", errors="replace")
+    """The text of a file, which may be compressed, with line feeds at the ends of lines."""
+    opener = gzip.open if path.suffix in GZIP_SUFFIXES else open
+    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -77,31 +78,42 @@ def documents(path: Path) -> Iterator[str]:
     yield "".join(part)
 
 
+def sources(packages: bool, seed: int) -> Iterator[str]:
+    """The files of Python's standard library, and of installed packages, in shuffled order."""
+    files = standard_library_files() + (installed_package_files() if packages else [])
+    random.Random(seed).shuffle(files)
+    return (read(file) for file in files)
+
+
+def folder_texts(folders: list[str], seed: int) -> list[str]:
+    """The documents of the text files of `folders`, in shuffled order."""
+    texts = list(dict.fromkeys(text for file in text_files(folders) for text in documents(file)))
+    if not any(text.strip() for text in texts):
+        sys.exit(f"--folders names {', '.join(folders)}, where no text file was found.")
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if args.folders:
-        files = text_files(args.folders)
-    else:
-        files = standard_library_files() + (installed_package_files() if args.packages else [])
-    texts = list(dict.fromkeys(text for file in files for text in documents(file) if text.strip()))
-    if not texts:
-        sys.exit(f"No text was found in {args.folders or 'this Python'}.")
-    random.Random(args.seed).shuffle(texts)
+    texts = folder_texts(args.folders, args.seed) if args.folders else sources(args.packages, args.seed)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    size, written, for_tokenizer = 0, 0, []
+    size, for_tokenizer, seen = 0, [], set()
     with open(output / "corpus.jsonl", "w", encoding="utf-8") as corpus:
         for text in texts:
+            if not text.strip() or text in seen:
+                continue
+            seen.add(text)
             corpus.write(json.dumps({"text": text}) + "\n")
             if size < args.tokenizer_bytes:
                 for_tokenizer.append(text)
-            written += 1
             size += len(text.encode())
             if size >= args.max_bytes:
                 break
     tokenizer = train_tokenizer(for_tokenizer, args.vocab_size)
     tokenizer.save_pretrained(output / "tokenizer")
-    print(f"{written} documents, {size} bytes, {len(tokenizer)} tokens of vocabulary: {output}")
+    print(f"{len(seen)} documents, {size} bytes, {len(tokenizer)} tokens of vocabulary: {output}")
 
 
 if __name__ == "__main__":

@@ -50,4 +50,4 @@ def test_folders_without_text_are_refused(tmp_path):
     assert missing.returncode == 1
     assert "missing, which is not a folder" in missing.stderr
     assert empty.returncode == 1
-    assert "No text was found in" in empty.stderr
+    assert "where no text file was found" in empty.stderr
