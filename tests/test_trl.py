@@ -98,9 +98,11 @@ def test_without_superposition_it_is_the_sft_trainer_bit_for_bit(train):
     assert_same_weights(ours, plain)
 
 
-def test_with_superposition_it_trains_as_the_tst_trainer(train, data):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_with_superposition_it_trains_as_the_tst_trainer(train, data, accumulation):
     _, blocks, tokenizer = data
-    options = HALF | {"eval_dataset": blocks.select(range(8)), "eval_strategy": "steps", "eval_steps": 2}
+    options = HALF | {"gradient_accumulation_steps": accumulation}
+    options |= {"eval_dataset": blocks.select(range(8)), "eval_strategy": "steps", "eval_steps": 2}
     ours = train(TSTSFTTrainer, TSTSFTConfig, **options)
     alone = train(TSTTrainer, TSTTrainingArguments, data_collator=None, **options)
     assert logged(ours)[0] == pytest.approx(math.log(len(tokenizer)), rel=0.02)
