@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import options
 import pytest
@@ -28,6 +29,20 @@ def test_the_table_of_options_is_that_of_the_arguments():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) < 300
+
+
+def test_the_picture_is_whole_and_legible_on_any_page():
+    root = ElementTree.parse(ROOT / "docs" / "images" / "tst.svg").getroot()
+    _, _, width, height = map(float, root.get("viewBox").split())
+    shapes = [shape for shape in root if shape.tag.rpartition("}")[2] in ("rect", "text")]
+    background, *others = shapes
+    size = {"width": f"{width:g}", "height": f"{height:g}", "fill": "#ffffff"}
+    assert size.items() <= background.attrib.items()
+    for shape in others:
+        right = float(shape.get("x")) + float(shape.get("width", 0))
+        bottom = float(shape.get("y")) + float(shape.get("height", 0))
+        assert right < width
+        assert bottom < height
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
