@@ -211,7 +211,8 @@ def multi_token_prediction(
     heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) are as
     ever; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
     Where `position_ids` restart, no head looks past the end of its document. A mixture's auxiliary loss is that of the
-    model's own layers. After the context, also after an exception, the model is what it was.
+    model's own layers. `fully_shard` is called inside the context, on the model last, and finds the heads, too; it may be
+    left and entered again then. After the context, also after an exception, the model is what it was.
 
     Args:
         model (`PreTrainedModel`): The model that `heads` are for, not wrapped; it may be wrapped inside. Contexts of

@@ -188,7 +188,7 @@ def _check_trainer(trainer: Any) -> None:
     fsdp = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     reasons = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP1 (FSDP2 is fsdp_version: 2)": fsdp is not None and fsdp.fsdp_version != 2,
+        "FSDP1 (FSDP2 is fsdp_version: 2)": fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2,
         "fsdp_cpu_ram_efficient_loading": fsdp is not None and bool(fsdp.cpu_ram_efficient_loading),
         "torch_compile": args.torch_compile,
         "nn.DataParallel (start one process a GPU with `accelerate launch`)": args.n_gpu > 1,

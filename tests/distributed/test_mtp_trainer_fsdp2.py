@@ -6,11 +6,16 @@ from pathlib import Path
 import mtp_trainer_fsdp2_runs
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_model
 from launching import launch
 from mtp_trainer_fsdp2_runs import CASES, RESUMED, LastHeads, logs, make_trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(Accelerator, "is_fsdp2"), reason="this accelerate has no FSDP2, so the trainer has none"
+)
 
 
 @pytest.fixture(scope="module")
