@@ -17,7 +17,6 @@ whatever n is. What grows with n is one layer's activations a head.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,13 +24,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .embedding import decoder_layers
 from .errors import TSTError
-from .head import LinearHead
-from .last_layer import LayerCall, ModelEnd, UnknownEndError, find_model_end, hidden_states_of
-from .linear_loss import linear_multi_hot_cross_entropy
-from .probing import own_class
+from .last_layer import LayerCall, ModelEnd, UnknownEndError, find_model_end
+from .mtp_losses import ExtraLosses
+from .probing import is_sharded, own_class
 
 MTPKind = Literal["parallel", "sequential"]
 
@@ -40,8 +39,6 @@ MTP_KINDS: tuple[MTPKind, ...] = get_args(MTPKind)
 DEFAULT_LOSS_WEIGHTS: dict[MTPKind, float] = {"parallel": 1.0, "sequential": 0.3}
 # The name of the heads among a model's modules.
 ATTRIBUTE = "mtp_heads"
-
-_IGNORED = -100
 
 
 def check_mtp(num_heads: int, kind: str = "parallel", loss_weight: float | None = None) -> None:
@@ -82,7 +79,9 @@ class MTPHeads(nn.Module):
             raise TSTError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
         self.kind = kind
         self._noted_loss: Tensor | None = None
-        end = _find_end(model)
+        if any(is_sharded(module) for module in model.modules()):
+            raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
+        self._end = end = _find_end(model)
         like = next(end.last_layer.parameters())
         with torch.random.fork_rng(
             [like.device] if like.device.type == "cuda" else [], enabled=seed is not None
@@ -106,6 +105,27 @@ class MTPHeads(nn.Module):
     def note_loss(self, loss: Tensor) -> None:
         """Add to what [`take_loss`] returns. Nothing waits for the device."""
         self._noted_loss = loss.detach() if self._noted_loss is None else self._noted_loss + loss.detach()
+
+    def end_of(self, model: Any) -> ModelEnd:
+        """How `model` goes on from its last layer; of a sharded model it is remembered, as its layers cannot be tried.
+
+        Raises:
+            TSTError: If the model cannot be served, or is sharded and these heads are not.
+        """
+        if not is_sharded(model):
+            self._end = _find_end(model)
+            return self._end
+        for module in (model, *self.modules()):
+            if is_sharded(module):
+                module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
+        if not all(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise TSTError(
+                "The model is sharded, but its extra heads are not, and no process would learn of another's gradients: "
+                "call fully_shard inside multi_token_prediction."
+            )
+        if all(module is not self._end.last_layer for module in model.modules()):
+            raise TSTError("These extra heads were made for another model.")
+        return self._end
 
     def forward(self, call: LayerCall, last_hidden: Tensor, next_embeddings: list[Tensor]) -> list[Tensor]:
         """The hidden states of the extra heads, before the model's final norm.
@@ -191,7 +211,8 @@ def multi_token_prediction(
     heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) are as
     ever; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
     Where `position_ids` restart, no head looks past the end of its document. A mixture's auxiliary loss is that of the
-    model's own layers. After the context, also after an exception, the model is what it was.
+    model's own layers. `fully_shard` is called inside the context, on the model last, and finds the heads, too; it may be
+    left and entered again then. After the context, also after an exception, the model is what it was.
 
     Args:
         model (`PreTrainedModel`): The model that `heads` are for, not wrapped; it may be wrapped inside. Contexts of
@@ -213,26 +234,43 @@ def multi_token_prediction(
         ...     model(input_ids=tokens, labels=tokens).loss.backward()
     """
     check_mtp(heads.num_heads, heads.kind, loss_weight)
-    end = _find_end(model)
+    with attached_heads(model, heads) as end, extra_losses(model, heads, end, loss_weight):
+        yield model
+
+
+@contextmanager
+def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
+    """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
+
+    What makes an optimizer or wraps a model finds them; no loss changes. Yields how the model goes on from its last layer.
+
+    Raises:
+        TSTError: If the model cannot be served, or is sharded and its heads are not.
+        RuntimeError: If the model is inside such a context already.
+    """
     if hasattr(model, ATTRIBUTE):
         raise RuntimeError("The model is inside multi_token_prediction already: leave that context first.")
-    weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
-    run = _ForwardPass(model, heads, end.norm, end.head, weight)
+    end = heads.end_of(model)
     with ExitStack() as stack:
         stack.callback(model._modules.pop, ATTRIBUTE, None)
         model.add_module(ATTRIBUTE, heads)
         for handle in (
             model.register_state_dict_post_hook(_leave_heads_out),
             model.register_load_state_dict_post_hook(_miss_no_heads),
-            model.register_forward_pre_hook(run.before_model, with_kwargs=True),
-            end.last_layer.register_forward_pre_hook(run.before_last_layer, with_kwargs=True),
-            end.last_layer.register_forward_hook(run.after_last_layer),
-            end.body.register_forward_hook(run.after_body),
-            # It runs when forward raises, too: nothing of a half-done forward pass is kept.
-            model.register_forward_hook(run.after_model, always_call=True),
         ):
             stack.callback(handle.remove)
-        yield model
+        yield end
+
+
+@contextmanager
+def extra_losses(
+    model: Any, heads: MTPHeads, end: ModelEnd, loss_weight: float | None = None
+) -> Iterator[None]:
+    """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before."""
+    weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
+    with ExitStack() as stack:
+        ExtraLosses(model, heads, end, weight).register(stack)
+        yield
 
 
 def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -242,114 +280,6 @@ def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _miss_no_heads(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f"{ATTRIBUTE}." not in k]
-
-
-class _ForwardPass:
-    """The extra losses of one forward pass, from the model's last layer to its loss, by hooks on the way."""
-
-    def __init__(
-        self, model: Any, heads: MTPHeads, norm: nn.Module | None, head: LinearHead, weight: float
-    ) -> None:
-        self.model, self.heads, self.norm, self.head = model, heads, norm, head
-        self.weight = weight if heads.kind == "parallel" else weight / len(heads.heads)
-        self.signature = inspect.signature(type(model).forward)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._given: dict[str, Any] = {}
-        self._call: LayerCall | None = None
-        self._last_hidden: Tensor | None = None
-        self._loss: Tensor | None = None
-
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: what the losses of this pass are computed from."""
-        self._forget()
-        names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
-        bound = self.signature.bind_partial(module, *args, **kwargs).arguments
-        given = {**bound, **bound.get("kwargs", {})}
-        if module.training and isinstance(given.get("labels"), Tensor):
-            self._given = {name: given.get(name) for name in names}
-
-    @property
-    def _predicts(self) -> bool:
-        return bool(self._given) and self._given["labels"].dim() == 2
-
-    def before_last_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the last layer: how it is called."""
-        if self._predicts:
-            self._call = LayerCall.bind(module, args, kwargs)
-
-    def after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the last layer: what it returned."""
-        if self._predicts:
-            self._last_hidden = hidden_states_of(output)
-
-    def after_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the body: the losses, inside the model's forward, where autocast and DDP look."""
-        if not self._predicts:
-            return
-        assert self._call is not None
-        assert self._last_hidden is not None
-        labels, position_ids = self._given["labels"], self._given["position_ids"]
-        labels = labels.to(self._last_hidden.device)
-        count = len(self.heads.heads)
-        hidden = self.heads(self._call, self._last_hidden, self._next_embeddings(count))
-        self._call = self._last_hidden = None
-        targets = torch.cat([_targets(labels, ahead, position_ids) for ahead in range(2, count + 2)])
-        states = torch.cat([h if self.norm is None else self.norm(h) for h in hidden])
-        divisor = self._given["num_items_in_batch"]
-        if divisor is None:
-            divisor = (labels[:, 1:] != _IGNORED).sum()
-        head = self.head
-        self._loss = self.weight * linear_multi_hot_cross_entropy(
-            states,
-            head.module.weight,
-            targets.unsqueeze(-1),
-            bias=head.module.bias,
-            num_items_in_batch=divisor,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
-
-    def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""
-        extra, predicts = self._loss, self._predicts
-        superposed = bool(self._given) and self._given["labels"].dim() == 3
-        self._forget()
-        if extra is not None:
-            self.heads.note_loss(extra)
-        elif predicts and output is not None:
-            raise RuntimeError(
-                "The model has not run the layers that its extra heads were made for: was a module replaced?"
-            )
-        if superposed and torch.distributed.is_initialized():
-            extra = 0.0 * torch.stack([parameter.sum() for parameter in self.heads.parameters()]).sum()
-        if extra is None or output is None:
-            return None
-        if isinstance(output, tuple):
-            return (output[0] + extra.to(output[0].dtype), *output[1:])
-        output.loss = output.loss + extra.to(output.loss.dtype)
-        return output
-
-    def _next_embeddings(self, count: int) -> list[Tensor]:
-        if self.heads.kind == "parallel":
-            return []
-        ids = self._given["input_ids"]
-        if ids is None:
-            raise TSTError("Sequential heads look the next tokens up: give input_ids, not inputs_embeds.")
-        # The last positions have no next token and no target; what they read instead reaches no other position.
-        embedding = self.model.get_input_embeddings()
-        return [embedding(nn.functional.pad(ids, (0, k))[:, k:]) for k in range(1, count + 1)]
-
-
-def _targets(labels: Tensor, ahead: int, position_ids: Tensor | None) -> Tensor:
-    """Labels `ahead` positions on, `(B, l)`; none past the end of a row, or of a document where positions restart."""
-    targets = nn.functional.pad(labels, (0, ahead), value=_IGNORED)[:, ahead:]
-    if position_ids is None or position_ids.dim() != 2:
-        return targets
-    position_ids = position_ids.to(labels.device)
-    there = nn.functional.pad(position_ids, (0, ahead))[:, ahead:]
-    return targets.masked_fill(there - position_ids != ahead, _IGNORED)
 
 
 def _find_end(model: Any) -> ModelEnd:

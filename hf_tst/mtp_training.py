@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import TSTTrainingArguments
 from .errors import TSTError
-from .mtp import MTPHeads, multi_token_prediction
+from .mtp import MTPHeads, attached_heads, extra_losses
+from .sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 
 FILE_NAME = "mtp_heads.safetensors"
+# Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
+TRAINED = "trained"
 
 
 class MTPCallback(TrainerCallback):
@@ -35,6 +38,8 @@ class MTPCallback(TrainerCallback):
         self._trainer = trainer
         self._heads: MTPHeads | None = None
         self._reported_step = 0
+        self._inside: Any = None  # an ExitStack and a ModelEnd while the heads are attached
+        self._loaded_untrained = False
         if args.mtp_num_heads > 1:
             _check_trainer(trainer)
             self._heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
@@ -46,11 +51,16 @@ class MTPCallback(TrainerCallback):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Context in which the model has its extra heads."""
+        """Context in which the model has its extra heads; their losses come with the start of training.
+
+        By then the model is wrapped, and their hooks are in front of those of FSDP.
+        """
         if self._heads is None:
             yield
             return
-        with multi_token_prediction(self._trainer.model, self._heads, self._trainer.args.mtp_loss_weight):
+        with attached_heads(self._trainer.model, self._heads) as end, ExitStack() as stack:
+            self._inside, self._loaded_untrained = (stack, end), False
+            stack.callback(setattr, self, "_inside", None)
             yield
 
     def on_train_begin(
@@ -71,6 +81,8 @@ class MTPCallback(TrainerCallback):
                 "The optimizer was made before the extra heads of multi-token prediction were there, and would not train "
                 "them: give the trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
+        stack, end = self._inside
+        stack.enter_context(extra_losses(self._trainer.model, self._heads, end, args.mtp_loss_weight))
 
     def on_pre_optimizer_step(
         self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,13 +113,19 @@ class MTPCallback(TrainerCallback):
         return {"mtp_loss": round(total / steps / (1 if divided else args.gradient_accumulation_steps), 6)}
 
     def save(self, folder: str | Path) -> None:
-        """Write the extra heads beside the model in a checkpoint."""
-        if self._heads is None or not self._trainer.args.should_save:
+        """Write the extra heads beside the model in a checkpoint. Every rank must take part."""
+        if self._heads is None:
+            return
+        weights = full_state_dict(self._heads) if self._trainer.is_fsdp_enabled else self._heads.state_dict()
+        if not self._trainer.args.should_save:
             return
         from safetensors.torch import save_file
 
-        weights = {name: tensor.contiguous() for name, tensor in self._heads.state_dict().items()}
-        save_file(weights, Path(folder) / FILE_NAME, metadata=self._description())
+        state = self._trainer.optimizer.state
+        trained = any(parameter in state for parameter in self._heads.parameters())
+        description = (self._description() or {}) | {TRAINED: str(trained)}
+        Path(folder).mkdir(parents=True, exist_ok=True)  # where FSDP writes shards later
+        save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / FILE_NAME, description)
 
     def load(self, folder: str | Path) -> None:
         """Read the extra heads of a checkpoint.
@@ -117,6 +135,7 @@ class MTPCallback(TrainerCallback):
         """
         path = Path(folder) / FILE_NAME
         found = _description_in(path)
+        self._loaded_untrained = found is not None and found.pop(TRAINED, None) == "False"
         wanted = self._description()
         if found != wanted:
             raise TSTError(
@@ -126,7 +145,19 @@ class MTPCallback(TrainerCallback):
         if self._heads is not None:
             from safetensors.torch import load_file
 
-            self._heads.load_state_dict(load_file(path))
+            if self._trainer.is_fsdp_enabled:
+                load_full_state_dict(self._heads, load_file(path))
+            else:
+                self._heads.load_state_dict(load_file(path))
+
+    @contextmanager
+    def loading_optimizer(self) -> Iterator[None]:
+        """Context in which the optimizer's state is read, after [`load`]: shards from superposition have none of the heads."""
+        if self._heads is None or not (self._loaded_untrained and self._trainer.is_fsdp_enabled):
+            yield
+            return
+        with left_out_of_optimizer(self._trainer.optimizer, self._heads.parameters()):
+            yield
 
     def _description(self) -> dict[str, str] | None:
         if self._heads is None:
@@ -154,9 +185,11 @@ def _check_trainer(trainer: Any) -> None:
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
     parallelism = getattr(accelerator, "parallelism_config", None)
     split = [name for name in ("cp", "sp", "tp") if (getattr(parallelism, f"{name}_size", 1) or 1) > 1]
+    fsdp = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     reasons = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
+        "FSDP1 (FSDP2 is fsdp_version: 2)": fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2,
+        "fsdp_cpu_ram_efficient_loading": fsdp is not None and bool(fsdp.cpu_ram_efficient_loading),
         "torch_compile": args.torch_compile,
         "nn.DataParallel (start one process a GPU with `accelerate launch`)": args.n_gpu > 1,
         "context, sequence or tensor parallelism": bool(split),

@@ -18,6 +18,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on a module itself."""
+    return own_class(module) is not type(module)
+
+
 class StandIn(nn.Module):
     """Takes the place of a module: answers calls with `answer`, and anything else as the module would."""
 

@@ -21,6 +21,7 @@ from .run_result import RunResult
 
 SETTINGS_FILE = "arguments.yaml"
 LOG_FILE = "log.txt"
+REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
 # What may change before a run goes on: where it lies and what it shows.
 FREE_SETTINGS = {"output_dir"}
 
@@ -113,17 +114,20 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
 
 
 def launch(run: PlannedRun, launcher: str | None, environment: Mapping[str, str]) -> int:
-    """Start a run, wait for its end, and return its exit status."""
+    """Start a run, wait for its end, and return its exit status, also where `launcher` ends with one of its own."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    refusal = run.folder / REFUSAL_FILE
+    refusal.unlink(missing_ok=True)
     settings = {**run.settings, "output_dir": str(run.folder)}
     path = run.folder / SETTINGS_FILE
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     start = shlex.split(launcher) if launcher else [sys.executable]
     command = [*start, "-m", "hf_tst.run_worker", str(path)]
     with open(run.folder / LOG_FILE, "ab") as log:
-        return subprocess.run(
+        status = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False
         ).returncode
+    return 2 if refusal.is_file() else status
 
 
 def _places(processes: int, launcher: str | None) -> SimpleQueue[dict[str, str]]:
@@ -147,5 +151,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _last_line(run: PlannedRun) -> str:
-    lines = (run.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+    refusal = run.folder / REFUSAL_FILE
+    path = refusal if refusal.is_file() else run.folder / LOG_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")

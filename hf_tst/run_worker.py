@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoints import last_complete_checkpoint
 from .phases import PhaseSchedule
 from .pretrain import main as train
+from .run_queue import REFUSAL_FILE
 from .run_record import run_entry
 from .run_result import result_of_run
 
@@ -37,5 +38,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
+        # A launcher ends with a status and a last line of its own.
+        Path(sys.argv[1]).with_name(REFUSAL_FILE).write_text(f"{error}\n", encoding="utf-8")
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging
@@ -28,6 +30,34 @@ def full_state_dict(model: Any) -> dict[str, Any]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return _without_tied(model, get_model_state_dict(model, options=options))
+
+
+def load_full_state_dict(module: Any, weights: dict[str, Any]) -> None:
+    """Load weights in one piece, as [`full_state_dict`] gathered them, into a module that may be sharded.
+
+    Every rank must call it, with all weights.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+
+
+@contextmanager
+def left_out_of_optimizer(optimizer: Any, parameters: Iterable[Any]) -> Iterator[None]:
+    """Context in which an optimizer does not know some of its parameters, for loading a state that has nothing of them.
+
+    Where an optimizer's state is in shards, PyTorch insists on finding that of every parameter, also of those that had
+    no gradient yet.
+    """
+    unknown = {id(parameter) for parameter in parameters}
+    whole = [list(group["params"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in unknown]
+    try:
+        yield
+    finally:
+        for group, known in zip(optimizer.param_groups, whole, strict=True):
+            group["params"] = known
 
 
 def weights_to_save(trainer: Any) -> dict[str, Any] | None:

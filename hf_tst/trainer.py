@@ -63,6 +63,7 @@ class TSTTrainer(GuardedTrainer):
         - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
           extra heads inside.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
+        - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
         - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
@@ -237,6 +238,10 @@ class TSTTrainer(GuardedTrainer):
         self._mtp.load(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._mtp.loading_optimizer():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

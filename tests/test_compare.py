@@ -213,6 +213,20 @@ def test_a_refused_run_ends_the_comparison(tiny_recipe, tmp_path, in_process, mo
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
+def test_a_refusal_is_told_whatever_the_launcher_ends_with(tmp_path):
+    """As torchrun does, which ends with status 1 and a line of its own."""
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]])\n"
+        "print('=' * 60, flush=True)\n"
+        "sys.exit(1)\n"
+    )
+    run = PlannedRun("one", tmp_path / "one", {"max_steps": 4, "tst_phase_ratio": 2.0})
+    with pytest.raises(ValueError, match=r"The run one was refused: .*tst_phase_ratio"):
+        run_all([run], launcher=f"{sys.executable} {launcher}")
+
+
 def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
     started = []
 

@@ -126,6 +126,27 @@ def test_accumulation_gives_one_large_batch(make_args, family, kind, ratio):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("kind", MTP_KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_bfloat16_stays_close_to_float32(make_args, family, kind, ratio):
+    found, heads = [], [Heads(), Heads()]
+    common = {"tst_phase_ratio": ratio, "mtp_num_heads": 3, "mtp_kind": kind, "learning_rate": 3e-3}
+    for bf16, noted in zip((False, True), heads, strict=True):
+        args = make_args(bf16=bf16, adam_epsilon=1e-3, **common)
+        trainer = TSTTrainer(make_model(family), args, train_dataset=make_blocks(200), callbacks=[noted])
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append([[e["loss"], e["loss"] - e.get("mtp_loss", 0), e["grad_norm"]] for e in entries])
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    exact, rounded = (torch.tensor(values) for values in found)
+    assert rounded.isfinite().all()
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded[:, :2], exact[:, :2], rtol=5e-3, atol=0)
+    torch.testing.assert_close(rounded[:, 2], exact[:, 2], rtol=0.1, atol=0)
+    torch.testing.assert_close(heads[1].weights[-1], heads[0].weights[-1], rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("kind", MTP_KINDS)
 @pytest.mark.parametrize(("ratio", "stop"), [(0, 4), (0.3, 2), (0.3, 3), (0.3, 7)])
 def test_a_resumed_run_is_the_uninterrupted_run(llama, make_args, tmp_path, kind, ratio, stop):

@@ -271,6 +271,18 @@ def test_logs_name_phase_and_tokens(llama, make_args):
         assert ratio == pytest.approx(4 if step <= 3 else 1, rel=0.01)
 
 
+@pytest.mark.parametrize("boundaries", ["ignore", "respect"])
+@pytest.mark.parametrize("mode", ["full", "output"])
+def test_trainer_counts_input_tokens_as_raw_tokens(llama, make_args, mode, boundaries):
+    args = make_args(include_num_input_tokens_seen="all", tst_mode=mode, tst_document_boundaries=boundaries)
+    blocks = [block | {"document_ids": [0] * 5 + [1] * 7} for block in make_blocks(200)]
+    trainer = TSTTrainer(llama, args, train_dataset=blocks)
+    trainer.train()
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        raw = entry["tst_raw_tokens"] + entry.get("tst_tokens_left_out", 0)
+        assert entry["num_input_tokens_seen"] == raw
+
+
 def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
     """By a clock that moves a second a forward pass, and five where the data of the third step begins."""
     now = [0.0]

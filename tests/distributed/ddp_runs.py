@@ -17,6 +17,14 @@ from hf_tst import TSTTrainer, TSTTrainingArguments
 STEPS, SWITCH = 8, 3
 ROWS = 2  # a micro-batch
 AUX = {"router_aux_loss_coef": 0.5}
+MTP = {"mtp_num_heads": 3, "weight_decay": 0.1}
+# With gradient checkpointing Trainer tells DDP that every parameter gets a gradient in every step.
+MTP_SEQUENTIAL = {
+    "model": ("qwen3_moe", AUX),
+    "mtp_num_heads": 2,
+    "mtp_kind": "sequential",
+    "gradient_checkpointing": True,
+}
 # What a case asks of two processes; one process does the same with twice the accumulation.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -28,26 +36,29 @@ CASES: dict[str, dict[str, Any]] = {
     "fused_off": {"tst_fused_loss": "off"},
     "tokens_of_a_rank": {"average_tokens_across_devices": False},
     "tokens_of_a_rank_unequal": {"average_tokens_across_devices": False, "unequal": True},
-    "mtp": {"mtp_num_heads": 3, "weight_decay": 0.1},
-    # With gradient checkpointing Trainer tells DDP that every parameter gets a gradient in every step.
-    "mtp_sequential_moe": {
-        "model": ("qwen3_moe", AUX),
-        "mtp_num_heads": 2,
-        "mtp_kind": "sequential",
-        "gradient_checkpointing": True,
-    },
-    "resumed_in_superposition": {"resume": 2},
-    "resumed_at_the_switch": {"resume": 3},
-    "resumed_in_recovery": {"resume": 6},
+    "mtp": MTP,
+    "mtp_sequential_moe": MTP_SEQUENTIAL,
+    "mtp_plain": {**MTP, "tst_phase_ratio": 0},
+    "resumed_in_superposition": {"resume": ("llama", 2)},
+    "resumed_at_the_switch": {"resume": ("llama", 3)},
+    "resumed_in_recovery": {"resume": ("llama", 6)},
+    "mtp_resumed_in_superposition": {**MTP, "resume": ("mtp", 2)},
+    "mtp_resumed_at_the_switch": {**MTP, "resume": ("mtp", 3)},
+    "mtp_resumed_in_recovery": {**MTP, "resume": ("mtp", 6)},
+    "mtp_sequential_moe_resumed_in_recovery": {**MTP_SEQUENTIAL, "resume": ("mtp_sequential_moe", 6)},
 }
 
 
+RESUMED = {options["resume"][0] for options in CASES.values() if "resume" in options}
+
+
 class Record(TrainerCallback):
-    """Notes for each forward pass in training the optimizer step and the dimensions of the ids."""
+    """Notes for each forward pass in training the optimizer step and the dimensions of the ids; extra heads at the end."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[int, int]] = []
         self.first_batch: dict[str, Any] | None = None
+        self.heads: dict[str, Any] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -58,6 +69,10 @@ class Record(TrainerCallback):
 
         model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
 
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if hasattr(model, "mtp_heads"):
+            self.heads = {f"mtp_heads.{k}": v.clone() for k, v in model.mtp_heads.state_dict().items()}
+
 
 def make_data(unequal: bool) -> list[dict[str, Any]]:
     blocks = make_blocks(200)
@@ -67,14 +82,14 @@ def make_data(unequal: bool) -> list[dict[str, Any]]:
     return blocks
 
 
-def run_case(name: str, folder: Path, world_size: int, checkpoints: Path | None = None) -> dict[str, Any]:
+def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None) -> dict[str, Any]:
     """Train, write the weights to `folder`, and return what was logged and seen.
 
     Args:
         name: A key of `CASES`.
         folder: Where to write.
         world_size: Processes that train together, of two the batch is cut for.
-        checkpoints: Folder with `checkpoint-<step>`, for the cases that resume.
+        runs: Folder with the runs of other cases, for those that resume.
     """
     options = dict(CASES[name])
     model_type, overrides = options.pop("model", ("llama", {}))
@@ -83,30 +98,30 @@ def run_case(name: str, folder: Path, world_size: int, checkpoints: Path | None 
     args = TSTTrainingArguments(
         output_dir=str(folder / "run"),
         max_steps=STEPS,
-        tst_phase_ratio=SWITCH / STEPS,
         tst_bag_size=4,
         per_device_train_batch_size=ROWS,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # otherwise Adam makes steps out of the rounding of gradients that are 0
         logging_steps=1,
-        save_strategy="steps" if name == "llama" else "no",
+        save_strategy="steps" if name in RESUMED else "no",
         save_steps=2,
-        tst_save_at_switch=name == "llama",
+        tst_save_at_switch=name in RESUMED,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **options,
+        **({"tst_phase_ratio": SWITCH / STEPS} | options),
     )
     record = Record()
     model = make_model(model_type, **overrides)
     trainer = TSTTrainer(model, args, train_dataset=make_data(unequal), callbacks=[record])
-    checkpoint = None if resume is None or checkpoints is None else str(checkpoints / f"checkpoint-{resume}")
+    checkpoint = None
+    if resume is not None and runs is not None:
+        checkpoint = str(runs / resume[0] / "run" / f"checkpoint-{resume[1]}")
     trainer.train(resume_from_checkpoint=checkpoint)
     if args.process_index == 0:
-        save_file(
-            {k: v.clone() for k, v in trainer.model.state_dict().items()}, folder / "weights.safetensors"
-        )
+        weights = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        save_file(weights | record.heads, folder / "weights.safetensors")
     return {
         "world_size": args.world_size,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -123,7 +138,7 @@ def main(out: Path) -> None:
     for name in CASES:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        results[name] = run_case(name, folder, world_size=2, checkpoints=out / "llama" / "run")
+        results[name] = run_case(name, folder, world_size=2, runs=out)
         torch.distributed.barrier()
     rank = torch.distributed.get_rank()
     (out / f"rank{rank}.json").write_text(json.dumps(results))

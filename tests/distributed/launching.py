@@ -21,22 +21,26 @@ LAUNCHERS = {
 }
 
 
+def launch_environment() -> dict[str, str]:
+    """What the processes need of the environment, beside what this one has."""
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
 def launch(
     launcher: str, script: Path, *args: object, processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
     """Run `script` on `processes` processes over gloo; the output of all is in `stdout`."""
     count = {"torchrun": f"--nproc-per-node={processes}", "accelerate": f"--num_processes={processes}"}
     command = [sys.executable, "-m", *LAUNCHERS[launcher], count[launcher], str(script), *map(str, args)]
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     return subprocess.run(
         command,
-        env=environment,
+        env=os.environ | launch_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -34,6 +34,9 @@ CASES = {
     "compiled": ({"torch_compile": True}, "fsdp2"),
     "tied": ({"config": {"tie_word_embeddings": True}}, "fsdp2"),
     "mixture": ({"model_type": "qwen3_moe"}, "fsdp2"),
+    "mtp": ({"mtp_num_heads": 3, "mtp_loss_weight": 0.2}, "fsdp2"),
+    "mtp_sequential": ({"mtp_num_heads": 3, "mtp_kind": "sequential"}, "fsdp2_cpu_offload"),
+    "mtp_checkpointing": ({"mtp_num_heads": 2, "mtp_loss_weight": 0.3}, "fsdp2_activation_checkpointing"),
     "activation_checkpointing": ({}, "fsdp2_activation_checkpointing"),
     "cpu_offload": ({}, "fsdp2_cpu_offload"),
     "flash": ({"attention": "flash_attention_2"}, "fsdp2"),
@@ -60,7 +63,7 @@ def launch(out, options, config):
 
 def run_without_fsdp(tmp_path_factory, options):
     """The losses of the same run in bfloat16 on one device that holds the whole model."""
-    config = {key: value for key, value in options.items() if key in ("model_type", "config")}
+    config = {key: value for key, value in options.items() if key in ("model_type", "config") or "mtp" in key}
     key = json.dumps(config, sort_keys=True)
     if key not in PLAIN:
         PLAIN[key] = launch(tmp_path_factory.mktemp("plain"), config, "single_gpu")["losses"]
@@ -108,9 +111,10 @@ def test_attention_implementations(make_args, attention):
     torch.testing.assert_close(losses[attention], losses["eager"], rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("fused", ["on", "off"])
-def test_fp16(llama, make_args, fused):
-    args = make_args(use_cpu=False, fp16=True, learning_rate=1e-3, tst_fused_loss=fused)
+def test_fp16(llama, make_args, fused, heads):
+    args = make_args(use_cpu=False, fp16=True, learning_rate=1e-3, tst_fused_loss=fused, mtp_num_heads=heads)
     trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
