@@ -23,14 +23,13 @@ from .checkpoints import load_renamed_weights
 from .collator import DataCollatorForTokenSuperposition
 from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
-from .errors import TSTError, bad_input
+from .errors import bad_input
 from .expert_load import ExpertLoadMeter, experts_per_position
-from .fused import check_fusable
 from .guarding import GuardedTrainer
-from .head import check_loss_is_replaceable
 from .loss import count_target_bags
 from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
+from .refusals import check_arguments, check_trainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
 from .sharding import warn_of_missing_fsdp, weights_to_save
@@ -91,16 +90,7 @@ class TSTTrainer(GuardedTrainer):
     ) -> None:
         if args is None:
             args = TSTTrainingArguments(output_dir="tmp_trainer")
-        if not isinstance(args, TSTTrainingArguments):
-            raise TSTError(
-                f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
-                "the arguments are made."
-            )
-        if args.tst_enabled and args.n_gpu > 1:
-            raise TSTError(
-                f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition does "
-                "not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-            )
+        check_arguments(args)
         self._switch = PhaseSwitchCallback()
         self._meter = TokenMeterCallback()
         self._data: RunData | None = None
@@ -126,10 +116,7 @@ class TSTTrainer(GuardedTrainer):
                 self.remove_callback(callback)
                 self.add_callback(PhaseProgressCallback(self._meter))
         warn_of_missing_fsdp(self)
-        if args.tst_replaces_loss:
-            self._check_loss()
-        if args.tst_enabled:
-            self._check_superposition()
+        check_trainer(self)
 
     @property
     def schedule(self) -> PhaseSchedule | None:
@@ -356,32 +343,6 @@ class TSTTrainer(GuardedTrainer):
             at_switch and self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
         )
         return is_best or keep_switch
-
-    def _check_loss(self) -> None:
-        _, model = find_language_model(self.model)
-        check_fusable(model, self.args.tst_fused_loss)
-        if self.compute_loss_func is not None:
-            raise TSTError(
-                "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
-                "tst_phase_ratio=0 and tst_fused_loss='auto'."
-            )
-
-    def _check_superposition(self) -> None:
-        check_loss_is_replaceable(find_language_model(self.model)[1])
-        for name, size in (("Context", self._parallel_size("cp")), ("Sequence", self._parallel_size("sp"))):
-            if size > 1:
-                raise TSTError(
-                    f"{name} parallelism (size {size}) splits rows of bags, which is not supported."
-                )
-        if getattr(self.args.accelerator_config, "split_batches", False):
-            raise TSTError(
-                "accelerator_config's split_batches=True would give every process a part of the rows that "
-                "superposition counts on: leave it at False."
-            )
-
-    def _parallel_size(self, kind: str) -> int:
-        config = getattr(self.accelerator, "parallelism_config", None)
-        return getattr(config, f"{kind}_size", 1) or 1
 
     def _open_data(self) -> RunData:
         args = self.args

@@ -81,7 +81,11 @@ def test_checkpoints_of_the_plain_trainer_are_taken_as_they_are(run, llama, make
     _, folder = run()
     (folder / "checkpoint-10" / MANIFEST_FILE).unlink()
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-10")
-    (folder / "checkpoint-10" / "trainer_state.json").write_text("{")
+    state = folder / "checkpoint-10" / "trainer_state.json"
+    for content in ("{", '{"global_step": 8}', "[]"):
+        state.write_text(content)
+        assert last_complete_checkpoint(folder) == str(folder / "checkpoint-8")
+    state.unlink()
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-8")
 
 

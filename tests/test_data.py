@@ -84,6 +84,15 @@ def test_superposition_reads_consecutive_blocks_and_recovery_the_others():
     assert sorted(set(superposed + recovery)) == sorted(superposed + recovery)
 
 
+def test_the_seed_decides_the_order_of_both_phases():
+    def orders(seed):
+        return read_all(plan_for_steps(47, PhaseSchedule(10, 0.5, 4), rows_per_step=1, seed=seed))
+
+    assert orders(1) == orders(1)
+    for one, another in zip(orders(1), orders(2), strict=True):
+        assert one != another
+
+
 def test_without_shuffling_the_order_is_that_of_the_data():
     plan = plan_for_steps(12, PhaseSchedule(4, 0.5, 3), rows_per_step=1, seed=0, shuffle=False)
     assert read_all(plan) == ([0, 1, 2, 3, 4, 5], [6, 7])

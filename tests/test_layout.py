@@ -49,7 +49,7 @@ LAYERS = [
     {"superposition", "collator", "arguments", "run_plan", "stream", "flops", "budget"},
     {"callbacks", "document_attention", "run_data", "publishing", "mtp_training", "arms", "comparison"},
     {"checkpointing"},
-    {"guarding"},
+    {"guarding", "refusals"},
     {"trainer", "audit", "pretrain_arguments", "comparison_report"},
     {"pretrain"},
     {"planning", "run_card", "run_worker", "experiment", "sweep_report"},

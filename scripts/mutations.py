@@ -1,0 +1,133 @@
+"""Write the table of `docs/mutations.md`: lines that matter, broken one at a time, and the first test that goes red.
+
+Each break is made in a copy of the tracked files, so that the checkout stays as it is. A row whose last column is empty
+is a break that no test of its files has noticed: write that test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tables import ROOT, write_table
+from transformers import HfArgumentParser
+
+BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line broken.
+
+    Args:
+        subject (`str`): What the line is there for.
+        file (`str`): Its module.
+        line (`str`): The text to replace, which is there once.
+        broken (`str`): What it becomes.
+        tests (`str`): Test files that are about it.
+    """
+
+    subject: str
+    file: str
+    line: str
+    broken: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation("switch step", "phases.py", "step < self.switch_step else", "step <= self.switch_step else", "phases trainer"),
+    Mutation("mean of a bag", "bags.py", ".mean(dim=2, dtype=torch.float32)", ".sum(dim=2, dtype=torch.float32)", "bags superposition"),
+    Mutation(
+        "its sum in float32", "bags.py", ".sum(dim=2, dtype=torch.float32)",
+        ".sum(dim=2)", "bags documents",
+    ),
+    Mutation("weights of a bag's targets", "kernels/torch_multi_hot.py", "torch.where(valid, weights, 0.0)", "torch.where(valid, weights.mean(), 0.0)", "kernels linear_loss"),
+    Mutation("the same without fusion", "loss.py", "weights = weights * valid", "weights = weights.mean() * valid", "loss"),
+    Mutation("target of a bag", "bags.py", "torch.cat([bags[:, 1:], last], dim=1)", "torch.cat([bags[:, :-1], last], dim=1)", "bags collator superposition"),
+    Mutation("targets of a window", "bags.py", "torch.cat([tokens[:, 1:], beyond], dim=1).unfold", "torch.cat([tokens, beyond[:, 1:]], dim=1).unfold", "bags collator superposition"),
+    Mutation("targets of a step, accumulated", "trainer.py", "for batch in batch_samples]\n        ).sum()", "for batch in batch_samples]\n        ).mean()", "trainer"),
+    Mutation("order of the data, by seed", "data_plan.py", "(self.seed, int(data_pass),", "(0, int(data_pass),", "data audit"),
+    Mutation("order of the data, by step", "data_plan.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
+    Mutation("no token twice in a pass", "data_plan.py", "position[in_group] // size + used_groups", "position[in_group] // size", "data"),
+    Mutation("a resumed run's place in the data", "trainer.py", "data.sampler(lambda: self.state.global_step)", "data.sampler(lambda: 0)", "resume audit"),
+    Mutation("undo of the input hook", "superposition.py", "        finally:\n            handle.remove()", "        finally:\n            pass", "superposition"),
+    Mutation("undo of the loss", "probing.py", "        if had_own:\n            attributes[name] = own", "        if had_own:\n            pass", "superposition fused"),
+    Mutation("gradient of the fused loss, softmax", "kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
+    Mutation("gradient of the fused loss, targets", "kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
+    Mutation("its scale by the caller's", "linear_loss.py", "saved[i].mul_(scale)", "saved[i]", "linear_loss fused"),
+    Mutation("manifest, read at resume", "manifest.py", "if found_hash != expected:", "if not found_hash:", "checkpoints"),
+    Mutation("position that a checkpoint must be at", "checkpoints.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
+    Mutation("target of an extra head", "mtp.py", "for ahead in range(2, count + 2)", "for ahead in range(1, count + 1)", "mtp"),
+]  # fmt: skip
+
+
+@dataclass
+class TableArguments:
+    """Where the table goes."""
+
+    output: str = field(
+        default="docs/mutations.md",
+        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+    )
+    only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text."})
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copy the tracked files, as they are now."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in names.stdout.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def first_red_test(mutation: Mutation, checkout: Path) -> str:
+    """Break the line, run its tests until one fails, mend the line; the test's name, or nothing."""
+    path = checkout / "hf_tst" / mutation.file
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(mutation.line) != 1:
+        raise ValueError(
+            f"hf_tst/{mutation.file} holds {mutation.line!r} {whole.count(mutation.line)} times."
+        )
+    path.write_text(whole.replace(mutation.line, mutation.broken), encoding="utf-8")
+    files = [f"tests/test_{name}.py" for name in mutation.tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    try:
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
+        raise RuntimeError(f"{' '.join(command)} did not run:\n{done.stdout}{done.stderr}")
+    return failed[1] if failed else ""
+
+
+def row(mutation: Mutation, test: str) -> str:
+    """A line of the table."""
+    line, broken = (" ".join(text.split()) for text in (mutation.line, mutation.broken))
+    cells = (mutation.subject, f"`{mutation.file}`", f"`{line}`", f"`{broken}`", f"`{test}`" if test else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses()
+    rows = ["| what the line is for | file | line | broken | first test that went red |", "|" + " --- |" * 5]
+    with tempfile.TemporaryDirectory() as folder:
+        copy_checkout(Path(folder))
+        for mutation in MUTATIONS:
+            if args.only in mutation.subject:
+                rows.append(row(mutation, first_red_test(mutation, Path(folder))))
+                print(rows[-1], file=sys.stderr, flush=True)
+    write_table(args.output, BEGIN, END, "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
