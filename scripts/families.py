@@ -1,4 +1,4 @@
-"""Write the table of model families, `docs/families.md`, from what tiny models of each family do.
+"""Write the table of model families, `docs/families.md`, and its short form in README, from what tiny models of each do.
 
 Nothing in the table is typed in: where the embeddings are scaled, what is added to them, and whether the loss is fused
 is measured on the models of `tests/tiny_families.py`, the same that `tests/test_families.py` trains.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny_families import FAMILIES, VOCAB_SIZE, Family, make_family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 COLUMNS = ("family", "`model_type`", "averaged embedding", "fused loss", "note")
@@ -39,6 +39,7 @@ class TableArguments:
         default="docs/families.md",
         metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
     )
+    summary: str = field(default="README.md", metadata={"help": "The same for the names alone."})
 
 
 def describe(family: Family) -> tuple[str, ...]:
@@ -57,10 +58,31 @@ def describe(family: Family) -> tuple[str, ...]:
     return family.name, f"`{family.model_type}`", _describe_embedding(model), fused, "; ".join(notes)
 
 
-def make_table() -> str:
-    """All rows as a Markdown table."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(describe, FAMILIES)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table whose first row is its head."""
+    head, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *others])
+
+
+def summary(rows: Sequence[tuple[str, ...]]) -> str:
+    """The table's rows, without its head, as README has them: the names of families by what they are."""
+    kinds: dict[str, list[str]] = {
+        "attention": [],
+        "mixture of experts": [],
+        "state space, recurrent, hybrid": [],
+    }
+    refused = []
+    for name, _, embedding, _, note in rows:
+        if embedding == "refused":
+            refused.append(name)
+        elif "mixture of experts" in note:
+            kinds["mixture of experts"].append(name)
+        elif any(word in note for word in ("state space", "recurrent", "linear attention", "convolutions")):
+            kinds["state space, recurrent, hybrid"].append(name)
+        else:
+            kinds["attention"].append(name)
+    kinds["refused, with the reason"] = refused
+    return markdown([("kind", "families"), *((kind, ", ".join(names)) for kind, names in kinds.items())])
 
 
 @contextmanager
@@ -155,8 +177,9 @@ def _has_aux_loss(model: Any) -> bool:
 def main() -> None:
     parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
-    table = make_table()
-    write_table(args.output, BEGIN, END, table)
+    rows = list(map(describe, FAMILIES))
+    write_table(args.output, BEGIN, END, markdown([COLUMNS, *rows]))
+    write_table(args.summary, BEGIN, END, summary(rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/options.md: what TSTTrainingArguments adds to TrainingArguments, from the arguments themselves.
+"""Write docs/options.md, and the table in README: what TSTTrainingArguments adds, from the arguments themselves.
 
 python scripts/options.py
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from pathlib import Path
 
+from tables import ROOT, write_table
 from transformers import TrainingArguments
 
 from hf_tst import TSTTrainingArguments
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
+DOCUMENT = ROOT / "docs" / "options.md"
+BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 
 
 def added_fields() -> list[dataclasses.Field]:
@@ -31,22 +32,26 @@ def describe_type(hint: object) -> str:
     return " or ".join(names)
 
 
-def render() -> str:
+def make_table() -> str:
+    """A row for each argument, as Markdown."""
     hints = typing.get_type_hints(TSTTrainingArguments)
     rows = [
         f"| `{field.name}` | {describe_type(hints[field.name])} | `{field.default}` | {field.metadata['help']} |"
         for field in added_fields()
     ]
+    return "\n".join(["| argument | type | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def render() -> str:
     head = [
         "# Options",
         "",
         "What `TSTTrainingArguments` adds to `transformers.TrainingArguments`. Written by `python scripts/options.py`.",
         "",
-        "| argument | type | default | meaning |",
-        "|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows]) + "\n"
+    return "\n".join([*head, make_table()]) + "\n"
 
 
 if __name__ == "__main__":
     DOCUMENT.write_text(render(), encoding="utf-8")
+    write_table("README.md", BEGIN, END, make_table())

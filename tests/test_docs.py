@@ -25,6 +25,7 @@ def test_the_table_of_options_is_that_of_the_arguments():
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options.render(), (
         "run scripts/options.py"
     )
+    assert f"{options.BEGIN}\n{options.make_table()}\n{options.END}" in README, "run scripts/options.py"
 
 
 def test_the_readme_is_short():

@@ -149,8 +149,8 @@ def test_a_family_that_cannot_work_says_why(family):
 # The table
 
 
-def read_table():
-    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+def read_table(name="docs/families.md"):
+    text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
     lines = text.split(table.BEGIN)[1].split(table.END)[0].strip().splitlines()
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
 
@@ -165,3 +165,13 @@ def test_the_table_lists_these_families_and_no_others():
     assert header == table.COLUMNS
     assert [row[0] for row in rows] == [family.name for family in FAMILIES]
     assert len(SERVED) >= 24
+
+
+def test_the_readme_has_the_names_of_all():
+    _, _, *rows = read_table()
+    kinds = dict(read_table("README.md")[2:])
+    names = [name for names in kinds.values() for name in names.split(", ")]
+    assert sorted(names) == sorted(row[0] for row in rows)
+    assert kinds["refused, with the reason"].split(", ") == [family.name for family in REFUSED]
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert table.summary(rows) in readme, "run `python scripts/families.py`"
