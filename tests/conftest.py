@@ -156,3 +156,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
     return started
+
+
+def losses(trainer: Any) -> list[float]:
+    """The training losses that a trainer has logged."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_equal(one: Any, other: Any) -> bool:
+    """Whether two models have the same tensors, bit for bit."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)

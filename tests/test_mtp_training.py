@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model, set_dropout
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model, set_dropout
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -27,10 +27,6 @@ class Heads(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         heads = getattr(model, "mtp_heads", None)
         self.weights.append(None if heads is None else copy.deepcopy(heads.state_dict()))
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def weights_equal(one, other):

@@ -9,18 +9,16 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, TINY, VOCAB_SIZE, make_blocks, make_model, set_dropout
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model, set_dropout, weights_equal
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
 )
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, TSTTrainingArguments, callbacks
+from hf_tst import TSTTrainer, callbacks
 from hf_tst.bags import OFFSET_WEIGHTINGS
 
 LOG_V = math.log(VOCAB_SIZE)
@@ -38,16 +36,6 @@ class Recorder(TrainerCallback):
                 self.batches.append((kwargs["input_ids"].clone(), kwargs["labels"].clone()))
 
         model.register_forward_pre_hook(note, with_kwargs=True)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights_equal(one, other):
-    return all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
 
 
 # The plain Trainer
@@ -397,217 +385,3 @@ def test_the_model_is_clean_after_training_and_after_a_failure(llama, make_args)
     TSTTrainer(llama, make_args(tst_phase_ratio=1), train_dataset=make_blocks(200)).train()
     assert "_loss_function" not in vars(llama)
     assert not llama._forward_pre_hooks
-
-
-# Families and options
-
-
-@pytest.mark.parametrize("model_type", TINY)
-def test_families_train_through_the_switch(model_type, make_args):
-    model = make_model(model_type)
-    if model_type in ("mixtral", "qwen3_moe"):
-        # Without a penalty on the router its gates would still move; this sees that the penalty is in the loss.
-        model.config.router_aux_loss_coef = model.router_aux_loss_coef = 10.0
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trainer = TSTTrainer(model, make_args(), train_dataset=make_blocks(200))
-    trainer.train()
-    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    assert unmoved == []
-    if model_type in ("mixtral", "qwen3_moe"):
-        assert min(losses(trainer)) > LOG_V + 10 * 0.9
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"optim": "adafactor"},
-        {"report_to": "tensorboard"},
-        {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1},
-        {"save_strategy": "epoch"},
-        {"activation_checkpointing": True},
-        {"bf16": True},
-        {"include_num_input_tokens_seen": "all"},
-        {"train_sampling_strategy": "sequential"},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
-        {"remove_unused_columns": False},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_trainer_options_still_work(llama, make_args, options):
-    unknown = set(options) - set(TSTTrainingArguments.__dataclass_fields__)
-    if unknown:
-        pytest.skip(f"this transformers has no {unknown}")
-    args = make_args(**options)
-    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
-    trainer.train()
-    assert trainer.state.global_step == 10
-    assert all(math.isfinite(loss) for loss in losses(trainer))
-    if options.get("report_to") == "tensorboard":
-        assert list(Path(args.output_dir).rglob("events.out*")) or list(Path().rglob("events.out*"))
-
-
-def test_best_model_early_stopping_and_metrics(llama, make_args):
-    args = make_args(
-        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="accuracy", greater_is_better=True,
-    )  # fmt: skip
-    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
-    trainer = TSTTrainer(
-        llama,
-        args,
-        train_dataset=make_blocks(200),
-        eval_dataset=make_blocks(4),
-        compute_metrics=lambda prediction: {"accuracy": next(values)},
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
-    )
-    trainer.train()
-    assert trainer.state.global_step == 8
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
-    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
-    assert weights_equal(best, llama)
-
-
-@pytest.mark.slow
-def test_torch_compile_recompiles_once_at_the_switch(llama, make_args):
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    other = copy.deepcopy(llama)
-    plain = TSTTrainer(other, make_args(), train_dataset=make_blocks(200))
-    plain.train()
-    graphs_after_step = []
-
-    class Count(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            graphs_after_step.append(len(graphs))
-
-    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200), callbacks=[Count()])
-    llama.compile(backend=backend)
-    trainer.train()
-    torch.testing.assert_close(losses(trainer), losses(plain))
-    first = graphs_after_step[0]
-    assert graphs_after_step == [first] * 3 + [first + 1] * 7
-
-
-def test_a_collator_of_the_users_own_serves_recovery_and_evaluation(llama, make_args):
-    calls = []
-
-    def collate(features):
-        calls.append(len(features))
-        assert set(features[0]) == {"input_ids", "labels"}
-        return default_data_collator(features)
-
-    trainer = TSTTrainer(
-        llama, make_args(), collate, train_dataset=make_blocks(200), eval_dataset=make_blocks(4)
-    )
-    trainer.train()
-    trainer.evaluate()
-    assert calls == [2] * 7 + [4]
-
-
-# Bad input, before the first step
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        ([], "empty"),
-        ([{"input_ids": [1] * 12}] * 40 + [{"input_ids": [1] * 11}], "equal length"),
-        ([{"input_ids": [1] * 12, "attention_mask": [1] * 11 + [0]}] * 60, "padded"),
-        ([{"input_ids": [1] * 12}] * 37, "needs 38 blocks .* has 37"),
-        ([{"tokens": [1] * 12}] * 60, "input_ids"),
-    ],
-)
-def test_bad_data_is_refused_before_the_first_step(llama, make_args, blocks, message):
-    steps = []
-    llama.register_forward_pre_hook(lambda *_: steps.append(1))
-    trainer = TSTTrainer(llama, make_args(), train_dataset=blocks)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-    assert not steps
-
-
-class Tokenizer:
-    """What the trainer asks of a tokenizer."""
-
-    def __init__(self, **special):
-        self.pad_token_id = self.bos_token_id = self.eos_token_id = self.unk_token_id = None
-        vars(self).update(special)
-
-    def save_pretrained(self, folder):
-        pass
-
-
-def test_blocks_that_end_in_padding_are_refused_unless_it_also_ends_documents(llama, make_args):
-    blocks = [{"input_ids": [*block["input_ids"][:-1], 96]} for block in make_blocks(200)]
-
-    def train(**special):
-        model = copy.deepcopy(llama)
-        trainer = TSTTrainer(model, make_args(), train_dataset=blocks, processing_class=Tokenizer(**special))
-        return trainer.train().global_step
-
-    assert train(pad_token_id=96, eos_token_id=96) == 10
-    assert train(pad_token_id=95) == 10
-    with pytest.raises(ValueError, match="padding token 96"):
-        train(pad_token_id=96, eos_token_id=95)
-
-
-def test_plain_arguments_are_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="needs TSTTrainingArguments"):
-        TSTTrainer(llama, TrainingArguments(output_dir=str(tmp_path)), train_dataset=make_blocks(4))
-
-
-def test_data_parallel_is_refused_unless_training_is_plain(llama, make_args):
-    args = make_args()
-    assert args.n_gpu <= 1
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match="accelerate launch"):
-        TSTTrainer(llama, args, train_dataset=make_blocks(4))
-
-
-def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
-    with pytest.raises(ValueError, match="compute_loss_func"):
-        TSTTrainer(llama, make_args(), train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
-    plain_but_fused = make_args(tst_phase_ratio=0, tst_fused_loss="on")
-    with pytest.raises(ValueError, match="compute_loss_func"):
-        TSTTrainer(llama, plain_but_fused, train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
-    with pytest.raises(ValueError, match="leave data_collator out"):
-        TSTTrainer(llama, make_args(), DataCollatorForTokenSuperposition(3), train_dataset=make_blocks(4))
-    stream = datasets.Dataset.from_list(make_blocks(4)).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"dataloader_num_workers=2 needs a stream .* has 1 shards"):
-        TSTTrainer(llama, make_args(dataloader_num_workers=2), train_dataset=stream).train()
-
-
-@pytest.mark.parametrize("ratio", [0, 0.3])
-def test_a_head_that_cannot_be_fused_is_refused_if_fusing_is_a_must(llama, make_args, ratio):
-    llama.lm_head.register_forward_hook(lambda *_: None)
-    args = make_args(tst_phase_ratio=ratio, tst_fused_loss="on")
-    with pytest.raises(ValueError, match="cannot be served: its head has forward hooks"):
-        TSTTrainer(llama, args, train_dataset=make_blocks(200))
-    TSTTrainer(llama, make_args(tst_phase_ratio=ratio), train_dataset=make_blocks(200)).train()
-
-
-def test_a_model_that_is_not_causal_is_refused(make_args):
-    from transformers import BertConfig, BertForMaskedLM
-
-    model = BertForMaskedLM(
-        BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-    with pytest.raises(ValueError, match="causal language model"):
-        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
-
-
-def test_a_model_with_a_loss_of_its_own_is_refused_unless_training_is_plain(make_args):
-    from transformers import TrOCRConfig, TrOCRForCausalLM
-
-    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
-    model = TrOCRForCausalLM(TrOCRConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=64, **sizes))
-    with pytest.raises(ValueError, match="TrOCRForCausalLM computes its loss itself"):
-        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
-    TSTTrainer(model, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4)).train()

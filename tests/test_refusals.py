@@ -1,0 +1,111 @@
+"""What TSTTrainer refuses, before the first step."""
+
+import copy
+
+import datasets
+import pytest
+from conftest import VOCAB_SIZE, make_blocks
+from transformers import (
+    TrainingArguments,
+)
+
+from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([], "empty"),
+        ([{"input_ids": [1] * 12}] * 40 + [{"input_ids": [1] * 11}], "equal length"),
+        ([{"input_ids": [1] * 12, "attention_mask": [1] * 11 + [0]}] * 60, "padded"),
+        ([{"input_ids": [1] * 12}] * 37, "needs 38 blocks .* has 37"),
+        ([{"tokens": [1] * 12}] * 60, "input_ids"),
+    ],
+)
+def test_bad_data_is_refused_before_the_first_step(llama, make_args, blocks, message):
+    steps = []
+    llama.register_forward_pre_hook(lambda *_: steps.append(1))
+    trainer = TSTTrainer(llama, make_args(), train_dataset=blocks)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not steps
+
+
+class Tokenizer:
+    """What the trainer asks of a tokenizer."""
+
+    def __init__(self, **special):
+        self.pad_token_id = self.bos_token_id = self.eos_token_id = self.unk_token_id = None
+        vars(self).update(special)
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_blocks_that_end_in_padding_are_refused_unless_it_also_ends_documents(llama, make_args):
+    blocks = [{"input_ids": [*block["input_ids"][:-1], 96]} for block in make_blocks(200)]
+
+    def train(**special):
+        model = copy.deepcopy(llama)
+        trainer = TSTTrainer(model, make_args(), train_dataset=blocks, processing_class=Tokenizer(**special))
+        return trainer.train().global_step
+
+    assert train(pad_token_id=96, eos_token_id=96) == 10
+    assert train(pad_token_id=95) == 10
+    with pytest.raises(ValueError, match="padding token 96"):
+        train(pad_token_id=96, eos_token_id=95)
+
+
+def test_plain_arguments_are_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match="needs TSTTrainingArguments"):
+        TSTTrainer(llama, TrainingArguments(output_dir=str(tmp_path)), train_dataset=make_blocks(4))
+
+
+def test_data_parallel_is_refused_unless_training_is_plain(llama, make_args):
+    args = make_args()
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        TSTTrainer(llama, args, train_dataset=make_blocks(4))
+
+
+def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        TSTTrainer(llama, make_args(), train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
+    plain_but_fused = make_args(tst_phase_ratio=0, tst_fused_loss="on")
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        TSTTrainer(llama, plain_but_fused, train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)
+    with pytest.raises(ValueError, match="leave data_collator out"):
+        TSTTrainer(llama, make_args(), DataCollatorForTokenSuperposition(3), train_dataset=make_blocks(4))
+    stream = datasets.Dataset.from_list(make_blocks(4)).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"dataloader_num_workers=2 needs a stream .* has 1 shards"):
+        TSTTrainer(llama, make_args(dataloader_num_workers=2), train_dataset=stream).train()
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_a_head_that_cannot_be_fused_is_refused_if_fusing_is_a_must(llama, make_args, ratio):
+    llama.lm_head.register_forward_hook(lambda *_: None)
+    args = make_args(tst_phase_ratio=ratio, tst_fused_loss="on")
+    with pytest.raises(ValueError, match="cannot be served: its head has forward hooks"):
+        TSTTrainer(llama, args, train_dataset=make_blocks(200))
+    TSTTrainer(llama, make_args(tst_phase_ratio=ratio), train_dataset=make_blocks(200)).train()
+
+
+def test_a_model_that_is_not_causal_is_refused(make_args):
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(ValueError, match="causal language model"):
+        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused_unless_training_is_plain(make_args):
+    from transformers import TrOCRConfig, TrOCRForCausalLM
+
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    model = TrOCRForCausalLM(TrOCRConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=64, **sizes))
+    with pytest.raises(ValueError, match="TrOCRForCausalLM computes its loss itself"):
+        TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
+    TSTTrainer(model, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4)).train()
