@@ -18,7 +18,7 @@ from .embedding import decoder_layers
 from .head import LinearHead, UnfusableHeadError, inspect_head
 
 _POSITIONS = 3
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class UnknownEndError(ValueError):
