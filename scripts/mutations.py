@@ -63,7 +63,7 @@ MUTATIONS = [
     Mutation("its scale by the caller's", "linear_loss.py", "saved[i].mul_(scale)", "saved[i]", "linear_loss fused"),
     Mutation("manifest, read at resume", "manifest.py", "if found_hash != expected:", "if not found_hash:", "checkpoints"),
     Mutation("position that a checkpoint must be at", "checkpoints.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
-    Mutation("target of an extra head", "mtp.py", "for ahead in range(2, count + 2)", "for ahead in range(1, count + 1)", "mtp"),
+    Mutation("target of an extra head", "mtp_losses.py", "range(2, len(self.heads.heads) + 2)", "range(1, len(self.heads.heads) + 1)", "mtp"),
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class TableArguments:
         default="docs/mutations.md",
         metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
     )
-    only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text."})
+    only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text, printed."})
 
 
 def copy_checkout(folder: Path) -> None:
@@ -126,7 +126,8 @@ def main() -> None:
             if args.only in mutation.subject:
                 rows.append(row(mutation, first_red_test(mutation, Path(folder))))
                 print(rows[-1], file=sys.stderr, flush=True)
-    write_table(args.output, BEGIN, END, "\n".join(rows))
+    # A part of the table does not take the place of the whole.
+    write_table("-" if args.only else args.output, BEGIN, END, "\n".join(rows))
 
 
 if __name__ == "__main__":

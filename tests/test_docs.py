@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
+import mutations
 import options
 import pytest
 import yaml
@@ -26,6 +27,18 @@ def test_the_table_of_options_is_that_of_the_arguments():
         "run scripts/options.py"
     )
     assert f"{options.BEGIN}\n{options.make_table()}\n{options.END}" in README, "run scripts/options.py"
+
+
+@pytest.mark.parametrize(
+    "mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.subject.replace(" ", "-")
+)
+def test_the_table_of_mutations_is_about_lines_that_are_there(mutation):
+    module = (ROOT / "hf_tst" / mutation.file).read_text(encoding="utf-8")
+    assert module.count(mutation.line) == 1
+    table = (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8")
+    assert mutations.row(mutation, "").removesuffix("  |") in table, "run scripts/mutations.py"
+    for name in mutation.tests.split():
+        assert (ROOT / "tests" / f"test_{name}.py").is_file()
 
 
 def test_the_readme_is_short():
