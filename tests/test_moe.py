@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, make_blocks, make_model
+from conftest import BLOCK_LENGTH, losses, make_blocks, make_model
 from test_superposition import make_bags
 from tiny_families import FAMILIES, make_family
 from transformers import AutoModelForCausalLM, Trainer
@@ -80,7 +80,7 @@ def train_on_equal_rows(model, args, trainer=TSTTrainer):
     """Losses of the steps. The auxiliary loss of equal micro-batches is that of the batch that they make up."""
     run = trainer(copy.deepcopy(model), args, train_dataset=make_blocks(1) * 300)
     run.train()
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry], run.model
+    return losses(run), run.model
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])
@@ -259,6 +259,6 @@ def test_every_experts_implementation_trains_alike_through_the_switch(make_args,
         assert model.config._experts_implementation == implementation
         trainer = TSTTrainer(model, make_args(adam_epsilon=1e-3), train_dataset=make_blocks(200))
         trainer.train()
-        runs[implementation] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs[implementation] = losses(trainer)
     for implementation in IMPLEMENTATIONS[1:]:
         torch.testing.assert_close(runs[implementation], runs["eager"], rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import losses as logged_losses
 from conftest import make_blocks, make_model
 from transformers import TrainerCallback
 
@@ -19,7 +20,7 @@ CHECKPOINTING = (
 def train(model, args, **options):
     trainer = TSTTrainer(model, args, train_dataset=make_blocks(200), **options)
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged_losses(trainer)
 
 
 @pytest.fixture(scope="module")

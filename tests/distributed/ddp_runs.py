@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_blocks, make_model
+from conftest import losses, make_blocks, make_model
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -124,7 +124,7 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
         save_file(weights | record.heads, folder / "weights.safetensors")
     return {
         "world_size": args.world_size,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": losses(trainer),
         "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry],
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "passes": record.passes,

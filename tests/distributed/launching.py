@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent.parent
 LAUNCHERS = {
@@ -46,3 +48,10 @@ def launch(
         text=True,
         timeout=400,
     )
+
+
+def launch_two(script: Path, out: Path) -> tuple[str, list[Any]]:
+    """Run `script` with the folder `out` on two processes; what they print, and what each leaves in `rank<i>.json`."""
+    done = launch("torchrun", script, out)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout, [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]

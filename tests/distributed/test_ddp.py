@@ -1,6 +1,5 @@
 """TSTTrainer on two processes (DDP over gloo) against one process at the same global batch."""
 
-import json
 from pathlib import Path
 
 import ddp_runs
@@ -8,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from ddp_runs import CASES, STEPS, SWITCH, run_case
-from launching import launch
+from launching import launch_two
 from safetensors.torch import load_file
 
 from hf_tst import token_superposition
@@ -20,10 +19,9 @@ BY_HAND = {"tokens_of_a_rank_unequal"}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = launch("torchrun", Path(ddp_runs.__file__), out)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "fsdp is asked for" not in done.stdout
-    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    printed, ranks = launch_two(Path(ddp_runs.__file__), out)
+    assert "fsdp is asked for" not in printed
+    return out, ranks
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - BY_HAND))

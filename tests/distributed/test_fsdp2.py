@@ -7,7 +7,7 @@ import fsdp2_runs
 import pytest
 import torch
 from fsdp2_runs import CASES, CHECKPOINTED, STEPS, SWITCH, load_shards, make, make_optimizer, train
-from launching import launch
+from launching import launch_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = launch("torchrun", Path(fsdp2_runs.__file__), out)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return out, launch_two(Path(fsdp2_runs.__file__), out)[1]
 
 
 def train_alone(name, steps=range(STEPS), folder=None):

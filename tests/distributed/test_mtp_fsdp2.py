@@ -1,12 +1,11 @@
 """Multi-token prediction under FSDP2 (`fully_shard` over gloo, two processes) against one process."""
 
-import json
 from pathlib import Path
 
 import mtp_fsdp2_runs
 import pytest
 import torch
-from launching import launch
+from launching import launch_two
 from mtp_fsdp2_runs import CASES, CHECKPOINTED, make, train_alone
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -15,9 +14,7 @@ from transformers import AutoModelForCausalLM
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = launch("torchrun", Path(mtp_fsdp2_runs.__file__), out)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return out, launch_two(Path(mtp_fsdp2_runs.__file__), out)[1]
 
 
 @pytest.mark.parametrize("name", CASES)

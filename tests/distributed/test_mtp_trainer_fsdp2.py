@@ -1,6 +1,5 @@
 """TSTTrainer with multi-token prediction under accelerate's FSDP2 (gloo, two processes) against one process without."""
 
-import json
 from pathlib import Path
 
 import mtp_trainer_fsdp2_runs
@@ -8,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_model
-from launching import launch
+from launching import launch_two
 from mtp_trainer_fsdp2_runs import CASES, RESUMED, LastHeads, logs, make_trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,9 +20,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = launch("torchrun", Path(mtp_trainer_fsdp2_runs.__file__), out)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return out, json.loads((out / "rank0.json").read_text())
+    return out, launch_two(Path(mtp_trainer_fsdp2_runs.__file__), out)[1][0]
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"bf16_moe"}))

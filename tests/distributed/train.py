@@ -4,7 +4,7 @@ import json
 import sys
 
 import torch
-from conftest import make_model
+from conftest import losses, make_model
 from test_audit import SOURCES, Recorder
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
@@ -22,7 +22,7 @@ torch.save(
     {
         "rows": recorder.rows,
         "weights": model.state_dict(),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": losses(trainer),
         "history": trainer.state.log_history,
     },
     f"{args.output_dir}/rank_{rank}.pt",
