@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from hf_tst import TSTTrainingArguments
+from hf_tst import TSTTrainer, TSTTrainingArguments
 
 VOCAB_SIZE = 97
 BLOCK_LENGTH = 12
@@ -97,22 +97,18 @@ def write_corpus(folder: Path, lines: int = 400) -> list[str]:
     return texts
 
 
+# Arguments of Trainer for a run of a second.
+TINY_RUN: dict[str, Any] = {
+    "max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
+    "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+
+
 @pytest.fixture
 def make_args(tmp_path: Path) -> Any:
     def make(**overrides: Any) -> TSTTrainingArguments:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 10,
-            "tst_bag_size": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return TSTTrainingArguments(**defaults | overrides)
+        defaults = {"output_dir": str(tmp_path / "run"), "tst_bag_size": 4}
+        return TSTTrainingArguments(**TINY_RUN | defaults | overrides)
 
     return make
 
@@ -167,3 +163,22 @@ def weights_equal(one: Any, other: Any) -> bool:
     """Whether two models have the same tensors, bit for bit."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def train_to_be_best_at_step_4(model: Any, make_args: Any, **options: Any) -> TSTTrainer:
+    """Train with evaluations of which the second, at step 4, is the best, and with the best model at the end."""
+    args = make_args(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="accuracy", greater_is_better=True,
+    )  # fmt: skip
+    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+    trainer = TSTTrainer(
+        model,
+        args,
+        train_dataset=make_blocks(200),
+        eval_dataset=make_blocks(4),
+        compute_metrics=lambda prediction: {"accuracy": next(values)},
+        **options,
+    )
+    trainer.train()
+    return trainer

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, losses, make_blocks, make_model
+from conftest import BLOCK_LENGTH, losses, make_blocks, make_model, train_to_be_best_at_step_4, weights_equal
 from test_superposition import make_bags
 from tiny_families import FAMILIES, make_family
 from transformers import AutoModelForCausalLM, Trainer
@@ -105,7 +105,7 @@ def test_plain_training_adds_it_up_as_trainer_does(make_args):
     losses, ours = train_on_equal_rows(model, args)
     expected, plain = train_on_equal_rows(model, args, Trainer)
     assert losses == expected
-    assert same_weights(ours, plain)
+    assert weights_equal(ours, plain)
 
 
 # The load of experts
@@ -202,10 +202,6 @@ def test_the_phase_table_shows_the_load_on_both_sides_of_the_switch(llama, make_
 # Checkpoints
 
 
-def same_weights(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
 @pytest.mark.parametrize(
     ("model_type", "stop", "shard_size"),
     [("qwen3_moe", 2, "5GB"), ("qwen3_moe", 7, "5GB"), ("qwen3_moe", 3, "20KB"), ("mixtral", 3, "5GB")],
@@ -225,26 +221,14 @@ def test_a_resumed_run_has_its_experts(make_args, tmp_path, model_type, stop, sh
     )
     resumed = TSTTrainer(other, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
-    assert same_weights(other, model)
+    assert weights_equal(other, model)
 
 
-def test_the_best_model_has_its_experts(make_args, tmp_path):
-    args = make_args(
-        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="accuracy", greater_is_better=True,
-    )  # fmt: skip
-    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+def test_the_best_model_has_its_experts(make_args):
     model = make_model("qwen3_moe")
-    trainer = TSTTrainer(
-        model,
-        args,
-        train_dataset=make_blocks(200),
-        eval_dataset=make_blocks(4),
-        compute_metrics=lambda prediction: {"accuracy": next(values)},
-    )
-    trainer.train()
+    trainer = train_to_be_best_at_step_4(model, make_args)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
-    assert same_weights(AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint), model)
+    assert weights_equal(AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint), model)
 
 
 # Ways of computing experts

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VOCAB_SIZE, losses, make_blocks, make_model, weights_equal
+from conftest import (
+    TINY,
+    VOCAB_SIZE,
+    losses,
+    make_blocks,
+    make_model,
+    train_to_be_best_at_step_4,
+    weights_equal,
+)
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
@@ -64,20 +72,8 @@ def test_trainer_options_still_work(llama, make_args, options):
 
 
 def test_best_model_early_stopping_and_metrics(llama, make_args):
-    args = make_args(
-        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="accuracy", greater_is_better=True,
-    )  # fmt: skip
-    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
-    trainer = TSTTrainer(
-        llama,
-        args,
-        train_dataset=make_blocks(200),
-        eval_dataset=make_blocks(4),
-        compute_metrics=lambda prediction: {"accuracy": next(values)},
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
-    )
-    trainer.train()
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = train_to_be_best_at_step_4(llama, make_args, callbacks=[stopping])
     assert trainer.state.global_step == 8
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)

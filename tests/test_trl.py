@@ -6,7 +6,7 @@ import math
 import datasets
 import pytest
 import torch
-from conftest import make_model, write_corpus
+from conftest import TINY_RUN, make_model, write_corpus
 from examples.sft_trl import TSTSFTConfig, TSTSFTTrainer
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -44,18 +44,7 @@ def train(data, tmp_path):
     def train(
         trainer_class, args_class, *, rows=blocks, model=None, data_collator=collator, resume=None, **options
     ):
-        tiny = {
-            "output_dir": str(tmp_path / trainer_class.__name__),
-            "max_steps": 10,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-        }
+        tiny = TINY_RUN | {"output_dir": str(tmp_path / trainer_class.__name__), "bf16": False}
         if issubclass(args_class, SFTConfig):
             tiny["max_length"] = None
         given = {name: options.pop(name) for name in ("eval_dataset", "peft_config") if name in options}
