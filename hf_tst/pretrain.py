@@ -220,8 +220,14 @@ def prepare_blocks(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     max_samples: int | None,
+    *,
+    spread: bool = False,
 ) -> Any:
-    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly."""
+    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly.
+
+    Of more blocks than `max_samples` the first ones are taken, or with `spread` ones at equal distances: neighbours
+    are of the same few documents, and a loss on those says little of the rest.
+    """
     is_text_file = (args.train_file or "").endswith(".txt")
     tokenized = tokenize_documents(
         documents,
@@ -237,7 +243,9 @@ def prepare_blocks(
             )
         return BlockStream(tokenized, block_size)
     blocks = pack_blocks(tokenized, block_size)
-    return blocks if max_samples is None else blocks.select(range(min(max_samples, len(blocks))))
+    if max_samples is None or max_samples >= len(blocks):
+        return blocks
+    return blocks.select([i * len(blocks) // max_samples if spread else i for i in range(max_samples)])
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,7 @@ def prepare_run(
         eval_blocks = None
         if eval_documents is not None:
             eval_blocks = prepare_blocks(
-                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples
+                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples, spread=True
             )
     return PreparedRun(model, tokenizer, train_blocks, eval_blocks, block_size)
 

@@ -192,7 +192,8 @@ class DataArguments:
         default=None, metadata={"help": "Use only so many blocks to train on."}
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many blocks to evaluate on."}
+        default=None,
+        metadata={"help": "Use only so many blocks to evaluate on, taken all over the evaluation data."},
     )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes to tokenise with."}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
+from hf_tst.pretrain import prepare_blocks
+from hf_tst.pretrain_arguments import DataArguments
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
 from hf_tst.text_files import _check_utf8, load_text_file
 
@@ -216,3 +218,15 @@ def test_parquet_and_columns_of_tokens(tokenizer, tmp_path):
     tokens = pack_blocks(tokenize_documents(load_text_file(str(tmp_path / "tokens.parquet")), tokenizer), 5)
     assert text["input_ids"][:] == tokens["input_ids"][:]
     assert tokens.column_names == ["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "spread", "taken"),
+    [(3, False, [0, 1, 2]), (3, True, [0, 3, 6]), (10, True, list(range(10))), (99, True, list(range(10)))],
+)
+def test_evaluation_takes_blocks_all_over_the_data_and_training_the_first_ones(
+    tokenizer, samples, spread, taken
+):
+    documents = datasets.Dataset.from_dict({"input_ids": [[block] * 4 for block in range(10)]})
+    blocks = prepare_blocks(DataArguments(), documents, tokenizer, 4, samples, spread=spread)
+    assert [row["input_ids"] for row in blocks] == [[block] * 4 for block in taken]
