@@ -45,6 +45,9 @@ def check_arms(names: Iterable[str], values: Mapping[str, Any]) -> None:
 def arm_values(name: str, values: Mapping[str, Any], *, fusable: bool = True) -> dict[str, Any]:
     """The configuration `values` with the changes of an arm.
 
+    `mtp_num_heads` of the configuration is how many tokens the arms with multi-token prediction predict, in the place of
+    their 4; it is nothing to the others.
+
     Args:
         name (`str`): An arm of [`ARMS`].
         values (`dict`): The configuration.
@@ -52,6 +55,10 @@ def arm_values(name: str, values: Mapping[str, Any], *, fusable: bool = True) ->
             `tst_fused_loss` is `"off"`, no arm fuses it.
     """
     changed = {**values, **ARMS[name]}
+    changed.pop("mtp_num_heads", None)
+    if "mtp_num_heads" in ARMS[name]:
+        heads = setting(values, "mtp_num_heads")
+        changed["mtp_num_heads"] = heads if heads > 1 else ARMS[name]["mtp_num_heads"]
     if not fusable or values.get("tst_fused_loss") == "off":
         changed["tst_fused_loss"] = "off"
     return changed

@@ -71,7 +71,9 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
                 f"{cell.name} is plain training: leave bag size 1 and ratio 0 out; --baseline trains without superposition."
             )
     if args.baseline:
-        cells.insert(0, (Cell.of_baseline(), arm_values(BASELINE, values, fusable=experiment.fusable)))
+        # Where the cells have extra heads, so has what they are compared with.
+        arm = "mtp" if setting(values, "mtp_num_heads") > 1 else BASELINE
+        cells.insert(0, (Cell.of_baseline(), arm_values(arm, values, fusable=experiment.fusable)))
     planned = []
     for cell, settings in cells:
         experiment.check_data(cell.name, arm_schedule(settings, values["max_steps"]))

@@ -70,6 +70,19 @@ def test_an_arm_changes_what_the_table_says():
     assert arm_values("baseline", values | {"tst_fused_loss": "off"})["tst_fused_loss"] == "off"
 
 
+def test_the_number_of_heads_is_that_of_the_arms_with_multi_token_prediction():
+    assert (
+        arm_values("tst+mtp", {})["mtp_num_heads"]
+        == arm_values("mtp", {"mtp_num_heads": 1})["mtp_num_heads"]
+        == 4
+    )
+    values = {"mtp_num_heads": 2, "mtp_kind": "sequential"}
+    for name in ("mtp", "tst+mtp"):
+        assert arm_values(name, values)["mtp_num_heads"] == 2
+    for name in ("baseline", "tst"):
+        assert arm_values(name, values).get("mtp_num_heads", 1) == 1
+
+
 def test_unknown_arms_and_tst_without_superposition_are_refused():
     with pytest.raises(ValueError, match=r"one is 'tts'"):
         check_arms(["baseline", "tts"], {})

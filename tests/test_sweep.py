@@ -42,6 +42,13 @@ def test_the_grid_is_every_combination_and_a_baseline(tiny_recipe):
     assert len({run.folder for _, runs in grid for run in runs}) == 34
 
 
+def test_with_extra_heads_the_baseline_has_them_too(tiny_recipe):
+    (_, baseline), (_, cell) = planned(
+        tiny_recipe, "--mtp_num_heads", "2", "--bag_sizes", "2", "--phase_ratios", "0.2"
+    )
+    assert [run.settings["mtp_num_heads"] for run in (*baseline, *cell)] == [2, 2]
+
+
 def test_a_sweep_is_done_once_and_grows(tiny_recipe, tmp_path, in_process):
     argv = [str(tiny_recipe), "--output_dir", str(tmp_path), "--phase_ratios", "0.2", "--bag_sizes"]
     main([*argv, "2"])
