@@ -45,11 +45,13 @@ QUICK_START: dict[str, Any] = {
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
 A YAML or JSON file of arguments comes first, if any; flags win over it. With neither dataset_name nor train_file it
-trains a small Llama on Python's standard library.
+trains a small Llama on Python's standard library, and the defaults below are those of that run. With data, they are
+Trainer's: name it in front of --help to see them.
 
   %(prog)s
   %(prog)s recipe.yaml --max_steps 1000
   %(prog)s --train_file corpus.jsonl --tokenizer_name gpt2 --model_type llama --max_steps 1000
+  %(prog)s recipe.yaml --resume_from_checkpoint last     the newest complete checkpoint in output_dir
 """
 
 
@@ -218,7 +220,7 @@ class DataArguments:
         return not self.dataset_name and not self.train_file
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Keeps the lines of a description, and shows defaults."""
 
 
@@ -278,7 +280,7 @@ def parse_values(
         description=description,
         prog=prog,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     values: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):

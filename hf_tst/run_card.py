@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import TSTError
 from .model_card import write_model_card
-from .pretrain_arguments import ArgumentParser, check_names
+from .pretrain_arguments import ArgumentParser, HelpFormatter, check_names
 from .run_record import RunRecord
 
 DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from trainer_state.json.
@@ -38,7 +38,13 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
     Raises:
         TSTError: If there is no run on record there, or a card that no trainer wrote.
     """
-    parser = ArgumentParser([CardArguments], description=DESCRIPTION, prog=prog)
+    parser = ArgumentParser(
+        [CardArguments],
+        description=DESCRIPTION,
+        prog=prog,
+        usage="%(prog)s folder [--flag value ...]",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("folder", help="Output folder of the run, or one of its checkpoints.")
     args, rest = parser.parse_known_args(list(argv))
     known = vars(args)

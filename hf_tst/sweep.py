@@ -42,7 +42,10 @@ class SweepArguments(ExperimentArguments):
         default=None, metadata={"help": "Offset weightings; tst_offset_weighting by default."}
     )
     modes: str | None = field(default=None, metadata={"help": "Modes; tst_mode by default."})
-    baseline: bool = field(default=True, metadata={"help": "Also train without superposition."})
+    baseline: bool = field(
+        default=True,
+        metadata={"help": "Train without superposition, too; --no_baseline leaves that run out."},
+    )
 
 
 def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell, list[PlannedRun]]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Say which blocks of the training data optimizer steps read, without reading the data.
 
-    python scripts/audit.py --num_blocks 100000 --block_length 1024 --max_steps 1000 --steps 0,299,300
+    python scripts/audit.py --num_blocks 100000 --block_size 1024 --max_steps 1000 --steps 0,299,300
     python scripts/audit.py config.yaml --num_blocks 100000 --world_size 8 --verify
     python scripts/audit.py --checkpoint out/checkpoint-300 --steps 300
 
@@ -13,17 +13,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
-
-import yaml
-from transformers import HfArgumentParser
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 from hf_tst.data_position import DataPosition
 from hf_tst.errors import TSTError
 from hf_tst.exits import run_command
+from hf_tst.pretrain_arguments import (
+    QUICK_START,
+    DataArguments,
+    ModelArguments,
+    micro_batches,
+    parse_values,
+    pick,
+)
 
 
 @dataclass
@@ -31,7 +34,6 @@ class AuditArguments:
     """What to audit."""
 
     num_blocks: int | None = field(default=None, metadata={"help": "Blocks in the training data."})
-    block_length: int = field(default=1, metadata={"help": "Tokens a block, L; only tokens depend on it."})
     world_size: int = field(default=1, metadata={"help": "Processes that read data of their own."})
     checkpoint: str | None = field(
         default=None, metadata={"help": "Take all of the above, and the arguments, from this checkpoint."}
@@ -44,14 +46,14 @@ class AuditArguments:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((AuditArguments, TSTTrainingArguments), description=__doc__.split("\n")[0])
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        known = {entry.name for kind in parser.dataclass_types for entry in fields(kind)}
-        values: dict[str, Any] = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
-        parser.set_defaults(**{name: value for name, value in values.items() if name in known})
-        argv = argv[1:]
-    audit, args = parser.parse_args_into_dataclasses(argv)
-    length = audit.block_length
+    kinds = [AuditArguments, ModelArguments, DataArguments, TSTTrainingArguments]
+    # Trainer's own defaults, also where no data is named.
+    defaults = {
+        entry.name: entry.default for kind in kinds for entry in fields(kind) if entry.name in QUICK_START
+    }
+    values = parse_values(argv, kinds, __doc__.split("\n")[0], defaults=defaults)
+    audit = pick(values, AuditArguments)
+    length = values.block_size or 1  # only the number of tokens depends on it
     if audit.checkpoint is not None:
         position = DataPosition.load(audit.checkpoint)
         if position is None:
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     elif audit.num_blocks is None:
         raise TSTError("The number of blocks is not known: set num_blocks, or name a checkpoint.")
     else:
+        values.gradient_accumulation_steps = micro_batches(values, audit.world_size)
+        args = pick(values, TSTTrainingArguments)
         plan, layout = plan_of_arguments(args, audit.num_blocks, audit.world_size)
     for step in filter(None, audit.steps.split(",")):
         print(json.dumps(asdict(audit_step(plan, layout, int(step), length))))

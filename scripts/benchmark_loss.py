@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of the multi-hot loss, forward and backward, against other ways to compute it.
 
-    python scripts/benchmark_loss.py                                  # on the CPU, the shapes of the README
+    python scripts/benchmark_loss.py                                  # on the CPU, the shapes of docs/cost.md
     python scripts/benchmark_loss.py --device cuda --dtype bfloat16 --rows 8192 --hidden_size 1024 --vocab_size 128256
 
 Every candidate gets the same hidden states, head and labels, and computes the same loss of bags of s tokens:

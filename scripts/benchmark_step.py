@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of a whole superposition step against an ordinary next-token step of the same latent shape.
 
-    python scripts/benchmark_step.py                     # on the CPU, the shapes of the README
+    python scripts/benchmark_step.py                     # on the CPU, the shapes of docs/cost.md
     python scripts/benchmark_step.py --device cuda --dtype bfloat16 --batch_size 8 --length 1024 --config_overrides \\
       hidden_size=576,intermediate_size=1536,num_hidden_layers=30,num_attention_heads=9,num_key_value_heads=3,vocab_size=128256
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 import sys
 
 from hf_tst.compare import main
+from hf_tst.exits import run_command
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("compare.py", main, sys.argv[1:]))

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import sys
 
+from hf_tst.exits import run_command
 from hf_tst.sweep import main
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("sweep.py", main, sys.argv[1:]))

@@ -313,7 +313,7 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
         "max_steps: 10\ntst_bag_size: 4\nlearning_rate: 0.1\nmodel_type: llama\n"
     )
     from_arguments = [
-        str(tmp_path / "config.yaml"), "--num_blocks", "200", "--block_length", str(BLOCK_LENGTH),
+        str(tmp_path / "config.yaml"), "--num_blocks", "200", "--block_size", str(BLOCK_LENGTH),
         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
     ]  # fmt: skip
     for flags in (from_arguments, ["--checkpoint", str(checkpoint)]):
@@ -323,6 +323,22 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
         assert [step["blocks"] for step in steps] == [record.blocks for record in expected]
         assert [step["phase"] for step in steps] == ["superposition", "recovery"]
         assert summary["blocks_read"] == PhaseSchedule(10, 0.3, 4).blocks_needed(4)
+    # A recipe's batch is given in tokens: here two micro-batches of two rows.
+    with open(tmp_path / "config.yaml", "a") as recipe:
+        recipe.write(
+            f"tokens_per_step: {4 * BLOCK_LENGTH}\nper_device_train_batch_size: 2\nblock_size: {BLOCK_LENGTH}\n"
+        )
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(tmp_path / "config.yaml"),
+        "--num_blocks",
+        "200",
+        "--steps",
+        "5",
+    ]
+    record = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (record["blocks"], record["raw_tokens"]) == (expected[1].blocks, 4 * BLOCK_LENGTH)
     failed = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert failed.returncode == 2
     assert "set num_blocks" in failed.stderr.splitlines()[-1]

@@ -133,16 +133,23 @@ def check_citation(block):
 
 def check_output(block):
     """Text that a program wrote, or that names files."""
-    if block.page == "README.md":
+    if block.text.startswith("hf_tst/"):
+        check_map(block)
+    elif block.page == "README.md":
         check_output_of_the_quick_start(block)
     elif block.page == "docs/plans.md":
         (words, *_) = commands_of(find_block(block.page, "bash", "hf-tst plan").text)
         assert block.text in documented_commands.run(words)
-    elif block.page == "docs/map.md":
-        for line in block.text.splitlines():
-            assert list(ROOT.glob(line.split()[0])), line
     else:
         raise UnknownBlockError(f"{block}: say here what wrote this text")
+
+
+def check_map(block):
+    """A file or folder a line, and in words also names of files, which exist."""
+    for line in block.text.splitlines():
+        assert list(ROOT.glob(line.split()[0])), line
+        for name in re.findall(r"\w+\.py", line):
+            assert list(ROOT.glob(f"*/{name}")), line
 
 
 def check_output_of_the_quick_start(block):

@@ -29,7 +29,7 @@ def main() -> None:
 
     # Trainer(...) and TrainingArguments before; all else is as it was.
     trainer = TSTTrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
 
     trainer = TSTTrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     # The base model with the adapter merged into it, which needs no PEFT to be loaded.
     model.merge_and_unload().save_pretrained(f"{args.output_dir}/merged")

@@ -37,7 +37,7 @@ class SteadyTrainer(TSTTrainer):
 
 
 def collate(blocks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Batches `(B, L)` of recovery and evaluation; here the first token of a row is no target."""
+    """Batches `(B, L)` of recovery and evaluation; a row's second token, which the first alone predicts, is no target here."""
     input_ids = torch.as_tensor([list(block["input_ids"]) for block in blocks])
     labels = input_ids.clone()
     labels[:, :2] = -100
@@ -52,7 +52,7 @@ def main() -> None:
     documents = load_dataset(data.dataset, split="train")
     blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
     trainer = SteadyTrainer(model, args, collate, train_dataset=blocks, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
 

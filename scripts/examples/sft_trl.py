@@ -47,7 +47,7 @@ def main() -> None:
     # SFTTrainer's own collator, for recovery: it counts tokens by the attention mask. No block is padded.
     collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.eos_token_id)
     trainer = TSTSFTTrainer(data.model, args, collator, train_dataset=blocks, processing_class=tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
 

@@ -1,7 +1,7 @@
 """Pre-train on a data set too large to keep: streamed, tokenised and packed as training goes on, and resumable.
 
 python scripts/examples/stream_from_the_hub.py --output_dir out --max_steps 1000 --save_steps 100
-python scripts/examples/stream_from_the_hub.py --output_dir out --max_steps 1000 --save_steps 100 --resume True
+python scripts/examples/stream_from_the_hub.py --output_dir out --max_steps 1000 --save_steps 100 --resume_from_checkpoint last
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ class Data:
     model: str = "HuggingFaceTB/SmolLM2-135M"
     dataset: str = "HuggingFaceFW/fineweb-edu"
     block_size: int = 1024
-    resume: bool = False
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     blocks = BlockStream(tokenize_documents(documents, tokenizer), data.block_size)
 
     trainer = TSTTrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=data.resume or None)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
 
