@@ -30,11 +30,20 @@ def check_arms(names: Iterable[str], values: Mapping[str, Any]) -> None:
         values (`dict`): The configuration that they change.
 
     Raises:
-        TSTError: For an unknown arm, or a TST arm without superposition.
+        TSTError: For an unknown arm, a TST arm without superposition, or arms that cannot have what the configuration asks for.
     """
     for name in names:
         if name not in ARMS:
             raise TSTError(f"arms must be of {', '.join(ARMS)}, but one is {name!r}.")
+        if "mtp_num_heads" in ARMS[name] and values.get("lora_rank"):
+            raise TSTError(
+                f"The arm {name} has extra heads, which LoRA does not go with: leave it, or lora_rank, out."
+            )
+        if "tst_phase_ratio" in ARMS[name] and setting(values, "tst_document_boundaries") == "respect":
+            raise TSTError(
+                f"The arm {name} has no superposition, which tst_document_boundaries='respect' is a part of, and would see "
+                "other documents than TST does: set it to 'ignore'."
+            )
         if name.startswith("tst") and not is_superposed(values):
             raise TSTError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="

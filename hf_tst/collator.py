@@ -108,7 +108,12 @@ class DataCollatorForTokenSuperposition:
 
         batch = default_data_collator(list(features))
         batch["input_ids"] = batch["input_ids"].long()
-        batch["labels"] = batch["labels"].long() if "labels" in batch else batch["input_ids"].clone()
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].long()
+        else:
+            batch["labels"] = batch["input_ids"].clone()
+            if "attention_mask" in batch:
+                batch["labels"][batch["attention_mask"] == 0] = self.ignore_index  # padding
         return batch
 
     def _collate_bags(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from .experiment import (
     parse_list,
     training_arguments,
 )
-from .run_queue import PlannedRun, run_all
+from .run_queue import PlannedRun, run_all, run_all_shown
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -80,6 +80,8 @@ def plan_comparison(
     values = {name: arm_values(name, experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
+        if setting(arm, "mtp_num_heads") > 1 and experiment.no_extra_heads:
+            raise TSTError(experiment.no_extra_heads)
     default_rate = str(setting(experiment.values, "learning_rate"))
     rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
     max_steps = experiment.values["max_steps"]
@@ -169,7 +171,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     check_arms(parse_list("arms", args.arms, str), values)
     experiment = open_experiment(values, args.launcher)
     plans, runs = plan_comparison(experiment, args)
-    failures = run_all([planned for _, planned in runs], processes=args.processes, launcher=args.launcher)
+    queue = [planned for _, planned in runs]
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]
@@ -179,6 +182,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
         print(path)
+    if refusal is not None:
+        raise refusal
     if failures:
         raise SystemExit("\n".join(failures.values()))
     return comparison

@@ -36,7 +36,7 @@ class DocumentAttentionCallback(TrainerCallback):
 def check_document_attention(model: nn.Module, rows: int = 2) -> None:
     """Check that a document in a row does not see the one before it, when `position_ids` restart between them.
 
-    Three forward passes over rows of eight tokens, without gradients: in sharded training every rank must take
+    Four forward passes over rows of eight tokens, without gradients: in sharded training every rank must take
     part. What the first document is must not matter to the logits of the second, against a row of one document,
     where it does.
 

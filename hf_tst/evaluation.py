@@ -128,9 +128,11 @@ def score_texts(
     was_training = model.training
     model.eval()
     nats = 0.0
-    for start in range(0, len(windows), batch_size):
-        nats += _nats(model, windows[start : start + batch_size], first)
-    model.train(was_training)
+    try:
+        for start in range(0, len(windows), batch_size):
+            nats += _nats(model, windows[start : start + batch_size], first)
+    finally:
+        model.train(was_training)
     size = sum(len(text.encode()) for text in texts)
     return TextScores(nats, sum(predicted for _, predicted in windows), size)
 
@@ -153,7 +155,9 @@ def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> 
         inputs[row, :end] = torch.tensor(ids[:-1])
         targets[row, end - predicted : end] = torch.tensor(ids[-predicted:])
         mask[row, :end] = 1
-    logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+    logits = model(
+        input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+    ).logits.float()
     loss = cross_entropy(
         logits.flatten(0, 1), targets.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
     )

@@ -14,6 +14,7 @@ from .arms import setting
 from .errors import TSTError
 from .fused import check_fusable
 from .model_shape import ModelShape
+from .mtp import MTPHeads
 from .phases import PhaseSchedule
 from .pretrain import prepare_run
 from .pretrain_arguments import (
@@ -62,6 +63,7 @@ class Experiment:
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
         fusable (`bool`): Whether the model's loss can be fused with its head.
+        no_extra_heads (`str`, *optional*): Why the model cannot have extra heads, if it cannot.
     """
 
     values: Mapping[str, Any]
@@ -70,6 +72,7 @@ class Experiment:
     rows_per_step: int | None
     blocks: int | None
     fusable: bool
+    no_extra_heads: str | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -131,8 +134,8 @@ def _records(namespace: Namespace) -> dict[str, Any]:
     interval = max(1, namespace.max_steps // 20)
     if str(namespace.eval_strategy) == "no":
         values |= {"eval_strategy": "steps", "eval_steps": interval}
-    if namespace.logging_steps * 10 > namespace.max_steps:
-        values["logging_steps"] = interval
+    if str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > namespace.max_steps:
+        values |= {"logging_strategy": "steps", "logging_steps": interval}
     return values
 
 
@@ -152,6 +155,11 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
         fusable = True
     except ValueError:
         fusable = False
+    try:
+        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))
+        no_extra_heads = None
+    except ValueError as error:
+        no_extra_heads = str(error)
     tokens = values.get("tokens_per_step")
     rows = tokens // prepared.block_size if tokens else None
     if rows is None and launcher is None:
@@ -164,6 +172,7 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
         rows_per_step=rows,
         blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
         fusable=fusable,
+        no_extra_heads=no_extra_heads,
     )
 
 

@@ -64,8 +64,9 @@ def multi_hot_cross_entropy(
     if num_items_in_batch is None:
         return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+        count = num_items_in_batch.to(total.device)
+        return total / torch.where(count == 0, torch.ones_like(count), count)  # without targets the sum is 0
+    return total / (num_items_in_batch or 1)
 
 
 def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:

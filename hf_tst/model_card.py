@@ -193,7 +193,6 @@ def _evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _facts(record: RunRecord) -> dict[str, str]:
     arguments = record.arguments
-    runtime = [entry["train_runtime"] for entry in record.log_history if "train_runtime" in entry]
     facts = {
         "parameters": f"{record.parameters:,}",
         "rows an optimizer step": f"{record.rows_per_step:,}",
@@ -204,9 +203,21 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "hardware": record.hardware,
         "software": record.software,
     }
-    if runtime:
-        facts["seconds of training"] = f"{runtime[-1]:.0f}"
+    seconds = _seconds_of_steps(record)
+    if seconds:
+        facts["seconds of training, without evaluation"] = f"{seconds:.0f}"
     return facts
+
+
+def _seconds_of_steps(record: RunRecord) -> float:
+    """Time that steps took, by the speeds that are logged: of all of a run, though it was resumed."""
+    tokens, seconds = 0.0, 0.0
+    for entry in record.log_history:
+        speed = entry.get("tst_latent_tokens_per_second")
+        if speed:
+            seconds += (entry["tst_latent_tokens"] - tokens) / speed
+            tokens = entry["tst_latent_tokens"]
+    return seconds
 
 
 def _draw_curve(record: RunRecord, folder: Path) -> str | None:

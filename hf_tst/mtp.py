@@ -78,6 +78,7 @@ class MTPHeads(nn.Module):
         if num_heads < 2:
             raise TSTError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
         self.kind = kind
+        self.share = 1.0  # of a loss that is noted
         self._noted_loss: Tensor | None = None
         if any(is_sharded(module) for module in model.modules()):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
@@ -103,8 +104,9 @@ class MTPHeads(nn.Module):
         return loss
 
     def note_loss(self, loss: Tensor) -> None:
-        """Add to what [`take_loss`] returns. Nothing waits for the device."""
-        self._noted_loss = loss.detach() if self._noted_loss is None else self._noted_loss + loss.detach()
+        """Add the share `share` of a loss to what [`take_loss`] returns. Nothing waits for the device."""
+        loss = loss.detach() * self.share
+        self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
     def end_of(self, model: Any) -> ModelEnd:
         """How `model` goes on from its last layer; of a sharded model it is remembered, as its layers cannot be tried.
@@ -289,7 +291,7 @@ def _find_end(model: Any) -> ModelEnd:
         raise _unservable(model, str(error)) from error
 
 
-def _unservable(model: Any, reason: str) -> ValueError:
-    return ValueError(
+def _unservable(model: Any, reason: str) -> TSTError:
+    return TSTError(
         f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
     )

@@ -38,7 +38,7 @@ class MTPCallback(TrainerCallback):
         self._trainer = trainer
         self._heads: MTPHeads | None = None
         self._reported_step = 0
-        self._inside: Any = None  # an ExitStack and a ModelEnd while the heads are attached
+        self._inside: Any = None  # an ExitStack for the hooks and a ModelEnd while the heads are attached
         self._loaded_untrained = False
         if args.mtp_num_heads > 1:
             _check_trainer(trainer)
@@ -58,10 +58,12 @@ class MTPCallback(TrainerCallback):
         if self._heads is None:
             yield
             return
-        with attached_heads(self._trainer.model, self._heads) as end, ExitStack() as stack:
-            self._inside, self._loaded_untrained = (stack, end), False
-            stack.callback(setattr, self, "_inside", None)
-            yield
+        with attached_heads(self._trainer.model, self._heads) as end, ExitStack() as hooks:
+            self._inside, self._loaded_untrained = (hooks, end), False
+            try:
+                yield
+            finally:
+                self._inside = None
 
     def on_train_begin(
         self,
@@ -81,8 +83,9 @@ class MTPCallback(TrainerCallback):
                 "The optimizer was made before the extra heads of multi-token prediction were there, and would not train "
                 "them: give the trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
-        stack, end = self._inside
-        stack.enter_context(extra_losses(self._trainer.model, self._heads, end, args.mtp_loss_weight))
+        hooks, end = self._inside
+        hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
+        hooks.enter_context(extra_losses(self._trainer.model, self._heads, end, args.mtp_loss_weight))
 
     def on_pre_optimizer_step(
         self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,6 +94,11 @@ class MTPCallback(TrainerCallback):
             # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.
             for parameter in self._heads.parameters():
                 parameter.grad = None
+
+    def count_as(self, micro_batches: int) -> None:
+        """Say that the next loss is a mean over one of so many micro-batches, and counts as that part of the step's."""
+        if self._heads is not None:
+            self._heads.share = 1 / micro_batches
 
     def report(self) -> dict[str, float]:
         """`mtp_loss`: what the extra heads have added to `loss` since the last report; nothing where they did not train.

@@ -49,11 +49,9 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         )
         return documents["train"], documents["test"]
     share = args.validation_split_percentage
-    validation = None
+    validation = load_text_file(args.validation_file) if args.validation_file else None
     if args.train_file:
         train = load_text_file(args.train_file, streaming=args.streaming)
-        if args.validation_file:
-            validation = load_text_file(args.validation_file)
     else:
 
         def load(split: str) -> Any:
@@ -67,7 +65,8 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
 
         names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
         train = load("train")
-        validation = load("validation") if "validation" in names else None
+        if validation is None and "validation" in names:
+            validation = load("validation")
     if validation is not None or not share:
         return train, validation
     if args.streaming:
@@ -219,16 +218,18 @@ def prepare_blocks(
     documents: Any,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    max_samples: int | None,
     *,
-    spread: bool = False,
+    evaluation: bool = False,
 ) -> Any:
     """Blocks of tokens, packed on disk or, for a streamed data set, on the fly.
 
-    Of more blocks than `max_samples` the first ones are taken, or with `spread` ones at equal distances: neighbours
-    are of the same few documents, and a loss on those says little of the rest.
+    Of more blocks than `max_train_samples` the first ones are taken, and of more than `max_eval_samples` ones at equal
+    distances: neighbours are of the same few documents, and a loss on those says little of the rest.
     """
-    is_text_file = (args.train_file or "").endswith(".txt")
+    source = (args.validation_file if evaluation else None) or args.train_file or ""
+    is_text_file = source.endswith(".txt")
+    limit = "max_eval_samples" if evaluation else "max_train_samples"
+    max_samples = getattr(args, limit)
     tokenized = tokenize_documents(
         documents,
         tokenizer,
@@ -238,14 +239,13 @@ def prepare_blocks(
     )
     if not hasattr(tokenized, "num_rows"):
         if max_samples is not None:
-            raise TSTError(
-                f"A stream is read until max_steps, not max_train_samples={max_samples}: leave it out."
-            )
+            end = "to its end" if evaluation else "until max_steps"
+            raise TSTError(f"A stream is read {end}, not {limit}={max_samples}: leave it out.")
         return BlockStream(tokenized, block_size)
     blocks = pack_blocks(tokenized, block_size)
     if max_samples is None or max_samples >= len(blocks):
         return blocks
-    return blocks.select([i * len(blocks) // max_samples if spread else i for i in range(max_samples)])
+    return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
 
 
 @dataclass(frozen=True)
@@ -277,14 +277,10 @@ def prepare_run(
         block_size = data_args.block_size or min(1024, context)
         if block_size > context:
             raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
-        train_blocks = prepare_blocks(
-            data_args, train_documents, tokenizer, block_size, data_args.max_train_samples
-        )
+        train_blocks = prepare_blocks(data_args, train_documents, tokenizer, block_size)
         eval_blocks = None
         if eval_documents is not None:
-            eval_blocks = prepare_blocks(
-                data_args, eval_documents, tokenizer, block_size, data_args.max_eval_samples, spread=True
-            )
+            eval_blocks = prepare_blocks(data_args, eval_documents, tokenizer, block_size, evaluation=True)
     return PreparedRun(model, tokenizer, train_blocks, eval_blocks, block_size)
 
 

@@ -204,6 +204,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file:
             raise TSTError("Both dataset_name and train_file are given: name one of them.")
+        if self.validation_file and self.is_quick_start:
+            raise TSTError(
+                f"validation_file={self.validation_file} needs training data beside it: name train_file or dataset_name."
+            )
         if not 0 <= self.validation_split_percentage < 100:
             raise TSTError(
                 f"validation_split_percentage must be from 0 to 99, but is {self.validation_split_percentage}."

@@ -18,10 +18,10 @@ def check_arguments(args: Any) -> None:
             f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
             "the arguments are made."
         )
-    if args.tst_enabled and args.n_gpu > 1:
+    if args.tst_replaces_loss and args.n_gpu > 1:
         raise TSTError(
-            f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition does "
-            "not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+            f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
+            "loss do not support: start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
         )
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -22,8 +26,12 @@ from .run_result import RunResult
 SETTINGS_FILE = "arguments.yaml"
 LOG_FILE = "log.txt"
 REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
-# What may change before a run goes on: where it lies and what it shows.
+# What may change before a run goes on: where it lies.
 FREE_SETTINGS = {"output_dir"}
+
+
+class RunRefusedError(TSTError):
+    """A run whose input was refused, after which no further one was started."""
 
 
 @dataclass(frozen=True)
@@ -77,43 +85,94 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     Returns:
         What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
 
+    However this ends, by SIGTERM, too, no run goes on without it.
+
     Raises:
-        TSTError: If the settings of one were others before, or its input is refused.
+        TSTError: If the settings of one were others before, or there is no such launcher.
+        RunRefusedError: If the input of one is refused.
     """
     for run in runs:
         run.check_settings()
+    if launcher and not shutil.which(shlex.split(launcher)[0]):
+        raise TSTError(
+            f"launcher={launcher!r} cannot be started: there is no command {shlex.split(launcher)[0]!r}."
+        )
     failures: dict[str, str] = {}
-    places, stopped = _places(processes, launcher), Event()
+    places, stopped, children = _places(processes, launcher), Event(), set[subprocess.Popen[bytes]]()
 
-    def do(run: PlannedRun) -> int:
+    def do(run: PlannedRun) -> int | None:
         if stopped.is_set():
-            return 0
+            return None
         environment = places.get()
         status = 2
         try:
-            status = launch(run, launcher, environment)
+            status = launch(run, launcher, environment, children)
         finally:
             places.put(environment)
             if status == 2:  # the others would be refused as well
                 stopped.set()
         return status
 
-    with ThreadPoolExecutor(processes) as pool:
+    with _sigterm_raises(), ThreadPoolExecutor(processes) as pool:
         started = {pool.submit(do, run): run for run in runs if run.result is None}
         try:
             for number, future in enumerate(as_completed(started), 1):
                 run, status = started[future], future.result()
+                if status is None:  # not started
+                    continue
                 if status == 2:
-                    raise TSTError(f"The run {run.name} was refused: {_last_line(run)}")
+                    raise RunRefusedError(f"The run {run.name} was refused: {_last_line(run)}")
                 if status or run.result is None:
                     failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
                 print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
+        except RunRefusedError:  # those under way are let finish
+            raise
+        except BaseException:
+            stopped.set()
+            while wait(started, timeout=0.2).not_done:
+                for child in list(children):
+                    child.terminate()
+            raise
         finally:
-            stopped.set()  # interrupted: nothing further is started
+            stopped.set()  # nothing further is started
     return failures
 
 
-def launch(run: PlannedRun, launcher: str | None, environment: Mapping[str, str]) -> int:
+def run_all_shown(
+    runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | None = None
+) -> tuple[dict[str, str], RunRefusedError | None]:
+    """As [`run_all`], but a refusal is returned where other runs are finished, which a report can show before it is raised."""
+    try:
+        return run_all(runs, processes=processes, launcher=launcher), None
+    except RunRefusedError as error:
+        if all(run.result is None for run in runs):
+            raise
+        return {}, error
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Context in which SIGTERM raises `SystemExit` with status 143, so that what was started is ended."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # signals can be caught there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def launch(
+    run: PlannedRun,
+    launcher: str | None,
+    environment: Mapping[str, str],
+    children: set[subprocess.Popen[bytes]],
+) -> int:
     """Start a run, wait for its end, and return its exit status, also where `launcher` ends with one of its own."""
     run.folder.mkdir(parents=True, exist_ok=True)
     refusal = run.folder / REFUSAL_FILE
@@ -124,10 +183,23 @@ def launch(run: PlannedRun, launcher: str | None, environment: Mapping[str, str]
     start = shlex.split(launcher) if launcher else [sys.executable]
     command = [*start, "-m", "hf_tst.run_worker", str(path)]
     with open(run.folder / LOG_FILE, "ab") as log:
-        status = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False
-        ).returncode
+        status = run_process(command, log, {**os.environ, **environment}, children)
     return 2 if refusal.is_file() else status
+
+
+def run_process(
+    command: Sequence[str],
+    log: IO[bytes],
+    environment: Mapping[str, str],
+    children: set[subprocess.Popen[bytes]],
+) -> int:
+    """Run a command, which writes into `log` and is among `children` as long as it lives; its exit status."""
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as child:
+        children.add(child)
+        try:
+            return child.wait()
+        finally:
+            children.discard(child)
 
 
 def _places(processes: int, launcher: str | None) -> SimpleQueue[dict[str, str]]:

@@ -17,7 +17,7 @@ RUN_ENTRY = "tst_run"
 ARGUMENTS = (
     "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_mode", "tst_document_boundaries", "tst_fused_loss",
     "mtp_num_heads", "mtp_kind", "mtp_loss_weight",
-    "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16",
+    "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16", "load_best_model_at_end",
 )  # fmt: skip
 
 
@@ -70,7 +70,6 @@ class RunRecord:
         runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
         if not runs:
             raise TSTError("no run of TSTTrainer is on record in it")
-        evaluations = [entry for entry in history if "eval_loss" in entry]
         last = runs[-1]
         return cls(
             log_history=history,
@@ -82,7 +81,7 @@ class RunRecord:
             parameters=last["parameters"],
             # A run that was resumed elsewhere has several.
             hardware="; then ".join(dict.fromkeys(run["hardware"] for run in runs)),
-            evaluation=evaluations[-1] if evaluations else {},
+            evaluation=_evaluation_of_weights(state, bool(last["arguments"].get("load_best_model_at_end"))),
             software="; then ".join(dict.fromkeys(run["software"] for run in runs)),
             base_model=last["base_model"],
             library_name=last["library_name"],
@@ -103,6 +102,17 @@ class RunRecord:
             return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TSTError(f"{path} cannot be used: {error}.") from error
+
+
+def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mapping[str, float]:
+    """The last evaluation; if the best weights were loaded at the end and not evaluated since, that of their step."""
+    history = state.get("log_history") or []
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    ends = [place for place, entry in enumerate(history) if "train_runtime" in entry]
+    if loads_best and ends and not any("eval_loss" in entry for entry in history[ends[-1] :]):
+        of_best = [entry for entry in evaluations if entry.get("step") == state.get("best_global_step")]
+        evaluations = of_best or evaluations
+    return evaluations[-1] if evaluations else {}
 
 
 def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arms import arm_schedule, arm_values, is_superposed, setting
+from .arms import arm_schedule, arm_values, check_arms, is_superposed, setting
 from .comparison import BASELINE, Outcome, summarize_rate
 from .errors import TSTError
 from .experiment import (
@@ -17,7 +17,7 @@ from .experiment import (
     parse_list,
     training_arguments,
 )
-from .run_queue import PlannedRun, run_all
+from .run_queue import PlannedRun, run_all_shown
 from .sweep_report import Cell, Sweep, format_sweep, write_sweep
 
 DESCRIPTION = """Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
@@ -74,6 +74,7 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
                 f"{cell.name} is plain training: leave bag size 1 and ratio 0 out; --baseline trains without superposition."
             )
     if args.baseline:
+        check_arms([BASELINE], values)
         # Where the cells have extra heads, so has what they are compared with.
         arm = "mtp" if setting(values, "mtp_num_heads") > 1 else BASELINE
         cells.insert(0, (Cell.of_baseline(), arm_values(arm, values, fusable=experiment.fusable)))
@@ -98,9 +99,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     values, args = parse_experiment(argv, SweepArguments, DESCRIPTION, prog, "runs/sweep")
     experiment = open_experiment(values, args.launcher)
     planned = plan_sweep(experiment, args)
-    failures = run_all(
-        [run for _, runs in planned for run in runs], processes=args.processes, launcher=args.launcher
-    )
+    queue = [run for _, runs in planned for run in runs]
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     rate = setting(values, "learning_rate")
     losses = {}
     for cell, runs in planned:
@@ -112,6 +112,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     print("\n" + format_sweep(sweep) + "\n")
     for path in write_sweep(sweep, experiment.output_dir):
         print(path)
+    if refusal is not None:
+        raise refusal
     if failures:
         raise SystemExit("\n".join(failures.values()))
     return sweep

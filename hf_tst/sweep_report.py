@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .comparison import BASELINE, RateSummary
+from .comparison import BASELINE, RateSummary, best_rate
 from .comparison_report import markdown_table
 from .report import format_columns
 
@@ -54,13 +54,12 @@ class Sweep:
 
     @property
     def best(self) -> Cell | None:
-        """The cell of the lowest mean loss, the baseline aside."""
-        found = {
-            cell: loss.mean_loss
-            for cell, loss in self.losses.items()
-            if cell.bag_size is not None and loss.mean_loss is not None
-        }
-        return min(found, key=lambda cell: found[cell]) if found else None
+        """The cell of the lowest mean loss, of those in which most runs ended well; the baseline aside."""
+        cells = {cell: loss for cell, loss in self.losses.items() if cell.bag_size is not None}
+        best = best_rate(list(cells.values())) if cells else None
+        if best is None or best.mean_loss is None:
+            return None
+        return next(cell for cell, loss in cells.items() if loss is best)
 
     def axes(self, weighting: str, mode: str) -> tuple[list[int], list[float]]:
         """Bag sizes and phase ratios of a panel, in order."""

@@ -266,11 +266,12 @@ class TSTTrainer(GuardedTrainer):
         parts = self._micro_batches_of_a_step(model, kwargs.get("num_items_in_batch"))
         if parts > 1:
             kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / parts
+        self._mtp.count_as(parts)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         loss = loss / parts if parts > 1 else loss
-        if model.training and isinstance(outputs, Mapping):
+        if model.training and isinstance(outputs, Mapping) and outputs.get("router_logits") is not None:
             mask = inputs.get("attention_mask")
-            self._expert_load.add(outputs.get("router_logits"), experts_per_position(self.model.config), mask)
+            self._expert_load.add(outputs["router_logits"], experts_per_position(self.model.config), mask)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -13,7 +13,6 @@ if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
 import copy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst import TSTError, TSTTrainer, TSTTrainingArguments
 
 VOCAB_SIZE = 97
 BLOCK_LENGTH = 12
@@ -141,16 +140,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     started: list[str] = []
 
-    def run(command: list[str], stdout: Any, **_: Any) -> SimpleNamespace:
+    def run(command: list[str], log: Any, *_: Any) -> int:
         started.append(Path(command[-1]).parent.name)
         try:
             run_worker.main([command[-1]])
         except (ValueError, RuntimeError) as error:
-            stdout.write(f"{error}\n".encode())
-            return SimpleNamespace(returncode=2 if isinstance(error, ValueError) else 1)
-        return SimpleNamespace(returncode=0)
+            log.write(f"{error}\n".encode())
+            return 2 if isinstance(error, TSTError) else 1
+        return 0
 
-    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    monkeypatch.setattr(run_queue, "run_process", run)
     return started
 
 

@@ -99,6 +99,7 @@ RECIPES = {
     "validation: all": {"validation_split_percentage": 100},
     "validation: negative": {"validation_split_percentage": -1},
     "validation: missing file": {"validation_file": "nowhere.txt"},
+    "validation: without training data": {"train_file": "", "validation_file": "nowhere.txt"},
     "samples: none": {"max_train_samples": 0},
     "samples: too few": {"max_train_samples": 3},
     "evaluation samples: none": {"max_eval_samples": 0},

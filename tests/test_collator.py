@@ -26,10 +26,10 @@ def test_output_mode_keeps_the_input():
 
 
 def test_bags_of_one_are_an_ordinary_batch():
-    row = {"input_ids": np.array([1, 2, 3], dtype=np.int32), "attention_mask": [1, 1, 0]}
+    row = {"input_ids": np.array([1, 2, 3], dtype=np.int32), "attention_mask": [1, 1, 1]}
     batch = DataCollatorForTokenSuperposition(bag_size=1)([row])
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1]]
     assert batch["labels"].dtype == torch.long
 
 
@@ -52,3 +52,12 @@ def test_an_all_ones_mask_is_dropped():
 def test_rows_that_are_no_full_bags_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         DataCollatorForTokenSuperposition(bag_size=2)(rows)
+
+
+def test_padding_is_no_target_where_labels_are_made_from_tokens():
+    rows = [
+        {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4},
+    ]
+    batch = DataCollatorForTokenSuperposition(bag_size=1)(rows)
+    assert batch["labels"].tolist() == [[5, 6, 7, -100], [1, 2, 3, 4]]

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
+import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from hf_tst import cli, pretrain, run_queue
 from hf_tst.arms import ARMS
 from hf_tst.compare import CompareArguments, main, plan_comparison
+from hf_tst.errors import TSTError
 from hf_tst.experiment import open_experiment, parse_experiment, parse_list, training_arguments
 from hf_tst.run_queue import PlannedRun, run_all
 
@@ -191,7 +196,6 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--max_steps", "-1"], "max_steps is -1: set it"),
         (["--validation_split_percentage", "0"], "no data to evaluate on"),
         (["--push_to_hub"], "push_to_hub cannot go with several runs"),
-        (["--tst_document_boundaries", "respect"], "needs superposition"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
     ],
 )  # fmt: skip
@@ -205,7 +209,7 @@ def test_bad_input_is_one_sentence_before_any_run(tiny_recipe, tmp_path, in_proc
 
 def test_a_refused_run_ends_the_comparison(tiny_recipe, tmp_path, in_process, monkeypatch):
     def refuse(*args, **kwargs):
-        raise ValueError("no such thing")
+        raise TSTError("no such thing")
 
     monkeypatch.setattr(pretrain.TSTTrainer, "__init__", refuse)
     with pytest.raises(ValueError, match=r"The run baseline-lr0.01-seed0 was refused: no such thing"):
@@ -230,11 +234,11 @@ def test_a_refusal_is_told_whatever_the_launcher_ends_with(tmp_path):
 def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
     started = []
 
-    def run(command, **_):
+    def run(command, *_):
         started.append(command[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    monkeypatch.setattr(run_queue, "run_process", run)
     with pytest.raises(KeyboardInterrupt):
         run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
     assert len(started) == 1
@@ -252,19 +256,129 @@ def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     seen = []
 
-    def run(command, env, **_):
-        seen.append((command[0], env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
-        return SimpleNamespace(returncode=1)
+    def run(command, log, env, *_):
+        seen.append((command[1], env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
+        return 1
 
-    monkeypatch.setattr(run_queue, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    monkeypatch.setattr(run_queue, "run_process", run)
     runs = [PlannedRun(name, tmp_path / name, {}) for name in "abcd"]
     failures = run_all(runs, processes=2)
     assert {place[1] for place in seen} <= {"3", "5"}
-    assert {(command, cores) for command, _, cores in seen} == {(sys.executable, "6")}
+    assert {(command, cores) for command, _, cores in seen} == {("-m", "6")}
     assert failures["a"].startswith("a failed: it left no message (")
     seen.clear()
-    run_all(runs, launcher="accelerate launch --num_processes 2")
-    assert seen == [("accelerate", "3,5", "12")] * 4
+    run_all(runs, launcher=f"{sys.executable} launch.py --num_processes 2")
+    assert seen == [("launch.py", "3,5", "12")] * 4
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_what_arms_cannot_have_is_refused_before_any_run(tiny_recipe, tmp_path, in_process, capsys, command):
+    argv = [command, str(tiny_recipe), "--output_dir", str(tmp_path)]
+    assert cli.main([*argv, "--tst_document_boundaries", "respect"]) == 2
+    assert "baseline has no superposition, which tst_document_boundaries='respect'" in capsys.readouterr().err
+    if command == "compare":
+        gpt_neo = json.dumps(
+            {
+                "hidden_size": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global"], 2]],
+                "max_position_embeddings": 64,
+            }
+        )
+        flags = ["--arms", "baseline,mtp", "--model_type", "gpt_neo", "--config_overrides", gpt_neo]
+        assert cli.main([*argv, *flags]) == 2
+        assert "Multi-token prediction cannot make a GPTNeoBlock" in capsys.readouterr().err
+    assert in_process == []
+
+
+def test_logs_are_there_though_they_were_switched_off(tiny_recipe, tmp_path, in_process):
+    flags = ["--arms", "baseline", "--seeds", "0", "--logging_strategy", "no", "--output_dir", str(tmp_path)]
+    assert main([str(tiny_recipe), *flags]).arms[0].best.curve[-1].seconds > 0
+
+
+def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_process):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        shutil.copy(tiny_recipe.parent / "corpus.txt", tmp_path / "data" / f"{split}.txt")
+    recipe = yaml.safe_load(tiny_recipe.read_text()) | {
+        "dataset_name": str(tmp_path / "data"),
+        "streaming": True,
+        "eval_steps": 40,
+    }
+    del recipe["train_file"], recipe["max_eval_samples"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    flags = ["--arms", "tst", "--seeds", "0", "--output_dir", str(tmp_path / "out")]
+    (arm,) = main([str(tmp_path / "recipe.yaml"), *flags]).arms
+    assert arm.best.curve[-1].latent_tokens == 40 * 64
+
+
+def test_a_launcher_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"launcher='acelerate launch' cannot be started: there is no command 'acelerate'"
+    ):
+        run_all([PlannedRun("a", tmp_path / "a", {})], launcher="acelerate launch")
+
+
+def test_a_report_shows_what_is_finished_when_a_run_is_refused(
+    tiny_recipe, tmp_path, in_process, monkeypatch
+):
+    argv = [str(tiny_recipe), "--seeds", "0", "--output_dir", str(tmp_path)]
+
+    class Refusing(pretrain.TSTTrainer):
+        def train(self, *args, **kwargs):
+            if self.args.tst_enabled:
+                raise TSTError("no bags today")
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", Refusing)
+    with pytest.raises(ValueError, match=r"The run tst-lr0.01-seed0 was refused: no bags today"):
+        main(argv)
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| baseline | 0.01 | 0 |" in table
+    assert "| missing |" in table
+
+
+def test_an_error_of_another_kind_is_a_failure_and_the_others_run(
+    tiny_recipe, tmp_path, in_process, monkeypatch
+):
+    class Failing(pretrain.TSTTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.args.seed == 0:
+                raise ValueError("of a library")
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", Failing)
+    with pytest.raises(SystemExit, match=r"tst-lr0.01-seed0 failed: of a library"):
+        main([str(tiny_recipe), "--seeds", "0,1", "--arms", "tst", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "tst-lr0.01-seed1" / "result.json").is_file()
+
+
+def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process):
+    (folder := tmp_path / "tst-lr0.01-seed0").mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process is at work in"):
+        main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
+    main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
+
+
+def test_sigterm_ends_what_was_started(tmp_path):
+    (tmp_path / "hf_tst_run.py").write_text("import time\nprint('started', flush=True)\ntime.sleep(100)\n")
+    code = (
+        "from pathlib import Path; import sys; from hf_tst.run_queue import PlannedRun, run_all\n"
+        f"run_all([PlannedRun('a', Path({str(tmp_path / 'a')!r}), {{}})], launcher=f'{{sys.executable}} "
+        f"{tmp_path / 'hf_tst_run.py'}')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    log = tmp_path / "a" / "log.txt"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and "started" in log.read_text()):
+        assert time.monotonic() < deadline
+        assert parent.poll() is None
+        time.sleep(0.1)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.terminate()
+    assert parent.wait(60) == 143
+    assert not child.is_running()
 
 
 @pytest.mark.slow

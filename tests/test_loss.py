@@ -113,3 +113,12 @@ def test_shapes_that_do_not_fit_are_refused():
         multi_hot_cross_entropy(torch.zeros(2, 3, 7), torch.zeros(2, 4, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="one weight for each"):
         multi_hot_cross_entropy(torch.zeros(2, 7), torch.zeros(2, 3, dtype=torch.long), weights=torch.ones(2))
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0), torch.tensor(0.0)])
+def test_without_targets_the_loss_is_zero_and_so_is_its_gradient(items):
+    logits = torch.randn(2, 3, 11, requires_grad=True)
+    loss = multi_hot_cross_entropy(logits, torch.full((2, 3, 4), -100), num_items_in_batch=items)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()

@@ -5,6 +5,7 @@ from huggingface_hub import ModelCard
 from test_report import HISTORY
 
 from hf_tst.model_card import RunRecord, make_model_card, write_model_card
+from hf_tst.run_record import RUN_ENTRY
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {
@@ -85,6 +86,41 @@ def test_a_card_of_the_users_own_stays(tmp_path):
     assert (tmp_path / "loss_curve.png").is_file()
     assert write_model_card(tmp_path, make_record(max_steps=99), repo_id="model") == path
     assert "of 99 optimizer steps" in ModelCard.load(path).text
+
+
+def test_the_evaluation_is_that_of_the_weights():
+    def evaluated(*after, loads_best=True):
+        entry = {"switch_step": 0, "rows_per_step": 1, "arguments": {"load_best_model_at_end": loads_best}, "parameters": 1,
+                 "hardware": "", "software": "", "base_model": None, "library_name": "transformers"}  # fmt: skip
+        history = [
+            {RUN_ENTRY: entry, "step": 0}, {"eval_loss": 2.0, "step": 5}, {"eval_loss": 3.0, "step": 10},
+            {"train_runtime": 1.0, "step": 10}, *after,
+        ]  # fmt: skip
+        state = {
+            "log_history": history,
+            "best_global_step": 5,
+            "max_steps": 10,
+            "global_step": 10,
+            "total_flos": 0,
+        }
+        return RunRecord.from_state(state).evaluation["eval_loss"]
+
+    assert evaluated() == 2.0
+    assert evaluated(loads_best=False) == 3.0
+    assert evaluated({"eval_loss": 2.1, "step": 10}) == 2.1
+
+
+def test_seconds_are_those_of_the_whole_run():
+    # 1,000 tokens at 100 a second; then, resumed from there, as many at 50.
+    history = [
+        {"tst_latent_tokens": 500, "tst_latent_tokens_per_second": 100.0, "step": 5},
+        {"tst_latent_tokens": 1000, "tst_latent_tokens_per_second": 100.0, "step": 10},
+        {"tst_latent_tokens": 2000, "tst_latent_tokens_per_second": 50.0, "step": 20},
+        {"train_runtime": 21.0, "step": 20},
+    ]
+    assert "| seconds of training, without evaluation | 30 |" in str(
+        make_model_card(make_record(log_history=history), repo_id="me/model")
+    )
 
 
 def test_the_card_of_a_run_that_is_not_over_says_so():

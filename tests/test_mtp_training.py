@@ -369,3 +369,41 @@ def test_superposition_is_that_of_a_run_without_extra_heads_bit_for_bit(llama, m
         found.append(losses(trainer))
     assert found[0][:SWITCH] == found[1][:SWITCH]
     assert found[0][SWITCH] < found[1][SWITCH]
+
+
+def test_a_beginning_that_runs_out_of_memory_leaves_no_second_loss(make_args):
+    class OneTooLarge(TSTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if inputs["input_ids"].shape[0] > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    options = {"tst_phase_ratio": 0, "mtp_num_heads": 2, "max_steps": 2}
+    args = make_args(auto_find_batch_size=True, per_device_train_batch_size=2, **options)
+    found = OneTooLarge(make_model("llama"), args, train_dataset=make_blocks(40))
+    found.train()
+    given = TSTTrainer(
+        make_model("llama"),
+        make_args(per_device_train_batch_size=1, **options),
+        train_dataset=make_blocks(40),
+    )
+    given.train()
+    assert found._train_batch_size == 1
+    for trainer in (found, given):  # a target and one more, of a model that knows nothing yet
+        assert losses(trainer)[0] == pytest.approx(2 * math.log(VOCAB_SIZE), rel=0.1)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_micro_batches_of_a_mixture_log_the_extra_loss_of_one_large_batch(make_args, ratio):
+    def extra(batch, micro_batches):
+        args = make_args(
+            tst_phase_ratio=ratio, tst_fused_loss="on", mtp_num_heads=2, logging_steps=1, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=micro_batches,
+        )  # fmt: skip
+        model = make_model("mixtral")
+        assert model.config.output_router_logits
+        trainer = TSTTrainer(model, args, train_dataset=make_blocks(200))
+        trainer.train()
+        return next(entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry)
+
+    assert extra(1, 4) == pytest.approx(extra(4, 1), rel=1e-3)

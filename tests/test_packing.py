@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
-from hf_tst.pretrain import prepare_blocks
-from hf_tst.pretrain_arguments import DataArguments
+from hf_tst.pretrain import load_documents, prepare_blocks
+from hf_tst.pretrain_arguments import DataArguments, ModelArguments
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
 from hf_tst.text_files import _check_utf8, load_text_file
 
@@ -221,12 +221,46 @@ def test_parquet_and_columns_of_tokens(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("samples", "spread", "taken"),
-    [(3, False, [0, 1, 2]), (3, True, [0, 3, 6]), (10, True, list(range(10))), (99, True, list(range(10)))],
+    ("limits", "evaluation", "taken"),
+    [
+        ({"max_train_samples": 3}, False, [0, 1, 2]),
+        ({"max_eval_samples": 3}, True, [0, 3, 6]),
+        ({"max_eval_samples": 10}, True, list(range(10))),
+        ({"max_eval_samples": 99, "max_train_samples": 3}, True, list(range(10))),
+    ],
 )
 def test_evaluation_takes_blocks_all_over_the_data_and_training_the_first_ones(
-    tokenizer, samples, spread, taken
+    tokenizer, limits, evaluation, taken
 ):
     documents = datasets.Dataset.from_dict({"input_ids": [[block] * 4 for block in range(10)]})
-    blocks = prepare_blocks(DataArguments(), documents, tokenizer, 4, samples, spread=spread)
+    blocks = prepare_blocks(DataArguments(**limits), documents, tokenizer, 4, evaluation=evaluation)
     assert [row["input_ids"] for row in blocks] == [[block] * 4 for block in taken]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, tokenizer, source, streaming):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict({"text": [split] * 20}).to_json(tmp_path / "data" / f"{split}.jsonl")
+    (tmp_path / "held_out.txt").write_text("abc\n" * 20, encoding="utf-8")
+    data = (
+        {"train_file": str(tmp_path / "data" / "train.jsonl")}
+        if source == "file"
+        else {"dataset_name": str(tmp_path / "data")}
+    )
+    args = DataArguments(**data, validation_file=str(tmp_path / "held_out.txt"), streaming=streaming)
+    train, held_out = load_documents(args, ModelArguments())
+    assert {row["text"] for row in train} == {"train"}
+    assert {row["text"] for row in held_out} == {"abc\n"}
+    blocks = prepare_blocks(args, held_out, tokenizer, 4, evaluation=True)
+    tokens = [token for row in blocks for token in row["input_ids"]]
+    assert (
+        tokenizer.eos_token_id not in tokens
+    )  # lines of a text are no documents, whatever the training data is
+
+
+def test_a_streamed_evaluation_is_not_cut(tokenizer):
+    documents = datasets.Dataset.from_dict({"input_ids": [[1] * 4]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="A stream is read to its end, not max_eval_samples=3"):
+        prepare_blocks(DataArguments(max_eval_samples=3), documents, tokenizer, 4, evaluation=True)

@@ -81,6 +81,23 @@ def test_the_table_has_a_row_a_bag_size_and_a_column_a_ratio(tmp_path):
     assert "![" in (tmp_path / "sweep.md").read_text()
 
 
+def test_the_best_cell_is_one_in_which_most_runs_ended_well():
+    cells = {Cell(4, 0.3, "uniform", "full"): {0: 3.0, 1: 3.02}, Cell(8, 0.3, "uniform", "full"): {0: 2.9}}
+    losses = {
+        cell: RateSummary(
+            "x",
+            1e-3,
+            by_seed,
+            sum(by_seed.values()) / len(by_seed),
+            None,
+            diverged=[1] * (2 - len(by_seed)),
+            missing=[],
+        )
+        for cell, by_seed in cells.items()
+    }
+    assert Sweep(40, 1e-3, losses).best == Cell(4, 0.3, "uniform", "full")
+
+
 def test_a_sweep_of_which_nothing_has_run(tmp_path):
     write_sweep(Sweep(40, 1e-3, {Cell(2, 0.3, "uniform", "full"): loss(missing=[0])}), tmp_path)
     assert "missing" in (tmp_path / "sweep.md").read_text()
