@@ -117,7 +117,13 @@ def parse_experiment(
     namespace = parse_values(argv, [kind, *TRAINING], description, prog, {"output_dir": output_dir})
     values = given_values(namespace, TRAINING)
     if isinstance(values.get("lr_scheduler_kwargs"), str):
-        values["lr_scheduler_kwargs"] = json.loads(values["lr_scheduler_kwargs"])
+        try:
+            values["lr_scheduler_kwargs"] = json.loads(values["lr_scheduler_kwargs"])
+        except json.JSONDecodeError as error:
+            raise TSTError(
+                f"lr_scheduler_kwargs is not JSON: {error} in {values['lr_scheduler_kwargs']!r}; "
+                'write {"num_decay_steps": 100}.'
+            ) from error
     if namespace.max_steps <= 0:
         raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint"):

@@ -195,6 +195,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--budget", "data", "--max_train_samples", "300"], "The arm tst reads 304 blocks"),
         (["--max_steps", "-1"], "max_steps is -1: set it"),
         (["--validation_split_percentage", "0"], "no data to evaluate on"),
+        (["--lr_scheduler_kwargs", "num_decay_steps=8"], "lr_scheduler_kwargs is not JSON: Expecting value"),
         (["--push_to_hub"], "push_to_hub cannot go with several runs"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
     ],
