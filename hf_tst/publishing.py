@@ -27,7 +27,8 @@ class PublishingTrainer(Trainer):
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
-            super().init_hf_repo(token, private)
+            # It takes no `private` in the older Transformers.
+            super().init_hf_repo(token, *([] if private is None else [private]))
             if self.is_world_process_zero():
                 config = self.accelerator.unwrap_model(self.model).config
                 check_repo_holds_no_other_model(

@@ -164,6 +164,8 @@ def plan(flags: Sequence[str]) -> str:
 def compare(flags: Sequence[str]) -> str:
     """All runs are planned, and one seed and learning rate of them done."""
     argv = tiny(flags)
+    if any("mtp" in flag for flag in flags):  # in so few steps, arms with extra heads are not equal in FLOPs
+        argv += ["--budget", "data"]
     values, args = parse_experiment(argv, CompareArguments, "", **TRAINING)
     arms, runs = plan_comparison(open_experiment(values), args)
     rates = (args.learning_rates or "1").split(",")
