@@ -173,7 +173,7 @@ def compare(flags: Sequence[str]) -> str:
     first = ["--seeds", args.seeds.split(",")[0]] + (
         ["--learning_rates", rates[0]] if args.learning_rates else []
     )
-    out = hf_tst("compare", *argv, *first)
+    out = hf_tst("compare", *argv, *first, "--processes", "1")  # runs are in this process
     assert [line.split()[0] for line in out.splitlines() if line.startswith(tuple(arms))]
     assert "comparison.html" in out
     return out
@@ -184,7 +184,8 @@ def sweep(flags: Sequence[str]) -> str:
     argv = tiny(flags)
     values, args = parse_experiment(argv, SweepArguments, "", **TRAINING)
     plan_sweep(open_experiment(values), args)
-    out = hf_tst("sweep", *argv, "--bag_sizes", args.bag_sizes.split(",")[0], "--phase_ratios", "0.5")
+    one_cell = ["--bag_sizes", args.bag_sizes.split(",")[0], "--phase_ratios", "0.5"]
+    out = hf_tst("sweep", *argv, *one_cell, "--processes", "1")
     assert "Lowest:" in out
     return out
 
