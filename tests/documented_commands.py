@@ -132,6 +132,8 @@ def tiny(flags: Sequence[str]) -> list[str]:
     """Flags of training for a tiny run: the file of arguments, if it is the repository's, made small; flags that win."""
     flags = list(flags)
     small = [word for name, value in RUN.items() for word in (f"--{name}", str(value))]
+    if "--lr_scheduler_kwargs" in flags:  # of which the decay is as long as thousands of steps need it
+        small += ["--lr_scheduler_kwargs", '{"num_decay_steps": 1}']
     if flags and flags[0].endswith(".yaml"):
         if (ROOT / flags[0]).is_file():
             values = yaml.safe_load((ROOT / flags[0]).read_text(encoding="utf-8"))
