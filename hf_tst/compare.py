@@ -80,8 +80,6 @@ def plan_comparison(
     values = {name: arm_values(name, experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
-        if setting(arm, "mtp_num_heads") > 1 and experiment.no_extra_heads:
-            raise TSTError(experiment.no_extra_heads)
     default_rate = str(setting(experiment.values, "learning_rate"))
     rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
     max_steps = experiment.values["max_steps"]
@@ -168,8 +166,10 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
-    check_arms(parse_list("arms", args.arms, str), values)
-    experiment = open_experiment(values, args.launcher)
+    names = parse_list("arms", args.arms, str)
+    check_arms(names, values)
+    extra_heads = any("mtp_num_heads" in ARMS[name] for name in names)
+    experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     plans, runs = plan_comparison(experiment, args)
     queue = [planned for _, planned in runs]
     failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)

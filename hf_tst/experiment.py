@@ -63,7 +63,6 @@ class Experiment:
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
         fusable (`bool`): Whether the model's loss can be fused with its head.
-        no_extra_heads (`str`, *optional*): Why the model cannot have extra heads, if it cannot.
     """
 
     values: Mapping[str, Any]
@@ -72,7 +71,6 @@ class Experiment:
     rows_per_step: int | None
     blocks: int | None
     fusable: bool
-    no_extra_heads: str | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -145,8 +143,12 @@ def _records(namespace: Namespace) -> dict[str, Any]:
     return values
 
 
-def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> Experiment:
+def open_experiment(
+    values: Mapping[str, Any], launcher: str | None = None, *, extra_heads: bool = False
+) -> Experiment:
     """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
+
+    `extra_heads` says that some run has multi-token prediction, which the model must be able to have.
 
     Raises:
         TSTError: If a run would be refused, or there is no data to evaluate on.
@@ -161,11 +163,8 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
         fusable = True
     except ValueError:
         fusable = False
-    try:
-        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))
-        no_extra_heads = None
-    except ValueError as error:
-        no_extra_heads = str(error)
+    if extra_heads:
+        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))  # says it if the model cannot have any
     tokens = values.get("tokens_per_step")
     rows = tokens // prepared.block_size if tokens else None
     if rows is None and launcher is None:
@@ -178,7 +177,6 @@ def open_experiment(values: Mapping[str, Any], launcher: str | None = None) -> E
         rows_per_step=rows,
         blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
         fusable=fusable,
-        no_extra_heads=no_extra_heads,
     )
 
 

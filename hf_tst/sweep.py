@@ -97,7 +97,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
     values, args = parse_experiment(argv, SweepArguments, DESCRIPTION, prog, "runs/sweep")
-    experiment = open_experiment(values, args.launcher)
+    extra_heads = setting(values, "mtp_num_heads") > 1
+    experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     planned = plan_sweep(experiment, args)
     queue = [run for _, runs in planned for run in runs]
     failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
