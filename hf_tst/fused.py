@@ -1,7 +1,8 @@
-"""The model's loss, fused with its head: in training, the logits of a whole batch never exist.
+"""The model's loss, fused with its head: the logits of a whole batch never exist.
 
 Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head
-computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole.
+computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole; inside
+[`fused_evaluation`], also in evaluation.
 In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
 between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
 (see [`inspect_head`]).
@@ -70,6 +71,25 @@ def replaced_loss(
         yield
 
 
+@contextmanager
+def fused_evaluation(called: nn.Module, model: Any, choice: FusedLoss = "auto") -> Iterator[None]:
+    """Context in which forward passes in evaluation mode with labels compute the next-token loss and no logits.
+
+    Inside [`replaced_loss`] it goes by the head that was found there.
+
+    Args:
+        called, model, choice: See [`replaced_loss`].
+
+    Raises:
+        TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
+    """
+    with ExitStack() as stack:
+        if not isinstance(model.loss_function, TSTLoss):
+            stack.enter_context(replaced_loss(called, model, None, choice))
+        stack.enter_context(replaced_attribute(model.loss_function, "fuses_evaluation", True))
+        yield
+
+
 def check_fusable(model: Any, choice: FusedLoss) -> None:
     """Raise `TSTError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
     if choice == "on":
@@ -93,7 +113,7 @@ def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | 
     if choice == "off":
         return "tst_fused_loss is 'off'"
     try:
-        if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
+        if next_token and not _is_next_token_loss(model.loss_function):
             raise UnfusableHeadError("it has a loss function of its own")
         return inspect_head(model)
     except UnfusableHeadError as error:
@@ -102,6 +122,10 @@ def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | 
                 f"tst_fused_loss='on', but {own_class(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
             ) from error
         return str(error)
+
+
+def _is_next_token_loss(function: Any) -> bool:
+    return function is LOSS_MAPPING["ForCausalLM"]
 
 
 def _describe(head: LinearHead) -> str:
@@ -116,15 +140,18 @@ def _describe(head: LinearHead) -> str:
 class TSTLoss:
     """The loss function of a model in superposition, or with a fused next-token loss.
 
-    A forward pass in training goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
+    A forward pass that is fused goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
     the hidden states and returns an empty tensor; the model calls this loss function with it, and gets the loss.
-    Other forward passes are as ever.
+    Fused are passes in training with the labels of the phase and, inside [`fused_evaluation`], passes in evaluation
+    with next-token labels. Other forward passes are as ever.
 
     Args:
         own_loss: The model's own loss function.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
         head (`LinearHead`, *optional*): The head to fuse the loss with.
     """
+
+    fuses_evaluation = False
 
     def __init__(
         self, own_loss: Callable[..., Tensor], weights: Tensor | None, head: LinearHead | None
@@ -139,13 +166,12 @@ class TSTLoss:
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
         labels = kwargs.get("labels")
-        dimensions = 2 if self.weights is None else 3
-        self._fuses = (
-            self.head is not None
-            and module.training
-            and isinstance(labels, Tensor)
-            and labels.dim() == dimensions
-        )
+        dimensions = labels.dim() if isinstance(labels, Tensor) else 0
+        if module.training:
+            fuses = dimensions == (2 if self.weights is None else 3)
+        else:
+            fuses = self.fuses_evaluation and dimensions == 2 and _is_next_token_loss(self.own_loss)
+        self._fuses = fuses and self.head is not None
         self._given = {
             name: kwargs[name]
             for name in ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
@@ -180,15 +206,16 @@ class TSTLoss:
     def _options(self, labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the multi-hot loss, from what the model's forward or its loss function was given."""
         ignore_index = given.get("ignore_index", -100)
-        if self.weights is None:
+        is_next_token = labels.dim() == 2
+        if is_next_token:
             labels = _next_tokens(labels, given.get("shift_labels"), ignore_index)
-        elif labels.shape[-1] != len(self.weights):
+        elif self.weights is not None and labels.shape[-1] != len(self.weights):
             raise TSTError(
                 f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(self.weights)}."
             )
         return {
             "labels": labels,
-            "weights": self.weights,
+            "weights": None if is_next_token else self.weights,
             "num_items_in_batch": given.get("num_items_in_batch"),
             "ignore_index": ignore_index,
         }

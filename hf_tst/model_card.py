@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from .report import format_phases_markdown, plot_loss_curve, summarize_phases
-from .run_record import RunRecord, run_entry
+from .run_record import RunRecord, run_entry, timed_steps
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -203,21 +203,10 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "hardware": record.hardware,
         "software": record.software,
     }
-    seconds = _seconds_of_steps(record)
+    seconds = sum(timed.seconds for timed in timed_steps(record.log_history))
     if seconds:
         facts["seconds of training, without evaluation"] = f"{seconds:.0f}"
     return facts
-
-
-def _seconds_of_steps(record: RunRecord) -> float:
-    """Time that steps took, by the speeds that are logged: of all of a run, though it was resumed."""
-    tokens, seconds = 0.0, 0.0
-    for entry in record.log_history:
-        speed = entry.get("tst_latent_tokens_per_second")
-        if speed:
-            seconds += (entry["tst_latent_tokens"] - tokens) / speed
-            tokens = entry["tst_latent_tokens"]
-    return seconds
 
 
 def _draw_curve(record: RunRecord, folder: Path) -> str | None:

@@ -22,6 +22,33 @@ ARGUMENTS = (
 
 
 @dataclass(frozen=True)
+class TimedSteps:
+    """Optimizer steps `begin` to `end` of a phase, and the seconds of training that they took together."""
+
+    begin: int
+    end: int
+    phase: str
+    seconds: float
+
+
+def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
+    """The steps between logs, in order, without what evaluation, saving and loading took.
+
+    The log has speeds, not times: a resumed run would count the time between its two halves.
+    """
+    timed: list[TimedSteps] = []
+    step, tokens = 0, 0
+    for entry in log_history:
+        speed = entry.get("tst_latent_tokens_per_second")
+        if not speed or entry["step"] <= step:
+            continue
+        seconds = (entry["tst_latent_tokens"] - tokens) / speed
+        timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds))
+        step, tokens = entry["step"], entry["tst_latent_tokens"]
+    return timed
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a card is written from.
 

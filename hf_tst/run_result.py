@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from .errors import TSTError
 from .phases import PhaseSchedule
+from .run_record import TimedSteps, timed_steps
 
 RESULT_FILE = "result.json"
 
@@ -113,7 +113,7 @@ def result_of_run(
     Raises:
         TSTError: If it was not evaluated.
     """
-    clock, per_step = _clock(log_history, latent_tokens_per_step)
+    timed = timed_steps(log_history)
     left_out, points = 0, {}
     for entry in log_history:
         left_out = entry.get("tst_tokens_left_out", left_out)
@@ -124,7 +124,7 @@ def result_of_run(
             step=step,
             raw_tokens=max(0, schedule.tokens_seen(step, latent_tokens_per_step) - left_out),
             latent_tokens=step * latent_tokens_per_step,
-            seconds=_seconds_at(step, clock),
+            seconds=_seconds_at(step, timed),
             eval_loss=loss if math.isfinite(loss) else None,
         )
     if not points:
@@ -138,7 +138,7 @@ def result_of_run(
         latent_tokens=last.latent_tokens,
         seconds=last.seconds,
         curve=curve,
-        seconds_per_step=per_step,
+        seconds_per_step=_seconds_per_step(timed),
         peak_memory_bytes=memory,
         memory_of=memory_of,
         parameters=run["parameters"],
@@ -147,31 +147,22 @@ def result_of_run(
     )
 
 
-def _clock(
-    log_history: Sequence[Mapping[str, Any]], tokens_per_step: int
-) -> tuple[list[tuple[int, float]], dict[str, float]]:
-    """Steps and the seconds of training that they took, at each log; and the median seconds a step, by phase.
-
-    The log has speeds, not times: a resumed run would count the time between its two halves.
-    """
-    clock: list[tuple[int, float]] = [(0, 0.0)]
+def _seconds_per_step(timed: Sequence[TimedSteps]) -> dict[str, float]:
+    """Median by phase."""
     paces: dict[str, list[float]] = {}
-    for entry in log_history:
-        speed, (before, seconds) = entry.get("tst_latent_tokens_per_second"), clock[-1]
-        if not speed or entry["step"] <= before:
-            continue
-        pace = tokens_per_step / speed
-        clock.append((entry["step"], seconds + (entry["step"] - before) * pace))
-        paces.setdefault(entry["tst_phase"], []).append(pace)
+    for steps in timed:
+        paces.setdefault(steps.phase, []).append(steps.seconds / (steps.end - steps.begin))
     # The first interval of a phase holds what is done once, such as compiling.
-    return clock, {phase: median(values[1:] or values) for phase, values in paces.items()}
+    return {phase: median(values[1:] or values) for phase, values in paces.items()}
 
 
-def _seconds_at(step: int, clock: Sequence[tuple[int, float]]) -> float:
+def _seconds_at(step: int, timed: Sequence[TimedSteps]) -> float:
     """Seconds after `step` steps, between logs in proportion, after the last at its pace."""
-    for (start, begun), (end, ended) in pairwise(clock):
-        if step <= end or (end, ended) == clock[-1]:
-            return begun + (step - start) * (ended - begun) / (end - start)
+    seconds = 0.0
+    for steps in timed:
+        if step <= steps.end or steps is timed[-1]:
+            return seconds + (step - steps.begin) * steps.seconds / (steps.end - steps.begin)
+        seconds += steps.seconds
     return 0.0
 
 

@@ -18,7 +18,7 @@ from .bags import OffsetWeighting, average_embeddings, offset_weights, resolve_w
 from .documents import DocumentBoundaries, check_document_boundaries
 from .embedding import inputs_embeds_scale
 from .errors import TSTError
-from .fused import FusedLoss, TSTLoss, replaced_loss
+from .fused import FusedLoss, TSTLoss, fused_evaluation, replaced_loss
 from .head import check_loss_is_replaceable
 from .phases import TSTMode, check_bag_size, check_mode
 from .probing import own_class
@@ -104,6 +104,23 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     called, core = find_language_model(model)
     _refuse_nesting(core)
     with replaced_loss(called, core, None, fused_loss):
+        yield model
+
+
+@contextmanager
+def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
+    """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
+
+    May be entered inside [`token_superposition`] and [`fused_next_token_loss`].
+
+    Args:
+        model: As for [`token_superposition`].
+        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+
+    Raises:
+        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
+    """
+    with fused_evaluation(*find_language_model(model), fused_loss):
         yield model
 
 

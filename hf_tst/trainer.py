@@ -26,6 +26,7 @@ from .document_attention import DocumentAttentionCallback
 from .errors import bad_input
 from .expert_load import ExpertLoadMeter, experts_per_position
 from .guarding import GuardedTrainer
+from .lean_evaluation import LeanEvaluationTrainer
 from .loss import count_target_bags
 from .mtp_training import MTPCallback
 from .phases import PhaseSchedule
@@ -38,7 +39,7 @@ from .superposition import find_language_model
 logger = logging.get_logger(__name__)
 
 
-class TSTTrainer(GuardedTrainer):
+class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -74,8 +75,8 @@ class TSTTrainer(GuardedTrainer):
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`CheckpointingTrainer`] checkpoints, and
-          [`PublishingTrainer`] the Hub and the card.
+        - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`LeanEvaluationTrainer`] evaluation,
+          [`CheckpointingTrainer`] checkpoints, and [`PublishingTrainer`] the Hub and the card.
     """
 
     args: TSTTrainingArguments

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time and memory of a whole superposition step against an ordinary next-token step of the same latent shape.
+"""Time and memory of a whole superposition step, and of an evaluation, against an ordinary step of the same latent shape.
 
     python scripts/benchmark_step.py                     # on the CPU, the shapes of docs/cost.md
     python scripts/benchmark_step.py --device cuda --dtype bfloat16 --batch_size 8 --length 1024 --config_overrides \\
@@ -10,6 +10,8 @@ A step is forward, backward and AdamW. The steps alternate:
   next_token_fused    one token a position, loss fused with the head
   superposition       bags of s tokens, loss fused with the head (what TSTTrainer does)
   superposition_loop  bags of s tokens, all logits and s cross entropies, as the paper does
+  evaluation          forward alone, the model's own loss
+  evaluation_fused    forward alone, loss fused with the head (what TSTTrainer does)
 Ratios are medians over rounds of the time against next_token_fused in the same round.
 """
 
@@ -30,6 +32,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, HfArgumentParser
 
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags import fold_into_bags, next_bag_labels
+from hf_tst.superposition import fused_evaluation_loss
 
 
 @dataclass
@@ -107,6 +110,14 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def evaluate(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        tokens = self.tokens[:, : self.length]
+        self.model.eval()
+        with context():
+            self.model(input_ids=tokens, labels=tokens)
+        self.model.train()
+
     def superposition(self, bag_size: int) -> AbstractContextManager[Any]:
         return token_superposition(self.model, bag_size, fused_loss="on")
 
@@ -126,6 +137,8 @@ def main() -> None:
         "next_token_fused": partial(bench.step, fused, 1),
         "next_token": partial(bench.step, nullcontext, 1),
     }
+    steps["evaluation_fused"] = partial(bench.evaluate, partial(fused_evaluation_loss, bench.model, "on"))
+    steps["evaluation"] = partial(bench.evaluate, nullcontext)
     for s in args.bag_sizes:
         steps[f"superposition s={s}"] = partial(bench.step, partial(bench.superposition, s), s)
         steps[f"superposition_loop s={s}"] = partial(bench.step, partial(bench.superposition_loop, s), s)
@@ -149,6 +162,7 @@ def main() -> None:
         if args.peak_tflops is not None:
             raw_tokens = args.batch_size * args.length * int(bag_size or 1)
             operations = step_operations(bench.model, args.batch_size, args.length)
+            operations /= 3 if kind.startswith("evaluation") else 1  # no backward pass
             row["raw_tokens_per_second"] = raw_tokens / row["seconds"]
             row["share_of_peak"] = operations / row["seconds"] / (args.peak_tflops * 1e12)
         rows.append(row)

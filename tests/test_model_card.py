@@ -112,10 +112,16 @@ def test_the_evaluation_is_that_of_the_weights():
 
 def test_seconds_are_those_of_the_whole_run():
     # 1,000 tokens at 100 a second; then, resumed from there, as many at 50.
+    speeds = [(5, 500, 100.0), (10, 1000, 100.0), (20, 2000, 50.0)]
     history = [
-        {"tst_latent_tokens": 500, "tst_latent_tokens_per_second": 100.0, "step": 5},
-        {"tst_latent_tokens": 1000, "tst_latent_tokens_per_second": 100.0, "step": 10},
-        {"tst_latent_tokens": 2000, "tst_latent_tokens_per_second": 50.0, "step": 20},
+        {
+            "tst_latent_tokens": tokens,
+            "tst_latent_tokens_per_second": speed,
+            "tst_phase": "recovery",
+            "step": step,
+        }
+        for step, tokens, speed in speeds
+    ] + [
         {"train_runtime": 21.0, "step": 20},
     ]
     assert "| seconds of training, without evaluation | 30 |" in str(

@@ -54,7 +54,9 @@ def multi_hot_loss_and_gradient(
             scaled = tanh.mul_(softcap)
         targets = labels[start : start + rows]
         factor = gradient_scale * logit_scale
-        losses[start : start + rows] = _loss_and_gradient(scaled, targets, weights, factor, ignore_index)
+        losses[start : start + rows] = _loss_and_gradient(
+            scaled, targets, weights, factor, ignore_index, write_gradient
+        )
         if slope is not None:
             scaled *= slope
         if write_gradient and not in_place:
@@ -67,9 +69,14 @@ def multi_hot_loss_and_gradient(
 
 
 def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, weights: Tensor, factor: Tensor, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    factor: Tensor,
+    ignore_index: int,
+    write_gradient: bool,
 ) -> Tensor:
-    """Losses of float32 `logits`, which become the gradient of their sum times `factor`."""
+    """Losses of float32 `logits`, which become the gradient of their sum times `factor`, or scratch without it."""
     valid = labels != ignore_index
     row_weights = torch.where(valid, weights, 0.0)
     targets = labels.masked_fill(~valid, 0)
@@ -77,7 +84,8 @@ def _loss_and_gradient(
     target_logits = logits.gather(-1, targets) - largest
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
     cross_entropies = total.log() - target_logits
-    weight = row_weights.sum(-1, keepdim=True)
-    logits *= weight * factor / total
-    logits.scatter_add_(-1, targets, -factor * row_weights)
+    if write_gradient:
+        weight = row_weights.sum(-1, keepdim=True)
+        logits *= weight * factor / total
+        logits.scatter_add_(-1, targets, -factor * row_weights)
     return torch.where(row_weights != 0, row_weights * cross_entropies, 0.0).sum(-1)
