@@ -1,11 +1,15 @@
 """Every example runs in a tiny form, and leaves an ordinary model."""
 
+import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DENSE
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_tst.quickstart import train_tokenizer
@@ -36,22 +40,49 @@ def data(tmp_path_factory):
     return folder
 
 
+def has_trainer(example):
+    return "TSTTrainingArguments" in example.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):
+    def run(example, *more):
+        flags = ["--model", data / "model", "--dataset", data / "data", "--block_size", 16, "--max_steps", 5]
+        flags += ["--output_dir", tmp_path / "out", *more]
+        flags += TRAINER if has_trainer(example) else ["--batch_size", 2]
+        monkeypatch.setattr(sys, "argv", [str(example), *map(str, flags)])
+        runpy.run_path(str(example), run_name="__main__")
+
+    return run
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_trains(example, data, tmp_path, monkeypatch):
-    flags = ["--model", data / "model", "--dataset", data / "data", "--block_size", 16, "--max_steps", 5]
-    flags += ["--output_dir", tmp_path / "out"]
-    if "TSTTrainingArguments" in example.read_text(encoding="utf-8"):
-        flags += TRAINER
-    else:
-        flags += ["--batch_size", 2]
-    monkeypatch.setattr(sys, "argv", [str(example), *map(str, flags)])
-    runpy.run_path(str(example), run_name="__main__")
+def test_an_example_trains(example, run, tmp_path):
+    run(example)
     output = (
         tmp_path / "out" / "merged" if "merge" in example.read_text(encoding="utf-8") else tmp_path / "out"
     )
     model = AutoModelForCausalLM.from_pretrained(output)
     tokens = AutoTokenizer.from_pretrained(output)("line 1", return_tensors="pt")["input_ids"]
     assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] == tokens.shape[1] + 2
+
+
+@pytest.mark.parametrize("example", list(filter(has_trainer, EXAMPLES)), ids=lambda path: path.stem)
+def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
+    run(example, "--save_steps", 2)
+    weights = sorted((tmp_path / "out").rglob("*.safetensors"))
+    expected = {path: load_file(path) for path in weights if "checkpoint-" not in str(path)}
+    assert expected
+    for path in expected:
+        path.unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
+    run(example, "--save_steps", 2, "--resume_from_checkpoint", "last")
+    for path, tensors in expected.items():
+        found = load_file(path)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "tst_run" in entry] == [0, 4]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer
+from hf_tst.refusals import check_arguments
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,20 @@ def test_plain_arguments_are_refused(llama, tmp_path):
         TSTTrainer(llama, TrainingArguments(output_dir=str(tmp_path)), train_dataset=make_blocks(4))
 
 
-def test_data_parallel_is_refused_unless_training_is_plain(llama, make_args):
-    args = make_args()
+@pytest.mark.parametrize("plain", [{}, {"tst_phase_ratio": 0, "tst_fused_loss": "on"}], ids=["TST", "fused"])
+def test_data_parallel_is_refused_where_the_loss_is_replaced(llama, make_args, plain):
+    args = make_args(**plain)
     assert args.n_gpu <= 1
     args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch"):
         TSTTrainer(llama, args, train_dataset=make_blocks(4))
+
+
+def test_data_parallel_is_allowed_in_plain_training(make_args):
+    args = make_args(tst_phase_ratio=0)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    check_arguments(args)  # raises nothing
 
 
 def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):

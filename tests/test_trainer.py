@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model, set_dropout, weights_equal
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
@@ -214,6 +215,33 @@ def test_workers_do_not_change_the_run(llama, make_args):
         trainer.train()
         runs.append(losses(trainer))
     assert runs[0] == runs[1]
+
+
+class Bigrams(nn.Module):
+    """No model of Transformers: it has no configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB_SIZE, VOCAB_SIZE)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.table(input_ids)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def test_plain_training_takes_a_model_without_a_configuration(make_args):
+    torch.manual_seed(0)
+    model = Bigrams()
+    runs = []
+    for trainer_class in (Trainer, TSTTrainer):
+        trainer = trainer_class(
+            copy.deepcopy(model), make_args(tst_phase_ratio=0), train_dataset=make_blocks(200)
+        )
+        trainer.train()
+        runs.append((losses(trainer), trainer.model))
+    assert runs[0][0] == runs[1][0]
+    assert weights_equal(runs[0][1], runs[1][1])
 
 
 # Evaluation
