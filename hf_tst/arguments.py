@@ -33,7 +33,8 @@ LOWEST = {
 class TSTTrainingArguments(TrainingArguments):
     """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
-    With `tst_phase_ratio=0` or `tst_bag_size=1` training is that of the plain `Trainer`, bit for bit.
+    With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
+    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_bad_loss`).
 
     Args:
         tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
@@ -44,11 +45,11 @@ class TSTTrainingArguments(TrainingArguments):
             i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
             `"first_token"`, only i = 1. The paper prefers uniform below s = 8, a power law from 8 on.
         tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
-            averages the input and predicts the next token; `"output"` reads single tokens and predicts the
+            averages the input and predicts the first token of the next bag; `"output"` reads single tokens and predicts the
             next s.
         tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
-        tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head in training, so that the logits
-            of a batch never exist: `"auto"` in both phases of a run with superposition, where the model allows it;
+        tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head, so that the logits of a batch never
+            exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run with superposition, where the model allows it;
             `"on"` also in plain training, and an error where the model does not; `"off"` never.
         tst_document_boundaries (`str`, defaults to `"ignore"`): `"respect"` ends bags, and their targets, where
             documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of
@@ -98,7 +99,7 @@ class TSTTrainingArguments(TrainingArguments):
         default="full",
         metadata={
             "help": "What is superposed: full (average the input, predict the next bag), input (average the input, "
-            "predict the next token) or output (read tokens, predict the next s)."
+            "predict the first token of the next bag) or output (read tokens, predict the next s)."
         },
     )
     tst_save_at_switch: bool = field(
@@ -164,14 +165,14 @@ class TSTTrainingArguments(TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
-        check_phase_ratio(self.tst_phase_ratio)
-        check_bag_size(self.tst_bag_size)
-        check_mode(self.tst_mode)
-        resolve_weighting(self.tst_mode, self.tst_offset_weighting)
-        check_fused_loss(self.tst_fused_loss)
+        check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
+        check_bag_size(self.tst_bag_size, "tst_bag_size")
+        check_mode(self.tst_mode, "tst_mode")
+        resolve_weighting(self.tst_mode, self.tst_offset_weighting, "tst_")
+        check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
         check_bad_loss(self.tst_bad_loss)
-        check_document_boundaries(self.tst_document_boundaries)
-        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight)
+        check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
+        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:
             raise TSTError(
                 "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="

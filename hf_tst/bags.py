@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import TSTError
+from .phases import check_bag_size
 
 OffsetWeighting = Literal["uniform", "power_law", "fitted_power_law", "exponential", "first_token"]
 
@@ -80,12 +81,13 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
     Args:
         weighting: `"uniform"`, `"power_law"` (1/i), `"fitted_power_law"` (C0 + a·i^k with the paper's fit),
             `"exponential"` (exp(-i)) or `"first_token"` (only i = 1).
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens a bag, s, at least 1.
 
     Raises:
-        TSTError: If `weighting` is unknown.
+        TSTError: If `weighting` is unknown, or `bag_size` out of range.
     """
-    check_offset_weighting(weighting)
+    _check_offset_weighting(weighting, "weighting")
+    check_bag_size(bag_size)
     offset = torch.arange(1, bag_size + 1, dtype=torch.float64)
     if weighting == "uniform":
         weights = torch.ones_like(offset)
@@ -101,26 +103,25 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
     return (weights / weights.sum()).float()
 
 
-def check_offset_weighting(weighting: str) -> None:
-    """Raise `TSTError` unless `weighting` is one of `OFFSET_WEIGHTINGS`."""
+def _check_offset_weighting(weighting: str, name: str) -> None:
     if weighting not in OFFSET_WEIGHTINGS:
-        raise TSTError(
-            f"tst_offset_weighting must be one of {', '.join(OFFSET_WEIGHTINGS)}, but is {weighting!r}."
-        )
+        raise TSTError(f"{name} must be one of {', '.join(OFFSET_WEIGHTINGS)}, but is {weighting!r}.")
 
 
-def resolve_weighting(mode: str, weighting: OffsetWeighting) -> OffsetWeighting:
+def resolve_weighting(mode: str, weighting: OffsetWeighting, prefix: str = "") -> OffsetWeighting:
     """The weighting that `mode` trains with: input-only superposition has one target, the first token.
+
+    `prefix` is what the names of the two arguments begin with, for messages.
 
     Raises:
         TSTError: If `weighting` is unknown, or `mode` leaves it nothing to weigh.
     """
-    check_offset_weighting(weighting)
+    _check_offset_weighting(weighting, f"{prefix}offset_weighting")
     if mode != "input":
         return weighting
     if weighting not in ("uniform", "first_token"):
         raise TSTError(
-            f"tst_mode='input' has a single target token, so tst_offset_weighting={weighting!r} has nothing "
-            "to weigh: leave it at 'uniform', or use tst_mode='full'."
+            f"{prefix}mode='input' has a single target token, so {prefix}offset_weighting={weighting!r} has nothing "
+            f"to weigh: leave it at 'uniform', or use {prefix}mode='full'."
         )
     return "first_token"

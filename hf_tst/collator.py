@@ -55,10 +55,11 @@ class DataCollatorForTokenSuperposition:
         ignore_index (`int`, defaults to -100): Label that is no target.
         document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
             `TSTTrainingArguments.tst_document_boundaries`.
-        eos_token_id (`int`, *optional*): Last token of a document.
+        eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
 
     Raises:
-        TSTError: If rows differ in length, do not divide into bags, are padded, lack `input_ids`, or do not say
+        TSTError: If rows differ in length, do not divide into bags, are padded (without bags that is allowed, unless
+            documents are respected), lack `input_ids`, or do not say
             where documents end although that is to be respected.
 
     Example:
@@ -86,6 +87,7 @@ class DataCollatorForTokenSuperposition:
         check_document_boundaries(self.document_boundaries)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch of rows, as described above, all `torch.LongTensor`."""
         for feature in features:
             if "input_ids" not in feature:
                 raise TSTError(

@@ -21,6 +21,7 @@ from .comparison import ArmPlan, Comparison, Outcome, compare_outcomes
 from .comparison_report import format_comparison, write_report
 from .errors import TSTError
 from .experiment import (
+    EVERY_RUN,
     Experiment,
     ExperimentArguments,
     open_experiment,
@@ -34,6 +35,7 @@ DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one bu
 
 Takes a recipe and the flags of training, and those of the comparison, which are listed first. Every run is a process with a
 folder of its own in output_dir. Started again, it does what is missing; half a run goes on from its last checkpoint.
+{EVERY_RUN}
 
   %(prog)s --output_dir runs/compare
   %(prog)s recipe.yaml --arms baseline,tst --seeds 0,1,2 --learning_rates 1e-3,2e-3 --budget data

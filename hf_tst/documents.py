@@ -18,12 +18,10 @@ DocumentBoundaries = Literal["ignore", "respect"]
 DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
 
 
-def check_document_boundaries(boundaries: str) -> None:
-    """Raise `TSTError` unless `boundaries` is one of `DOCUMENT_BOUNDARIES`."""
+def check_document_boundaries(boundaries: str, name: str = "document_boundaries") -> None:
+    """Raise `TSTError` unless the argument `name` is one of `DOCUMENT_BOUNDARIES`."""
     if boundaries not in DOCUMENT_BOUNDARIES:
-        raise TSTError(
-            f"tst_document_boundaries must be one of {', '.join(DOCUMENT_BOUNDARIES)}, but is {boundaries!r}."
-        )
+        raise TSTError(f"{name} must be one of {', '.join(DOCUMENT_BOUNDARIES)}, but is {boundaries!r}.")
 
 
 def starts_after_end_token(tokens: Tensor, eos_token_id: int) -> Tensor:

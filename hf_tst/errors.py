@@ -14,14 +14,17 @@ class TSTError(ValueError):
 class RunError(RuntimeError):
     """What stops a run whose input is right, such as a full disk or a loss that is not finite.
 
-    The message is one sentence that names the checkpoint to go on from.
+    The message says what happened, where, and what to go on from. `exit_status` is that of the console command.
     """
 
     exit_status: ClassVar[int] = 1
 
 
 class PreemptedError(RunError):
-    """The process was told to end (SIGTERM), and the checkpoint to go on from is written."""
+    """The process was told to end (SIGTERM), and the checkpoint to go on from is written.
+
+    The console command raises it; [`TSTTrainer.train`] returns, with `trainer.preempted` set.
+    """
 
     exit_status: ClassVar[int] = 143  # 128 + SIGTERM, as shells and schedulers expect it
 

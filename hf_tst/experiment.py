@@ -29,6 +29,8 @@ from .superposition import find_language_model
 
 T = TypeVar("T")
 TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
+EVERY_RUN = """Every run is evaluated before training, too, goes on to its end if it diverges (tst_bad_loss=ignore), and has no
+progress bar; its seed is of --seeds; logs and evaluations that are too rare for a curve come 20 times a run."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class ExperimentArguments:
     seeds: str = field(default="0,1,2", metadata={"help": "Seeds that every run is repeated with."})
     processes: int = field(
         default=1,
-        metadata={"help": "Runs at the same time; more than 1 changes what they take of time."},
+        metadata={"help": "Runs at the same time. With more than 1, times are not comparable."},
     )
     launcher: str | None = field(
         default=None,

@@ -47,7 +47,7 @@ def step_flops(
     Example:
         >>> step_flops(config, rows=8, length=1024, mtp_num_heads=2) / step_flops(config, rows=8, length=1024)
     """
-    check_mtp(mtp_num_heads, mtp_kind)
+    check_mtp(mtp_num_heads, mtp_kind, prefix="mtp_")
     shape = ModelShape.from_config(getattr(model, "config", model))
     if phase == "recovery":
         shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)

@@ -33,10 +33,10 @@ FUSED_LOSS_CHOICES: tuple[FusedLoss, ...] = get_args(FusedLoss)
 logger = logging.get_logger(__name__)
 
 
-def check_fused_loss(choice: str) -> None:
-    """Raise `TSTError` unless `choice` is one of `FUSED_LOSS_CHOICES`."""
+def check_fused_loss(choice: str, name: str = "fused_loss") -> None:
+    """Raise `TSTError` unless the argument `name` is one of `FUSED_LOSS_CHOICES`."""
     if choice not in FUSED_LOSS_CHOICES:
-        raise TSTError(f"tst_fused_loss must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
+        raise TSTError(f"{name} must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
 
 
 @contextmanager
@@ -75,14 +75,19 @@ def replaced_loss(
 def fused_evaluation(called: nn.Module, model: Any, choice: FusedLoss = "auto") -> Iterator[None]:
     """Context in which forward passes in evaluation mode with labels compute the next-token loss and no logits.
 
-    Inside [`replaced_loss`] it goes by the head that was found there.
+    Inside [`replaced_loss`] it goes by the head that was found there, if one was. A batch without targets has the loss NaN,
+    as the model's own loss has it, which Trainer leaves out of its mean.
 
     Args:
-        called, model, choice: See [`replaced_loss`].
+        called, model: See [`replaced_loss`].
+        choice (`str`, defaults to `"auto"`): `"off"` changes nothing; else as in [`replaced_loss`].
 
     Raises:
         TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
     """
+    if choice == "off":
+        yield
+        return
     with ExitStack() as stack:
         if not isinstance(model.loss_function, TSTLoss):
             stack.enter_context(replaced_loss(called, model, None, choice))
@@ -103,7 +108,9 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     if isinstance(found, LinearHead):
         logger.info(f"The {phase} loss of {name} is fused with its head{_describe(found)}.")
         return found
-    logger.info(f"The {phase} loss of {name} is computed from all logits: {found}.")
+    # Who asked for nothing should know what it costs; who said "off" does.
+    level = logger.info if choice == "off" else logger.warning
+    level(f"The {phase} loss of {name} is computed from all logits, which takes more memory: {found}.")
     return None
 
 
@@ -160,14 +167,15 @@ class TSTLoss:
         self.weights = weights
         self.head = head
         self._given: dict[str, Any] = {}
-        self._fuses = False
+        self._fuses = self._trains = False
         self._loss: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
-        if module.training:
+        self._trains = module.training
+        if self._trains:
             fuses = dimensions == (2 if self.weights is None else 3)
         else:
             fuses = self.fuses_evaluation and dimensions == 2 and _is_next_token_loss(self.own_loss)
@@ -190,7 +198,11 @@ class TSTLoss:
             return type(module).forward(module, hidden)
         self._fuses = False
         given = dict(self._given)
-        self._loss = self._fused_loss(hidden, **self._options(given.pop("labels"), given))
+        options = self._options(given.pop("labels"), given)
+        self._loss = self._fused_loss(hidden, **options)
+        if not self._trains:
+            has_targets = (options["labels"] != options["ignore_index"]).any().to(self._loss.device)
+            self._loss = torch.where(has_targets, self._loss, torch.nan)
         return _NoLogits.apply(hidden)
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:

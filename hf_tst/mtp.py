@@ -41,18 +41,21 @@ DEFAULT_LOSS_WEIGHTS: dict[MTPKind, float] = {"parallel": 1.0, "sequential": 0.3
 ATTRIBUTE = "mtp_heads"
 
 
-def check_mtp(num_heads: int, kind: str = "parallel", loss_weight: float | None = None) -> None:
-    """Raise `TSTError` unless the arguments are such as [`MTPHeads`] and [`multi_token_prediction`] take."""
+def check_mtp(
+    num_heads: int, kind: str = "parallel", loss_weight: float | None = None, *, prefix: str = ""
+) -> None:
+    """Raise `TSTError` unless the arguments, whose names begin with `prefix`, are such as [`MTPHeads`] and
+    [`multi_token_prediction`] take."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise TSTError(f"mtp_num_heads must be a whole number of at least 1, but is {num_heads!r}.")
+        raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
     if kind not in MTP_KINDS:
-        raise TSTError(f"mtp_kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
+        raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
     if loss_weight is None:
         return
     if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
-        raise TSTError(f"mtp_loss_weight must be a number, but is {loss_weight!r}.")
+        raise TSTError(f"{prefix}loss_weight must be a number, but is {loss_weight!r}.")
     if not math.isfinite(loss_weight) or loss_weight < 0:
-        raise TSTError(f"mtp_loss_weight must be finite and at least 0, but is {loss_weight}.")
+        raise TSTError(f"{prefix}loss_weight must be finite and at least 0, but is {loss_weight}.")
 
 
 class MTPHeads(nn.Module):
@@ -76,7 +79,7 @@ class MTPHeads(nn.Module):
         super().__init__()
         check_mtp(num_heads, kind)
         if num_heads < 2:
-            raise TSTError("With mtp_num_heads=1 a model has no extra heads: ask for at least 2.")
+            raise TSTError("With num_heads=1 a model has no extra heads: ask for at least 2.")
         self.kind = kind
         self.share = 1.0  # of a loss that is noted
         self._noted_loss: Tensor | None = None
@@ -99,7 +102,11 @@ class MTPHeads(nn.Module):
         return len(self.heads) + 1
 
     def take_loss(self) -> Tensor | None:
-        """The sum of what the heads have added to the loss since it was last asked for; `None` if nothing."""
+        """What the heads have added to the loss since it was last asked for; `None` if nothing.
+
+        Returns:
+            `torch.FloatTensor`: In nats, float32, 0-dim, detached, with `loss_weight` in it, on the model's device.
+        """
         loss, self._noted_loss = self._noted_loss, None
         return loss
 

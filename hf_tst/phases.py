@@ -63,11 +63,15 @@ class PhaseSchedule:
         return 1 if self.mode == "output" else self.bag_size
 
     def phase(self, step: int) -> Phase:
-        """Phase of optimizer step `step`, counted from 0."""
+        """Phase of optimizer step `step` (`int`, counted from 0): `"superposition"` or `"recovery"`."""
         return "superposition" if step < self.switch_step else "recovery"
 
     def blocks_needed(self, rows_per_step: int) -> int:
-        """Blocks that the whole run reads, with `rows_per_step` rows an optimizer step over all devices."""
+        """Blocks that the whole run reads.
+
+        Args:
+            rows_per_step (`int`): Rows an optimizer step, over all devices and micro-batches.
+        """
         superposition, recovery = self.switch_step, self.max_steps - self.switch_step
         return rows_per_step * (superposition * self.blocks_per_row + recovery)
 
@@ -84,21 +88,21 @@ class PhaseSchedule:
         return tokens_per_step * (superposition * self.blocks_per_row + recovery)
 
 
-def check_phase_ratio(phase_ratio: float) -> None:
-    """Raise `TSTError` unless `phase_ratio` is a number in [0, 1]."""
+def check_phase_ratio(phase_ratio: float, name: str = "phase_ratio") -> None:
+    """Raise `TSTError` unless the argument `name` is a number in [0, 1]."""
     if isinstance(phase_ratio, bool) or not isinstance(phase_ratio, (int, float)):
-        raise TSTError(f"tst_phase_ratio must be a number from 0 to 1, but is {phase_ratio!r}.")
+        raise TSTError(f"{name} must be a number from 0 to 1, but is {phase_ratio!r}.")
     if not math.isfinite(phase_ratio) or not 0 <= phase_ratio <= 1:
-        raise TSTError(f"tst_phase_ratio must be from 0 to 1, but is {phase_ratio}.")
+        raise TSTError(f"{name} must be from 0 to 1, but is {phase_ratio}.")
 
 
-def check_bag_size(bag_size: int) -> None:
-    """Raise `TSTError` unless `bag_size` is an integer of at least 1."""
+def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
+    """Raise `TSTError` unless the argument `name` is an integer of at least 1."""
     if isinstance(bag_size, bool) or not isinstance(bag_size, int) or bag_size < 1:
-        raise TSTError(f"tst_bag_size must be a whole number of at least 1, but is {bag_size!r}.")
+        raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
 
 
-def check_mode(mode: str) -> None:
-    """Raise `TSTError` unless `mode` is one of `MODES`."""
+def check_mode(mode: str, name: str = "mode") -> None:
+    """Raise `TSTError` unless the argument `name` is one of `MODES`."""
     if mode not in MODES:
-        raise TSTError(f"tst_mode must be one of {', '.join(MODES)}, but is {mode!r}.")
+        raise TSTError(f"{name} must be one of {', '.join(MODES)}, but is {mode!r}.")

@@ -15,7 +15,7 @@ from .fused import check_fused_loss
 from .hardware import ACCELERATORS, Accelerator
 from .model_shape import ModelShape
 from .mtp import check_mtp
-from .phases import PhaseSchedule
+from .phases import PhaseSchedule, check_bag_size, check_mode, check_phase_ratio
 from .plan import Layout, Precision
 from .pretrain import QUICK_START_VOCABULARY, explained_loading, make_config
 from .pretrain_arguments import (
@@ -77,8 +77,11 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
         raise TSTError(
             f"max_steps is {values.max_steps}: set it, as a plan cannot know how many steps num_train_epochs would give."
         )
-    check_fused_loss(values.tst_fused_loss)
-    check_mtp(values.mtp_num_heads, values.mtp_kind)
+    check_phase_ratio(values.tst_phase_ratio, "tst_phase_ratio")
+    check_bag_size(values.tst_bag_size, "tst_bag_size")
+    check_mode(values.tst_mode, "tst_mode")
+    check_fused_loss(values.tst_fused_loss, "tst_fused_loss")
+    check_mtp(values.mtp_num_heads, values.mtp_kind, prefix="mtp_")
     config = make_config(model_args, _vocabulary(model_args, data_args))
     shape = ModelShape.from_config(config, model_args.lora_config())
     schedule = PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode)

@@ -112,7 +112,7 @@ class ModelArguments:
         self.torch_dtype()
         if self.config_overrides and self.model_name_or_path:
             raise TSTError(
-                "config_overrides cannot change a trained model: leave out it or model_name_or_path."
+                "config_overrides cannot change a trained model: leave out config_overrides or model_name_or_path."
             )
         if self.lora_rank is not None and self.lora_rank < 1:
             raise TSTError(f"lora_rank must be at least 1, but is {self.lora_rank}.")
@@ -303,6 +303,11 @@ def parse_values(
     }
     flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
     names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
+    names_model = bool(values.get("model_name_or_path")) or "model_name_or_path" in flags
+    if names_model and not names_data and "-h" not in argv and "help" not in flags:
+        raise TSTError(
+            "model_name_or_path goes on training a model: name its data with train_file or dataset_name."
+        )
     parser.set_defaults(**({} if names_data else QUICK_START) | dict(defaults or {}) | values)
     namespace, rest = parser.parse_known_args(list(argv))
     unknown = [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in rest if flag.startswith("--")]

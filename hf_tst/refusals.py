@@ -34,6 +34,12 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _check_loss(trainer: Any) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        raise TSTError(
+            "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
+            "configuration of accelerate, as scripts/configs/accelerate/fsdp2.yaml does."
+        )
     _, model = find_language_model(trainer.model)
     check_fusable(model, trainer.args.tst_fused_loss)
     if trainer.compute_loss_func is not None:

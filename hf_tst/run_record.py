@@ -34,17 +34,18 @@ class TimedSteps:
 def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
     """The steps between logs, in order, without what evaluation, saving and loading took.
 
-    The log has speeds, not times: a resumed run would count the time between its two halves.
+    They are computed from the speeds in the log: times of day would count the pause before a run was resumed. A speed is that
+    of rows as long as the last one, of which `tst_latent_tokens` is a multiple, too.
     """
     timed: list[TimedSteps] = []
-    step, tokens = 0, 0
+    step = 0
     for entry in log_history:
         speed = entry.get("tst_latent_tokens_per_second")
         if not speed or entry["step"] <= step:
             continue
-        seconds = (entry["tst_latent_tokens"] - tokens) / speed
+        seconds = (entry["step"] - step) * entry["tst_latent_tokens"] / entry["step"] / speed
         timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds))
-        step, tokens = entry["step"], entry["tst_latent_tokens"]
+        step = entry["step"]
     return timed
 
 

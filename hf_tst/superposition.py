@@ -1,8 +1,9 @@
 """The model hook: token superposition on an unmodified Transformers model, and its undo.
 
 Nothing of a model class is edited. One forward pre-hook on the model instance turns 3-D `input_ids` into the
-averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels (see `fused.py`). Both act on 3-D tensors
-only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there.
+averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels (see `fused.py`). In superposition both act on
+3-D tensors only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there, unless evaluation
+is asked for the loss alone ([`fused_evaluation_loss`]).
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ def token_superposition(
 ) -> Iterator[nn.Module]:
     """Context in which a causal language model reads bags of tokens and predicts the next bag.
 
-    Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are of shape
+    Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are `torch.LongTensor` of shape
     `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
-    Calls with ordinary 2-D ids and labels behave as ever. After the context, also after an exception, the
+    Calls with ordinary 2-D ids and labels behave as ever. `loss` is in nats, float32, 0-dim: the mean over target bags; with
+    `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
+    [`~hf_tst.loss.count_target_bags`]). After the context, also after an exception, the
     model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
     its own weights, and stays in superposition when the context ends.
 
@@ -61,7 +64,7 @@ def token_superposition(
 
     Raises:
         TSTError: If an argument is out of range, or the model cannot be served (the message says why).
-        RuntimeError: If the model is inside such a context already.
+        RuntimeError: If the model is inside such a context, or one of [`fused_next_token_loss`], already.
 
     Example:
         >>> with token_superposition(model, bag_size=4):
@@ -89,17 +92,26 @@ def token_superposition(
 def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
     """Context in which a causal language model computes its next-token loss fused with its head.
 
-    The loss is the model's own up to rounding, but in training mode the logits of a batch never exist:
-    `outputs.logits` of a forward pass with labels is empty. This is what superposition does to the loss, for the
+    The loss is the model's own up to rounding (nats, float32, 0-dim; 0 where a batch has no target, and the model's own is
+    NaN), but in training mode the logits of a batch never exist: `outputs.logits` of a forward pass with labels, of shape
+    `(B, l)`, is empty. This is what superposition does to the loss, for the
     recovery phase and for baselines that are to be compared with it. After the context the model is as before.
 
     Args:
         model: As for [`token_superposition`].
         fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
 
+    Yields:
+        The same `model`.
+
     Raises:
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.
         RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
+
+    Example:
+        >>> with fused_next_token_loss(model.train()):
+        ...     loss = model(input_ids=tokens, labels=tokens).loss
+        ...     loss.backward()
     """
     called, core = find_language_model(model)
     _refuse_nesting(core)
@@ -111,11 +123,16 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
     """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
 
-    May be entered inside [`token_superposition`] and [`fused_next_token_loss`].
+    `outputs.logits` of a forward pass with labels is empty, of one without labels as ever. The loss is the model's own up
+    to rounding, NaN where there is no target. May be entered inside [`token_superposition`] and [`fused_next_token_loss`],
+    where it fuses if they do.
 
     Args:
         model: As for [`token_superposition`].
         fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+
+    Yields:
+        The same `model`.
 
     Raises:
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.

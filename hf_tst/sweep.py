@@ -10,6 +10,7 @@ from .arms import arm_schedule, arm_values, check_arms, is_superposed, setting
 from .comparison import BASELINE, Outcome, summarize_rate
 from .errors import TSTError
 from .experiment import (
+    EVERY_RUN,
     Experiment,
     ExperimentArguments,
     open_experiment,
@@ -20,11 +21,11 @@ from .experiment import (
 from .run_queue import PlannedRun, run_all_shown
 from .sweep_report import Cell, Sweep, format_sweep, write_sweep
 
-DESCRIPTION = """Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
+DESCRIPTION = f"""Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
 
-Takes a recipe and the flags of training, and those of the sweep, which are listed first. All runs take as many steps, so
-as many operations. Every run is a process with a folder of its own in output_dir. Started again, it does what is missing;
-half a run goes on from its last checkpoint.
+Takes a recipe and the flags of training, and those of the sweep, which are listed first. All runs take the same number of
+steps, hence of operations. Every run is a process with a folder of its own in output_dir. Started again, it does what is
+missing; half a run goes on from its last checkpoint. {EVERY_RUN}
 
   %(prog)s --output_dir runs/sweep --bag_sizes 2,4,6 --phase_ratios 0.2,0.3
   %(prog)s recipe.yaml --weightings uniform,power_law --modes full,output --seeds 0,1

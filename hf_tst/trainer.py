@@ -58,6 +58,9 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
 
     Raises:
         TSTError: If the arguments, the model or the data cannot go with superposition.
+        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a disk that takes no checkpoint.
+
+    `schedule` has the phases of the run; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
 
     Overrides:
         - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its

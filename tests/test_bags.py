@@ -61,7 +61,7 @@ def test_weights_sum_to_one(weighting, bag_size):
 
 
 def test_unknown_weightings_and_idle_ones_are_refused():
-    with pytest.raises(ValueError, match="tst_offset_weighting"):
+    with pytest.raises(ValueError, match="weighting must be one of"):
         offset_weights("linear", 4)
     with pytest.raises(ValueError, match="single target"):
         resolve_weighting("input", "power_law")

@@ -109,7 +109,7 @@ def test_columns_say_where_documents_end_before_tokens_do(column):
 def test_without_a_word_on_documents_it_is_refused():
     with pytest.raises(ValueError, match="Nothing says where documents end"):
         DataCollatorForTokenSuperposition(2, document_boundaries="respect")([{"input_ids": [1, 2]}])
-    with pytest.raises(ValueError, match="tst_document_boundaries must be one of"):
+    with pytest.raises(ValueError, match="document_boundaries must be one of"):
         DataCollatorForTokenSuperposition(2, document_boundaries="maybe")
 
 

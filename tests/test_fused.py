@@ -201,10 +201,11 @@ def test_auto_falls_back_and_says_why(llama, caplog):
     with caplog.at_level(logging.INFO, "hf_tst"), token_superposition(llama.train(), 4):
         outputs = llama(input_ids=bags, labels=labels)
     assert outputs.logits.shape[-1] == VOCAB_SIZE
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert (
-        message
-        == "The superposition loss of LlamaForCausalLM is computed from all logits: its head has forward hooks, which would miss the logits."
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "The superposition loss of LlamaForCausalLM is computed from all logits, which takes more memory: its head has forward "
+        "hooks, which would miss the logits."
     )
 
 

@@ -9,9 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
     {"version", "errors", "manifest"},
-    {"checkpoint_folders", "exits", "bad_loss"},
+    {"checkpoint_folders", "exits", "bad_loss", "phases"},
     {
-        "phases",
         "bags",
         "permutation",
         "documents",

@@ -68,6 +68,19 @@ def test_ignored_labels_and_padding_count_for_nothing(llama, make_args):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_batch_without_targets_is_left_out_of_the_mean(llama, make_args):
+    evaluation = make_blocks(4, seed=9)
+    for block in evaluation[2:]:
+        block["labels"] = [-100] * BLOCK_LENGTH
+    args = make_args(per_device_eval_batch_size=2)
+    expected = Trainer(llama, args, eval_dataset=evaluation).evaluate()["eval_loss"]
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200), eval_dataset=evaluation)
+    with logit_widths(llama) as widths:
+        found = trainer.evaluate()["eval_loss"]
+    assert widths == [0, 0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_metrics_and_predictions_get_logits_during_training_too(llama, make_args):
     seen = []
 
@@ -123,5 +136,7 @@ def test_superposition_goes_on_after_an_evaluation_inside_it(llama):
         with fused_evaluation_loss(llama.eval()):
             assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == 0
             assert llama(input_ids=tokens).logits.shape[-1] == VOCAB_SIZE
+        with fused_evaluation_loss(llama, "off"):
+            assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == VOCAB_SIZE
         assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == VOCAB_SIZE
         assert torch.equal(llama.train()(input_ids=bags, labels=bags).loss, expected)

@@ -363,10 +363,10 @@ def test_models_that_cannot_be_served_are_refused_in_one_sentence(llama, change,
 def test_wrong_arguments_are_refused(llama):
     with pytest.raises(ValueError, match="at least 2"):
         MTPHeads(llama, 1)
-    with pytest.raises(ValueError, match="mtp_kind"):
+    with pytest.raises(ValueError, match="kind must be"):
         MTPHeads(llama, 2, "tree")
     heads = MTPHeads(llama, 2)
-    with pytest.raises(ValueError, match="mtp_loss_weight"), multi_token_prediction(llama, heads, -1.0):
+    with pytest.raises(ValueError, match="loss_weight must be"), multi_token_prediction(llama, heads, -1.0):
         pass
     with (
         multi_token_prediction(llama, heads),

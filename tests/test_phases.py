@@ -34,18 +34,18 @@ def test_output_mode_reads_no_more_than_plain_training():
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan, math.inf, "0.3", None])
 def test_a_ratio_outside_0_to_1_is_refused(ratio):
-    with pytest.raises(ValueError, match="tst_phase_ratio"):
+    with pytest.raises(ValueError, match="phase_ratio must be"):
         PhaseSchedule(10, ratio, 4)
 
 
 @pytest.mark.parametrize("bag_size", [0, -1, 2.5, None])
 def test_a_bag_of_no_tokens_is_refused(bag_size):
-    with pytest.raises(ValueError, match="tst_bag_size"):
+    with pytest.raises(ValueError, match="bag_size must be"):
         PhaseSchedule(10, 0.3, bag_size)
 
 
 def test_other_nonsense_is_refused():
     with pytest.raises(ValueError, match="max_steps"):
         PhaseSchedule(0, 0.3, 4)
-    with pytest.raises(ValueError, match="tst_mode"):
+    with pytest.raises(ValueError, match="mode must be"):
         PhaseSchedule(10, 0.3, 4, mode="both")

@@ -1,6 +1,7 @@
 """What TSTTrainer refuses, before the first step."""
 
 import copy
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -10,7 +11,7 @@ from transformers import (
 )
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer
-from hf_tst.refusals import check_arguments
+from hf_tst.refusals import check_arguments, check_trainer
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,18 @@ def test_data_parallel_is_allowed_in_plain_training(make_args):
     assert args.n_gpu <= 1
     args._n_gpu = 2
     check_arguments(args)  # raises nothing
+
+
+def test_fsdp1_is_refused(llama, make_args):
+    trainer = TSTTrainer(llama, make_args(tst_phase_ratio=0), train_dataset=make_blocks(4))
+    trainer.args = make_args()
+    trainer.is_fsdp_enabled = True
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer.accelerator = SimpleNamespace(state=state, parallelism_config=None)
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        check_trainer(trainer)
+    state.fsdp_plugin.fsdp_version = 2
+    check_trainer(trainer)  # raises nothing
 
 
 def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):

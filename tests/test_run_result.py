@@ -6,6 +6,7 @@ import math
 import pytest
 
 from hf_tst.phases import PhaseSchedule
+from hf_tst.run_record import timed_steps
 from hf_tst.run_result import RunResult, result_of_run
 
 RUN = {"parameters": 7, "hardware": "1 x Abacus", "software": "torch 99"}
@@ -47,6 +48,13 @@ def test_tokens_that_were_left_out_at_document_ends_are_not_counted():
     entries = history(5.0, 4.0, 3.0)
     entries[2]["tst_tokens_left_out"] = 30
     assert result_of_run(entries, SCHEDULE, 100, RUN).raw_tokens == 4 * 300 + 600 - 30
+
+
+def test_time_is_that_of_the_steps_whatever_the_length_of_rows():
+    # Rows of 512 tokens, then of 128, each 10 steps at 1,000 tokens a second; counts are multiples of the last length.
+    rows = [(10, 512), (20, 128)]
+    history = [log(step, 1000.0, "recovery") | {"tst_latent_tokens": step * length} for step, length in rows]
+    assert [timed.seconds for timed in timed_steps(history)] == pytest.approx([5.12, 1.28])
 
 
 @pytest.mark.parametrize(

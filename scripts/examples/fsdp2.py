@@ -1,7 +1,7 @@
 """Pre-train a model that one GPU does not hold. The script knows nothing of GPUs: the launcher does.
 
     accelerate launch --config_file scripts/configs/accelerate/fsdp2.yaml --num_processes 8 \
-        scripts/examples/fsdp2.py --output_dir out --max_steps 1000 --bf16 True
+        scripts/examples/fsdp2.py --output_dir out --max_steps 1000 --bf16 True --dataset_config sample-10BT
 
 The weights are made on every process and then sharded; `save_model` writes one ordinary checkpoint, whatever
 `fsdp_state_dict_type` says, and checkpoints of training resume on another number of GPUs.
@@ -20,6 +20,7 @@ from hf_tst.packing import pack_blocks, tokenize_documents
 class Data:
     model: str = "HuggingFaceTB/SmolLM3-3B"
     dataset: str = "HuggingFaceFW/fineweb-edu"
+    dataset_config: str | None = None
     block_size: int = 4096
 
 
@@ -29,8 +30,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(data.model)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model))
 
-    with args.main_process_first(desc="packing"):  # the first process writes the cache that the others read
-        documents = load_dataset(data.dataset, split="train")
+    # The first process writes the cache that the others read, who wait for `ddp_timeout` seconds at most.
+    with args.main_process_first(desc="packing"):
+        documents = load_dataset(data.dataset, data.dataset_config, split="train")
         blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
 
     trainer = TSTTrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)

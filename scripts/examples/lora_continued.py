@@ -35,9 +35,10 @@ def main() -> None:
     trainer = TSTTrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    # The base model with the adapter merged into it, which needs no PEFT to be loaded.
-    model.merge_and_unload().save_pretrained(f"{args.output_dir}/merged")
-    tokenizer.save_pretrained(f"{args.output_dir}/merged")
+    if trainer.is_world_process_zero():
+        # The base model with the adapter merged into it, which needs no PEFT to be loaded.
+        model.merge_and_unload().save_pretrained(f"{args.output_dir}/merged")
+        tokenizer.save_pretrained(f"{args.output_dir}/merged")
 
 
 if __name__ == "__main__":
