@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .collator import DataCollatorForTokenSuperposition
     from .errors import PreemptedError, RunError, TSTError
     from .linear_loss import linear_multi_hot_cross_entropy
-    from .loss import multi_hot_cross_entropy
+    from .loss import count_target_bags, multi_hot_cross_entropy
     from .mtp import MTPHeads, multi_token_prediction
     from .phases import PhaseSchedule
-    from .superposition import fused_next_token_loss, token_superposition
+    from .superposition import fused_evaluation_loss, fused_next_token_loss, token_superposition
     from .trainer import TSTTrainer
 
 # Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
@@ -29,6 +29,8 @@ _MODULES = {
     "TSTError": "errors",
     "TSTTrainer": "trainer",
     "TSTTrainingArguments": "arguments",
+    "count_target_bags": "loss",
+    "fused_evaluation_loss": "superposition",
     "fused_next_token_loss": "superposition",
     "linear_multi_hot_cross_entropy": "linear_loss",
     "multi_hot_cross_entropy": "loss",
@@ -47,6 +49,8 @@ __all__ = [
     "TSTTrainer",
     "TSTTrainingArguments",
     "__version__",
+    "count_target_bags",
+    "fused_evaluation_loss",
     "fused_next_token_loss",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",

@@ -195,7 +195,7 @@ def evaluate_tasks(
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError("lm-evaluation-harness is not installed: pip install 'hf-tst[lm-eval]'.") from error
+        raise ImportError("lm-evaluation-harness is not installed: pip install lm-eval.") from error
     results = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(checkpoint)},

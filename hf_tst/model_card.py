@@ -199,7 +199,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "optimizer": f"{arguments.get('optim')}, learning rate {arguments.get('learning_rate'):g}, "
         f"schedule {arguments.get('lr_scheduler_type')}",
         "seed": str(arguments.get("seed")),
-        "floating point operations (latent)": f"{record.total_flos:.3g}",
+        "total_flos (Trainer's count, of latent positions)": f"{record.total_flos:.3g}",
         "hardware": record.hardware,
         "software": record.software,
     }

@@ -297,7 +297,7 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
         print(f"at switch   {output / f'checkpoint-{switch}'}")
     print(f"card        {output / 'README.md'}")
     curve = output / "loss_curve.png"
-    missing = "not drawn: install matplotlib, for example with pip install 'hf-tst[plot]'"
+    missing = "not drawn: pip install matplotlib"
     print(f"loss curve  {curve if curve.is_file() else missing}")
 
 

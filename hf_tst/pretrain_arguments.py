@@ -166,7 +166,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
     validation_split_percentage: int = field(
         default=5,
-        metadata={"help": "Share of the training data to evaluate on, where there is no validation data."},
+        metadata={
+            "help": "Percent of the training data's rows, the first ones, to evaluate on instead, where there is no validation data."
+        },
     )
     text_column: str | None = field(
         default=None, metadata={"help": "Column of text; 'text' or the first by default."}

@@ -42,7 +42,7 @@ def token_superposition(
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
     Calls with ordinary 2-D ids and labels behave as ever. `loss` is in nats, float32, 0-dim: the mean over target bags; with
     `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
-    [`~hf_tst.loss.count_target_bags`]). After the context, also after an exception, the
+    [`count_target_bags`]). After the context, also after an exception, the
     model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
     its own weights, and stays in superposition when the context ends.
 

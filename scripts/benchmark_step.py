@@ -30,9 +30,8 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, HfArgumentParser
 
-from hf_tst import fused_next_token_loss, token_superposition
+from hf_tst import fused_evaluation_loss, fused_next_token_loss, token_superposition
 from hf_tst.bags import fold_into_bags, next_bag_labels
-from hf_tst.superposition import fused_evaluation_loss
 
 
 @dataclass

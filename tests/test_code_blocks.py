@@ -16,6 +16,7 @@ from documented_commands import LEFT_OUT, RUN_BY_CI, UnknownCommandError
 from jinja2 import Template
 from safetensors.torch import load_file
 from tiny_recipes import RUN
+from transformers import LlamaConfig
 
 from hf_tst import pretrain
 from hf_tst.pretrain_arguments import parse_arguments
@@ -35,7 +36,9 @@ def finished(tmp_path_factory):
     texts = write_corpus(folder)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "corpus.txt").rename(folder / "text.txt")
-    shutil.copytree(folder / "tokenizer", folder / "gpt2")
+    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M"):
+        shutil.copytree(folder / "tokenizer", folder / name)
+        LlamaConfig(head_dim=8, vocab_size=400).save_pretrained(folder / name)
     shutil.copytree(ROOT / "model_cards", folder / "model_cards", symlinks=True)
     (folder / "scripts").symlink_to(ROOT / "scripts")
     values = RUN | {

@@ -13,12 +13,15 @@ import options
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from conftest import BLOCK_LENGTH, make_blocks, make_model
 
 import hf_tst
-from hf_tst import TSTTrainingArguments
+from hf_tst import TSTTrainer, TSTTrainingArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Of a checkpoint of the plain Trainer.
+ORDINARY_FILES = {"config.json", "generation_config.json", "model.safetensors", "trainer_state.json"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -71,6 +74,28 @@ def test_files_of_commands_exist(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"(?:scripts|tests|hf_tst)/[\w./-]+\.(?:py|yaml)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_everything_that_is_logged_or_saved_is_on_its_page(make_args):
+    page = (ROOT / "docs" / "logs.md").read_text(encoding="utf-8")
+    model = make_model("mixtral", output_router_logits=True)
+    args = make_args(
+        tst_document_boundaries="respect",
+        tst_bad_loss="skip",
+        mtp_num_heads=2,
+        save_steps=5,
+        save_strategy="steps",
+    )
+    blocks = [block | {"document_ids": [0] * 4 + [1] * (BLOCK_LENGTH - 4)} for block in make_blocks(200)]
+    trainer = TSTTrainer(model, args, train_dataset=blocks)
+    trainer.skipped_steps = 1  # as if there had been one
+    trainer.train()
+    names = {name for entry in trainer.state.log_history for name in entry if re.match("tst_|mtp_", name)}
+    files = {path.name for path in Path(args.output_dir, "checkpoint-10").iterdir()}
+    ours = {name for name in files if name.endswith((".json", ".safetensors"))} - ORDINARY_FILES
+    assert {"tst_expert_load_max", "mtp_loss", "tst_tokens_left_out"} <= names
+    for name in names - {"tst_run"} | ours:
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,8 +8,7 @@ import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
 from transformers import Trainer, TrainerCallback
 
-from hf_tst import TSTTrainer
-from hf_tst.superposition import fused_evaluation_loss, token_superposition
+from hf_tst import TSTTrainer, fused_evaluation_loss, token_superposition
 
 
 @contextmanager
