@@ -265,7 +265,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
 
         What a model adds to its loss, such as a router's auxiliary loss, is a mean over a micro-batch. Where superposition
         or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
-        on their mean. Plain training adds them up, as [`~transformers.Trainer`] does.
+        on their mean, and evaluation is that of one rank. Plain training adds them up, as [`~transformers.Trainer`] does.
         """
         parts = self._micro_batches_of_a_step(model, kwargs.get("num_items_in_batch"))
         if parts > 1:
@@ -331,14 +331,15 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
     def _micro_batches_of_a_step(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> int:
         """Micro-batches whose losses are added up, where what the model adds to each is to be averaged; else 1."""
         args = self.args
-        averages = model.training and args.tst_replaces_loss and adds_to_loss(self.model.config)
+        averages = args.tst_replaces_loss and adds_to_loss(self.model.config)
         if not averages or num_items_in_batch is None:
             return 1
+        micro_batches = self.current_gradient_accumulation_steps if model.training else 1
         # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
         ranks = (
             self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
         )
-        return self.current_gradient_accumulation_steps * ranks
+        return micro_batches * ranks
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

@@ -104,6 +104,9 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # otherwise Adam makes steps out of the rounding of gradients that are 0
         logging_steps=1,
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=2,
         save_strategy="steps" if name in RESUMED else "no",
         save_steps=2,
         tst_save_at_switch=name in RESUMED,
@@ -114,7 +117,9 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
     )
     record = Record()
     model = make_model(model_type, **overrides)
-    trainer = TSTTrainer(model, args, train_dataset=make_data(unequal), callbacks=[record])
+    trainer = TSTTrainer(
+        model, args, train_dataset=make_data(unequal), eval_dataset=make_blocks(8, seed=9), callbacks=[record]
+    )
     checkpoint = None
     if resume is not None and runs is not None:
         checkpoint = str(runs / resume[0] / "run" / f"checkpoint-{resume[1]}")
@@ -127,6 +132,7 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
         "losses": losses(trainer),
         "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry],
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "passes": record.passes,
         "first_batch": record.first_batch,
     }

@@ -87,18 +87,19 @@ def make_trainer(
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # otherwise Adam makes steps out of the rounding of gradients that are 0
         logging_steps=1,
+        per_device_eval_batch_size=2,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         **options,
     )
     model = make_model(model_type, **overrides)
-    data = make_blocks(200)
+    data = {"train_dataset": make_blocks(200), "eval_dataset": make_blocks(8, seed=9)}
     if settings is None:
-        return TSTTrainer(model, args, train_dataset=data, callbacks=list(callbacks))
+        return TSTTrainer(model, args, **data, callbacks=list(callbacks))
     assert args.world_size == world_size  # which makes accelerate's PartialState
     with fsdp_on_cpu(**settings):
-        return TSTTrainer(model, args, train_dataset=data, callbacks=list(callbacks))
+        return TSTTrainer(model, args, **data, callbacks=list(callbacks))
 
 
 def logs(trainer: TSTTrainer) -> list[dict[str, float]]:
@@ -123,6 +124,26 @@ def run(name: str, folder: Path, checkpoint: Path | None = None, **options: Any)
     }
 
 
+def evaluations(folder: Path, world_size: int, settings: dict[str, str] | None = None) -> dict[str, Any]:
+    """Evaluation losses during and after training, and the widths of the logits that they made.
+
+    Before training, accelerate refuses to shard a model without its optimizer, with the plain Trainer, too.
+    """
+    options = {"mtp_num_heads": 1, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    trainer = make_trainer("tst", folder, world_size, settings, **options)
+    widths = set()
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        if not module.training:
+            widths.add(output.logits.shape[-1])
+
+    trainer.model.register_forward_hook(note)
+    trainer.train()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    found.append(trainer.evaluate()["eval_loss"])
+    return {"losses": found, "widths": sorted(widths)}
+
+
 def refusal(out: Path, **settings: str) -> str:
     try:
         make_trainer("tst", out / "refused", 2, settings)
@@ -140,6 +161,7 @@ def main(out: Path) -> None:
         for step in RESUMED.get(name, ()):
             checkpoint = out / name / "run" / f"checkpoint-{step}"
             results[f"{name}-{step}"] = run(name, out / f"{name}-{step}", checkpoint)
+    results["evaluations"] = evaluations(out / "evaluations", 2, {})
     results["refusals"] = [
         refusal(out, FSDP_VERSION="1", FSDP_SHARDING_STRATEGY="FULL_SHARD"),
         refusal(out, FSDP_CPU_RAM_EFFICIENT_LOADING="true"),

@@ -32,6 +32,8 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
     assert (one["world_size"], result["world_size"]) == (1, 2)
     torch.testing.assert_close(result["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result["grad_norms"], one["grad_norms"], rtol=1e-4, atol=1e-5)
+    assert len(result["evaluations"]) >= 4
+    torch.testing.assert_close(result["evaluations"], one["evaluations"], rtol=1e-5, atol=1e-5)
     extra = [[entry.get("mtp_loss", 0) for entry in run["logs"]] for run in (result, one)]
     torch.testing.assert_close(*extra, rtol=1e-5, atol=1e-5)
     weights, expected = (load_file(folder / "weights.safetensors") for folder in (out / name, tmp_path))

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import make_model
 from launching import launch_two
-from mtp_trainer_fsdp2_runs import CASES, RESUMED, LastHeads, logs, make_trainer
+from mtp_trainer_fsdp2_runs import CASES, RESUMED, LastHeads, evaluations, logs, make_trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +47,13 @@ def test_bfloat16_stays_close_to_float32(two, tmp_path):
         values, expected = ([entry[key] for entry in entries] for entries in (found, logs(trainer)))
         torch.testing.assert_close(values, expected, rtol=2e-2, atol=0)
     assert [entry["loss"] for entry in found] != [entry["loss"] for entry in logs(trainer)]
+
+
+def test_evaluation_is_that_of_one_process_and_makes_no_logits(two, tmp_path):
+    result, one = two[1]["evaluations"], evaluations(tmp_path, 1)
+    assert result["widths"] == one["widths"] == [0]
+    assert len(result["losses"]) == 6
+    torch.testing.assert_close(result["losses"], one["losses"], rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_go_with_it_is_refused(two):
