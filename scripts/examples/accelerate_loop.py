@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.optimization import get_scheduler
 
 from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, token_superposition
 from hf_tst.packing import pack_blocks, tokenize_documents
@@ -32,6 +34,7 @@ class Arguments:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     accelerator = Accelerator()
+    set_seed(0)  # every process makes the same weights
     schedule = PhaseSchedule(args.max_steps, args.phase_ratio, args.bag_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
@@ -48,13 +51,17 @@ def main() -> None:
         return DataLoader(data, args.batch_size, shuffle=True, collate_fn=fold)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    # One schedule for both phases. It is not prepared: accelerate would step it once a process.
+    scheduler = get_scheduler("cosine", optimizer, args.max_steps // 20, args.max_steps)
     loaders = loader(bags, args.bag_size), loader(blocks, 1)
     model, optimizer, first, second = accelerator.prepare(model, optimizer, *loaders)
 
     def train(batches: DataLoader) -> None:
         for batch in batches:
             accelerator.backward(model(**batch).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
 
     with token_superposition(accelerator.unwrap_model(model), args.bag_size):
