@@ -49,8 +49,9 @@ class TSTTrainingArguments(TrainingArguments):
             next s.
         tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
         tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head, so that the logits of a batch never
-            exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run with superposition, where the model allows it;
-            `"on"` also in plain training, and an error where the model does not; `"off"` never.
+            exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run
+            with superposition, where the model allows it; `"on"` also in plain training, and an error where the model
+            does not; `"off"` never.
         tst_document_boundaries (`str`, defaults to `"ignore"`): `"respect"` ends bags, and their targets, where
             documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of
             training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].

@@ -218,16 +218,14 @@ class TSTLoss:
     def _options(self, labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the multi-hot loss, from what the model's forward or its loss function was given."""
         ignore_index = given.get("ignore_index", -100)
-        is_next_token = labels.dim() == 2
-        if is_next_token:
+        weights = None if labels.dim() == 2 else self.weights
+        if weights is None:
             labels = _next_tokens(labels, given.get("shift_labels"), ignore_index)
-        elif self.weights is not None and labels.shape[-1] != len(self.weights):
-            raise TSTError(
-                f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(self.weights)}."
-            )
+        elif labels.shape[-1] != len(weights):
+            raise TSTError(f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(weights)}.")
         return {
             "labels": labels,
-            "weights": None if is_next_token else self.weights,
+            "weights": weights,
             "num_items_in_batch": given.get("num_items_in_batch"),
             "ignore_index": ignore_index,
         }

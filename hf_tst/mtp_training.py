@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from .arguments import TSTTrainingArguments
 from .errors import TSTError
 from .mtp import MTPHeads, attached_heads, extra_losses
-from .sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
+from .sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict, uses_fsdp1
 
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
@@ -196,7 +196,7 @@ def _check_trainer(trainer: Any) -> None:
     fsdp = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     reasons = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP1 (FSDP2 is fsdp_version: 2)": fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2,
+        "FSDP1 (FSDP2 is fsdp_version: 2)": uses_fsdp1(trainer),
         "fsdp_cpu_ram_efficient_loading": fsdp is not None and bool(fsdp.cpu_ram_efficient_loading),
         "torch_compile": args.torch_compile,
         "nn.DataParallel (start one process a GPU with `accelerate launch`)": args.n_gpu > 1,

@@ -8,6 +8,7 @@ from .arguments import TSTTrainingArguments
 from .errors import TSTError
 from .fused import check_fusable
 from .head import check_loss_is_replaceable
+from .sharding import uses_fsdp1
 from .superposition import find_language_model
 
 
@@ -34,8 +35,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _check_loss(trainer: Any) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+    if uses_fsdp1(trainer):
         raise TSTError(
             "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
             "configuration of accelerate, as scripts/configs/accelerate/fsdp2.yaml does."

@@ -12,6 +12,12 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def uses_fsdp1(trainer: Any) -> bool:
+    """Whether a trainer shards its model by the first FSDP, which flattens weights."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return plugin is not None and getattr(plugin, "fsdp_version", 1) != 2
+
+
 def full_state_dict(model: Any) -> dict[str, Any]:
     """All weights of a model that `fully_shard` has sharded, as `save_pretrained` takes them.
 

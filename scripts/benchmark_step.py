@@ -135,9 +135,9 @@ def main() -> None:
     steps: dict[str, Callable[[], None]] = {
         "next_token_fused": partial(bench.step, fused, 1),
         "next_token": partial(bench.step, nullcontext, 1),
+        "evaluation_fused": partial(bench.evaluate, partial(fused_evaluation_loss, bench.model, "on")),
+        "evaluation": partial(bench.evaluate, nullcontext),
     }
-    steps["evaluation_fused"] = partial(bench.evaluate, partial(fused_evaluation_loss, bench.model, "on"))
-    steps["evaluation"] = partial(bench.evaluate, nullcontext)
     for s in args.bag_sizes:
         steps[f"superposition s={s}"] = partial(bench.step, partial(bench.superposition, s), s)
         steps[f"superposition_loop s={s}"] = partial(bench.step, partial(bench.superposition_loop, s), s)

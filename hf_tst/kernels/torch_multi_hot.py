@@ -40,11 +40,11 @@ def multi_hot_loss_and_gradient(
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     in_place = write_gradient and softcap is None and logits.dtype == torch.float32
+    changes = write_gradient or softcap is not None or logit_scale != 1
     rows = max(1, len(logits) if in_place else _TILE_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), rows):
         tile = logits[start : start + rows]
-        stays = not write_gradient and softcap is None and logit_scale == 1
-        scaled = tile if in_place else tile.to(torch.float32, copy=not stays)
+        scaled = tile if in_place else tile.to(torch.float32, copy=changes)
         if logit_scale != 1:
             scaled *= logit_scale
         slope = None
