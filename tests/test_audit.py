@@ -1,10 +1,7 @@
 """The plan against what models are fed: one process, two processes, any world size, any number of workers."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import BLOCK_LENGTH, make_blocks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from processes import Script, run_script
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
@@ -105,22 +103,18 @@ def launch(folder, processes, **options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(TESTS / "distributed" / "train.py"), json.dumps(defaults | options)]
+    script, values = TESTS / "distributed" / "train.py", json.dumps(defaults | options)
     running = []
     for rank in range(processes):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = {}
         if processes > 1:
-            environment |= {
+            environment = {
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true",
             }  # fmt: skip
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+        running.append(Script(script, values, **environment))
+    for done in [script.finish() for script in running]:
+        assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
 
 
@@ -317,8 +311,7 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
     ]  # fmt: skip
     for flags in (from_arguments, ["--checkpoint", str(checkpoint)]):
-        command = [sys.executable, str(SCRIPT), *flags, "--steps", "0,5", "--verify"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = run_script(SCRIPT, *flags, "--steps", "0,5", "--verify").stdout.splitlines()
         *steps, summary = map(json.loads, lines)
         assert [step["blocks"] for step in steps] == [record.blocks for record in expected]
         assert [step["phase"] for step in steps] == ["superposition", "recovery"]
@@ -328,18 +321,10 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
         recipe.write(
             f"tokens_per_step: {4 * BLOCK_LENGTH}\nper_device_train_batch_size: 2\nblock_size: {BLOCK_LENGTH}\n"
         )
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(tmp_path / "config.yaml"),
-        "--num_blocks",
-        "200",
-        "--steps",
-        "5",
-    ]
-    record = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    listed = run_script(SCRIPT, tmp_path / "config.yaml", "--num_blocks", 200, "--steps", 5)
+    record = json.loads(listed.stdout)
     assert (record["blocks"], record["raw_tokens"]) == (expected[1].blocks, 4 * BLOCK_LENGTH)
-    failed = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    failed = run_script(SCRIPT)
     assert failed.returncode == 2
     assert "set num_blocks" in failed.stderr.splitlines()[-1]
 

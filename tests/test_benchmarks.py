@@ -1,19 +1,18 @@
 """The benchmark scripts in a tiny form: what they compare is the same thing, and what they write is whole."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 def run(script, *flags, cwd):
-    command = [sys.executable, str(SCRIPTS / script), *map(str, flags), "--csv", "rows.csv", "--rounds", "1"]
     for _ in range(2):  # the second run appends
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=300)
+        done = run_script(SCRIPTS / script, *flags, "--csv", "rows.csv", "--rounds", 1, cwd=cwd)
+        assert done.returncode == 0, done.stderr[-3000:]
     with (cwd / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:

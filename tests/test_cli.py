@@ -11,15 +11,11 @@ import pytest
 import yaml
 from conftest import write_corpus
 from huggingface_hub import ModelCard
+from processes import run_script
 from transformers import AutoModelForCausalLM
 
 from hf_tst import PreemptedError, RunError, cli, pretrain
 from hf_tst.checkpoints import last_complete_checkpoint
-
-
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "hf_tst.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +228,9 @@ def test_statuses_of_runs_that_are_stopped(monkeypatch, capsys, error, status):
 
 
 def test_statuses_of_a_process(recipe):
-    assert run("plan", recipe, "--json").returncode == 0
-    result = run("plan", recipe, "--mfu", 2)
+    assert run_script("hf_tst.cli", "plan", recipe, "--json").returncode == 0
+    command = [sys.executable, "-m", "hf_tst.cli", "plan", str(recipe), "--mfu", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("hf-tst plan: mfu must be")
 

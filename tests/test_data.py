@@ -1,8 +1,4 @@
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +7,7 @@ import torch
 from conftest import BLOCK_LENGTH, make_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_script
 
 from hf_tst import PhaseSchedule
 from hf_tst.block_checks import BlockRules, check_blocks
@@ -203,12 +200,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     path = tmp_path / "tokens"
     with open(path, "wb") as file:
         file.truncate(10**9 // 1024 * 1024 * 4)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    }
+    script = tmp_path / "start.py"
+    script.write_text(code)
     for kind in ("fixed", "variable", "own"):
-        command = [sys.executable, "-c", code, str(path), kind]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        result = run_script(script, path, kind)
         assert result.returncode == 0, result.stderr[-2000:]
         assert float(result.stdout) < 100, f"{kind}: {result.stdout} MB for 4 GB of tokens"
 

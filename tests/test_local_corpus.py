@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from processes import run_script
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "local_corpus.py"
 
 
 def write_corpus_of(folders: list[Path], output: Path) -> subprocess.CompletedProcess[str]:
-    names = [str(folder) for folder in folders]
-    command = [sys.executable, SCRIPT, "--output_dir", output, "--vocab_size", "300", "--folders", *names]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    return run_script(SCRIPT, "--output_dir", output, "--vocab_size", 300, "--folders", *folders)
 
 
 def test_text_files_of_folders(tmp_path):

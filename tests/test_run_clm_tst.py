@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_corpus
+from processes import run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run_clm_tst.py"
@@ -27,8 +26,7 @@ TINY = {
 
 
 def run(*flags, cwd, fails=False):
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    result = run_script(SCRIPT, *flags, cwd=cwd)
     assert result.returncode == (2 if fails else 0), result.stderr[-3000:]
     return result
 

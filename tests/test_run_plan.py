@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 from hf_tst.hardware import ACCELERATORS
 from hf_tst.planning import format_plan, main, plan_from_arguments, plot_plan
@@ -149,16 +148,15 @@ def test_bad_input_is_one_sentence(flags, message):
 
 
 def test_the_script_prints_json_and_draws(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), str(RECIPES / "270m-20k-tst.yaml")]
-    flags = ["--num_gpus", "8", "--json", "--plot", str(tmp_path / "plan.png")]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True)
+    command = [ROOT / "scripts" / "plan.py", RECIPES / "270m-20k-tst.yaml"]
+    result = run_script(*command, "--num_gpus", 8, "--json", "--plot", tmp_path / "plan.png")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
     assert values["switch_step"] == 6000
     assert values["phases"][0]["latent_tokens"] == 6000 * 2**21
     assert values["memory_bytes"]["peak"] < values["usable_memory_bytes"]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    result = subprocess.run([*command, "--gpu", "abacus"], capture_output=True, text=True)
+    result = run_script(*command, "--gpu", "abacus")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("plan.py: gpu must be one of a100-40gb")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from faulty_run import halve, main
+from processes import start_process
 
 from hf_tst.checkpoints import last_complete_checkpoint
 from hf_tst.manifest import manifest_problem
@@ -125,21 +124,9 @@ FAULTS = (
 )  # fmt: skip
 
 
-@cache
-def _server() -> Any:
-    """Processes are forked from one that has loaded all modules: they start at once, and are real to kill."""
-    folders = [Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2]]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty_run"])
-    return context
-
-
 def start(folder: Path, **options: Any) -> Any:
     """A process that trains in `folder`; it prints to `<folder>.log`."""
-    process = _server().Process(target=main, args=(str(folder), f"{folder}.log", options))
-    process.start()
-    return process
+    return start_process(main, str(folder), f"{folder}.log", options)
 
 
 def run(folder: Path, **options: Any) -> str:

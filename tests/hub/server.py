@@ -69,6 +69,11 @@ class LocalHub:
         self._server.should_exit = True
         self._thread.join(timeout=10)
 
+    def clear(self) -> None:
+        """Forget all that was put here, asked for, and requested."""
+        for kept in (self.repositories, self.blobs, self.faults, self.requests):
+            kept.clear()
+
     def fail(self, part: str, kind: str = "500", times: int = 1) -> Fault:
         self.faults.append(Fault(part, kind, times))
         return self.faults[-1]

@@ -1,4 +1,4 @@
-"""Pushing to, and loading from, a Hub on the loopback interface, with the real client in a process of its own."""
+"""Pushing to, and loading from, a Hub on the loopback interface, with the real client in processes of their own."""
 
 import json
 import os
@@ -16,39 +16,67 @@ CLIENT = Path(__file__).with_name("client.py")
 ORDINARY = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     with LocalHub() as server:
         yield server
 
 
 @pytest.fixture
-def environment(hub, tmp_path):
-    return os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
+def hub(server):
+    """The Hub, with nothing on it."""
+    server.clear()
+    return server
+
+
+@pytest.fixture(scope="module")
+def jobs(server, tmp_path_factory):
+    """The process from which clients of this Hub are forked, and where its jobs are written."""
+    environment = os.environ | {
+        "HF_ENDPOINT": server.endpoint,
         "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
+    with subprocess.Popen(
+        [sys.executable, str(CLIENT)],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture
-def push(environment, tmp_path):
+def client(jobs, tmp_path):
+    """Do a job of `client.py` in a folder of its own; its status, and what it printed."""
+
+    def run(kind, *arguments, token=TOKEN):
+        job = [str(tmp_path), {"HF_TOKEN": token}, str(kind), arguments]
+        print(json.dumps(job), file=jobs.stdin, flush=True)
+        status = int(jobs.stdout.readline())
+        printed = [(tmp_path / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        assert TOKEN not in "".join(printed)
+        return subprocess.CompletedProcess(job, status, *printed)
+
+    return run
+
+
+@pytest.fixture
+def push(client, tmp_path):
     def run(name="mine", token=TOKEN, **options):
         folder = tmp_path / name
-        command = [sys.executable, str(CLIENT), str(folder), json.dumps(options)]
-        result = subprocess.run(
-            command, env=environment | {"HF_TOKEN": token}, capture_output=True, text=True, timeout=300
-        )
+        result = client("train", str(folder), options, token=token)
         assert result.stdout, result.stderr[-3000:]
-        assert TOKEN not in result.stdout + result.stderr
         return json.loads(result.stdout.splitlines()[-1]), folder
 
     return run
 
 
-def test_a_pushed_model_is_loaded_by_people_without_this_package(hub, push, environment):
+def test_a_pushed_model_is_loaded_by_people_without_this_package(hub, push, client, tmp_path):
     result, folder = push(hub_model_id="someone/model", hub_private_repo=True)
     assert result == {"step": 6, "saved": True}
     files = hub.files("someone/model")
@@ -69,7 +97,9 @@ def test_a_pushed_model_is_loaded_by_people_without_this_package(hub, push, envi
         "text = pipeline('text-generation', model='someone/model')('w3', max_new_tokens=2)[0]['generated_text']\n"
         "print(model.num_parameters(), len(text) > 2)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    script = tmp_path / "load.py"
+    script.write_text(code)
+    result = client(script)
     assert result.stdout.split()[-1] == "True", result.stderr[-2000:]
 
 
@@ -213,7 +243,7 @@ def test_a_fault_during_training_does_not_stop_it(hub, push):
     assert set(hub.files("someone/mine")) >= ORDINARY
 
 
-def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hub, environment, tmp_path):
+def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hub, client, tmp_path):
     write_corpus(tmp_path, 300)
     sizes = "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,max_position_embeddings=32"
     flags = (
@@ -223,13 +253,7 @@ def test_the_script_ends_with_its_summary_and_one_sentence_when_the_hub_fails(hu
     )
     hub.fail("/commit/", "500", times=1000)
     script = CLIENT.parents[2] / "scripts" / "run_clm_tst.py"
-    result = subprocess.run(
-        [sys.executable, str(script), *flags.split()],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    result = client(script, *flags.split())
     assert result.returncode == 2, result.stderr[-3000:]
     assert "recovery       1-3" in result.stdout
     assert "final evaluation loss" in result.stdout
