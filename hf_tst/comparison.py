@@ -78,7 +78,8 @@ class RateSummary:
 class ArmSummary:
     """An arm at its best learning rate, with the others beside it.
 
-    `reached` is the first evaluation at which the mean loss is down to the baseline's final one; `None` if it never is.
+    `reached` is the first evaluation at which the mean loss is down to the baseline's final one; `None` if it never is, or
+    if nobody looked: `is_evaluated_between` says whether there are evaluations between the start and the end.
     `difference` is the mean over seeds of the loss minus the baseline's with the same seed, with its `difference_sd`.
     """
 
@@ -89,6 +90,10 @@ class ArmSummary:
     reached: CurvePoint | None = None
     difference: float | None = None
     difference_sd: float | None = None
+
+    @property
+    def is_evaluated_between(self) -> bool:
+        return len(self.best.curve) > 2
 
     def flops(self, point: CurvePoint) -> float:
         """Floating point operations until a point of the curve."""
@@ -188,7 +193,7 @@ def _mean_point(points: Sequence[CurvePoint]) -> CurvePoint:
 def _beside(arm: ArmSummary, baseline: RateSummary) -> ArmSummary:
     target = baseline.mean_loss
     reached = None
-    if target is not None:
+    if target is not None and arm.is_evaluated_between:
         reached = next((p for p in arm.best.curve if p.eval_loss is not None and p.eval_loss <= target), None)
     if arm.arm == BASELINE:
         return replace(arm, reached=reached)

@@ -61,7 +61,7 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     end = best.curve[-1]
     memory = "-" if best.peak_memory_bytes is None else f"{_bytes(best.peak_memory_bytes)} ({best.memory_of})"
     difference = "-" if arm.difference is None else _with_sd(arm.difference, arm.difference_sd, "+.4f")
-    reached: tuple[str, ...] = ("not reached", "not reached")
+    reached: tuple[str, ...] = ("not reached" if arm.is_evaluated_between else "not measured",) * 2
     if arm.reached is not None:
         reached = (f"{arm.reached.step:,}", f"{arm.flops(arm.reached):.3g}")
     return (

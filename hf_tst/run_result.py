@@ -67,9 +67,12 @@ class RunResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the final loss is no finite number, or above the loss before training."""
+        """Whether the final loss is no finite number, or has lost more than half of what the run had gained at its best."""
         first, last = self.initial_eval_loss, self.final_eval_loss
-        return last is None or (first is not None and last > first)
+        if first is None or last is None:
+            return last is None
+        best = min(point.eval_loss for point in self.curve if point.eval_loss is not None)
+        return last - best > (first - best) / 2
 
     def save(self, folder: str | Path) -> None:
         """Write `result.json`; a reader sees all of it or nothing."""

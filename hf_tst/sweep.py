@@ -24,7 +24,7 @@ from .sweep_report import Cell, Sweep, format_sweep, write_sweep
 DESCRIPTION = f"""Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
 
 Takes a recipe and the flags of training, and those of the sweep, which are listed first. All runs take the same number of
-steps, hence of operations. Every run is a process with a folder of its own in output_dir. Started again, it does what is
+steps, hence of operations (with mtp_num_heads, whose heads train in recovery alone, more the smaller r is). Every run is a process with a folder of its own in output_dir. Started again, it does what is
 missing; half a run goes on from its last checkpoint. {EVERY_RUN}
 
   %(prog)s --output_dir runs/sweep --bag_sizes 2,4,6 --phase_ratios 0.2,0.3

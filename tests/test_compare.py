@@ -26,8 +26,13 @@ def planned(recipe, *flags):
 
 
 def differences(runs, arm):
-    """Names of the resolved training arguments that differ between an arm and the baseline, at one rate and seed."""
-    first = {run.arm: training_arguments(plan.settings).to_dict() for run, plan in runs if run.seed == 0}
+    """Names of the settings, those of model and data included, that differ between an arm and the baseline, at one rate and
+    seed: as they are given to a run, and as its training arguments come out of them."""
+    first = {
+        run.arm: plan.settings | training_arguments(plan.settings).to_dict()
+        for run, plan in runs
+        if run.seed == 0
+    }
     names = first[arm].keys() | first["baseline"].keys()
     return {name for name in names if first[arm].get(name) != first["baseline"].get(name)}
 
@@ -35,6 +40,11 @@ def differences(runs, arm):
 def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
     _, runs = planned(tiny_recipe)
     assert differences(runs, "tst") == set(ARMS["baseline"])
+    _, runs = planned(tiny_recipe, "--arms", "baseline,tst,mtp,tst+mtp")
+    steps = {"max_steps", "warmup_steps", "lr_scheduler_kwargs"}  # an extra head costs operations
+    assert differences(runs, "tst") == set(ARMS["baseline"])
+    assert differences(runs, "mtp") - steps == {"mtp_num_heads"}
+    assert differences(runs, "tst+mtp") - steps == {"mtp_num_heads", *ARMS["baseline"]}
     _, runs = planned(tiny_recipe, "--budget", "data")
     assert differences(runs, "tst") == {
         *ARMS["baseline"],

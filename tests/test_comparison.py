@@ -98,6 +98,16 @@ def test_the_first_evaluation_that_is_down_to_the_baselines_end():
     assert "not reached" in format_comparison(comparison)
 
 
+def test_runs_evaluated_at_their_end_alone_do_not_say_when_they_reached_what():
+    ends = [outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5)]
+    for run in ends:
+        del run.result.curve[1]
+    comparison = compared(*ends)
+    assert [arm.reached for arm in comparison.arms] == [None, None]
+    assert "not measured" in format_comparison(comparison)
+    assert "not reached" not in format_comparison(comparison)
+
+
 def test_operations_of_both_phases():
     assert PLANS["tst"].flops(100, 1000) == 50 * 10 * 8 + 50 * 10 * 6
     assert PLANS["tst"].flops(0, 0) == 0

@@ -59,9 +59,12 @@ def test_time_is_that_of_the_steps_whatever_the_length_of_rows():
 
 @pytest.mark.parametrize(
     ("losses", "diverged"),
-    [((5, 4, 3), False), ((5, 4, math.nan), True), ((5, 4, math.inf), True), ((5, 4, 5.1), True), ((5, math.nan, 4), False)],
+    [
+        ((5, 4, 3), False), ((5, 4, math.nan), True), ((5, 4, math.inf), True), ((5, 4, 5.1), True), ((5, math.nan, 4), False),
+        ((9, 3, 5), False), ((9, 3, 7), True), ((5, 5, 5.1), True), ((math.nan, 5, 9), False),
+    ],
 )  # fmt: skip
-def test_no_finite_loss_or_one_above_the_first_is_divergence(losses, diverged):
+def test_no_finite_loss_or_half_the_gain_lost_is_divergence(losses, diverged):
     assert result_of_run(history(*losses), SCHEDULE, 100, RUN).has_diverged is diverged
 
 
