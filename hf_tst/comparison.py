@@ -93,6 +93,7 @@ class ArmSummary:
 
     @property
     def is_evaluated_between(self) -> bool:
+        """Whether there are evaluations between the one before training and the one after it."""
         return len(self.best.curve) > 2
 
     def flops(self, point: CurvePoint) -> float:

@@ -73,14 +73,17 @@ class DataPlan:
 
     @property
     def superposed_rows(self) -> int:
+        """Rows of superposition, over all processes, in the whole run."""
         return self.schedule.switch_step * self.rows_per_step
 
     @property
     def total_rows(self) -> int:
+        """Rows of both phases, over all processes, in the whole run."""
         return self.schedule.max_steps * self.rows_per_step
 
     @property
     def groups_per_pass(self) -> int:
+        """Rows of superposition that a pass over the data can give."""
         return self.num_blocks // self.schedule.blocks_per_row
 
     @property

@@ -76,6 +76,7 @@ class Experiment:
 
     @property
     def output_dir(self) -> Path:
+        """Where the runs and the report go."""
         return Path(self.values["output_dir"])
 
     @property

@@ -134,6 +134,7 @@ class ModelShape:
 
     @property
     def trains_everything(self) -> bool:
+        """Whether no parameter is frozen."""
         return self.trainable_parameters == self.parameters
 
 

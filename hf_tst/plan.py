@@ -55,6 +55,7 @@ class Layout:
 
     @property
     def gpus(self) -> int:
+        """All GPUs of the run."""
         return self.shard_size * self.replicas
 
     @property

@@ -83,6 +83,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
 
 
 def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that the arguments name; the quick start's is made from its own text.
+
+    Raises:
+        TSTError: If it cannot be loaded, or none is named.
+    """
     name = args.tokenizer_name or args.model_name_or_path or args.config_name
     if name:
         with explained_loading(name):
@@ -285,6 +290,7 @@ def prepare_run(
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
+    """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
     history = trainer.state.log_history
     output = Path(trainer.args.output_dir)
     switch = trainer.schedule.switch_step if trainer.schedule else 0

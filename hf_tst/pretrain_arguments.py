@@ -223,6 +223,7 @@ class DataArguments:
 
     @property
     def is_quick_start(self) -> bool:
+        """Whether no data is named, so that Python's standard library is trained on."""
         return not self.dataset_name and not self.train_file
 
 

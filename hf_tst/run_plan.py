@@ -104,18 +104,22 @@ class RunPlan:
 
     @property
     def raw_tokens(self) -> int:
+        """Tokens of text that the run reads."""
         return sum(phase.raw_tokens for phase in self.phases)
 
     @property
     def latent_tokens(self) -> int:
+        """Positions that the run computes."""
         return sum(phase.latent_tokens for phase in self.phases)
 
     @property
     def flops(self) -> int:
+        """Floating point operations of the run, over all GPUs."""
         return sum(phase.flops for phase in self.phases)
 
     @property
     def gpu_hours(self) -> float:
+        """Hours of one GPU, at the stated utilisation."""
         return self.machines.gpu_hours(self.flops)
 
     @property

@@ -59,10 +59,12 @@ class RunResult:
 
     @property
     def initial_eval_loss(self) -> float | None:
+        """Nats a token, before training."""
         return self.curve[0].eval_loss
 
     @property
     def final_eval_loss(self) -> float | None:
+        """Nats a token, after training."""
         return self.curve[-1].eval_loss
 
     @property

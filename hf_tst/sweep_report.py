@@ -24,10 +24,12 @@ class Cell:
 
     @classmethod
     def of_baseline(cls) -> Cell:
+        """The run without superposition."""
         return cls(None, 0.0, "", "")
 
     @property
     def name(self) -> str:
+        """What its runs' folders are called by."""
         if self.bag_size is None:
             return BASELINE
         return f"s{self.bag_size}-r{self.phase_ratio:g}-{self.weighting}-{self.mode}"
@@ -43,6 +45,7 @@ class Sweep:
 
     @property
     def baseline(self) -> RateSummary | None:
+        """Losses without superposition; `None` if the sweep leaves them out."""
         return self.losses.get(Cell.of_baseline())
 
     @property

@@ -44,7 +44,7 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
     if loader == "json" or (streaming and loader != "parquet"):
         # A stream would come upon the bytes in the middle of training, and the JSON reader passes them on.
         for file in files:
-            _check_utf8(file)
+            check_utf8(file)
     try:
         return datasets.load_dataset(
             loader, data_files={"train": files}, split=split, streaming=streaming, **options
@@ -52,7 +52,7 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
     except Exception as error:
         if loader != "parquet":
             for file in files:
-                _check_utf8(file)
+                check_utf8(file)
         raise TSTError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
 
 
@@ -72,7 +72,12 @@ def _holds_text(path: Path, chunk_size: int = 1 << 20) -> bool:
         return any(chunk.strip() for chunk in iter(lambda: file.read(chunk_size), b""))
 
 
-def _check_utf8(path: str, chunk_size: int = 1 << 20) -> None:
+def check_utf8(path: str, chunk_size: int = 1 << 20) -> None:
+    """Read a file through, `chunk_size` bytes at a time.
+
+    Raises:
+        TSTError: If it is not UTF-8 text; it names the first byte that is not.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     with open(path, "rb") as file:

@@ -11,7 +11,7 @@ from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_docume
 from hf_tst.pretrain import load_documents, prepare_blocks
 from hf_tst.pretrain_arguments import DataArguments, ModelArguments
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
-from hf_tst.text_files import _check_utf8, load_text_file
+from hf_tst.text_files import check_utf8, load_text_file
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
 
@@ -188,10 +188,10 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path, name, streaming):
 
 def test_characters_across_the_pieces_of_a_check_are_no_error(tmp_path):
     (tmp_path / "a.txt").write_text("x" + "é" * 10, encoding="utf-8")
-    _check_utf8(str(tmp_path / "a.txt"), chunk_size=2)
+    check_utf8(str(tmp_path / "a.txt"), chunk_size=2)
     (tmp_path / "b.txt").write_bytes(b"x" + "é".encode() * 4 + b"\xc3")
     with pytest.raises(ValueError, match="byte 9 is 0xc3"):
-        _check_utf8(str(tmp_path / "b.txt"), chunk_size=2)
+        check_utf8(str(tmp_path / "b.txt"), chunk_size=2)
 
 
 def test_a_pattern_names_several_files_and_shards(tmp_path):
