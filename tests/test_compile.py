@@ -5,6 +5,7 @@ import torch
 from conftest import make_model
 from test_fused import gradients
 from test_superposition import make_bags
+from versions import fails_before
 
 from hf_tst import token_superposition
 from hf_tst.bags import next_window_labels
@@ -20,6 +21,7 @@ def _compiled_anew(tmp_path_factory):
     torch._dynamo.reset()
 
 
+@fails_before("torch", "2.13", "dynamo does not trace the cache that Transformers makes")
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("mode", ["full", "input", "output"])
 def test_compiled_gradients_are_those_of_the_model(mode, fused):

@@ -7,6 +7,7 @@ import scaling
 import torch
 from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
+from versions import fails_before
 
 from hf_tst.plan import (
     Layout,
@@ -110,6 +111,7 @@ def saved_bytes(config, layers, weights, autocast):
     return sum(found.values()) / 512
 
 
+@fails_before("transformers", "5.23", "autograd saves other activations of its models")
 @pytest.mark.parametrize(
     ("model_type", "weights", "autocast"),
     [
