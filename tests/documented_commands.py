@@ -243,7 +243,7 @@ def local_corpus(path: str, flags: Sequence[str]) -> str:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines(keepends=True)
     if "--folders" in flags:
         for number, folder in enumerate(flags[flags.index("--folders") + 1 :]):
-            Path(folder).mkdir(parents=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
             for start in range(40):
                 text = "".join(lines[start::40])
                 Path(folder, f"{start}.md").write_text(f"{number}\n{text}", encoding="utf-8")
