@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Script:
         self._folder = tempfile.TemporaryDirectory()
         self._printed = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         environment = {**os.environ, **environment}
-        self.process = start_process(_run, self.command, cwd or Path.cwd(), environment, self._printed)
+        self.process = start_process(run_here, self.command, cwd or Path.cwd(), environment, self._printed)
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for its end; what it printed, and its status."""
@@ -67,13 +67,16 @@ def run_script(script: Path | str, *arguments: object, **options: Any) -> subpro
     return Script(script, *arguments, **options).finish()
 
 
-def _run(command: list[str], cwd: Path, environment: dict[str, str], printed: list[Path]) -> None:
+def run_here(
+    command: Sequence[str], cwd: Path | str, environment: Mapping[str, str], printed: Sequence[Path | str]
+) -> None:
+    """Make this process that of a script: its arguments, folder and environment, and the files for what it prints."""
     for number, path in enumerate(printed, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = command
+    sys.argv = list(command)
     if command[0].endswith(".py"):
         sys.path.insert(0, str(Path(command[0]).parent))
         runpy.run_path(command[0], run_name="__main__")

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from server import TOKEN, LocalHub
 
 CLIENT = Path(__file__).with_name("client.py")
+PUSHING_RUN = Path(__file__).with_name("pushing_run.py")
 ORDINARY = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}  # fmt: skip
 
 
@@ -52,15 +53,16 @@ def jobs(server, tmp_path_factory):
 
 @pytest.fixture
 def client(jobs, tmp_path):
-    """Do a job of `client.py` in a folder of its own; its status, and what it printed."""
+    """Run a script by `client.py` in a folder of its own; its status, and what it printed."""
 
-    def run(kind, *arguments, token=TOKEN):
-        job = [str(tmp_path), {"HF_TOKEN": token}, str(kind), arguments]
+    def run(*command, token=TOKEN):
+        command, files = [str(word) for word in command], [tmp_path / name for name in ("stdout", "stderr")]
+        job = [command, str(tmp_path), {"HF_TOKEN": token}, [str(file) for file in files]]
         print(json.dumps(job), file=jobs.stdin, flush=True)
         status = int(jobs.stdout.readline())
-        printed = [(tmp_path / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        printed = [file.read_text(encoding="utf-8") for file in files]
         assert TOKEN not in "".join(printed)
-        return subprocess.CompletedProcess(job, status, *printed)
+        return subprocess.CompletedProcess(command, status, *printed)
 
     return run
 
@@ -69,7 +71,7 @@ def client(jobs, tmp_path):
 def push(client, tmp_path):
     def run(name="mine", token=TOKEN, **options):
         folder = tmp_path / name
-        result = client("train", str(folder), options, token=token)
+        result = client(PUSHING_RUN, folder, json.dumps(options), token=token)
         assert result.stdout, result.stderr[-3000:]
         return json.loads(result.stdout.splitlines()[-1]), folder
 
