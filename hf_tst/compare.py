@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from .experiment import (
     EVERY_RUN,
     Experiment,
     ExperimentArguments,
+    describe_runs,
     open_experiment,
     parse_experiment,
     parse_list,
@@ -194,23 +194,17 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
 def _facts(
     argv: Sequence[str], experiment: Experiment, args: CompareArguments, outcomes: Sequence[Outcome]
 ) -> dict[str, str]:
-    results = [run.result for run in outcomes if run.result is not None]
-
-    def all_of(name: str) -> str:
-        return "; ".join(dict.fromkeys(getattr(result, name) for result in results)) or "nothing has run"
-
     values = experiment.values
+    runs = describe_runs(
+        ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
+    )
     return {
-        "command": shlex.join(["hf-tst", "compare", *argv]),
-        "parameters": f"{experiment.shape.parameters:,}",
+        **runs,
         "superposition": f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}",
         "steps": ", ".join(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
         ),
-        "runs at the same time": str(args.processes),
-        "hardware": all_of("hardware"),
-        "software": all_of("software"),
         "FLOPs": "6 · parameters that multiply a position's state + 12 · layers · heads · head size · row length, per latent token",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,7 @@ def format_comparison_markdown(comparison: Comparison, curves: str | None = None
     parts = [f"# {TITLE}", markdown_table(table_rows(comparison)), *_captions(comparison)]
     if curves:
         parts.append(f"![Evaluation loss over steps, FLOPs, raw tokens and seconds]({curves})")
-    parts += ["## All runs", markdown_table(run_rows(comparison)), "## How it was done"]
-    parts.append(
-        "\n".join(f"- {_escape(name)}: {_escape(value)}" for name, value in comparison.facts.items())
-    )
+    parts += ["## All runs", markdown_table(run_rows(comparison)), *markdown_facts(comparison.facts)]
     if comparison.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in comparison.notes)]
     return "\n\n".join(parts) + "\n"
@@ -150,6 +147,12 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(map(_escape, line))} |" for line in [header, ["---"] * len(header), *body]
     )
+
+
+def markdown_facts(facts: Mapping[str, str]) -> list[str]:
+    """The section that says how runs were done; nothing if nothing is known of it."""
+    lines = [f"- {_escape(name)}: {_escape(value)}" for name, value in facts.items()]
+    return ["## How it was done", "\n".join(lines)] if lines else []
 
 
 def _escape(text: str) -> str:

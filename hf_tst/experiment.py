@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from .pretrain_arguments import (
     parse_values,
     pick,
 )
+from .run_result import RunResult
 from .superposition import find_language_model
 
 T = TypeVar("T")
@@ -181,6 +183,31 @@ def open_experiment(
         blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
         fusable=fusable,
     )
+
+
+def describe_runs(
+    command: Sequence[str], experiment: Experiment, processes: int, results: Iterable[RunResult | None]
+) -> dict[str, str]:
+    """With what, on what and how runs were done, for a report.
+
+    Args:
+        command: The words of the command line.
+        experiment ([`Experiment`]): What the runs have in common.
+        processes (`int`): Runs at the same time.
+        results: Of the runs; `None` for one that has none.
+    """
+    finished = [result for result in results if result is not None]
+
+    def all_of(name: str) -> str:
+        return "; ".join(dict.fromkeys(getattr(result, name) for result in finished)) or "nothing has run"
+
+    return {
+        "command": shlex.join(command),
+        "parameters": f"{experiment.shape.parameters:,}",
+        "runs at the same time": str(processes),
+        "hardware": all_of("hardware"),
+        "software": all_of("software"),
+    }
 
 
 def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:

@@ -13,6 +13,7 @@ from .experiment import (
     EVERY_RUN,
     Experiment,
     ExperimentArguments,
+    describe_runs,
     open_experiment,
     parse_experiment,
     parse_list,
@@ -104,13 +105,14 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     queue = [run for _, runs in planned for run in runs]
     failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     rate = setting(values, "learning_rate")
-    losses = {}
+    losses, results = {}, [run.result for run in queue]
     for cell, runs in planned:
         outcomes = [
             Outcome(run.name, cell.name, rate, run.settings["seed"], result=run.result) for run in runs
         ]
         losses[cell] = summarize_rate(outcomes)
-    sweep = Sweep(values["max_steps"], rate, losses)
+    facts = describe_runs(["hf-tst", "sweep", *argv], experiment, args.processes, results)
+    sweep = Sweep(values["max_steps"], rate, losses, facts)
     print("\n" + format_sweep(sweep) + "\n")
     for path in write_sweep(sweep, experiment.output_dir):
         print(path)

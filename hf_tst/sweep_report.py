@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .comparison import BASELINE, RateSummary, best_rate
-from .comparison_report import markdown_table
+from .comparison_report import markdown_facts, markdown_table
 from .report import format_columns
 
 
@@ -37,11 +37,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The final evaluation losses of a grid, nats a token, over seeds."""
+    """The final evaluation losses of a grid, nats a token, over seeds. `facts` says how it was done."""
 
     max_steps: int
     learning_rate: float
     losses: Mapping[Cell, RateSummary]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> RateSummary | None:
@@ -91,15 +92,15 @@ def panel_rows(sweep: Sweep, weighting: str, mode: str) -> list[tuple[str, ...]]
     return rows
 
 
-def _facts(sweep: Sweep) -> list[str]:
-    facts = [
+def _summary(sweep: Sweep) -> list[str]:
+    lines = [
         f"Final next-token loss, nats a token, after {sweep.max_steps} steps at learning rate {sweep.learning_rate:g}."
     ]
     if sweep.baseline is not None:
-        facts.append(f"Without superposition: {describe_loss(sweep.baseline)}.")
+        lines.append(f"Without superposition: {describe_loss(sweep.baseline)}.")
     if sweep.best is not None:
-        facts.append(f"Lowest: {sweep.best.name}, {describe_loss(sweep.losses[sweep.best])}.")
-    return facts  # fmt: skip
+        lines.append(f"Lowest: {sweep.best.name}, {describe_loss(sweep.losses[sweep.best])}.")
+    return lines
 
 
 def format_sweep(sweep: Sweep) -> str:
@@ -107,17 +108,17 @@ def format_sweep(sweep: Sweep) -> str:
     parts = []
     for weighting, mode in sweep.panels:
         parts.append(f"{weighting}, {mode}\n" + format_columns(panel_rows(sweep, weighting, mode)))
-    return "\n\n".join([*parts, *_facts(sweep)])
+    return "\n\n".join([*parts, *_summary(sweep)])
 
 
 def format_sweep_markdown(sweep: Sweep, picture: str | None = None) -> str:
     """The sweep as a page of Markdown; `picture` names the heat maps beside it, if there are any."""
-    parts = ["# Sweep over bag size s and phase ratio r", *_facts(sweep)]
+    parts = ["# Sweep over bag size s and phase ratio r", *_summary(sweep)]
     if picture:
         parts.append(f"![Loss by bag size and phase ratio]({picture})")
     for weighting, mode in sweep.panels:
         parts += [f"## {weighting}, {mode}", markdown_table(panel_rows(sweep, weighting, mode))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *markdown_facts(sweep.facts)]) + "\n"
 
 
 def sweep_to_dict(sweep: Sweep) -> dict[str, Any]:
@@ -135,7 +136,9 @@ def sweep_to_dict(sweep: Sweep) -> dict[str, Any]:
                 "missing_seeds": loss.missing,
             }
         )
-    return {"max_steps": sweep.max_steps, "learning_rate": sweep.learning_rate, "cells": cells}
+    return {
+        "max_steps": sweep.max_steps, "learning_rate": sweep.learning_rate, "facts": dict(sweep.facts), "cells": cells,
+    }  # fmt: skip
 
 
 def plot_sweep(sweep: Sweep, path: str | Path) -> Path:

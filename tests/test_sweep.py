@@ -1,8 +1,10 @@
 """hf-tst sweep: the grid, that it is done once, and the tables and heat maps of its losses."""
 
 import json
+import shlex
 
 import pytest
+import torch
 
 from hf_tst import cli
 from hf_tst.comparison import RateSummary
@@ -58,6 +60,11 @@ def test_a_sweep_is_done_once_and_grows(tiny_recipe, tmp_path, in_process):
     assert all(summary.mean_loss < 6 for summary in sweep.losses.values())
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert [cell["bag_size"] for cell in saved["cells"]] == [None, 2, 4]
+    assert saved["facts"]["command"] == "hf-tst sweep " + shlex.join([*argv, "2,4"])
+    assert f"torch {torch.__version__}" in saved["facts"]["software"]
+    report = (tmp_path / "sweep.md").read_text()
+    assert "## How it was done" in report
+    assert saved["facts"]["hardware"] in report
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
