@@ -27,9 +27,10 @@ from .experiment import (
     open_experiment,
     parse_experiment,
     parse_list,
+    run_experiment,
     training_arguments,
 )
-from .run_queue import PlannedRun, run_all, run_all_shown
+from .run_queue import PlannedRun, run_all
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -118,7 +119,10 @@ def plan_comparison(
             for seed in seeds:
                 run = f"{name}-lr{rate:g}-seed{seed}"
                 planned = PlannedRun(
-                    run, experiment.output_dir / run, {**settings, "learning_rate": rate, "seed": seed}
+                    run,
+                    experiment.output_dir / run,
+                    {**settings, "learning_rate": rate, "seed": seed},
+                    experiment.data,
                 )
                 runs.append((Outcome(run, name, rate, seed, None), planned))
     # A seed of every arm before the next seed: an interrupted comparison has pairs.
@@ -139,15 +143,19 @@ def calibrate(
         steps = args.calibration_steps * (2 if is_superposed(arm) else 1)
         settings = {
             **arm, "max_steps": steps, "logging_strategy": "steps", "logging_steps": max(1, args.calibration_steps // 4),
-            "eval_strategy": "no", "eval_on_start": False, "max_eval_samples": 1, "save_strategy": "no",
+            "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
             "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
             "report_to": "none",
         }  # fmt: skip
         if is_superposed(arm):
             settings["tst_phase_ratio"] = 0.5
+        data = dict(experiment.data)
+        if data.pop("evaluation", None):  # a stream can't be cut
+            settings["max_eval_samples"] = 1
         runs[name] = PlannedRun(
-            f"calibration of {name}", experiment.output_dir / "calibration" / name, settings
+            f"calibration of {name}", experiment.output_dir / "calibration" / name, settings, data
         )
+    experiment.check_rows(run.result for run in runs.values())
     failures = run_all(list(runs.values()), launcher=args.launcher)
     if failures:
         raise TSTError(next(iter(failures.values())))
@@ -174,7 +182,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     plans, runs = plan_comparison(experiment, args)
     queue = [planned for _, planned in runs]
-    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
+    failures, refusal = run_experiment(experiment, args, queue)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]
@@ -198,9 +206,11 @@ def _facts(
     runs = describe_runs(
         ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
     )
+    superposition = f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
+    superposed = any("tst_phase_ratio" not in ARMS[run.arm] for run in outcomes)
     return {
         **runs,
-        "superposition": f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}",
+        **({"superposition": superposition} if superposed else {}),
         "steps": ", ".join(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -150,13 +151,23 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_facts(facts: Mapping[str, str]) -> list[str]:
-    """The section that says how runs were done; nothing if nothing is known of it."""
-    lines = [f"- {_escape(name)}: {_escape(value)}" for name, value in facts.items()]
+    """The section that says how runs were done, with the command as code; nothing if nothing is known of it."""
+    lines = [
+        f"- {_escape(name)}: {_code(value) if name == 'command' else _escape(value)}"
+        for name, value in facts.items()
+    ]
     return ["## How it was done", "\n".join(lines)] if lines else []
 
 
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([\\|*])", r"\\\1", text).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Text as a code span, which nothing in it ends."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def draw_curves(comparison: Comparison, axes: Any, axis: Axis) -> None:

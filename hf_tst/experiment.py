@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from .arguments import TSTTrainingArguments
 from .arms import setting
+from .block_checks import check_blocks
 from .errors import TSTError
 from .fused import check_fusable
 from .model_shape import ModelShape
@@ -21,18 +22,21 @@ from .pretrain import prepare_run
 from .pretrain_arguments import (
     DataArguments,
     ModelArguments,
+    explained_arguments,
     given_values,
+    make_output_dir,
     micro_batches,
     parse_values,
     pick,
 )
+from .run_queue import PlannedRun, RunRefusedError, run_all_shown
 from .run_result import RunResult
 from .superposition import find_language_model
 
 T = TypeVar("T")
 TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
 EVERY_RUN = """Every run is evaluated before training, too, goes on to its end if it diverges (tst_bad_loss=ignore), and has no
-progress bar; its seed is of --seeds; logs and evaluations that are too rare for a curve come 20 times a run."""
+progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where there are none (eval_strategy=no), come 20 times a run."""
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Experiment:
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
         fusable (`bool`): Whether the model's loss can be fused with its head.
+        data (`dict`): Fingerprints of the blocks of `"training"` and `"evaluation"`; a stream has none.
     """
 
     values: Mapping[str, Any]
@@ -75,6 +80,7 @@ class Experiment:
     rows_per_step: int | None
     blocks: int | None
     fusable: bool
+    data: Mapping[str, str]
 
     @property
     def output_dir(self) -> Path:
@@ -102,6 +108,24 @@ class Experiment:
                 f"{self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
             )
 
+    def check_rows(self, results: Iterable[RunResult | None]) -> None:
+        """Check that finished runs had the same tokens a step, and this experiment's where they are known.
+
+        A launcher decides it by its number of processes, which no setting of a run tells.
+
+        Raises:
+            TSTError: If they differ.
+        """
+        counts = {result.latent_tokens // result.steps for result in results if result is not None}
+        if self.rows_per_step is not None:
+            counts.add(self.latent_tokens_per_step)
+        if len(counts) > 1:
+            first, *_, last = sorted(counts)
+            raise TSTError(
+                f"Runs in {self.output_dir} have {first:,} tokens a step and {last:,}, as with another number of processes: "
+                "give the launcher that they were begun with, or name another output_dir."
+            )
+
 
 def parse_experiment(
     argv: Sequence[str], kind: type[T], description: str, prog: str | None, output_dir: str
@@ -127,6 +151,11 @@ def parse_experiment(
                 f"lr_scheduler_kwargs is not JSON: {error} in {values['lr_scheduler_kwargs']!r}; "
                 'write {"num_decay_steps": 100}.'
             ) from error
+    if not isinstance(values.get("lr_scheduler_kwargs") or {}, dict):
+        raise TSTError(
+            f"lr_scheduler_kwargs must be names and values, but is {values['lr_scheduler_kwargs']}: "
+            'write {"num_decay_steps": 100}.'
+        )
     if namespace.max_steps <= 0:
         raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint"):
@@ -159,7 +188,9 @@ def open_experiment(
         TSTError: If a run would be refused, or there is no data to evaluate on.
     """
     model_args = _make(ModelArguments, values)
-    prepared = prepare_run(model_args, _make(DataArguments, values), training_arguments(values))
+    args = training_arguments(values)
+    make_output_dir(args.output_dir)
+    prepared = prepare_run(model_args, _make(DataArguments, values), args)
     if prepared.eval_blocks is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
     _, model = find_language_model(prepared.model)
@@ -182,7 +213,26 @@ def open_experiment(
         rows_per_step=rows,
         blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
         fusable=fusable,
+        data={
+            name: check_blocks(blocks).fingerprint
+            for name, blocks in [("training", prepared.train_blocks), ("evaluation", prepared.eval_blocks)]
+            if hasattr(blocks, "num_rows")
+        },
     )
+
+
+def run_experiment(
+    experiment: Experiment, args: ExperimentArguments, runs: Sequence[PlannedRun]
+) -> tuple[dict[str, str], RunRefusedError | None]:
+    """Do what is missing of the runs, as [`run_all_shown`] does, and check that all were of the same size.
+
+    Raises:
+        TSTError: See [`run_all`], or if finished runs had other numbers of tokens a step.
+    """
+    experiment.check_rows(run.result for run in runs)
+    done = run_all_shown(runs, processes=args.processes, launcher=args.launcher)
+    experiment.check_rows(run.result for run in runs)
+    return done
 
 
 def describe_runs(
@@ -226,7 +276,8 @@ def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:
 
 def _make(kind: type[T], values: Mapping[str, Any]) -> T:
     names = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    return kind(**{name: value for name, value in values.items() if name in names})
+    with explained_arguments(values):
+        return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:

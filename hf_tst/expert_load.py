@@ -5,7 +5,7 @@ In superposition the routers see averaged embeddings, so the load of the experts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,9 +73,20 @@ class ExpertLoadMeter:
 
 def experts_per_position(config: Any) -> int | None:
     """Experts that a model sends each position to, or `None` if its configuration has no such number."""
+    return _first_number(config, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k"))
+
+
+def experts_in_layer(config: Any) -> int | None:
+    """Experts of each layer that a position may be sent to, or `None` if the configuration has no such number."""
+    return _first_number(config, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+
+
+def _first_number(config: Any, names: Iterable[str]) -> int | None:
+    """The first of some fields that a configuration, or its part for the feed-forward layers (DBRX), holds."""
     text_config = config.get_text_config()
-    for name in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, int):
-            return value
+    for part in (text_config, getattr(text_config, "ffn_config", None)):
+        for name in names:
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                return value
     return None

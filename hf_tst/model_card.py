@@ -51,10 +51,8 @@ def write_model_card(
     Returns:
         The card's path; `None` if the folder holds a card that no trainer wrote, which is left as it is.
     """
-    from huggingface_hub import ModelCard
-
     path = Path(folder) / "README.md"
-    if path.exists() and GENERATED_TAG not in (ModelCard.load(path).data.tags or []):
+    if path.exists() and not _is_generated(path):
         return None
     curve = _draw_curve(record, Path(folder))
     card = make_model_card(
@@ -69,6 +67,17 @@ def write_model_card(
     )
     card.save(path)
     return path
+
+
+def _is_generated(path: Path) -> bool:
+    """Whether a trainer wrote the card; one that cannot be read is somebody's own."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        return GENERATED_TAG in (ModelCard.load(path).data.tags or [])
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def make_model_card(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .expert_load import experts_per_position
+from .expert_load import experts_in_layer, experts_per_position
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelShape:
         last_layer_parameters (`int`), active_last_layer_parameters (`int`): Of the last layer, all and active ones.
         embedding_parameters (`int`): Of the embedding; the head has as many, or shares them.
         layers, hidden_size, vocab_size (`int`): As in the configuration; d and V.
-        heads, kv_heads, head_dim (`int`): Of the attention.
+        heads, kv_heads, head_dim (`int`): Of the attention; 0 heads where there is none.
         intermediate_size (`int`): Width of an MLP, or of one expert.
         experts_per_token (`int`, defaults to 0): Experts that a position is sent to; 0 in a dense model.
         norms_per_head (`bool`, defaults to `False`): Norms on queries and keys (Qwen3).
@@ -78,8 +78,14 @@ class ModelShape:
 
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         text = config.get_text_config()
-        heads = text.num_attention_heads
-        top_k, experts = experts_per_position(config) or 0, _number_of_experts(text)
+        heads = getattr(text, "num_attention_heads", None) or 0
+        top_k, experts = experts_per_position(config) or 0, experts_in_layer(config) or 0
+        of_experts = {
+            id(parameter)
+            for name, module in model.named_modules()
+            if name.endswith(".experts") or "Experts" in type(module).__name__
+            for parameter in module.parameters()
+        }
         parameters, layers, idle = 0, Counter[int](), Counter[int]()
         for name, parameter in model.named_parameters():
             parameters += parameter.numel()
@@ -87,7 +93,7 @@ class ModelShape:
             index = int(layer[1]) if layer else -1
             if layer:
                 layers[index] += parameter.numel()
-            if experts and ".experts." in name:
+            if experts and id(parameter) in of_experts:
                 idle[index] += parameter.numel() - parameter.numel() * top_k // experts
         last = max(layers, default=-1)
         width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -104,7 +110,7 @@ class ModelShape:
             vocab_size=text.vocab_size,
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
             intermediate_size=(getattr(text, "moe_intermediate_size", None) or width) if idle else width,
             experts_per_token=top_k if idle else 0,
             norms_per_head=any(".q_norm." in name for name, _ in model.named_parameters()),
@@ -136,8 +142,3 @@ class ModelShape:
     def trains_everything(self) -> bool:
         """Whether no parameter is frozen."""
         return self.trainable_parameters == self.parameters
-
-
-def _number_of_experts(config: Any) -> int:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next((value for name in names if (value := getattr(config, name, None))), 0)

@@ -28,11 +28,11 @@ from .arguments import TSTTrainingArguments
 from .errors import PreemptedError, TSTError, one_line
 from .hub import HubError
 from .packing import BlockStream, pack_blocks, tokenize_documents
-from .pretrain_arguments import DataArguments, ModelArguments, check_names, parse_arguments
+from .pretrain_arguments import DataArguments, ModelArguments, check_names, make_output_dir, parse_arguments
 from .quickstart import standard_library_documents, train_tokenizer
 from .reinitialize import ReinitializeCallback
 from .report import format_phases, summarize_phases
-from .text_files import load_text_file
+from .text_files import load_text_file, matching_files
 from .trainer import TSTTrainer
 
 QUICK_START_BYTES = 6_000_000
@@ -43,12 +43,13 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     """Training and validation text, as `datasets` data sets."""
     import datasets
 
-    if args.is_quick_start:
-        documents = standard_library_documents(QUICK_START_BYTES).train_test_split(
-            test_size=max(0.01, args.validation_split_percentage / 100), seed=0
-        )
-        return documents["train"], documents["test"]
     share = args.validation_split_percentage
+    if args.is_quick_start:
+        documents = standard_library_documents(QUICK_START_BYTES)
+        if not share:
+            return documents, None
+        split = documents.train_test_split(test_size=share / 100, seed=0)
+        return split["train"], split["test"]
     validation = load_text_file(args.validation_file) if args.validation_file else None
     if args.train_file:
         train = load_text_file(args.train_file, streaming=args.streaming)
@@ -63,9 +64,10 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
                 cache_dir=model_args.cache_dir,
             )
 
-        names = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
         train = load("train")
-        if validation is None and "validation" in names:
+        if validation is None and "validation" in datasets.get_dataset_split_names(
+            args.dataset_name, args.dataset_config_name, cache_dir=model_args.cache_dir
+        ):
             validation = load("validation")
     if validation is not None or not share:
         return train, validation
@@ -192,6 +194,9 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         raise TSTError(
             f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
         )
+    config.name_or_path = (
+        ""  # config_name is an architecture, not the weights that a card names as base model
+    )
     for name in ("bos", "eos", "pad"):
         setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     with explained_loading(f"a model of type {config.model_type}"):
@@ -231,8 +236,8 @@ def prepare_blocks(
     Of more blocks than `max_train_samples` the first ones are taken, and of more than `max_eval_samples` ones at equal
     distances: neighbours are of the same few documents, and a loss on those says little of the rest.
     """
-    source = (args.validation_file if evaluation else None) or args.train_file or ""
-    is_text_file = source.endswith(".txt")
+    source = (args.validation_file if evaluation else None) or args.train_file
+    is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
     tokenized = tokenize_documents(
@@ -320,10 +325,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         basicConfig(format="%(name)s: %(message)s")
         getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TSTError(f"Cannot make output_dir={args.output_dir}: {error.strerror}.") from error
+    make_output_dir(args.output_dir)
 
     prepared = prepare_run(model_args, data_args, args)
     eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
@@ -360,7 +362,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()
-    trainer.create_model_card(dataset=data_args.dataset_name)
+    name = data_args.dataset_name
+    trainer.create_model_card(dataset=None if name is None or Path(name).exists() else name)
     if trainer.is_world_process_zero():
         print_summary(trainer, final_eval)
     if args.push_to_hub:

@@ -6,7 +6,8 @@ import difflib
 import json
 import os
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -210,6 +211,10 @@ class DataArguments:
             raise TSTError(
                 f"validation_file={self.validation_file} needs training data beside it: name train_file or dataset_name."
             )
+        if self.streaming and self.is_quick_start:
+            raise TSTError(
+                "streaming reads data that is named: name train_file or dataset_name, or leave it out."
+            )
         if not 0 <= self.validation_split_percentage < 100:
             raise TSTError(
                 f"validation_split_percentage must be from 0 to 99, but is {self.validation_split_percentage}."
@@ -245,23 +250,42 @@ def parse_arguments(
     namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments], DESCRIPTION, prog)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     namespace.gradient_accumulation_steps = micro_batches(namespace, world_size)
-    try:
+    with explained_arguments(vars(namespace)):
         return (
             pick(namespace, ModelArguments),
             pick(namespace, DataArguments),
             pick(namespace, TSTTrainingArguments),
         )
+
+
+@contextmanager
+def explained_arguments(values: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which dataclasses are made of arguments, that turns what they raise into one sentence."""
+    try:
+        yield
     except TSTError:
         raise
     except json.JSONDecodeError as error:
-        names = [name for name, value in vars(namespace).items() if value == error.doc]
+        names = [name for name, value in values.items() if value == error.doc]
         raise TSTError(f"{names[0] if names else 'An argument'} is not JSON: {error}.") from error
-    except ImportError as error:
+    except ImportError as error:  # PackageNotFoundError of importlib is one
         raise TSTError(f"The arguments need a package that is missing: {one_line(error)}.") from error
     except TypeError as error:
         raise TSTError(f"The arguments do not fit: {one_line(error)}.") from error
     except ValueError as error:  # of Transformers, in more than a line at times
         raise TSTError(" ".join(str(error).split())) from error
+
+
+def make_output_dir(path: str) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        TSTError: If it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TSTError(f"Cannot make output_dir={path}: {error.strerror}.") from error
 
 
 def parse_values(

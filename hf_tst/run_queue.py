@@ -11,8 +11,8 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -20,10 +20,11 @@ from typing import IO, Any
 
 import yaml
 
-from .errors import TSTError
+from .errors import TSTError, one_line
 from .run_result import RunResult
 
 SETTINGS_FILE = "arguments.yaml"
+DATA_FILE = "data.yaml"
 LOG_FILE = "log.txt"
 REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
 # What may change before a run goes on: where it lies.
@@ -42,11 +43,13 @@ class PlannedRun:
         name (`str`): Its own among all runs.
         folder (`Path`): Where it is kept.
         settings (`dict`): Its arguments, as a configuration file holds them.
+        data (`dict`): Fingerprints of its data by what it is for, as far as they are known.
     """
 
     name: str
     folder: Path
     settings: Mapping[str, Any]
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def result(self) -> RunResult | None:
@@ -54,21 +57,28 @@ class PlannedRun:
         return RunResult.load(self.folder)
 
     def check_settings(self) -> None:
-        """Check that what is in the folder already was begun with the same settings.
+        """Check that what is in the folder already was begun with the same settings, on the same data.
 
         Raises:
-            TSTError: If not, with the setting and both values.
+            TSTError: If not, with the setting and both values, or a file is damaged.
         """
         path = self.folder / SETTINGS_FILE
         if not path.is_file():
             return
-        begun = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        begun = _read_settings(path)
         for name in sorted((begun.keys() | self.settings.keys()) - FREE_SETTINGS):
             before, now = begun.get(name), self.settings.get(name)
             if before != now:
                 raise TSTError(
                     f"The run {self.name} in {self.folder} was begun with {name}={before!r}, but is to go on with "
                     f"{name}={now!r}: set it back, or name another output_dir."
+                )
+        path = self.folder / DATA_FILE
+        for name, before in (_read_settings(path) if path.is_file() else {}).items():
+            if before != self.data.get(name, before):
+                raise TSTError(
+                    f"The run {self.name} in {self.folder} was begun on other {name} data, by its fingerprint {before}, "
+                    f"which is {self.data[name]} now: set the data back, or name another output_dir."
                 )
 
 
@@ -85,7 +95,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     Returns:
         What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
 
-    However this ends, by SIGTERM, too, no run goes on without it.
+    However this ends, by SIGTERM or SIGHUP, too, no run goes on without it.
 
     Raises:
         TSTError: If the settings of one were others before, or there is no such launcher.
@@ -93,10 +103,8 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     """
     for run in runs:
         run.check_settings()
-    if launcher and not shutil.which(shlex.split(launcher)[0]):
-        raise TSTError(
-            f"launcher={launcher!r} cannot be started: there is no command {shlex.split(launcher)[0]!r}."
-        )
+    if launcher is not None:
+        _check_launcher(launcher)
     failures: dict[str, str] = {}
     places, stopped, children = _places(processes, launcher), Event(), set[subprocess.Popen[bytes]]()
 
@@ -113,7 +121,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
                 stopped.set()
         return status
 
-    with _sigterm_raises(), ThreadPoolExecutor(processes) as pool:
+    with _signals_raise(), ThreadPoolExecutor(processes) as pool:
         started = {pool.submit(do, run): run for run in runs if run.result is None}
         try:
             for number, future in enumerate(as_completed(started), 1):
@@ -131,11 +139,22 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
             stopped.set()
             while wait(started, timeout=0.2).not_done:
                 for child in list(children):
-                    child.terminate()
+                    _terminate(child)
             raise
         finally:
             stopped.set()  # nothing further is started
     return failures
+
+
+def _check_launcher(launcher: str) -> None:
+    try:
+        command = shlex.split(launcher)
+    except ValueError as error:  # a quotation that is not closed
+        raise TSTError(f"launcher={launcher!r} cannot be read: {one_line(error)}.") from error
+    if not command:
+        raise TSTError(f"launcher={launcher!r} names no command: leave it out, or name one.")
+    if not shutil.which(command[0]):
+        raise TSTError(f"launcher={launcher!r} cannot be started: there is no command {command[0]!r}.")
 
 
 def run_all_shown(
@@ -151,20 +170,25 @@ def run_all_shown(
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Context in which SIGTERM raises `SystemExit` with status 143, so that what was started is ended."""
+def _signals_raise() -> Iterator[None]:
+    """Context in which SIGTERM, and SIGHUP unless it is ignored, raise `SystemExit`, so that what was started is ended."""
 
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # signals can be caught there only
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has the first
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    caught = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in caught:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in caught.items():
+            signal.signal(number, handler)
 
 
 def launch(
@@ -179,7 +203,8 @@ def launch(
     refusal.unlink(missing_ok=True)
     settings = {**run.settings, "output_dir": str(run.folder)}
     path = run.folder / SETTINGS_FILE
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    _write_whole(path, yaml.safe_dump(settings))
+    _write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
     start = shlex.split(launcher) if launcher else [sys.executable]
     command = [*start, "-m", "hf_tst.run_worker", str(path)]
     with open(run.folder / LOG_FILE, "ab") as log:
@@ -193,13 +218,27 @@ def run_process(
     environment: Mapping[str, str],
     children: set[subprocess.Popen[bytes]],
 ) -> int:
-    """Run a command, which writes into `log` and is among `children` as long as it lives; its exit status."""
-    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as child:
+    """Run a command, which writes into `log` and is among `children` as long as it lives; its exit status.
+
+    It has a process group of its own, by which [`_terminate`] reaches what a launcher has started, too.
+    """
+    with subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    ) as child:
         children.add(child)
         try:
             return child.wait()
         finally:
             children.discard(child)
+
+
+def _terminate(child: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started: not every launcher passes a signal on."""
+    if not hasattr(os, "killpg"):  # Windows
+        child.terminate()
+    elif child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
 
 
 def _places(processes: int, launcher: str | None) -> SimpleQueue[dict[str, str]]:
@@ -220,6 +259,25 @@ def _visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise TSTError(
+            f"The file {path} is damaged: name another output_dir, or remove its folder to have the run done again."
+        )
+    return values
 
 
 def _last_line(run: PlannedRun) -> str:

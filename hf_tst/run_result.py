@@ -69,12 +69,16 @@ class RunResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the final loss is no finite number, or has lost more than half of what the run had gained at its best."""
+        """Whether the final loss is no finite number, or has lost more than half of what the run had gained at its best.
+
+        Less than 5 % of the first loss is never divergence: a trained model that goes on has little to gain, and may end
+        a little above its best, or its start.
+        """
         first, last = self.initial_eval_loss, self.final_eval_loss
         if first is None or last is None:
             return last is None
         best = min(point.eval_loss for point in self.curve if point.eval_loss is not None)
-        return last - best > (first - best) / 2
+        return last - best > max((first - best) / 2, 0.05 * first)
 
     def save(self, folder: str | Path) -> None:
         """Write `result.json`; a reader sees all of it or nothing."""

@@ -29,7 +29,7 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
     """
     import datasets
 
-    files = sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
+    files = matching_files(path)
     if not files:
         raise TSTError(f"There is no file that fits {path}.")
     kinds = {Path(file).suffix for file in files}
@@ -54,6 +54,11 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
             for file in files:
                 check_utf8(file)
         raise TSTError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
+
+
+def matching_files(path: str) -> list[str]:
+    """The file of that name, or those that fit it as a pattern, in the order of their names."""
+    return sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
 
 
 def _check_file(file: Path) -> None:

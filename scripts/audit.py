@@ -19,6 +19,7 @@ from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position, verify
 from hf_tst.data_position import DataPosition
 from hf_tst.errors import TSTError
 from hf_tst.exits import run_command
+from hf_tst.experiment import parse_list
 from hf_tst.pretrain_arguments import (
     QUICK_START,
     DataArguments,
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     values = parse_values(argv, kinds, __doc__.split("\n")[0], defaults=defaults)
     audit = pick(values, AuditArguments)
-    length = values.block_size or 1  # only the number of tokens depends on it
+    length = values.block_size
     if audit.checkpoint is not None:
         position = DataPosition.load(audit.checkpoint)
         if position is None:
@@ -66,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         values.gradient_accumulation_steps = micro_batches(values, audit.world_size)
         args = pick(values, TSTTrainingArguments)
         plan, layout = plan_of_arguments(args, audit.num_blocks, audit.world_size)
-    for step in filter(None, audit.steps.split(",")):
-        print(json.dumps(asdict(audit_step(plan, layout, int(step), length))))
+    for step in parse_list("steps", audit.steps, int) if audit.steps else []:
+        record = asdict(audit_step(plan, layout, step, length or 1))
+        print(json.dumps(record if length else record | {"raw_tokens": None}))
     if audit.verify:
         print(json.dumps(asdict(verify_plan(plan))))
 

@@ -324,6 +324,10 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
     listed = run_script(SCRIPT, tmp_path / "config.yaml", "--num_blocks", 200, "--steps", 5)
     record = json.loads(listed.stdout)
     assert (record["blocks"], record["raw_tokens"]) == (expected[1].blocks, 4 * BLOCK_LENGTH)
+    of_unknown_length = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", 0)
+    assert json.loads(of_unknown_length.stdout)["raw_tokens"] is None
+    failed = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", "first")
+    assert "steps must be values of the kind int" in failed.stderr.splitlines()[-1]
     failed = run_script(SCRIPT)
     assert failed.returncode == 2
     assert "set num_blocks" in failed.stderr.splitlines()[-1]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -160,6 +161,40 @@ def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in
     assert not in_process
 
 
+def test_changed_data_is_refused(tiny_recipe, tmp_path, in_process, capsys):
+    corpus = tmp_path / "corpus.txt"
+    shutil.copy(tiny_recipe.parent / "corpus.txt", corpus)
+    argv = [
+        str(tiny_recipe), "--train_file", str(corpus), "--arms", "baseline", "--output_dir", str(tmp_path / "out"), "--seeds",
+    ]  # fmt: skip
+    main([*argv, "0"])
+    corpus.write_text(corpus.read_text()[:-100])
+    assert cli.main(["compare", *argv, "0,1"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "The run baseline-lr0.01-seed0 in" in message
+    assert "was begun on other training data" in message
+    assert in_process == ["baseline-lr0.01-seed0"]
+
+
+def test_runs_of_another_number_of_processes_are_refused(tiny_recipe, tmp_path, in_process, capsys):
+    """Their steps are larger, which no setting tells."""
+    argv = [str(tiny_recipe), "--arms", "baseline", "--output_dir", str(tmp_path), "--seeds"]
+    main([*argv, "0"])
+    path = tmp_path / "baseline-lr0.01-seed0" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"latent_tokens": 2 * result["latent_tokens"]}))
+    assert cli.main(["compare", *argv, "0,1"]) == 2
+    assert "have 64 tokens a step and 128, as with another number" in capsys.readouterr().err.splitlines()[-1]
+    assert in_process == ["baseline-lr0.01-seed0"]
+
+
+@pytest.mark.parametrize("text", ["", "max_steps: [", "- 1"])
+def test_a_damaged_file_of_settings_is_named(tmp_path, text):
+    (tmp_path / "arguments.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"arguments.yaml is damaged: name another output_dir"):
+        PlannedRun("a", tmp_path, {"max_steps": 4}).check_settings()
+
+
 def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_process):
     comparison = main([
         str(tiny_recipe), "--seeds", "0", "--arms", "baseline", "--learning_rates", "1e-2,1e9", "--output_dir", str(tmp_path),
@@ -208,9 +243,17 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--lr_scheduler_kwargs", "num_decay_steps=8"], "lr_scheduler_kwargs is not JSON: Expecting value"),
         (["--push_to_hub"], "push_to_hub cannot go with several runs"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
+        (["--output_dir", "file/out"], "Cannot make output_dir=file/out: Not a directory"),
+        (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
+        (["--deepspeed", "ds.json"], "The arguments need a package that is missing"),
+        (["--launcher", " "], "launcher=' ' names no command"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence_before_any_run(tiny_recipe, tmp_path, in_process, capsys, flags, message):
+def test_bad_input_is_one_sentence_before_any_run(
+    tiny_recipe, tmp_path, in_process, capsys, flags, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path / "out"), *flags]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("hf-tst compare: ")
@@ -308,7 +351,7 @@ def test_logs_are_there_though_they_were_switched_off(tiny_recipe, tmp_path, in_
     assert main([str(tiny_recipe), *flags]).arms[0].best.curve[-1].seconds > 0
 
 
-def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_process):
+def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_process, monkeypatch):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         shutil.copy(tiny_recipe.parent / "corpus.txt", tmp_path / "data" / f"{split}.txt")
@@ -322,6 +365,12 @@ def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_
     flags = ["--arms", "tst", "--seeds", "0", "--output_dir", str(tmp_path / "out")]
     (arm,) = main([str(tmp_path / "recipe.yaml"), *flags]).arms
     assert arm.best.curve[-1].latent_tokens == 40 * 64
+    monkeypatch.setattr("hf_tst.budget.TOLERANCE", 0.5)  # times are noise here
+    flags[-1] = str(tmp_path / "time")
+    (arm,) = main(
+        [str(tmp_path / "recipe.yaml"), *flags, "--budget", "time", "--calibration_steps", "4"]
+    ).arms
+    assert arm.best.mean_loss is not None
 
 
 def test_a_launcher_that_is_not_there_is_refused(tmp_path):
@@ -372,12 +421,21 @@ def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process)
     main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
 
 
-def test_sigterm_ends_what_was_started(tmp_path):
+# Starts what it is given and passes no signal on, as `accelerate launch` does with one process.
+DEAF_LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, sys.argv[1]])\n"
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["run", "launcher"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_what_was_started(tmp_path, number, deaf):
     (tmp_path / "hf_tst_run.py").write_text("import time\nprint('started', flush=True)\ntime.sleep(100)\n")
+    (tmp_path / "launcher.py").write_text(DEAF_LAUNCHER)
+    launcher = f"{tmp_path / 'launcher.py'} " if deaf else ""
     code = (
-        "from pathlib import Path; import sys; from hf_tst.run_queue import PlannedRun, run_all\n"
+        "from pathlib import Path; import signal, sys; from hf_tst.run_queue import PlannedRun, run_all\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"run_all([PlannedRun('a', Path({str(tmp_path / 'a')!r}), {{}})], launcher=f'{{sys.executable}} "
-        f"{tmp_path / 'hf_tst_run.py'}')"
+        f"{launcher}{tmp_path / 'hf_tst_run.py'}')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     log = tmp_path / "a" / "log.txt"
@@ -386,10 +444,12 @@ def test_sigterm_ends_what_was_started(tmp_path):
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.1)
-    (child,) = psutil.Process(parent.pid).children()
-    parent.terminate()
-    assert parent.wait(60) == 143
-    assert not child.is_running()
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) == 1 + deaf
+    parent.send_signal(number)
+    assert parent.wait(60) == 128 + number
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
 
 
 @pytest.mark.slow

@@ -140,7 +140,15 @@ def test_the_page_holds_all_and_escapes_all():
     assert ("content", "width=device-width, initial-scale=1") in page.attributes
     assert "@media print" in html
     assert not re.search(r"url\(|@import", html)
-    assert hostile not in format_comparison_markdown(comparison)
+    outside_of_code = format_comparison_markdown(comparison).replace(f"`{hostile}`", "")
+    assert hostile not in outside_of_code
+
+
+def test_a_command_is_code_that_nothing_in_it_ends():
+    command = "hf-tst compare --train_file 'a/*.jsonl' --validation_file 'b/*.jsonl' | tee `date`"
+    runs = [outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5)]
+    text = format_comparison_markdown(compared(*runs, facts={"command": command}))
+    assert f"- command: `` {command} ``\n" in text
 
 
 def test_the_files_of_the_report(tmp_path):

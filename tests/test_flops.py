@@ -4,7 +4,10 @@ import pytest
 import torch
 from conftest import make_model
 from mtp_by_hand import logits_by_hand
+from tiny_families import FAMILIES as EVERY_FAMILY
+from tiny_families import VOCAB_SIZE
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_tst import MTPHeads, token_superposition
 from hf_tst.flops import step_flops
@@ -22,6 +25,18 @@ FAMILIES = {
     "mixtral": SIZES | {"head_dim": 16, "intermediate_size": 48},
     "qwen3_moe": SIZES | {"head_dim": 24, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3},
     "gpt2": {"vocab_size": 160, "n_embd": 64, "n_layer": 3, "n_head": 4},
+}  # fmt: skip
+# Experts under other names, of which the configuration says how many there are under others, too.
+OTHER_EXPERTS = {
+    "dbrx": {
+        "vocab_size": 160, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 3, "hidden_size": 64},
+    },
+    "jetmoe": {
+        "vocab_size": 160, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2,
+        "kv_channels": 16, "num_local_experts": 8, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 ROWS, LENGTH = 2, 24
 TIED = {"llama": [False, True]}
@@ -58,6 +73,18 @@ def test_a_step_of_either_phase(family, tied):
     )
 
 
+@pytest.mark.parametrize("model_type", OTHER_EXPERTS)
+def test_experts_that_are_not_used_are_not_counted_whatever_they_are_called(model_type):
+    config = CONFIG_MAPPING[model_type](**OTHER_EXPERTS[model_type])
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    ids = torch.randint(0, 160, (ROWS, LENGTH))
+    assert step_flops(model, ROWS, LENGTH) == pytest.approx(
+        counted(lambda: model(input_ids=ids, labels=ids).loss), rel=0.02
+    )
+
+
 @pytest.mark.parametrize("kind", MTP_KINDS)
 @pytest.mark.parametrize("num_heads", [2, 4])
 @pytest.mark.parametrize(("family", "tied"), CASES)
@@ -71,6 +98,13 @@ def test_a_step_with_extra_heads(family, tied, num_heads, kind):
     assert given == pytest.approx(found, rel=0.02)
     superposed = step_flops(model, ROWS, LENGTH, phase="superposition", mtp_num_heads=num_heads)
     assert superposed == step_flops(model, ROWS, LENGTH)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "rwkv"])
+def test_a_model_without_attention_has_no_pairs_of_positions(model_type):
+    (family,) = [family for family in EVERY_FAMILY if family.model_type == model_type]
+    config = CONFIG_MAPPING[model_type](vocab_size=VOCAB_SIZE, **family.config)
+    assert step_flops(config, 1, 64) == 64 * step_flops(config, 1, 1) > 0
 
 
 @pytest.mark.parametrize("wrong", [{"mtp_num_heads": 0}, {"mtp_kind": "tree"}])

@@ -88,6 +88,13 @@ def test_a_card_of_the_users_own_stays(tmp_path):
     assert "of 99 optimizer steps" in ModelCard.load(path).text
 
 
+def test_a_card_that_cannot_be_read_stays(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\ntags: [\n---\n# Mine\n")
+    assert write_model_card(tmp_path, make_record(), repo_id="model") is None
+    assert "# Mine" in path.read_text()
+
+
 def test_the_evaluation_is_that_of_the_weights():
     def evaluated(*after, loads_best=True):
         entry = {"switch_step": 0, "rows_per_step": 1, "arguments": {"load_best_model_at_end": loads_best}, "parameters": 1,

@@ -6,11 +6,13 @@ import sys
 import datasets
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
-from hf_tst.pretrain import load_documents, prepare_blocks
+from hf_tst.pretrain import load_documents, load_model, prepare_blocks
 from hf_tst.pretrain_arguments import DataArguments, ModelArguments
 from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
+from hf_tst.run_record import loaded_from
 from hf_tst.text_files import check_utf8, load_text_file
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
@@ -258,6 +260,35 @@ def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, 
     assert (
         tokenizer.eos_token_id not in tokens
     )  # lines of a text are no documents, whatever the training data is
+
+
+def test_nothing_is_held_out_of_the_standard_library_where_nothing_is_asked_for():
+    train, held_out = load_documents(DataArguments(validation_split_percentage=1), ModelArguments())
+    everything, nothing = load_documents(DataArguments(validation_split_percentage=0), ModelArguments())
+    assert nothing is None
+    assert everything.num_rows == train.num_rows + held_out.num_rows
+
+
+def test_lines_of_text_files_are_no_documents_however_the_files_are_named(tmp_path, tokenizer):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("abc\n" * 20, encoding="utf-8")
+    for pattern in ("*.txt", "*", "[01]*"):
+        args = DataArguments(train_file=str(tmp_path / pattern), validation_split_percentage=0)
+        blocks = prepare_blocks(args, load_documents(args, ModelArguments())[0], tokenizer, 4)
+        assert tokenizer.eos_token_id not in {token for row in blocks for token in row["input_ids"]}
+
+
+def test_a_model_of_somebodys_architecture_has_no_base_model(tmp_path, tokenizer, monkeypatch):
+    LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        tmp_path / "org" / "model"
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    model = load_model(ModelArguments(config_name="org/model"), tokenizer)
+    model.save_pretrained("org/trained")
+    trained = load_model(ModelArguments(model_name_or_path="org/trained"), tokenizer)
+    monkeypatch.chdir("/")  # so that the names look as if they were the Hub's
+    assert loaded_from(model) is None
+    assert loaded_from(trained) == "org/trained"
 
 
 def test_a_streamed_evaluation_is_not_cut(tokenizer):

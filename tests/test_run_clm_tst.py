@@ -97,6 +97,9 @@ def test_text_files_streams_and_data_set_folders(workspace, tmp_path, flags):
     assert "recovery       2-5" in result.stdout
     if "--streaming" not in flags:
         assert "tokens are dropped" in result.stderr
+    assert (
+        "datasets:" not in (tmp_path / "run" / "README.md").read_text()
+    )  # local ones have no name on the Hub
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,11 @@ def test_bad_input_is_one_sentence(workspace, tmp_path, flags, message):
     result = run("config.yaml", "--output_dir", tmp_path / "run", *flags, cwd=workspace, fails=True)
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_the_standard_library_is_not_streamed(tmp_path):
+    result = run("--streaming", "--output_dir", tmp_path / "run", cwd=tmp_path, fails=True)
+    assert "streaming reads data that is named" in result.stderr.splitlines()[-1]
 
 
 def test_unknown_names_in_a_file_are_refused(tmp_path):
