@@ -85,7 +85,7 @@ class TokenMeterCallback(TrainerCallback):
     [`TSTTrainer`] sets `schedule` and `rows_per_step` (over all devices and accumulation steps) before training
     starts, and `latent_length` (positions a row, the same in both phases) from the batches. It also sets `epoch`,
     which says what Trainer calls the epoch after so many steps, since Trainer itself does not know where a resumed
-    epoch began, and `tokens_left_out`, of all ranks, that found no place in a row of bags.
+    epoch began, and calls [`count_left_out`].
     """
 
     def __init__(self) -> None:
@@ -151,6 +151,11 @@ class TokenMeterCallback(TrainerCallback):
                 empty = (batch["input_ids"] < 0).sum()
                 self._left_out_here = empty if self._left_out_here is None else self._left_out_here + empty
             yield batch
+
+    def count_left_out(self, so_far: int | None) -> None:
+        """Count tokens, of all ranks, that find no place in a row of bags, as `tokens_left_out`, from `so_far`; with `None`
+        count none. What was counted before, by a beginning that ran out of memory, is forgotten."""
+        self.tokens_left_out, self._left_out_here = so_far, None
 
     def gather_left_out(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Bring `tokens_left_out` up to date; every rank must take part.

@@ -119,7 +119,7 @@ class CheckpointingTrainer(PublishingTrainer):
             if self.args.local_process_index == 0:
                 clear_unfinished(run_dir)
             self.accelerator.wait_for_everyone()
-            self._write_aside(model, trial, run_dir / UNFINISHED / name, run_dir / name)
+            self._write_aside(model, trial, run_dir / UNFINISHED / name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 finish_checkpoint(run_dir, name)
@@ -142,17 +142,21 @@ class CheckpointingTrainer(PublishingTrainer):
                 keep.add(int(number))
             rotate_checkpoints(run_dir, self.args.save_total_limit, keep)
 
-    def _write_aside(self, model: Any, trial: Any, written: Path, target: Path) -> None:
-        """Let Trainer write a checkpoint in `_unfinished`; its state names the best one where it will lie."""
+    def _write_aside(self, model: Any, trial: Any, written: Path) -> None:
+        """Let Trainer write a checkpoint in `_unfinished`; its state names the best one where that lies, or will lie."""
+        named = self.state.best_model_checkpoint
         self._writes_aside = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_aside = False
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(target)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / STATE_FILE))
+        found = self.state.best_model_checkpoint  # Trainer looked for it in `_unfinished`
+        step = self.state.best_global_step
+        best = os.path.join(super()._get_output_dir(trial), f"checkpoint-{step}")
+        there = step is not None and (step == self.state.global_step or os.path.isdir(best))
+        self.state.best_model_checkpoint = best if there else named
+        if self.args.should_save and self.state.best_model_checkpoint != found:
+            self.state.save_to_json(str(written / STATE_FILE))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

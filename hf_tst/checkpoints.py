@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from .checkpoint_folders import checkpoint_folders, restore_replaced
@@ -78,10 +79,12 @@ def load_renamed_weights(model: Any, folder: str | Path) -> bool:
     """
     names = _weight_names(Path(folder))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if not names or not set(model.state_dict()) - names - set(tied):
+    renamed = set(model.state_dict()) - names - set(tied)
+    if not names or not renamed:
         return False
-    loaded = type(model).from_pretrained(folder, config=model.config)
-    model.load_state_dict(loaded.state_dict())
+    # The configuration may say another type than the model's parameters have; float32 holds the shorter ones exactly.
+    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).state_dict()
+    model.load_state_dict({name: loaded[name] for name in renamed}, strict=False)
     return True
 
 

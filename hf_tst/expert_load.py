@@ -23,6 +23,10 @@ class ExpertLoadMeter:
     def __init__(self) -> None:
         self._counts: Tensor | None = None
 
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._counts = None
+
     @torch.no_grad()
     def add(self, router_logits: Any, top_k: int | None, mask: Tensor | None = None) -> None:
         """Count the positions of one forward pass.

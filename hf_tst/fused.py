@@ -211,7 +211,9 @@ class TSTLoss:
             # Their sum is 0: it makes the empty tensor part of the backward pass, as FSDP expects of a module's output.
             return loss + logits.sum().to(loss.dtype)
         if self.weights is None or labels.dim() != 3:
-            return self.own_loss(logits, labels, *args, **kwargs)
+            # The divisor as the trainer gave it: FSDP casts what a module is given, and bfloat16 rounds counts.
+            divisor = {name: given for name, given in self._given.items() if name == "num_items_in_batch"}
+            return self.own_loss(logits, labels, *args, **kwargs | divisor)
         options = self._options(labels, kwargs | self._given)
         return multi_hot_cross_entropy(logits, options.pop("labels").to(logits.device), **options)
 

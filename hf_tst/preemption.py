@@ -34,8 +34,9 @@ class PreemptionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()  # of a beginning that ran out of memory, after which auto_find_batch_size begins anew
         self.stopped = self._told = False
-        if distributed.is_available() and distributed.is_initialized():
+        if self._group is None and distributed.is_available() and distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():  # signals can be caught there only
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -48,6 +49,12 @@ class PreemptionCallback(TrainerCallback):
         self.stopped = control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # there may be seconds left
         logger.warning(f"SIGTERM: training stops after step {state.global_step}, with a checkpoint.")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped:  # the checkpoint is written
+            control.should_save = control.should_evaluate = False
 
     def close(self) -> None:
         """Give the signal back to whoever had it before."""

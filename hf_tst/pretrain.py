@@ -13,6 +13,7 @@ from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -200,11 +201,13 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
     for name in ("bos", "eos", "pad"):
         setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     with explained_loading(f"a model of type {config.model_type}"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=args.torch_dtype()
+            or torch.float32,  # whatever the weights are stored in that the configuration is of
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
         )
-    dtype = args.torch_dtype()
-    return model if dtype is None else model.to(dtype=dtype)
 
 
 @contextmanager

@@ -170,7 +170,8 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         self._data = data = self._open_data()
         self._switch.schedule = self._meter.schedule = data.schedule
         self._meter.epoch = data.epoch
-        self._meter.tokens_left_out = 0 if self.args.tst_document_boundaries == "respect" else None
+        self._expert_load.clear()
+        self._meter.count_left_out(0 if self.args.tst_document_boundaries == "respect" else None)
         if data.schedule.switch_step == 0:
             logger.warning(
                 f"tst_phase_ratio={data.schedule.phase_ratio} of {data.schedule.max_steps} steps is less than one step: "
@@ -179,7 +180,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         if self._checkpoint is not None:
             saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
             if saved is not None and self._meter.tokens_left_out is not None:
-                self._meter.tokens_left_out = saved.tokens_left_out
+                self._meter.count_left_out(saved.tokens_left_out)
         if data.plan is None:
             return make_stream_loader(
                 data, self._train_batch_size, self.data_collator, self.args, self.accelerator
@@ -211,7 +212,8 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         """
         weights = None if _internal_call else weights_to_save(self)
         if weights is not None:
-            self._save(output_dir, state_dict=weights)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=weights)
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return

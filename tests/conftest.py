@@ -12,6 +12,7 @@ if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,19 @@ def weights_equal(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def train_to_be_best_at_step_4(model: Any, make_args: Any, **options: Any) -> TSTTrainer:
+def train_to_be_best_at_step_4(
+    model: Any,
+    make_args: Any,
+    accuracies: Sequence[float] = (0.1, 0.5, 0.4, 0.3, 0.2),
+    resume: bool = False,
+    **options: Any,
+) -> TSTTrainer:
     """Train with evaluations of which the second, at step 4, is the best, and with the best model at the end."""
     args = make_args(
         save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="accuracy", greater_is_better=True,
     )  # fmt: skip
-    values = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+    values = iter(accuracies)
     trainer = TSTTrainer(
         model,
         args,
@@ -179,5 +186,5 @@ def train_to_be_best_at_step_4(model: Any, make_args: Any, **options: Any) -> TS
         compute_metrics=lambda prediction: {"accuracy": next(values)},
         **options,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer

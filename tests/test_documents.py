@@ -315,6 +315,23 @@ def test_tokens_left_out_are_counted_and_survive_a_resume(speaking_llama, make_a
         assert [e[key] for e in resumed.state.log_history if "loss" in e] == [e[key] for e in entries]
 
 
+def test_tokens_left_out_by_a_beginning_that_ran_out_of_memory_are_not_counted(speaking_llama, make_args):
+    class OneTooLarge(TSTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if self.state.global_step == 2 and inputs["input_ids"].shape[0] > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    found = []
+    for kind, batch, options in ((OneTooLarge, 2, {"auto_find_batch_size": True}), (TSTTrainer, 1, {})):
+        args = make_args(**respect(per_device_train_batch_size=batch, logging_steps=2, **options))
+        trainer = kind(copy.deepcopy(speaking_llama), args, train_dataset=packed())
+        trainer.train()
+        assert trainer._train_batch_size == 1
+        found.append([e["tst_tokens_left_out"] for e in trainer.state.log_history if "loss" in e])
+    assert found[0] == found[1]
+
+
 def test_the_loss_is_the_mean_over_targets_whatever_the_accumulation(speaking_llama, make_args):
     other = copy.deepcopy(speaking_llama)
     common = respect(optim="sgd", learning_rate=0.1, max_grad_norm=0)

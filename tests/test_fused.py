@@ -113,6 +113,23 @@ def test_everything_is_undone(llama, context, fails):
     assert list(llama.modules()) == modules
 
 
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_the_divisor_is_not_the_one_that_bfloat16_rounds(llama, choice):
+    """FSDP casts what it gives to the forward pass of a model in mixed precision, numbers of targets among it."""
+    ids = torch.randint(0, VOCAB_SIZE, (2, 8))
+    count = torch.tensor(4099)  # 4096 in bfloat16
+
+    def cast(module, args, kwargs):
+        return args, kwargs | {"num_items_in_batch": kwargs["num_items_in_batch"].bfloat16()}
+
+    expected = llama(input_ids=ids, labels=ids, num_items_in_batch=count).loss.item()
+    with fused_next_token_loss(llama.train(), choice):
+        hook = llama.register_forward_pre_hook(cast, with_kwargs=True)
+        found = llama(input_ids=ids, labels=ids, num_items_in_batch=count).loss.item()
+        hook.remove()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_head_takes_part_in_the_backward_pass(llama):
     """FSDP waits for the gradient of what the head returned before it makes ready for the head's own."""
     bags, labels = make_bags()

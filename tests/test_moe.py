@@ -232,6 +232,17 @@ def test_a_resumed_run_has_its_experts(make_args, tmp_path, model_type, stop, sh
     assert weights_equal(other, model)
 
 
+def test_a_resumed_run_keeps_the_bits_of_its_weights_whatever_the_configuration_says(make_args, tmp_path):
+    """A configuration of bfloat16 weights, of which a model is made in float32."""
+    model, blocks = make_model("qwen3_moe"), make_blocks(200)
+    model.config.dtype = torch.bfloat16
+    other = copy.deepcopy(model)
+    TSTTrainer(model, make_args(save_strategy="steps", save_steps=5), train_dataset=blocks).train()
+    resumed = TSTTrainer(other, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    assert weights_equal(other, model)
+
+
 def test_the_best_model_has_its_experts(make_args):
     model = make_model("qwen3_moe")
     trainer = train_to_be_best_at_step_4(model, make_args)

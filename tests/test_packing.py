@@ -6,6 +6,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
@@ -289,6 +290,17 @@ def test_a_model_of_somebodys_architecture_has_no_base_model(tmp_path, tokenizer
     monkeypatch.chdir("/")  # so that the names look as if they were the Hub's
     assert loaded_from(model) is None
     assert loaded_from(trained) == "org/trained"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_new_model_is_float32_whatever_the_weights_of_the_configuration_were(
+    tmp_path, tokenizer, dtype, expected
+):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=300, dtype="bfloat16", **sizes).save_pretrained(tmp_path)
+    model = load_model(ModelArguments(config_name=str(tmp_path), dtype=dtype), tokenizer)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert model.config.dtype == expected
 
 
 def test_a_streamed_evaluation_is_not_cut(tokenizer):

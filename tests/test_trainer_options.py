@@ -1,7 +1,10 @@
 """TSTTrainer with families, options of Trainer, compilation and collators of the user's own."""
 
 import copy
+import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,41 @@ def test_best_model_early_stopping_and_metrics(llama, make_args):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert weights_equal(best, llama)
+
+
+@pytest.mark.parametrize("output_dir", ["./run", ".", "a//run"])
+def test_the_best_model_is_loaded_however_the_folder_is_written(
+    llama, make_args, tmp_path, monkeypatch, output_dir
+):
+    monkeypatch.chdir(tmp_path)
+    trainer = train_to_be_best_at_step_4(llama, partial(make_args, output_dir=output_dir))
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best == Path(output_dir) / "checkpoint-4"
+    assert weights_equal(AutoModelForCausalLM.from_pretrained(best), llama)
+    saved = json.loads((Path(output_dir) / "checkpoint-10" / "trainer_state.json").read_text())
+    assert Path(saved["best_model_checkpoint"]) == best
+
+
+def test_the_best_checkpoint_is_found_again_when_the_folder_was_renamed(llama, make_args, tmp_path):
+    resumed = copy.deepcopy(llama)
+    train_to_be_best_at_step_4(llama, make_args)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / "renamed" / f"checkpoint-{step}")
+    trainer = train_to_be_best_at_step_4(
+        resumed,
+        partial(make_args, output_dir=str(tmp_path / "renamed"), save_total_limit=2),
+        accuracies=[0.3, 0.2],
+        resume=True,
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "renamed" / "checkpoint-4")
+    kept = {path.name for path in (tmp_path / "renamed").glob("checkpoint-*")}
+    assert kept == {
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-10",
+    }  # that of the switch, the best, the newest
+    assert weights_equal(AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint), resumed)
 
 
 @pytest.mark.slow

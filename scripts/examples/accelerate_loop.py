@@ -37,7 +37,7 @@ def main() -> None:
     set_seed(0)  # every process makes the same weights
     schedule = PhaseSchedule(args.max_steps, args.phase_ratio, args.bag_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype="float32")
 
     tokens = tokenize_documents(load_dataset(args.dataset, split="train"), tokenizer)
     # Rows of l·s tokens from the first part of the text, rows of l tokens from the part behind it.

@@ -22,7 +22,7 @@ class Data:
 def main() -> None:
     data, args = HfArgumentParser((Data, TSTTrainingArguments)).parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(data.model)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
 
     documents = load_dataset(data.dataset, split="train")
     blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)

@@ -28,7 +28,7 @@ def main() -> None:
     data, args = HfArgumentParser((Data, TSTTrainingArguments)).parse_args_into_dataclasses()
     set_seed(args.seed)  # every process makes the same weights
     tokenizer = AutoTokenizer.from_pretrained(data.model)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
 
     # The first process writes the cache that the others read, who wait for `ddp_timeout` seconds at most.
     with args.main_process_first(desc="packing"):

@@ -48,7 +48,7 @@ def main() -> None:
     data, args = HfArgumentParser((Data, TSTTrainingArguments)).parse_args_into_dataclasses()
     args.tst_fused_loss = "off"
     tokenizer = AutoTokenizer.from_pretrained(data.model)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
     documents = load_dataset(data.dataset, split="train")
     blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
     trainer = SteadyTrainer(model, args, collate, train_dataset=blocks, processing_class=tokenizer)

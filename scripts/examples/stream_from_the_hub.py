@@ -23,7 +23,7 @@ class Data:
 def main() -> None:
     data, args = HfArgumentParser((Data, TSTTrainingArguments)).parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(data.model)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
 
     # Every process, and every loader process of it, reads shards of its own. A shuffle buffer is not part of a
     # stream's state, so that shards, not rows, are what to shuffle.
