@@ -83,7 +83,9 @@ def load_renamed_weights(model: Any, folder: str | Path) -> bool:
     if not names or not renamed:
         return False
     # The configuration may say another type than the model's parameters have; float32 holds the shorter ones exactly.
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).state_dict()
+    is_full = any(parameter.dtype == torch.float32 for parameter in model.parameters())
+    dtype = torch.float32 if is_full else model.dtype
+    loaded = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
     model.load_state_dict({name: loaded[name] for name in renamed}, strict=False)
     return True
 

@@ -27,10 +27,9 @@ from .experiment import (
     open_experiment,
     parse_experiment,
     parse_list,
-    run_experiment,
     training_arguments,
 )
-from .run_queue import PlannedRun, run_all
+from .run_queue import PlannedRun, run_all, run_all_shown
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -152,10 +151,8 @@ def calibrate(
         data = dict(experiment.data)
         if data.pop("evaluation", None):  # a stream can't be cut
             settings["max_eval_samples"] = 1
-        runs[name] = PlannedRun(
-            f"calibration of {name}", experiment.output_dir / "calibration" / name, settings, data
-        )
-    experiment.check_rows(run.result for run in runs.values())
+        folder = experiment.output_dir / f"calibration-{name}"
+        runs[name] = PlannedRun(f"calibration of {name}", folder, settings, data)
     failures = run_all(list(runs.values()), launcher=args.launcher)
     if failures:
         raise TSTError(next(iter(failures.values())))
@@ -182,7 +179,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     plans, runs = plan_comparison(experiment, args)
     queue = [planned for _, planned in runs]
-    failures, refusal = run_experiment(experiment, args, queue)
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]

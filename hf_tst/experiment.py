@@ -29,7 +29,6 @@ from .pretrain_arguments import (
     parse_values,
     pick,
 )
-from .run_queue import PlannedRun, RunRefusedError, run_all_shown
 from .run_result import RunResult
 from .superposition import find_language_model
 
@@ -108,24 +107,6 @@ class Experiment:
                 f"{self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
             )
 
-    def check_rows(self, results: Iterable[RunResult | None]) -> None:
-        """Check that finished runs had the same tokens a step, and this experiment's where they are known.
-
-        A launcher decides it by its number of processes, which no setting of a run tells.
-
-        Raises:
-            TSTError: If they differ.
-        """
-        counts = {result.latent_tokens // result.steps for result in results if result is not None}
-        if self.rows_per_step is not None:
-            counts.add(self.latent_tokens_per_step)
-        if len(counts) > 1:
-            first, *_, last = sorted(counts)
-            raise TSTError(
-                f"Runs in {self.output_dir} have {first:,} tokens a step and {last:,}, as with another number of processes: "
-                "give the launcher that they were begun with, or name another output_dir."
-            )
-
 
 def parse_experiment(
     argv: Sequence[str], kind: type[T], description: str, prog: str | None, output_dir: str
@@ -158,10 +139,10 @@ def parse_experiment(
         )
     if namespace.max_steps <= 0:
         raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
-    for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint"):
+    for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size"):
         if values.get(name):
             raise TSTError(
-                f"{name} cannot go with several runs that are compared by their last step: leave it out."
+                f"{name} cannot go with several runs that are compared after as many steps: leave it out."
             )
     return values | _records(namespace), pick(namespace, kind)
 
@@ -219,20 +200,6 @@ def open_experiment(
             if hasattr(blocks, "num_rows")
         },
     )
-
-
-def run_experiment(
-    experiment: Experiment, args: ExperimentArguments, runs: Sequence[PlannedRun]
-) -> tuple[dict[str, str], RunRefusedError | None]:
-    """Do what is missing of the runs, as [`run_all_shown`] does, and check that all were of the same size.
-
-    Raises:
-        TSTError: See [`run_all`], or if finished runs had other numbers of tokens a step.
-    """
-    experiment.check_rows(run.result for run in runs)
-    done = run_all_shown(runs, processes=args.processes, launcher=args.launcher)
-    experiment.check_rows(run.result for run in runs)
-    return done
 
 
 def describe_runs(

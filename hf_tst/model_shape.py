@@ -97,6 +97,7 @@ class ModelShape:
                 idle[index] += parameter.numel() - parameter.numel() * top_k // experts
         last = max(layers, default=-1)
         width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        width = getattr(getattr(text, "ffn_config", None), "ffn_hidden_size", width)  # DBRX
         return cls(
             parameters=parameters,
             active_parameters=parameters - looked_up_only - idle.total(),

@@ -195,19 +195,24 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         raise TSTError(
             f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
         )
-    config.name_or_path = (
-        ""  # config_name is an architecture, not the weights that a card names as base model
-    )
     for name in ("bos", "eos", "pad"):
         setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    # Whatever the weights are stored in that the configuration is of, and for all alike: FSDP cannot shard what some models
+    # make in float32 with the rest.
+    dtype = args.torch_dtype() or torch.float32
     with explained_loading(f"a model of type {config.model_type}"):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config,
-            dtype=args.torch_dtype()
-            or torch.float32,  # whatever the weights are stored in that the configuration is of
+            dtype=dtype,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
         )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.name_or_path = (
+        ""  # config_name is an architecture, not weights that a card could name as base model
+    )
+    return model
 
 
 @contextmanager

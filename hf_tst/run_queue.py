@@ -65,7 +65,7 @@ class PlannedRun:
         path = self.folder / SETTINGS_FILE
         if not path.is_file():
             return
-        begun = _read_settings(path)
+        begun = read_settings(path)
         for name in sorted((begun.keys() | self.settings.keys()) - FREE_SETTINGS):
             before, now = begun.get(name), self.settings.get(name)
             if before != now:
@@ -74,7 +74,7 @@ class PlannedRun:
                     f"{name}={now!r}: set it back, or name another output_dir."
                 )
         path = self.folder / DATA_FILE
-        for name, before in (_read_settings(path) if path.is_file() else {}).items():
+        for name, before in (read_settings(path) if path.is_file() else {}).items():
             if before != self.data.get(name, before):
                 raise TSTError(
                     f"The run {self.name} in {self.folder} was begun on other {name} data, by its fingerprint {before}, "
@@ -106,6 +106,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     if launcher is not None:
         _check_launcher(launcher)
     failures: dict[str, str] = {}
+    refusal: RunRefusedError | None = None
     places, stopped, children = _places(processes, launcher), Event(), set[subprocess.Popen[bytes]]()
 
     def do(run: PlannedRun) -> int | None:
@@ -128,13 +129,12 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
                 run, status = started[future], future.result()
                 if status is None:  # not started
                     continue
-                if status == 2:
-                    raise RunRefusedError(f"The run {run.name} was refused: {_last_line(run)}")
+                if status == 2:  # no further one is started, and those under way are let finish
+                    refusal = refusal or RunRefusedError(f"The run {run.name} was refused: {_last_line(run)}")
+                    continue
                 if status or run.result is None:
                     failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
                 print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
-        except RunRefusedError:  # those under way are let finish
-            raise
         except BaseException:
             stopped.set()
             while wait(started, timeout=0.2).not_done:
@@ -143,6 +143,8 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
             raise
         finally:
             stopped.set()  # nothing further is started
+    if refusal is not None:
+        raise refusal
     return failures
 
 
@@ -203,8 +205,8 @@ def launch(
     refusal.unlink(missing_ok=True)
     settings = {**run.settings, "output_dir": str(run.folder)}
     path = run.folder / SETTINGS_FILE
-    _write_whole(path, yaml.safe_dump(settings))
-    _write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
+    write_whole(path, yaml.safe_dump(settings))
+    write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
     start = shlex.split(launcher) if launcher else [sys.executable]
     command = [*start, "-m", "hf_tst.run_worker", str(path)]
     with open(run.folder / LOG_FILE, "ab") as log:
@@ -261,14 +263,19 @@ def _visible_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or nothing."""
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The names and values in a run's file.
+
+    Raises:
+        TSTError: If it is damaged.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -13,9 +13,11 @@ from .checkpoints import last_complete_checkpoint
 from .errors import TSTError
 from .phases import PhaseSchedule
 from .pretrain import main as train
-from .run_queue import REFUSAL_FILE
+from .run_queue import REFUSAL_FILE, read_settings, write_whole
 from .run_record import run_entry
 from .run_result import result_of_run
+
+WORLD_SIZE_FILE = "world_size.txt"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,9 +32,29 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         with FileLock(config.with_name(".lock"), timeout=0):
+            _check_processes(config)
             _train(config)
     except Timeout:
         raise TSTError(f"Another process is at work in {config.parent}: wait for it, or end it.") from None
+
+
+def _check_processes(config: Path) -> None:
+    """Note how many processes do the runs of a comparison, and check that all have as many, unless their step is given in
+    tokens: no setting of a run tells how large a launcher makes its steps.
+
+    Raises:
+        TSTError: If an earlier run had another number.
+    """
+    if read_settings(config).get("tokens_per_step"):
+        return
+    now, note = os.environ.get("WORLD_SIZE", "1"), config.parent.parent / WORLD_SIZE_FILE
+    before = note.read_text(encoding="utf-8").strip() if note.is_file() else now
+    if before != now:
+        raise TSTError(
+            f"Runs in {note.parent} were begun with a world size of {before}, and are to go on with {now}, which makes steps of "
+            "another size: start as many processes, or name another output_dir."
+        )
+    write_whole(note, f"{now}\n")
 
 
 def _train(config: Path) -> None:

@@ -17,10 +17,9 @@ from .experiment import (
     open_experiment,
     parse_experiment,
     parse_list,
-    run_experiment,
     training_arguments,
 )
-from .run_queue import PlannedRun
+from .run_queue import PlannedRun, run_all_shown
 from .sweep_report import Cell, Sweep, format_sweep, write_sweep
 
 DESCRIPTION = f"""Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
@@ -106,7 +105,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     planned = plan_sweep(experiment, args)
     queue = [run for _, runs in planned for run in runs]
-    failures, refusal = run_experiment(experiment, args, queue)
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     rate = setting(values, "learning_rate")
     losses, results = {}, [run.result for run in queue]
     for cell, runs in planned:

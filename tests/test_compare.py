@@ -176,16 +176,28 @@ def test_changed_data_is_refused(tiny_recipe, tmp_path, in_process, capsys):
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
-def test_runs_of_another_number_of_processes_are_refused(tiny_recipe, tmp_path, in_process, capsys):
-    """Their steps are larger, which no setting tells."""
+def test_another_number_of_processes_is_refused(tiny_recipe, tmp_path, in_process, capsys):
+    """Its steps are of another size, which no setting tells."""
     argv = [str(tiny_recipe), "--arms", "baseline", "--output_dir", str(tmp_path), "--seeds"]
     main([*argv, "0"])
-    path = tmp_path / "baseline-lr0.01-seed0" / "result.json"
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps(result | {"latent_tokens": 2 * result["latent_tokens"]}))
+    note = tmp_path / "world_size.txt"
+    assert note.read_text() == "1\n"
+    note.write_text("2\n")
     assert cli.main(["compare", *argv, "0,1"]) == 2
-    assert "have 64 tokens a step and 128, as with another number" in capsys.readouterr().err.splitlines()[-1]
-    assert in_process == ["baseline-lr0.01-seed0"]
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"Runs in {tmp_path} were begun with a world size of 2, and are to go on with 1, which" in message
+    assert not (tmp_path / "baseline-lr0.01-seed1" / "trainer_state.json").exists()
+    in_tokens = [*argv[:-2], str(tmp_path / "b"), "--tokens_per_step", "64", "--seeds"]
+    main([*in_tokens, "0"])
+    (tmp_path / "b" / "world_size.txt").write_text("2\n")
+    main([*in_tokens, "0,1"])  # the same step on as many processes as there are
+
+
+def test_another_batch_is_refused_by_its_name(tiny_recipe, tmp_path, in_process, capsys):
+    argv = ["compare", str(tiny_recipe), "--arms", "baseline", "--output_dir", str(tmp_path), "--seeds", "0"]
+    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--per_device_train_batch_size", "8"]) == 2
+    assert "was begun with per_device_train_batch_size=4, but" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("text", ["", "max_steps: [", "- 1"])
@@ -210,9 +222,9 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
     monkeypatch.setattr("hf_tst.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
     flags = ("--budget", "time", "--calibration_steps", "8", "--output_dir", str(tmp_path))
     _, runs = planned(tiny_recipe, *flags)
-    assert in_process == ["baseline", "tst"]
+    assert in_process == ["calibration-baseline", "calibration-tst"]
     paces = {
-        arm: json.loads((tmp_path / "calibration" / arm / "result.json").read_text())["seconds_per_step"]
+        arm: json.loads((tmp_path / f"calibration-{arm}" / "result.json").read_text())["seconds_per_step"]
         for arm in ("baseline", "tst")
     }
     assert paces["baseline"].keys() == {"recovery"}
@@ -242,6 +254,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--validation_split_percentage", "0"], "no data to evaluate on"),
         (["--lr_scheduler_kwargs", "num_decay_steps=8"], "lr_scheduler_kwargs is not JSON: Expecting value"),
         (["--push_to_hub"], "push_to_hub cannot go with several runs"),
+        (["--auto_find_batch_size"], "auto_find_batch_size cannot go with several runs"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
         (["--output_dir", "file/out"], "Cannot make output_dir=file/out: Not a directory"),
         (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
@@ -422,32 +435,59 @@ def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process)
 
 
 # Starts what it is given and passes no signal on, as `accelerate launch` does with one process.
-DEAF_LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, sys.argv[1]])\n"
+DEAF_LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]])\n"
+# Is refused for the first run, and else goes on for long.
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+folder = Path(sys.argv[-1]).parent
+if folder.name == "refused":
+    while not (folder.parent / "slow" / "log.txt").is_file():
+        time.sleep(0.1)
+    (folder / "refused.txt").write_text("no")
+    sys.exit(2)
+print("started", flush=True)
+time.sleep(100)
+"""
 
 
-@pytest.mark.parametrize("deaf", [False, True], ids=["run", "launcher"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_what_was_started(tmp_path, number, deaf):
-    (tmp_path / "hf_tst_run.py").write_text("import time\nprint('started', flush=True)\ntime.sleep(100)\n")
+@pytest.mark.parametrize(
+    ("number", "names", "deaf"),
+    [
+        (signal.SIGTERM, ["slow"], False),
+        (signal.SIGTERM, ["slow"], True),
+        (signal.SIGHUP, ["slow"], True),
+        (signal.SIGINT, ["slow"], True),
+        (signal.SIGINT, ["refused", "slow"], False),
+    ],
+)
+def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
+    (tmp_path / "slow_run.py").write_text(SLOW_RUN)
     (tmp_path / "launcher.py").write_text(DEAF_LAUNCHER)
     launcher = f"{tmp_path / 'launcher.py'} " if deaf else ""
     code = (
         "from pathlib import Path; import signal, sys; from hf_tst.run_queue import PlannedRun, run_all\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        f"run_all([PlannedRun('a', Path({str(tmp_path / 'a')!r}), {{}})], launcher=f'{{sys.executable}} "
-        f"{launcher}{tmp_path / 'hf_tst_run.py'}')"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"runs = [PlannedRun(name, Path({str(tmp_path)!r}) / name, {{}}) for name in {names}]\n"
+        f"run_all(runs, processes=2, launcher=f'{{sys.executable}} {launcher}{tmp_path / 'slow_run.py'}')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code])
-    log = tmp_path / "a" / "log.txt"
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and "started" in log.read_text()):
-        assert time.monotonic() < deadline
-        assert parent.poll() is None
-        time.sleep(0.1)
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            assert parent.poll() is None
+            time.sleep(0.1)
+
+    log = tmp_path / "slow" / "log.txt"
+    wait_for(lambda: log.is_file() and "started" in log.read_text())
+    wait_for(lambda: len(psutil.Process(parent.pid).children(recursive=True)) == 1 + deaf)
     children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) == 1 + deaf
+    time.sleep(0.3)  # for the refusal to be seen
     parent.send_signal(number)
-    assert parent.wait(60) == 128 + number
+    assert parent.wait(60) in (128 + number, -number, 1)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import subprocess
@@ -290,6 +291,36 @@ def test_a_model_of_somebodys_architecture_has_no_base_model(tmp_path, tokenizer
     monkeypatch.chdir("/")  # so that the names look as if they were the Hub's
     assert loaded_from(model) is None
     assert loaded_from(trained) == "org/trained"
+
+
+def test_a_folder_with_code_of_its_own_gives_a_new_model(tmp_path, tokenizer):
+    (tmp_path / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    code = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config = {"model_type": "mine", "vocab_size": 300, "auto_map": code, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(ModelArguments(config_name=str(tmp_path), trust_remote_code=True), tokenizer)
+    assert type(model).__name__ == "MineForCausalLM"
+
+
+def test_every_parameter_of_a_new_model_is_of_the_type_asked_for(tokenizer):
+    """Also a router's, which some models make in float32."""
+    model = load_model(
+        ModelArguments(
+            model_type="hunyuan_v1_moe",
+            dtype="bfloat16",
+            config_overrides=json.dumps(
+                {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+                 "num_experts": 4}
+            ),
+        ),
+        tokenizer,
+    )  # fmt: skip
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
