@@ -2,8 +2,8 @@
 """Time and memory of a whole superposition step, and of an evaluation, against an ordinary step of the same latent shape.
 
     python scripts/benchmark_step.py                     # on the CPU, the shapes of docs/cost.md
-    python scripts/benchmark_step.py --device cuda --dtype bfloat16 --batch_size 8 --length 1024 --config_overrides \\
-      hidden_size=576,intermediate_size=1536,num_hidden_layers=30,num_attention_heads=9,num_key_value_heads=3,vocab_size=128256
+    python scripts/benchmark_step.py --device cuda --autocast --batch_size 8 --length 1024 --bag_sizes 6 --config_overrides \\
+      hidden_size=576,intermediate_size=1536,num_hidden_layers=30,num_attention_heads=9,num_key_value_heads=9,vocab_size=128256
 
 A step is forward, backward and AdamW. The steps alternate:
   next_token          one token a position, the model's own loss
@@ -28,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from benchmarking import append_rows, format_table, measure_alternating, median_ratio, peak_memory
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hf_tst import fused_evaluation_loss, fused_next_token_loss, token_superposition
 from hf_tst.bags import fold_into_bags, next_bag_labels
+from hf_tst.pretrain import make_config
+from hf_tst.pretrain_arguments import ModelArguments
 
 
 @dataclass
@@ -50,6 +52,9 @@ class BenchmarkArguments:
         default_factory=lambda: [6, 16], metadata={"help": "Bag sizes s to measure."}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the model."})
+    autocast: bool = field(
+        default=False, metadata={"help": "Compute in bfloat16 by autocast, as recipes do with bf16."}
+    )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     rounds: int = field(default=7, metadata={"help": "Rounds that count."})
     peak_tflops: float | None = field(
@@ -88,8 +93,9 @@ class Bench:
     def __init__(self, args: BenchmarkArguments) -> None:
         self.device = torch.device(args.device)
         torch.manual_seed(0)
-        config = CONFIG_MAPPING[args.model_type]()
-        config.update_from_string(args.config_overrides)
+        config = make_config(
+            ModelArguments(model_type=args.model_type, config_overrides=args.config_overrides)
+        )
         config.use_cache = False
         model = AutoModelForCausalLM.from_config(config).train()
         self.model = model.to(self.device, getattr(torch, args.dtype))
@@ -97,23 +103,25 @@ class Bench:
         shape = (args.batch_size, args.length * max(args.bag_sizes))
         self.tokens = torch.randint(0, config.vocab_size, shape).to(self.device)
         self.length = args.length
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=args.autocast)
 
-    def step(self, context: Callable[[], AbstractContextManager[Any]], bag_size: int) -> None:
+    def step(self, bag_size: int) -> None:
         tokens = self.tokens[:, : self.length * bag_size]
         batch = {"input_ids": tokens, "labels": tokens}
         if bag_size > 1:
             bags = fold_into_bags(tokens, bag_size)
             batch = {"input_ids": bags, "labels": next_bag_labels(bags)}
-        with context():
-            self.model(**batch).loss.backward()
+        with self.autocast():
+            loss = self.model(**batch).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def evaluate(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def evaluate(self) -> None:
         tokens = self.tokens[:, : self.length]
         self.model.eval()
-        with context():
+        with self.autocast():
             self.model(input_ids=tokens, labels=tokens)
         self.model.train()
 
@@ -131,21 +139,31 @@ def main() -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.split("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
     bench = Bench(args)
-    fused = partial(fused_next_token_loss, bench.model, "on")
     steps: dict[str, Callable[[], None]] = {
-        "next_token_fused": partial(bench.step, fused, 1),
-        "next_token": partial(bench.step, nullcontext, 1),
-        "evaluation_fused": partial(bench.evaluate, partial(fused_evaluation_loss, bench.model, "on")),
-        "evaluation": partial(bench.evaluate, nullcontext),
+        "next_token_fused": partial(bench.step, 1),
+        "next_token": partial(bench.step, 1),
+        "evaluation_fused": bench.evaluate,
+        "evaluation": bench.evaluate,
+    }
+    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "next_token_fused": partial(fused_next_token_loss, bench.model, "on"),
+        "next_token": nullcontext,
+        "evaluation_fused": partial(fused_evaluation_loss, bench.model, "on"),
+        "evaluation": nullcontext,
     }
     for s in args.bag_sizes:
-        steps[f"superposition s={s}"] = partial(bench.step, partial(bench.superposition, s), s)
-        steps[f"superposition_loop s={s}"] = partial(bench.step, partial(bench.superposition_loop, s), s)
-    seconds = measure_alternating(steps, bench.device, args.rounds)
+        for name, context in (
+            ("superposition", bench.superposition),
+            ("superposition_loop", bench.superposition_loop),
+        ):
+            steps[f"{name} s={s}"], contexts[f"{name} s={s}"] = partial(bench.step, s), partial(context, s)
+    seconds = measure_alternating(steps, bench.device, args.rounds, contexts)
     reference = seconds["next_token_fused"]
     rows = []
     for name, run in steps.items():
         kind, _, bag_size = name.partition(" s=")
+        with contexts[name]():
+            peak = peak_memory(run, bench.device)
         row: dict[str, Any] = {
             "step": kind,
             "s": int(bag_size or 1),
@@ -153,10 +171,10 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
             "V": bench.model.config.vocab_size,
             "latent": f"{args.batch_size}x{args.length}",
-            "dtype": args.dtype,
+            "dtype": f"{args.dtype}, bfloat16 by autocast" if args.autocast else args.dtype,
             "seconds": statistics.median(seconds[name]),
             "time_over_next_token_fused": median_ratio(seconds[name], reference),
-            "peak_mib": peak_memory(run, bench.device) / 2**20,
+            "peak_mib": peak / 2**20,
         }
         if args.peak_tflops is not None:
             raw_tokens = args.batch_size * args.length * int(bag_size or 1)

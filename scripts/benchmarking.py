@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ import torch
 
 
 def measure_alternating(
-    candidates: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
+    candidates: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round; within a round every candidate runs once, in random order.
+
+    A candidate runs inside its context in `contexts`, if it has one; entering and leaving that is not timed.
 
     What slows the machine down for a while slows all candidates of a round, so ratios within a round mean more
     than the seconds themselves (see [`median_ratio`]). The order changes because a candidate leaves caches and memory
@@ -34,12 +40,14 @@ def measure_alternating(
     for number in range(rounds + 1):
         shuffle(order)
         for name in order:
-            _synchronize(device)
-            start = time.perf_counter()
-            candidates[name]()
-            _synchronize(device)
+            with (contexts or {}).get(name, nullcontext)():
+                _synchronize(device)
+                start = time.perf_counter()
+                candidates[name]()
+                _synchronize(device)
+                elapsed = time.perf_counter() - start
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return seconds
 
 

@@ -37,7 +37,7 @@ class Arguments:
     folders: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Take the text files (.txt, .rst, .md, also as .gz) of these folders instead of sources."
+            "help": "Take the text files (.txt, .rst, .md, .dict, also as .gz or .dz) of these folders, not sources."
         },
     )
     max_bytes: int = field(default=200_000_000, metadata={"help": "Stop after so many bytes of text."})

