@@ -209,9 +209,9 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.config.name_or_path = (
-        ""  # config_name is an architecture, not weights that a card could name as base model
-    )
+    model.config.dtype = dtype  # older versions of Transformers leave what it was
+    # config_name is an architecture, not weights that a card could name as base model.
+    model.config.name_or_path = ""
     return model
 
 
