@@ -35,7 +35,8 @@ from .superposition import find_language_model
 T = TypeVar("T")
 TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
 EVERY_RUN = """Every run is evaluated before training, too, goes on to its end if it diverges (tst_bad_loss=ignore), and has no
-progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where there are none (eval_strategy=no), come 20 times a run."""
+progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where
+there are none (eval_strategy=no), come 20 times a run."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import IO, Any
 import yaml
 
 from .errors import TSTError, one_line
-from .run_result import RunResult
+from .run_result import RunResult, write_whole
 
 SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"
@@ -261,13 +261,6 @@ def _visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

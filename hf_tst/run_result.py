@@ -82,9 +82,7 @@ class RunResult:
 
     def save(self, folder: str | Path) -> None:
         """Write `result.json`; a reader sees all of it or nothing."""
-        path, unfinished = Path(folder) / RESULT_FILE, Path(folder) / f"{RESULT_FILE}.tmp"
-        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(Path(folder) / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResult | None:
@@ -103,6 +101,13 @@ class RunResult:
             raise TSTError(
                 f"The file {path} is damaged ({error}): remove it to have the run done again."
             ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def result_of_run(

@@ -13,9 +13,9 @@ from .checkpoints import last_complete_checkpoint
 from .errors import TSTError
 from .phases import PhaseSchedule
 from .pretrain import main as train
-from .run_queue import REFUSAL_FILE, read_settings, write_whole
+from .run_queue import REFUSAL_FILE, read_settings
 from .run_record import run_entry
-from .run_result import result_of_run
+from .run_result import result_of_run, write_whole
 
 WORLD_SIZE_FILE = "world_size.txt"
 

@@ -107,12 +107,12 @@ def main(argv: Sequence[str], prog: str | None = None) -> Sweep:
     queue = [run for _, runs in planned for run in runs]
     failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
     rate = setting(values, "learning_rate")
-    losses, results = {}, [run.result for run in queue]
-    for cell, runs in planned:
-        outcomes = [
-            Outcome(run.name, cell.name, rate, run.settings["seed"], result=run.result) for run in runs
-        ]
-        losses[cell] = summarize_rate(outcomes)
+    outcomes = {
+        cell: [Outcome(run.name, cell.name, rate, run.settings["seed"], result=run.result) for run in runs]
+        for cell, runs in planned
+    }
+    losses = {cell: summarize_rate(runs) for cell, runs in outcomes.items()}
+    results = [run.result for runs in outcomes.values() for run in runs]
     facts = describe_runs(["hf-tst", "sweep", *argv], experiment, args.processes, results)
     sweep = Sweep(values["max_steps"], rate, losses, facts)
     print("\n" + format_sweep(sweep) + "\n")

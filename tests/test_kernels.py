@@ -66,9 +66,8 @@ def assert_no_less_exact(ours, single, exact, bits):
         (found.double() - exact).abs().reshape(len(exact), -1).amax(1) for found in (ours.cpu(), single)
     )
     allowed = 2 * of_the_loop + bits
-    if (
-        DEVICE == "cuda"
-    ):  # whose exponential and division err in two bits, where the CPU's and the interpreter's are exact
+    # A GPU's exponential and division err in two bits, where the CPU's and the interpreter's are exact.
+    if DEVICE == "cuda":
         allowed = 4 * allowed
     assert (errors <= allowed).all(), f"errors {errors.tolist()} exceed {allowed.tolist()}"
 
