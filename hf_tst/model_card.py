@@ -208,13 +208,18 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "optimizer": f"{arguments.get('optim')}, learning rate {arguments.get('learning_rate'):g}, "
         f"schedule {arguments.get('lr_scheduler_type')}",
         "seed": str(arguments.get("seed")),
-        "total_flos (Trainer's count, of latent positions)": f"{record.total_flos:.3g}",
+        "FLOPs": f"{record.total_flos:.3g}",
         "hardware": record.hardware,
         "software": record.software,
     }
-    seconds = sum(timed.seconds for timed in timed_steps(record.log_history))
-    if seconds:
-        facts["seconds of training, without evaluation"] = f"{seconds:.0f}"
+    timed = timed_steps(record.log_history)
+    if timed:
+        facts["seconds of training, without evaluation"] = f"{sum(part.seconds for part in timed):.0f}"
+    measured = [part for part in timed if part.utilization is not None]
+    if measured:
+        seconds = sum(part.seconds for part in measured)
+        mean = sum(part.seconds * (part.utilization or 0) for part in measured) / seconds
+        facts["model FLOPs utilization"] = f"{mean:.1%} of {record.peak_tflops:g} TFLOP/s per device"
     return facts
 
 

@@ -25,11 +25,13 @@ from .data_plan import BatchLayout
 from .document_attention import DocumentAttentionCallback
 from .errors import bad_input
 from .expert_load import ExpertLoadMeter, experts_per_position
+from .flops import find_shape, flops_per_token
 from .guarding import GuardedTrainer
 from .lean_evaluation import LeanEvaluationTrainer
 from .loss import count_target_bags
+from .model_shape import ModelShape
 from .mtp_training import MTPCallback
-from .phases import PhaseSchedule
+from .phases import Phase, PhaseSchedule
 from .refusals import check_arguments, check_trainer
 from .rows import DOCUMENT_COLUMNS, PhaseCollator
 from .run_data import RunData, make_collators, make_stream_loader, open_run_data
@@ -74,7 +76,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
           checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
-        - `floating_point_ops`: a bag costs one latent position.
+        - `floating_point_ops`: the count of [`hf_tst.flops.step_flops`], in which a bag is one position.
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
@@ -99,6 +101,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         self._meter = TokenMeterCallback()
         self._data: RunData | None = None
         self._expert_load = ExpertLoadMeter()
+        self._shape: ModelShape | None = None
         self._checkpoint: str | None = None
         self._restore_random_state = False
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
@@ -251,6 +254,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         values = super().set_initial_training_values(args, dataloader, *rest)
         if self._meter.schedule is None:
             self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
+        self._shape = find_shape(self.model)
         self._meter.rows_per_step = self.get_total_train_batch_size(args)
         return values
 
@@ -281,13 +285,14 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a forward and backward pass over `inputs`; a bag counts as one token, and reaches no extra head."""
-        input_ids = inputs.get("input_ids")
-        if not _is_superposed(inputs) or not isinstance(input_ids, Tensor):
-            return super().floating_point_ops(inputs)
-        positions = input_ids[..., 0] if input_ids.dim() == 3 else input_ids
-        operations = super().floating_point_ops({**inputs, "input_ids": positions})
-        return operations - 6 * self._mtp.parameters * positions.numel()
+        """FLOPs of this process for a forward and backward pass over `inputs`, in training; 0 if they cannot be counted."""
+        input_ids, args = inputs.get("input_ids"), self.args
+        if self._shape is None or not isinstance(input_ids, Tensor):
+            return 0
+        rows, length = input_ids.shape[:2]
+        phase: Phase = "superposition" if _is_superposed(inputs) else "recovery"
+        per_token = flops_per_token(self._shape, length, phase, args.mtp_num_heads, args.mtp_kind)
+        return rows * length * per_token // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
@@ -295,7 +300,10 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
             super().log(logs, start_time)
             return
         self._gather_left_out()
-        entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
+        entries = {
+            **logs,
+            **self._meter.report(self.state.global_step, self.state.total_flos, with_speed="loss" in logs),
+        }
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
             entries |= self._mtp.report()
