@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from tables import ROOT, write_table
 from transformers import HfArgumentParser
 
-from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu, operations_per_gpu
+from hf_tst.flops import flops_per_token
+from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu
 from hf_tst.pretrain import make_config
 from hf_tst.pretrain_arguments import ModelArguments, read_config
 
@@ -51,15 +52,16 @@ def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
 
 
 def make_table(args: PlanArguments) -> str:
-    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOP a GPU and step."""
+    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOPs per GPU and step."""
     header = (
         "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "unreduced", "activations", "loss",
-        "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOP",
+        "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOPs",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for name, shape in SHAPES.items():
         for sharding, layout in layouts(name, args).items():
             traffic = communication_per_step(shape, layout)
+            flops = layout.latent_tokens // layout.gpus * flops_per_token(shape, layout.length)
             for bag_size in (1, BAG_SIZES[name]):
                 memory = memory_per_gpu(shape, layout, bag_size=bag_size)
                 whole = memory_per_gpu(shape, layout, bag_size=bag_size, fused_loss=False)
@@ -78,7 +80,7 @@ def make_table(args: PlanArguments) -> str:
                         f"{whole['peak'] / GIB:.2f}",
                         f"{(traffic['gather'] + traffic['scatter']) / 1e9:.1f}",
                         f"{traffic['replicate'] / 1e9:.1f}",
-                        f"{operations_per_gpu(shape, layout) / TERA:.0f}",
+                        f"{flops / TERA:.0f}",
                     )
                 )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -45,7 +45,8 @@ LAYERS = [
     {"linear_loss", "model_card", "blocks", "data_position", "last_layer", "run_queue"},
     {"fused", "rows", "plan", "mtp_losses"},
     {"mtp"},
-    {"superposition", "collator", "arguments", "run_plan", "stream", "flops", "budget"},
+    {"flops"},
+    {"superposition", "collator", "arguments", "run_plan", "stream", "budget"},
     {
         "callbacks",
         "document_attention",
