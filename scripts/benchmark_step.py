@@ -165,8 +165,8 @@ def main() -> None:
         }
         if args.peak_tflops is not None:
             raw_tokens = args.batch_size * args.length * int(bag_size or 1)
-            flops = step_flops(bench.model, args.batch_size, args.length)
-            flops /= 3 if kind.startswith("evaluation") else 1  # no backward pass
+            passes = 1 if kind.startswith("evaluation") else 3  # a backward pass is two forward passes
+            flops = step_flops(bench.model, args.batch_size, args.length) * passes / 3
             row["raw_tokens_per_second"] = raw_tokens / row["seconds"]
             row["share_of_peak"] = flops / row["seconds"] / (args.peak_tflops * 1e12)
         rows.append(row)

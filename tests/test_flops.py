@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BLOCK_LENGTH, make_blocks, make_model
-from peft import LoraConfig, get_peft_model
 from mtp_by_hand import logits_by_hand
+from peft import LoraConfig, get_peft_model
 from tiny_families import FAMILIES as EVERY_FAMILY
 from tiny_families import VOCAB_SIZE
 from torch.utils.flop_counter import FlopCounterMode

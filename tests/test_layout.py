@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
 # A module may import those of the lines above its own.
 LAYERS = [
-    {"version", "errors", "manifest"},
+    {"version", "errors", "manifest", "hardware"},
     {"checkpoint_folders", "exits", "bad_loss", "phases"},
     {
         "bags",
@@ -20,7 +20,6 @@ LAYERS = [
         "sharding",
         "expert_load",
         "added_loss",
-        "hardware",
         "published",
         "run_record",
         "evaluation",
