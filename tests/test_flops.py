@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from versions import fails_before, params
 
 from hf_tst import MTPHeads, token_superposition
-from hf_tst.flops import step_flops
-from hf_tst.mtp import MTP_KINDS
+from hf_tst.mtp.heads import MTP_KINDS
+from hf_tst.planning.flops import step_flops
 
 SIZES = {
     "vocab_size": 160,

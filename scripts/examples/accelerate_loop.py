@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from transformers.optimization import get_scheduler
 
 from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, token_superposition
-from hf_tst.packing import pack_blocks, tokenize_documents
+from hf_tst.data.packing import pack_blocks, tokenize_documents
 
 
 @dataclass

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import BlockStream, tokenize_documents
+from hf_tst.data.packing import BlockStream, tokenize_documents
 
 
 @dataclass
