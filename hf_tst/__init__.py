@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .bags.phases import PhaseSchedule
     from .data.packing import BlockStream, pack_blocks, tokenize_documents
     from .errors import PreemptedError, RunError, TSTError
-    from .evaluation.checkpoint import evaluate_checkpoint, score_texts
+    from .evaluation.checkpoint import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
     from .losses.linear import linear_multi_hot_cross_entropy
     from .losses.multi_hot import count_target_bags, multi_hot_cross_entropy
-    from .models.sharding import full_state_dict
+    from .models.sharding import full_state_dict, left_out_of_optimizer
     from .models.superposition import fused_evaluation_loss, fused_next_token_loss, token_superposition
     from .mtp.heads import MTPHeads, multi_token_prediction
     from .planning.flops import step_flops
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BlockStream": "data.packing",
     "DataCollatorForTokenSuperposition": "bags.collator",
+    "METRIC_FILE": "evaluation.checkpoint",
     "MTPHeads": "mtp.heads",
     "PhaseSchedule": "bags.phases",
     "PreemptedError": "errors",
@@ -36,9 +37,11 @@ _MODULES = {
     "TSTTrainingArguments": "training.arguments",
     "count_target_bags": "losses.multi_hot",
     "evaluate_checkpoint": "evaluation.checkpoint",
+    "evaluate_tasks": "evaluation.checkpoint",
     "full_state_dict": "models.sharding",
     "fused_evaluation_loss": "models.superposition",
     "fused_next_token_loss": "models.superposition",
+    "left_out_of_optimizer": "models.sharding",
     "linear_multi_hot_cross_entropy": "losses.linear",
     "multi_hot_cross_entropy": "losses.multi_hot",
     "multi_token_prediction": "mtp.heads",
@@ -51,6 +54,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "METRIC_FILE",
     "BlockStream",
     "DataCollatorForTokenSuperposition",
     "MTPHeads",
@@ -63,9 +67,11 @@ __all__ = [
     "__version__",
     "count_target_bags",
     "evaluate_checkpoint",
+    "evaluate_tasks",
     "full_state_dict",
     "fused_evaluation_loss",
     "fused_next_token_loss",
+    "left_out_of_optimizer",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
     "multi_token_prediction",

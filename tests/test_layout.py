@@ -49,4 +49,9 @@ def test_a_room_imports_from_those_below_it_alone(room):
 
 def test_every_room_has_its_place():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*ROOMS}
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "errors.py", "version.py"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+        "version.py",
+    }

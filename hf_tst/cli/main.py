@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
   hf-tst sweep recipe.yaml --bag_sizes 2,4,6        losses by bag size and phase ratio, in output_dir
   hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
-  accelerate launch --num_processes 8 -m hf_tst.cli.main train recipe.yaml
+  accelerate launch --num_processes 8 -m hf_tst train recipe.yaml
 
 `hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
 1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was

@@ -1,6 +1,6 @@
 """A metric of `evaluate`: next-token loss, perplexity and bits per byte of a checkpoint on texts.
 
-    metric = evaluate.load(str(hf_tst.evaluation.checkpoint.METRIC_FILE))
+    metric = evaluate.load(str(hf_tst.METRIC_FILE))
     metric.compute(predictions=["some text"], model_id="runs/quickstart")
 
 `evaluate` copies this file before it imports it: it imports nothing beside it by a relative name.
@@ -18,7 +18,7 @@ INPUTS = """
 Args:
     predictions (list of str): Texts to predict, each from its first token on.
     model_id (str): Folder or Hub id of the model and its tokenizer.
-    max_length, batch_size, device, dtype: As for hf_tst.evaluation.checkpoint.evaluate_checkpoint.
+    max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
 Returns:
     dict: loss, perplexity, bits_per_byte, tokens, bytes.
 """
