@@ -1,8 +1,6 @@
-"""Both phases in a loop of one's own with Accelerate, without a Trainer.
+"""Both phases in a loop of one's own with Accelerate, without a Trainer. More processes make a larger step.
 
-    accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
-
-With more processes a step is as many times as large.
+accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
 """
 
 from dataclasses import dataclass
