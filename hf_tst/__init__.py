@@ -8,38 +8,54 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .arguments import TSTTrainingArguments
-    from .bags import offset_weights
-    from .collator import DataCollatorForTokenSuperposition
+    from .bags.collator import DataCollatorForTokenSuperposition
+    from .bags.folding import offset_weights
+    from .bags.phases import PhaseSchedule
+    from .data.packing import BlockStream, pack_blocks, tokenize_documents
     from .errors import PreemptedError, RunError, TSTError
-    from .linear_loss import linear_multi_hot_cross_entropy
-    from .loss import count_target_bags, multi_hot_cross_entropy
-    from .mtp import MTPHeads, multi_token_prediction
-    from .phases import PhaseSchedule
-    from .superposition import fused_evaluation_loss, fused_next_token_loss, token_superposition
-    from .trainer import TSTTrainer
+    from .evaluation.checkpoint import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
+    from .losses.linear import linear_multi_hot_cross_entropy
+    from .losses.multi_hot import count_target_bags, multi_hot_cross_entropy
+    from .models.sharding import full_state_dict, left_out_of_optimizer
+    from .models.superposition import fused_evaluation_loss, fused_next_token_loss, token_superposition
+    from .mtp.heads import MTPHeads, multi_token_prediction
+    from .planning.flops import step_flops
+    from .training.arguments import TSTTrainingArguments
+    from .training.trainer import TSTTrainer
 
 # Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
 _MODULES = {
-    "DataCollatorForTokenSuperposition": "collator",
-    "MTPHeads": "mtp",
-    "PhaseSchedule": "phases",
+    "BlockStream": "data.packing",
+    "DataCollatorForTokenSuperposition": "bags.collator",
+    "METRIC_FILE": "evaluation.checkpoint",
+    "MTPHeads": "mtp.heads",
+    "PhaseSchedule": "bags.phases",
     "PreemptedError": "errors",
     "RunError": "errors",
     "TSTError": "errors",
-    "TSTTrainer": "trainer",
-    "TSTTrainingArguments": "arguments",
-    "count_target_bags": "loss",
-    "fused_evaluation_loss": "superposition",
-    "fused_next_token_loss": "superposition",
-    "linear_multi_hot_cross_entropy": "linear_loss",
-    "multi_hot_cross_entropy": "loss",
-    "multi_token_prediction": "mtp",
-    "offset_weights": "bags",
-    "token_superposition": "superposition",
+    "TSTTrainer": "training.trainer",
+    "TSTTrainingArguments": "training.arguments",
+    "count_target_bags": "losses.multi_hot",
+    "evaluate_checkpoint": "evaluation.checkpoint",
+    "evaluate_tasks": "evaluation.checkpoint",
+    "full_state_dict": "models.sharding",
+    "fused_evaluation_loss": "models.superposition",
+    "fused_next_token_loss": "models.superposition",
+    "left_out_of_optimizer": "models.sharding",
+    "linear_multi_hot_cross_entropy": "losses.linear",
+    "multi_hot_cross_entropy": "losses.multi_hot",
+    "multi_token_prediction": "mtp.heads",
+    "offset_weights": "bags.folding",
+    "pack_blocks": "data.packing",
+    "score_texts": "evaluation.checkpoint",
+    "step_flops": "planning.flops",
+    "token_superposition": "models.superposition",
+    "tokenize_documents": "data.packing",
 }
 
 __all__ = [
+    "METRIC_FILE",
+    "BlockStream",
     "DataCollatorForTokenSuperposition",
     "MTPHeads",
     "PhaseSchedule",
@@ -50,13 +66,21 @@ __all__ = [
     "TSTTrainingArguments",
     "__version__",
     "count_target_bags",
+    "evaluate_checkpoint",
+    "evaluate_tasks",
+    "full_state_dict",
     "fused_evaluation_loss",
     "fused_next_token_loss",
+    "left_out_of_optimizer",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",
     "multi_token_prediction",
     "offset_weights",
+    "pack_blocks",
+    "score_texts",
+    "step_flops",
     "token_superposition",
+    "tokenize_documents",
 ]
 
 

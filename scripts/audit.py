@@ -15,12 +15,11 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 
 from hf_tst import TSTTrainingArguments
-from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
-from hf_tst.data_position import DataPosition
+from hf_tst.cli.exits import run_command
+from hf_tst.data.position import DataPosition
 from hf_tst.errors import TSTError
-from hf_tst.exits import run_command
-from hf_tst.experiment import parse_list
-from hf_tst.pretrain_arguments import (
+from hf_tst.experiments.options import parse_list
+from hf_tst.pretraining.options import (
     QUICK_START,
     DataArguments,
     ModelArguments,
@@ -28,6 +27,7 @@ from hf_tst.pretrain_arguments import (
     parse_values,
     pick,
 )
+from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 
 
 @dataclass

@@ -28,8 +28,8 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst.data.packing import pack_blocks
 from hf_tst.errors import TSTError
-from hf_tst.packing import pack_blocks
 
 SCALE = 64  # vocabulary of a model that only has to exist
 

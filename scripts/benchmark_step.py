@@ -30,11 +30,10 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from hf_tst import fused_evaluation_loss, fused_next_token_loss, token_superposition
-from hf_tst.bags import fold_into_bags, next_bag_labels
-from hf_tst.flops import step_flops
-from hf_tst.pretrain import make_config
-from hf_tst.pretrain_arguments import ModelArguments
+from hf_tst import fused_evaluation_loss, fused_next_token_loss, step_flops, token_superposition
+from hf_tst.bags.folding import fold_into_bags, next_bag_labels
+from hf_tst.pretraining.options import ModelArguments
+from hf_tst.pretraining.run import make_config
 
 
 @dataclass

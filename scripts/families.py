@@ -16,9 +16,9 @@ from tables import ROOT, write_table
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from hf_tst.embedding import first_layer
-from hf_tst.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
-from hf_tst.superposition import find_language_model
+from hf_tst.models.embedding import first_layer
+from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
+from hf_tst.models.superposition import find_language_model
 
 sys.path.insert(0, str(ROOT / "tests"))
 

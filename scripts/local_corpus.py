@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_tst.quickstart import installed_package_files, standard_library_files, train_tokenizer
+from hf_tst.data.quickstart import installed_package_files, standard_library_files, train_tokenizer
 
 # .dz, a dictionary's file, is gzip, too.
 TEXT_SUFFIXES = (".txt", ".rst", ".md", ".dict")

@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from tables import ROOT, write_table
 from transformers import HfArgumentParser
 
-from hf_tst.flops import flops_per_token
-from hf_tst.plan import Layout, ModelShape, communication_per_step, memory_per_gpu
-from hf_tst.pretrain import make_config
-from hf_tst.pretrain_arguments import ModelArguments, read_config
+from hf_tst.planning.costs import (
+    Layout,
+    ModelShape,
+    communication_per_step,
+    memory_per_gpu,
+)
+from hf_tst.planning.flops import flops_per_token
+from hf_tst.pretraining.options import ModelArguments, read_config
+from hf_tst.pretraining.run import make_config
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from hf_tst.exits import run_command
-from hf_tst.sweep import main
+from hf_tst.cli.exits import run_command
+from hf_tst.experiments.sweep import main
 
 if __name__ == "__main__":
     sys.exit(run_command("sweep.py", main, sys.argv[1:]))

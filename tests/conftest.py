@@ -89,7 +89,7 @@ def make_blocks(count: int, length: int = BLOCK_LENGTH, seed: int = 0) -> list[d
 
 def write_corpus(folder: Path, lines: int = 400) -> list[str]:
     """Write `corpus.txt` and a `tokenizer` for it into a folder, and return the lines."""
-    from hf_tst.quickstart import train_tokenizer
+    from hf_tst.data.quickstart import train_tokenizer
 
     texts = [f"line {i} of the text, which says {i * i}\n" for i in range(lines)]
     train_tokenizer(texts, 400).save_pretrained(folder / "tokenizer")
@@ -137,7 +137,8 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs of a comparison in this process, which has all imported already; the folders of those started."""
-    from hf_tst import run_queue, run_worker
+    from hf_tst.experiments import queue as run_queue
+    from hf_tst.experiments import worker as run_worker
 
     started: list[str] = []
 

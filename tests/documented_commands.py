@@ -21,11 +21,11 @@ from sphinx.cmd.build import get_parser
 from tiny_recipes import RUN, SHAPE, shrink, shrink_overrides
 from transformers import AutoModelForCausalLM
 
-from hf_tst import cli
-from hf_tst.compare import CompareArguments, plan_comparison
-from hf_tst.experiment import open_experiment, parse_experiment
-from hf_tst.pretrain_arguments import read_config
-from hf_tst.sweep import SweepArguments, plan_sweep
+from hf_tst.cli import main as cli
+from hf_tst.experiments.compare import CompareArguments, plan_comparison
+from hf_tst.experiments.options import open_experiment, parse_experiment
+from hf_tst.experiments.sweep import SweepArguments, plan_sweep
+from hf_tst.pretraining.options import read_config
 
 # Lines that set an environment up. `.ci/run` runs them in a fresh one; the value is how it says so: `README` stands
 # for the first blocks of "Quick start" and "Tests", which it runs to the letter.

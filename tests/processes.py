@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
-PRELOADED = ["conftest", "datasets", "matplotlib.pyplot", "hf_tst.pretrain"]
+PRELOADED = ["conftest", "datasets", "matplotlib.pyplot", "hf_tst.pretraining.run"]
 
 
 def start_process(function: Callable[..., object], *arguments: object) -> Any:

@@ -9,16 +9,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, TrainerState
 
-from hf_tst import TSTTrainer, TSTTrainingArguments, pretrain
-from hf_tst.phases import PhaseSchedule
-from hf_tst.pretrain_arguments import (
+from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst.bags.phases import PhaseSchedule
+from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining.options import (
     DataArguments,
     ModelArguments,
     parse_arguments,
     parse_values,
     read_config,
 )
-from hf_tst.reinitialize import ReinitializeCallback
+from hf_tst.training.reinitialize import ReinitializeCallback
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "configs" / "ablations"
 ABLATIONS = {

@@ -17,11 +17,11 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
 from hf_tst import PhaseSchedule, TSTTrainer, TSTTrainingArguments
-from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
-from hf_tst.data_plan import BatchLayout, DataPlan, plan_for_passes
-from hf_tst.data_position import DataPosition
-from hf_tst.packing import BlockStream
-from hf_tst.rows import EpochSampler, PlannedRows
+from hf_tst.data.packing import BlockStream
+from hf_tst.data.plan import BatchLayout, DataPlan, plan_for_passes
+from hf_tst.data.position import DataPosition
+from hf_tst.data.rows import EpochSampler, PlannedRows
+from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "audit.py"

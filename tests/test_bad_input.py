@@ -7,8 +7,8 @@ import yaml
 from conftest import write_corpus
 from transformers import LlamaConfig
 
-from hf_tst.pretrain import main, make_config
-from hf_tst.pretrain_arguments import ModelArguments
+from hf_tst.pretraining.options import ModelArguments
+from hf_tst.pretraining.run import main, make_config
 
 OVERRIDES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -22,18 +22,18 @@ from hf_tst import (
     TSTError,
     TSTTrainer,
     offset_weights,
-    planning,
-    run_card,
     token_superposition,
 )
-from hf_tst.audit import audit_step, plan_of_arguments, plan_of_position
-from hf_tst.bags import fold_into_bags
-from hf_tst.data_plan import plan_for_passes, plan_for_steps
-from hf_tst.data_position import DataPosition
-from hf_tst.packing import pack_blocks, tokenize_documents
-from hf_tst.pretrain import main
-from hf_tst.run_record import RunRecord
-from hf_tst.text_files import load_text_file
+from hf_tst.bags.folding import fold_into_bags
+from hf_tst.cli import card as run_card
+from hf_tst.cli import plan as planning
+from hf_tst.data.packing import pack_blocks, tokenize_documents
+from hf_tst.data.plan import plan_for_passes, plan_for_steps
+from hf_tst.data.position import DataPosition
+from hf_tst.data.text_files import load_text_file
+from hf_tst.pretraining.run import main
+from hf_tst.records.run import RunRecord
+from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position
 
 OVERRIDES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -8,7 +8,7 @@ from conftest import make_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tst import RunError, TSTTrainer
-from hf_tst.bad_loss import BadNumber, FirstNotFinite
+from hf_tst.training.bad_loss import BadNumber, FirstNotFinite
 
 WAITS = torch.ops.aten._local_scalar_dense.default  # of `item`, `float`, `bool` of a tensor
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_tst.bags import (
+from hf_tst.bags.folding import (
     OFFSET_WEIGHTINGS,
     average_embeddings,
     fold_into_bags,

@@ -4,11 +4,17 @@ import pytest
 from conftest import DENSE
 from transformers import LlamaConfig
 
-from hf_tst.arms import arm_values, check_arms
-from hf_tst.budget import StepCost, flops_per_step, raw_tokens_per_step, steps_within_budget, with_steps
-from hf_tst.flops import step_flops
-from hf_tst.model_shape import ModelShape
-from hf_tst.phases import PhaseSchedule
+from hf_tst.bags.phases import PhaseSchedule
+from hf_tst.experiments.arms import arm_values, check_arms
+from hf_tst.experiments.budget import (
+    StepCost,
+    flops_per_step,
+    raw_tokens_per_step,
+    steps_within_budget,
+    with_steps,
+)
+from hf_tst.models.shape import ModelShape
+from hf_tst.planning.flops import step_flops
 
 TST = PhaseSchedule(20_000, 0.3, 6)
 PLAIN = PhaseSchedule(20_000, 0, 6)

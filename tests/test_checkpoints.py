@@ -12,9 +12,14 @@ from conftest import make_blocks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.checkpoint_folders import UNFINISHED, clear_unfinished, finish_checkpoint, rotate_checkpoints
-from hf_tst.checkpoints import last_complete_checkpoint
-from hf_tst.manifest import MANIFEST_FILE, manifest_problem, write_manifest
+from hf_tst.training.checkpoint_folders import (
+    UNFINISHED,
+    clear_unfinished,
+    finish_checkpoint,
+    rotate_checkpoints,
+)
+from hf_tst.training.checkpoints import last_complete_checkpoint
+from hf_tst.training.manifest import MANIFEST_FILE, manifest_problem, write_manifest
 
 
 def steps(folder):

@@ -14,8 +14,10 @@ from huggingface_hub import ModelCard
 from processes import run_script
 from transformers import AutoModelForCausalLM
 
-from hf_tst import PreemptedError, RunError, cli, pretrain
-from hf_tst.checkpoints import last_complete_checkpoint
+from hf_tst import PreemptedError, RunError
+from hf_tst.cli import main as cli
+from hf_tst.pretraining import run as pretrain
+from hf_tst.training.checkpoints import last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def trained(recipe):
 
 
 def test_help_teaches_and_loads_nothing():
-    code = "import sys\nfrom hf_tst import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    code = "import sys\nfrom hf_tst.cli import main as cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "0 False"
     for word in (
@@ -61,7 +63,7 @@ def test_help_teaches_and_loads_nothing():
 
 def test_the_command_is_installed():
     (script,) = entry_points(group="console_scripts", name="hf-tst")
-    assert script.value == "hf_tst.cli:main"
+    assert script.value == "hf_tst.cli.main:main"
 
 
 def test_no_command_and_unknown_commands_are_bad_input(capsys):
@@ -228,8 +230,8 @@ def test_statuses_of_runs_that_are_stopped(monkeypatch, capsys, error, status):
 
 
 def test_statuses_of_a_process(recipe):
-    assert run_script("hf_tst.cli", "plan", recipe, "--json").returncode == 0
-    command = [sys.executable, "-m", "hf_tst.cli", "plan", str(recipe), "--mfu", "2"]
+    assert run_script("hf_tst.cli.main", "plan", recipe, "--json").returncode == 0
+    command = [sys.executable, "-m", "hf_tst.cli.main", "plan", str(recipe), "--mfu", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("hf-tst plan: mfu must be")
@@ -238,7 +240,16 @@ def test_statuses_of_a_process(recipe):
 def test_sigterm_ends_training_with_a_checkpoint_and_143(recipe, tmp_path):
     flags = ["--max_steps", "-1", "--num_train_epochs", "200", "--save_steps", "5", "--save_total_limit", "2"]
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "hf_tst.cli", "train", str(recipe), *flags, "--output_dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_tst.cli.main",
+        "train",
+        str(recipe),
+        *flags,
+        "--output_dir",
+        str(folder),
+    ]
     process = subprocess.Popen(
         [*command, "--enable_jit_checkpoint"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

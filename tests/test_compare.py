@@ -13,12 +13,14 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from hf_tst import cli, pretrain, run_queue
-from hf_tst.arms import ARMS
-from hf_tst.compare import CompareArguments, main, plan_comparison
+from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
-from hf_tst.experiment import open_experiment, parse_experiment, parse_list, training_arguments
-from hf_tst.run_queue import PlannedRun, run_all
+from hf_tst.experiments import queue as run_queue
+from hf_tst.experiments.arms import ARMS
+from hf_tst.experiments.compare import CompareArguments, main, plan_comparison
+from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
+from hf_tst.experiments.queue import PlannedRun, run_all
+from hf_tst.pretraining import run as pretrain
 
 
 def planned(recipe, *flags):
@@ -219,7 +221,7 @@ def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_
 
 
 def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr("hf_tst.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
+    monkeypatch.setattr("hf_tst.experiments.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
     flags = ("--budget", "time", "--calibration_steps", "8", "--output_dir", str(tmp_path))
     _, runs = planned(tiny_recipe, *flags)
     assert in_process == ["calibration-baseline", "calibration-tst"]
@@ -378,7 +380,7 @@ def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_
     flags = ["--arms", "tst", "--seeds", "0", "--output_dir", str(tmp_path / "out")]
     (arm,) = main([str(tmp_path / "recipe.yaml"), *flags]).arms
     assert arm.best.curve[-1].latent_tokens == 40 * 64
-    monkeypatch.setattr("hf_tst.budget.TOLERANCE", 0.5)  # times are noise here
+    monkeypatch.setattr("hf_tst.experiments.budget.TOLERANCE", 0.5)  # times are noise here
     flags[-1] = str(tmp_path / "time")
     (arm,) = main(
         [str(tmp_path / "recipe.yaml"), *flags, "--budget", "time", "--calibration_steps", "4"]
@@ -466,7 +468,7 @@ def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
     (tmp_path / "launcher.py").write_text(DEAF_LAUNCHER)
     launcher = f"{tmp_path / 'launcher.py'} " if deaf else ""
     code = (
-        "from pathlib import Path; import signal, sys; from hf_tst.run_queue import PlannedRun, run_all\n"
+        "from pathlib import Path; import signal, sys; from hf_tst.experiments.queue import PlannedRun, run_all\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"runs = [PlannedRun(name, Path({str(tmp_path)!r}) / name, {{}}) for name in {names}]\n"

@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_tst.budget import StepCost
-from hf_tst.comparison import ArmPlan, Outcome, compare_outcomes
-from hf_tst.comparison_report import format_comparison, format_comparison_markdown, render_html, write_report
-from hf_tst.phases import PhaseSchedule
-from hf_tst.run_result import CurvePoint, RunResult
+from hf_tst.bags.phases import PhaseSchedule
+from hf_tst.experiments.budget import StepCost
+from hf_tst.experiments.comparison import ArmPlan, Outcome, compare_outcomes
+from hf_tst.experiments.report import format_comparison, format_comparison_markdown, render_html, write_report
+from hf_tst.experiments.result import CurvePoint, RunResult
 
 PLANS = {
     "baseline": ArmPlan(PhaseSchedule(100, 0, 4), StepCost(6, 6)),
@@ -73,7 +73,7 @@ def test_runs_that_diverged_or_are_missing_are_in_no_mean():
 
 
 def comparison_json(comparison):
-    from hf_tst.comparison import comparison_to_dict
+    from hf_tst.experiments.comparison import comparison_to_dict
 
     return comparison_to_dict(comparison)
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from processes import run_script
 
 from hf_tst import PhaseSchedule
-from hf_tst.block_checks import BlockRules, check_blocks
-from hf_tst.blocks import BlockReader
-from hf_tst.data_plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
-from hf_tst.permutation import Permutation
-from hf_tst.rows import EpochSampler, PlannedRows
-from hf_tst.stream import StreamedRows
+from hf_tst.data.block_checks import BlockRules, check_blocks
+from hf_tst.data.blocks import BlockReader
+from hf_tst.data.permutation import Permutation
+from hf_tst.data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
+from hf_tst.data.rows import EpochSampler, PlannedRows
+from hf_tst.data.stream import StreamedRows
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))

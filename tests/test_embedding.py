@@ -5,7 +5,7 @@ import torch
 from tiny_families import FAMILIES, make_family
 
 from hf_tst import token_superposition
-from hf_tst.embedding import first_layer, inputs_embeds_scale
+from hf_tst.models.embedding import first_layer, inputs_embeds_scale
 
 
 def make(model_type):

@@ -12,7 +12,7 @@ from conftest import DENSE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_tst.quickstart import train_tokenizer
+from hf_tst.data.quickstart import train_tokenizer
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "scripts" / "examples").glob("*.py"))
 TRAINER = [

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from versions import fails_before, params
 
-from hf_tst import MTPHeads, TSTTrainer, callbacks, token_superposition
-from hf_tst.flops import step_flops
-from hf_tst.hardware import peak_tflops
-from hf_tst.mtp import MTP_KINDS
+from hf_tst import MTPHeads, TSTTrainer, token_superposition
+from hf_tst.mtp.heads import MTP_KINDS
+from hf_tst.planning.flops import step_flops
+from hf_tst.planning.hardware import peak_tflops
+from hf_tst.training import callbacks
 
 SIZES = {
     "vocab_size": 160,

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from hf_tst import fused_next_token_loss, multi_hot_cross_entropy, offset_weights, token_superposition
-from hf_tst.fused import check_fusable
-from hf_tst.head import UnfusableHeadError, inspect_head
+from hf_tst.models.fused import check_fusable
+from hf_tst.models.head import UnfusableHeadError, inspect_head
 
 FAMILIES = sorted(TINY | TINY_LOGITS)
 

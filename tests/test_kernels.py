@@ -24,7 +24,7 @@ IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture
 def kernel():
-    from hf_tst.kernels import select_kernel
+    from hf_tst.losses.kernels import select_kernel
 
     chosen = select_kernel(torch.device(DEVICE))
     expected = "triton_multi_hot" if IN_INTERPRETER or DEVICE == "cuda" else "torch_multi_hot"
@@ -224,7 +224,7 @@ def test_triton_kernel_compiles_for_gpus(architecture, bag_size, has_softcap):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_tst.kernels.triton_multi_hot import multi_hot_kernel
+    from hf_tst.losses.kernels.triton_multi_hot import multi_hot_kernel
 
     signature = dict.fromkeys(multi_hot_kernel.arg_names, "constexpr")
     signature |= {"logits_pointer": "*bf16", "labels_pointer": "*i64"}

@@ -6,88 +6,52 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_tst"
-# A module may import those of the lines above its own.
-LAYERS = [
-    {"version", "errors", "manifest", "hardware"},
-    {"checkpoint_folders", "exits", "bad_loss", "phases"},
-    {
-        "bags",
-        "permutation",
-        "documents",
-        "probing",
-        "preemption",
-        "checkpoints",
-        "sharding",
-        "expert_load",
-        "added_loss",
-        "published",
-        "run_record",
-        "evaluation",
-    },
-    {
-        "kernels",
-        "loss",
-        "head",
-        "embedding",
-        "hub",
-        "report",
-        "packing",
-        "quickstart",
-        "text_files",
-        "block_checks",
-        "data_plan",
-        "model_shape",
-        "run_result",
-        "reinitialize",
-        "next_token_metric",
-    },
-    {"linear_loss", "model_card", "blocks", "data_position", "last_layer", "run_queue"},
-    {"fused", "rows", "plan", "mtp_losses"},
-    {"mtp"},
-    {"flops"},
-    {"superposition", "collator", "arguments", "run_plan", "stream", "budget"},
-    {
-        "callbacks",
-        "document_attention",
-        "run_data",
-        "publishing",
-        "mtp_training",
-        "arms",
-        "comparison",
-        "lean_evaluation",
-    },
-    {"checkpointing"},
-    {"guarding", "refusals"},
-    {"trainer", "audit", "pretrain_arguments", "comparison_report"},
-    {"pretrain"},
-    {"planning", "run_card", "run_worker", "experiment", "sweep_report"},
-    {"compare", "sweep"},
-    {"cli"},
-]
+# A room, and those that it may import from besides itself, `errors` and `version`.
+ROOMS = {
+    "losses": set(),
+    "bags": set(),
+    "records": set(),
+    "evaluation": set(),
+    "models": {"losses", "bags"},
+    "mtp": {"models", "losses"},
+    "data": {"bags"},
+    "planning": {"models", "mtp", "bags", "losses"},
+}
+ROOMS["training"] = {*ROOMS}
+ROOMS["pretraining"] = {*ROOMS}
+ROOMS["experiments"] = {*ROOMS}
+ROOMS["cli"] = {*ROOMS}
 
 
-def imports(path):
-    """Modules of the package that a file imports; of kernels, those outside their folder."""
-    dots = len(path.relative_to(PACKAGE).parents)  # of an import of the package's own modules
+def imported_rooms(path):
+    """Names directly below the package that a file imports from; fails where it imports scripts."""
+    inside = ["hf_tst", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            start = inside[: len(inside) + 1 - node.level] if node.level else []
+            module = [*start, *(node.module or "").split(".")]
+            names = [".".join(part for part in [*module, alias.name] if part) for alias in node.names]
         for name in names:
             top, _, rest = name.partition(".")
-            assert top != "scripts", f"{path.name} imports scripts"
+            assert top != "scripts", f"{path} imports scripts"
             if top == "hf_tst":
                 yield rest.split(".")[0]
-        if isinstance(node, ast.ImportFrom) and node.level == dots:
-            yield node.module.split(".")[0]
 
 
-MODULES = [*sorted(PACKAGE.glob("[!_]*.py")), *sorted(PACKAGE.glob("kernels/*.py"))]
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_those_below_it_alone(room):
+    allowed = {room, "errors", "version"} | ROOMS[room]
+    for path in (PACKAGE / room).rglob("*.py"):
+        found = set(imported_rooms(path)) - allowed
+        assert not found, f"{path.relative_to(PACKAGE)} imports {sorted(found)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_import_from_lower_layers_only(path):
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    layer = next(i for i, names in enumerate(LAYERS) if name in names)
-    allowed = set().union(*LAYERS[:layer])
-    assert set(imports(path)) <= allowed
+def test_every_room_has_its_place():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*ROOMS}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+        "version.py",
+    }

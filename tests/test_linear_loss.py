@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_loss import naive_loss
 
 from hf_tst import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, offset_weights
-from hf_tst.bags import OFFSET_WEIGHTINGS
-from hf_tst.linear_loss import chunk_rows
+from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.losses.linear import chunk_rows
 
 
 def make_case(rows=37, size=12, vocabulary=53, bag_size=4, dtype=torch.float32, seed=1):

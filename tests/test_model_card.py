@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import HISTORY
 
-from hf_tst.model_card import RunRecord, make_model_card, write_model_card
-from hf_tst.run_record import RUN_ENTRY
+from hf_tst.records.card import RunRecord, make_model_card, write_model_card
+from hf_tst.records.run import RUN_ENTRY
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {
@@ -161,7 +161,9 @@ def test_an_adapter_is_called_one():
 
 def test_the_template_is_in_the_repository_once():
     root = Path(__file__).parent.parent
-    assert (root / "model_cards" / "template.md").resolve() == root / "hf_tst" / "templates" / "model_card.md"
+    assert (
+        root / "model_cards" / "template.md"
+    ).resolve() == root / "hf_tst" / "records" / "templates" / "model_card.md"
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in CARDS.glob("*/README.md")))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from versions import fails_before, params
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
-from hf_tst.expert_load import ExpertLoadMeter
-from hf_tst.report import format_phases, summarize_phases
+from hf_tst.models.moe import ExpertLoadMeter
+from hf_tst.records.report import format_phases, summarize_phases
 
 WITH_AUX_LOSS = (
     "mixtral",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.mtp import MTP_KINDS
-from hf_tst.mtp_training import FILE_NAME
+from hf_tst.mtp.heads import MTP_KINDS
+from hf_tst.training.mtp import FILE_NAME
 
 SWITCH = 3  # of 10 steps with the default tst_phase_ratio
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hf_tst.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
-from hf_tst.pretrain import load_documents, load_model, prepare_blocks
-from hf_tst.pretrain_arguments import DataArguments, ModelArguments
-from hf_tst.quickstart import standard_library_documents, standard_library_files, train_tokenizer
-from hf_tst.run_record import loaded_from
-from hf_tst.text_files import check_utf8, load_text_file
+from hf_tst.data.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
+from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
+from hf_tst.data.text_files import check_utf8, load_text_file
+from hf_tst.pretraining.options import DataArguments, ModelArguments
+from hf_tst.pretraining.run import load_documents, load_model, prepare_blocks
+from hf_tst.records.run import loaded_from
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
 
@@ -104,8 +104,8 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
         "import sys\n"
         "from transformers import AutoTokenizer\n"
         "from transformers.tokenization_utils_base import PreTrainedTokenizerBase\n"
-        "from hf_tst.packing import pack_blocks, tokenize_documents\n"
-        "from hf_tst.text_files import load_text_file\n"
+        "from hf_tst.data.packing import pack_blocks, tokenize_documents\n"
+        "from hf_tst.data.text_files import load_text_file\n"
         "tokenizer = AutoTokenizer.from_pretrained('tokenizer')\n"
         "documents = load_text_file('corpus.txt')\n"
         "tokenized = tokenize_documents(documents, tokenizer, num_proc=2)\n"
@@ -135,11 +135,11 @@ def test_other_inputs_are_packed_anew(tokenizer):
 def test_the_dropped_remainder_is_in_the_log(tokenizer, caplog):
     tokens = len([t for text in TEXTS for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
     assert tokens % 7
-    logger = logging.getLogger("hf_tst.packing")
+    logger = logging.getLogger("hf_tst.data.packing")
     logger.addHandler(caplog.handler)
     level = logger.level
     try:
-        with caplog.at_level("INFO", logger="hf_tst.packing"):
+        with caplog.at_level("INFO", logger="hf_tst.data.packing"):
             for _ in range(2):  # packed, and found in the cache
                 caplog.clear()
                 pack_text(TEXTS, tokenizer, 7)

@@ -9,8 +9,7 @@ from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 from versions import fails_before
 
-from hf_tst.flops import flops_per_token
-from hf_tst.plan import (
+from hf_tst.planning.costs import (
     Layout,
     ModelShape,
     Precision,
@@ -18,6 +17,7 @@ from hf_tst.plan import (
     communication_per_step,
     memory_per_gpu,
 )
+from hf_tst.planning.flops import flops_per_token
 
 SMALL = ModelShape.from_config(
     LlamaConfig(

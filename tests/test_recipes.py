@@ -9,9 +9,10 @@ import yaml
 from tiny_recipes import shrink
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_tst import TSTTrainingArguments, pretrain
-from hf_tst.planning import plan_from_arguments, plan_to_dict
-from hf_tst.pretrain_arguments import (
+from hf_tst import TSTTrainingArguments
+from hf_tst.cli.plan import plan_from_arguments, plan_to_dict
+from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining.options import (
     DataArguments,
     ModelArguments,
     micro_batches,
@@ -49,7 +50,7 @@ def plan_command(recipe):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A tokenizer, a corpus and the trained model that LoRA continues, with the shape of SmolLM2-135M."""
-    from hf_tst.quickstart import train_tokenizer
+    from hf_tst.data.quickstart import train_tokenizer
 
     folder = tmp_path_factory.mktemp("recipes")
     texts = [f"line {i} of the text, which says {i * i}\n" for i in range(600)]

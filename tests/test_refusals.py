@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer
-from hf_tst.refusals import check_arguments, check_trainer
+from hf_tst.training.validation import check_arguments, check_trainer
 
 
 @pytest.mark.parametrize(

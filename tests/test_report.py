@@ -1,4 +1,4 @@
-from hf_tst.report import format_phases, plot_loss_curve, summarize_phases
+from hf_tst.records.report import format_phases, plot_loss_curve, summarize_phases
 
 HISTORY = [
     {"step": 2, "loss": 4.0, "tst_phase": "superposition", "tst_raw_tokens": 80, "tst_latent_tokens": 20},

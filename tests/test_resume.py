@@ -16,9 +16,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.data_position import DataPosition
-from hf_tst.packing import BlockStream
-from hf_tst.permutation import Permutation
+from hf_tst.data.packing import BlockStream
+from hf_tst.data.permutation import Permutation
+from hf_tst.data.position import DataPosition
 
 EOS = VOCAB_SIZE - 1
 

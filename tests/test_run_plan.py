@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from processes import run_script
 
-from hf_tst.hardware import ACCELERATORS
-from hf_tst.planning import format_plan, main, plan_from_arguments, plot_plan
-from hf_tst.published import PUBLISHED
-from hf_tst.run_plan import GIB
+from hf_tst.cli.plan import format_plan, main, plan_from_arguments, plot_plan
+from hf_tst.planning.hardware import ACCELERATORS
+from hf_tst.planning.published import PUBLISHED
+from hf_tst.planning.run import GIB
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "scripts" / "configs" / "recipes"

@@ -6,11 +6,11 @@ from importlib.metadata import version
 
 import pytest
 
-from hf_tst import cli
-from hf_tst.comparison import RateSummary
-from hf_tst.experiment import open_experiment, parse_experiment
-from hf_tst.sweep import SweepArguments, main, plan_sweep
-from hf_tst.sweep_report import Cell, Sweep, format_sweep, panel_rows, write_sweep
+from hf_tst.cli import main as cli
+from hf_tst.experiments.comparison import RateSummary
+from hf_tst.experiments.options import open_experiment, parse_experiment
+from hf_tst.experiments.sweep import SweepArguments, main, plan_sweep
+from hf_tst.experiments.sweep_report import Cell, Sweep, format_sweep, panel_rows, write_sweep
 
 
 def planned(recipe, *flags):

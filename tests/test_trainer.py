@@ -19,8 +19,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_tst import TSTTrainer, callbacks
-from hf_tst.bags import OFFSET_WEIGHTINGS
+from hf_tst import TSTTrainer
+from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.training import callbacks
 
 LOG_V = math.log(VOCAB_SIZE)
 

@@ -21,8 +21,8 @@ from hf_tst import (
     TSTTrainingArguments,
     token_superposition,
 )
-from hf_tst.packing import pack_blocks, tokenize_documents
-from hf_tst.run_data import make_plan
+from hf_tst.data.packing import pack_blocks, tokenize_documents
+from hf_tst.training.data import make_plan
 
 HALF = {"tst_phase_ratio": 0.5, "tst_bag_size": 4}
 

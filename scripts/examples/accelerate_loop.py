@@ -1,8 +1,6 @@
-"""Both phases in a loop of one's own with Accelerate, without a Trainer.
+"""Both phases in a loop of one's own with Accelerate, without a Trainer. More processes make a larger step.
 
-    accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
-
-With more processes a step is as many times as large.
+accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
 """
 
 from dataclasses import dataclass
@@ -15,8 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.optimization import get_scheduler
 
-from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, token_superposition
-from hf_tst.packing import pack_blocks, tokenize_documents
+import hf_tst
 
 
 @dataclass
@@ -35,26 +32,28 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     accelerator = Accelerator()
     set_seed(0)  # every process makes the same weights
-    schedule = PhaseSchedule(args.max_steps, args.phase_ratio, args.bag_size)
+    schedule = hf_tst.PhaseSchedule(args.max_steps, args.phase_ratio, args.bag_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype="float32")
 
-    tokens = tokenize_documents(load_dataset(args.dataset, split="train"), tokenizer)
+    tokens = hf_tst.tokenize_documents(load_dataset(args.dataset, split="train"), tokenizer)
     # Rows of l·s tokens from the first part of the text, rows of l tokens from the part behind it.
     rows = args.batch_size * accelerator.num_processes
-    bags = pack_blocks(tokens, args.block_size * args.bag_size).select(range(schedule.switch_step * rows))
-    blocks = pack_blocks(tokens, args.block_size)
-    blocks = blocks.select(range(schedule.switch_step * rows * args.bag_size, schedule.blocks_needed(rows)))
+    first_rows = schedule.switch_step * rows
+    unread = range(first_rows * args.bag_size, schedule.blocks_needed(rows))
+    bags = hf_tst.pack_blocks(tokens, args.block_size * args.bag_size).select(range(first_rows))
+    blocks = hf_tst.pack_blocks(tokens, args.block_size).select(unread)
 
     def loader(data: Dataset, bag_size: int) -> DataLoader:
-        fold = DataCollatorForTokenSuperposition(bag_size)
-        return DataLoader(data, args.batch_size, shuffle=True, collate_fn=fold)
+        return DataLoader(
+            data, args.batch_size, True, collate_fn=hf_tst.DataCollatorForTokenSuperposition(bag_size)
+        )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     # One schedule for both phases. It is not prepared: accelerate would step it once a process.
     scheduler = get_scheduler("cosine", optimizer, args.max_steps // 20, args.max_steps)
-    loaders = loader(bags, args.bag_size), loader(blocks, 1)
-    model, optimizer, first, second = accelerator.prepare(model, optimizer, *loaders)
+    first, second = accelerator.prepare(loader(bags, args.bag_size), loader(blocks, 1))
+    model, optimizer = accelerator.prepare(model, optimizer)
 
     def train(batches: DataLoader) -> None:
         for batch in batches:
@@ -64,7 +63,7 @@ def main() -> None:
             scheduler.step()
             optimizer.zero_grad()
 
-    with token_superposition(accelerator.unwrap_model(model), args.bag_size):
+    with hf_tst.token_superposition(accelerator.unwrap_model(model), args.bag_size):
         train(first)
     train(second)  # here the model is what it was
     accelerator.unwrap_model(model).save_pretrained(args.output_dir)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import pack_blocks, tokenize_documents
+from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
 
 
 @dataclass

@@ -9,8 +9,7 @@ from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import pack_blocks, tokenize_documents
+from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
 
 
 @dataclass

@@ -14,8 +14,7 @@ from datasets import load_dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import pack_blocks, tokenize_documents
+from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
 
 
 @dataclass

@@ -14,8 +14,7 @@ from transformers import AutoTokenizer, HfArgumentParser, Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import pack_blocks, tokenize_documents
+from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
 
 
 @dataclass

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.packing import BlockStream, tokenize_documents
+from hf_tst import BlockStream, TSTTrainer, TSTTrainingArguments, tokenize_documents
 
 
 @dataclass

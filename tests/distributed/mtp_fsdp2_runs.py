@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_tst import MTPHeads, fused_next_token_loss, multi_token_prediction
-from hf_tst.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
+from hf_tst.models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 
 AUX = {"router_aux_loss_coef": 0.5}
 TIED = {"tie_word_embeddings": True}

@@ -20,7 +20,7 @@ from conftest import make_blocks, make_model
 from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.sharding import full_state_dict
+from hf_tst.models.sharding import full_state_dict
 
 STEPS, SWITCH = 8, 3
 AUX = {"router_aux_loss_coef": 0.5}

@@ -6,7 +6,7 @@ import sys
 import pytest
 from launching import LAUNCHERS, launch_environment
 
-from hf_tst.compare import main
+from hf_tst.experiments.compare import main
 
 FLAGS = (
     "--arms baseline,tst+mtp --seeds 0 --budget data --max_steps 10 --eval_steps 5 --logging_steps 1 "

@@ -1,0 +1,1 @@
+"""The arithmetic of the method: phases, folding of tokens to bags, documents, and the collator."""

@@ -1,0 +1,178 @@
+"""Batches of bags from rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TSTError
+from .documents import (
+    DocumentBoundaries,
+    check_document_boundaries,
+    document_bags,
+    document_windows,
+    positions_in_documents,
+    starts_after_end_token,
+    starts_of_ids,
+    starts_of_positions,
+)
+from .folding import fold_into_bags, next_bag_labels, next_window_labels
+from .phases import TSTMode, check_bag_size, check_mode
+
+
+@dataclass
+class DataCollatorForTokenSuperposition:
+    """Collates rows of l·s contiguous token ids into bags with bag-aligned labels.
+
+    Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if there, are
+    the token each position holds as a target (`-100` where it is none), exactly as for an ordinary causal
+    model; by default they are the ids. `attention_mask` is accepted if it is all ones, and dropped: what the
+    model sees is a full row of l bags.
+
+    What a batch holds:
+
+    - `bag_size` s > 1, `mode` `"full"` or `"input"`: `input_ids` `(B, l, s)` and `labels` `(B, l, s)`; position t holds
+      bag t + 1, the last position -100.
+    - `bag_size` s > 1, `mode` `"output"`: `input_ids` `(B, l)` and `labels` `(B, l, s)`; position t holds tokens
+      t+1 … t+s, -100 beyond the row.
+    - `bag_size` 1: `input_ids` `(B, l)` and `labels` `(B, l)`, unshifted, for the model's own loss; other columns are kept.
+
+    With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
+    their empty places, the last bag of a document has no target, `position_ids` `(B, l)` restart with each document,
+    and no `attention_mask` is given, from which models of Transformers see that attention must stay inside documents.
+    A row keeps l bags; the tokens that short bags push out of it are left out. With `bag_size=1` the first token of
+    a document is nobody's target. Documents are told apart by a column `document_ids`, else `position_ids` (which
+    count up within a document), else by the end-of-sequence token that ends them.
+
+    Args:
+        bag_size (`int`): Tokens a bag, s.
+        mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
+        ignore_index (`int`, defaults to -100): Label that is no target.
+        document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
+            `TSTTrainingArguments.tst_document_boundaries`.
+        eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
+
+    Raises:
+        TSTError: If rows differ in length, do not divide into bags, are padded (without bags that is allowed, unless
+            documents are respected), lack `input_ids`, or do not say
+            where documents end although that is to be respected.
+
+    Example:
+        >>> collator = DataCollatorForTokenSuperposition(bag_size=2)
+        >>> batch = collator([{"input_ids": [1, 2, 3, 4, 5, 6]}])
+        >>> batch["input_ids"]
+        tensor([[[1, 2],
+                 [3, 4],
+                 [5, 6]]])
+        >>> batch["labels"]
+        tensor([[[   3,    4],
+                 [   5,    6],
+                 [-100, -100]]])
+    """
+
+    bag_size: int
+    mode: TSTMode = "full"
+    ignore_index: int = -100
+    document_boundaries: DocumentBoundaries = "ignore"
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bag_size(self.bag_size)
+        check_mode(self.mode)
+        check_document_boundaries(self.document_boundaries)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch of rows, as described above, all `torch.LongTensor`."""
+        for feature in features:
+            if "input_ids" not in feature:
+                raise TSTError(
+                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data."
+                )
+        lengths = sorted({len(feature["input_ids"]) for feature in features})
+        if len(lengths) > 1:
+            raise TSTError(
+                f"Rows of one batch must be of equal length, but have {lengths[0]} to {lengths[-1]} tokens: "
+                "pack the data into blocks."
+            )
+        if self.document_boundaries == "respect":
+            return self._collate_documents(features)
+        if self.bag_size == 1:
+            return self._collate_tokens(features)
+        return self._collate_bags(features)
+
+    def _collate_tokens(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        from transformers import default_data_collator
+
+        batch = default_data_collator(list(features))
+        batch["input_ids"] = batch["input_ids"].long()
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].long()
+        else:
+            batch["labels"] = batch["input_ids"].clone()
+            if "attention_mask" in batch:
+                batch["labels"][batch["attention_mask"] == 0] = self.ignore_index  # padding
+        return batch
+
+    def _collate_bags(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        tokens, targets = _full_rows(features)
+        if self.mode == "output":
+            return {
+                "input_ids": tokens,
+                "labels": next_window_labels(targets, self.bag_size, self.ignore_index),
+            }
+        return {
+            "input_ids": fold_into_bags(tokens, self.bag_size),
+            "labels": next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index),
+        }
+
+    def _collate_documents(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        tokens, targets = _full_rows(features)
+        starts = self._document_starts(features, tokens)
+        if self.bag_size > 1 and self.mode != "output":
+            fold_into_bags(tokens, self.bag_size)  # checks the row length
+            bags = document_bags(tokens, targets, starts, self.bag_size, self.ignore_index)
+            return dict(zip(("input_ids", "labels", "position_ids"), bags, strict=True))
+        if self.bag_size == 1:
+            labels = targets.masked_fill(starts, self.ignore_index)
+        else:
+            labels = document_windows(targets, starts, self.bag_size, self.ignore_index)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions_in_documents(starts)}
+
+    def _document_starts(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
+        if "document_ids" in features[0]:
+            return starts_of_ids(_stack(features, "document_ids"))
+        if "position_ids" in features[0]:
+            return starts_of_positions(_stack(features, "position_ids"))
+        if self.eos_token_id is None:
+            raise TSTError(
+                "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
+                "a column 'document_ids', or set tst_document_boundaries='ignore'."
+            )
+        return starts_after_end_token(tokens, self.eos_token_id)
+
+
+def _full_rows(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of rows without padding, `(B, n)` each."""
+    for feature in features:
+        mask = feature.get("attention_mask")
+        if mask is not None and not torch.as_tensor(mask).all():
+            raise TSTError(
+                "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
+                "pack the data into full blocks."
+            )
+    tokens = _stack(features, "input_ids")
+    return tokens, _stack(features, "labels") if "labels" in features[0] else tokens
+
+
+def _stack(features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
+    """A column of all rows as int64, copied once."""
+    rows = [feature[column] for feature in features]
+    stacked = np.empty((len(rows), len(rows[0])), dtype=np.int64)
+    for i, row in enumerate(rows):
+        stacked[i] = row
+    return torch.from_numpy(stacked)

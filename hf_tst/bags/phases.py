@@ -1,0 +1,108 @@
+"""Which optimizer step belongs to which phase, and how much data a schedule reads. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import TSTError
+
+Phase = Literal["superposition", "recovery"]
+TSTMode = Literal["full", "input", "output"]
+
+MODES: tuple[TSTMode, ...] = get_args(TSTMode)
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """The two phases of one training run.
+
+    Steps `0 … switch_step - 1` are superposition, steps `switch_step … max_steps - 1` are recovery.
+    A *block* is a row of the data set: L tokens, the model's ordinary sequence length.
+
+    Args:
+        max_steps (`int`): Optimizer steps of the whole run, N.
+        phase_ratio (`float`): Fraction r of the steps that is superposition, in [0, 1].
+        bag_size (`int`): Tokens a bag, s.
+        mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
+
+    Raises:
+        TSTError: If an argument is outside its range.
+
+    Source: "Efficient Pre-Training with Token Superposition" (arXiv 2605.06546), section 3.
+
+    Example:
+        >>> schedule = PhaseSchedule(max_steps=100, phase_ratio=0.3, bag_size=4)
+        >>> schedule.switch_step, schedule.phase(29), schedule.phase(30)
+        (30, 'superposition', 'recovery')
+        >>> schedule.blocks_needed(rows_per_step=8)
+        1520
+    """
+
+    max_steps: int
+    phase_ratio: float
+    bag_size: int
+    mode: TSTMode = "full"
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise TSTError(f"max_steps must be at least 1, but is {self.max_steps}.")
+        check_phase_ratio(self.phase_ratio)
+        check_bag_size(self.bag_size)
+        check_mode(self.mode)
+
+    @property
+    def switch_step(self) -> int:
+        """First step of the recovery phase, round(r·N)."""
+        return round(self.phase_ratio * self.max_steps)
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks that one row of a superposition batch reads, s; 1 where the input stays plain tokens."""
+        return 1 if self.mode == "output" else self.bag_size
+
+    def phase(self, step: int) -> Phase:
+        """Phase of optimizer step `step` (`int`, counted from 0): `"superposition"` or `"recovery"`."""
+        return "superposition" if step < self.switch_step else "recovery"
+
+    def blocks_needed(self, rows_per_step: int) -> int:
+        """Blocks that the whole run reads.
+
+        Args:
+            rows_per_step (`int`): Rows an optimizer step, over all devices and micro-batches.
+        """
+        superposition, recovery = self.switch_step, self.max_steps - self.switch_step
+        return rows_per_step * (superposition * self.blocks_per_row + recovery)
+
+    def tokens_seen(self, step: int, tokens_per_step: int) -> int:
+        """Raw tokens read once `step` optimizer steps are done.
+
+        Args:
+            step (`int`): Optimizer steps done.
+            tokens_per_step (`int`): Latent tokens a step, that is rows a step times the block length. It is
+                the same in both phases; a superposition step reads `blocks_per_row` times as many raw tokens.
+        """
+        superposition = min(step, self.switch_step)
+        recovery = max(0, step - self.switch_step)
+        return tokens_per_step * (superposition * self.blocks_per_row + recovery)
+
+
+def check_phase_ratio(phase_ratio: float, name: str = "phase_ratio") -> None:
+    """Raise `TSTError` unless the argument `name` is a number in [0, 1]."""
+    if isinstance(phase_ratio, bool) or not isinstance(phase_ratio, (int, float)):
+        raise TSTError(f"{name} must be a number from 0 to 1, but is {phase_ratio!r}.")
+    if not math.isfinite(phase_ratio) or not 0 <= phase_ratio <= 1:
+        raise TSTError(f"{name} must be from 0 to 1, but is {phase_ratio}.")
+
+
+def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
+    """Raise `TSTError` unless the argument `name` is an integer of at least 1."""
+    if isinstance(bag_size, bool) or not isinstance(bag_size, int) or bag_size < 1:
+        raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
+
+
+def check_mode(mode: str, name: str = "mode") -> None:
+    """Raise `TSTError` unless the argument `name` is one of `MODES`."""
+    if mode not in MODES:
+        raise TSTError(f"{name} must be one of {', '.join(MODES)}, but is {mode!r}.")

@@ -1,0 +1,103 @@
+"""The console command `hf-tst`. What a subcommand needs is imported when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from ..version import __version__
+from .exits import run_command
+
+DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
+
+commands:
+  train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of a few minutes)
+  plan    say what a run costs before it is started: steps, tokens, GPU-hours, memory, and what it is compared with
+  compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
+  sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
+  card    write the model card of a finished run again, from its record
+"""
+EXAMPLES = """examples:
+  hf-tst train                                      the quick start; the model is in runs/quickstart
+  hf-tst train recipe.yaml --max_steps 1000         a recipe, and flags that win over it
+  hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
+  hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
+  hf-tst sweep recipe.yaml --bag_sizes 2,4,6        losses by bag size and phase ratio, in output_dir
+  hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
+  accelerate launch --num_processes 8 -m hf_tst train recipe.yaml
+
+`hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
+1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
+trained), 130 interrupted, 143 told to end (SIGTERM, with enable_jit_checkpoint), after a checkpoint. --debug, anywhere,
+shows the traceback of what failed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-tst` with `argv`, by default the process's, and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="hf-tst",
+        usage="hf-tst [-h] [--version] {train,plan,compare,sweep,card} ...",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-tst {__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    before = ["--debug"] if arguments[0] == "--debug" else []
+    arguments = arguments[len(before) :]
+    command = parser.parse_args(arguments[:1]).command
+    return run_command(f"hf-tst {command}", COMMANDS[command], [*before, *arguments[1:]])
+
+
+def train(argv: list[str]) -> None:
+    """`hf-tst train`: see [`hf_tst.pretraining.run.main`]."""
+    from ..pretraining.run import main as run
+
+    run(argv, prog="hf-tst train")
+
+
+def plan(argv: list[str]) -> None:
+    """`hf-tst plan`: see [`hf_tst.cli.plan.main`]."""
+    from .plan import main as run
+
+    run(argv, prog="hf-tst plan")
+
+
+def compare(argv: list[str]) -> None:
+    """`hf-tst compare`: see [`hf_tst.experiments.compare.main`]."""
+    from ..experiments.compare import main as run
+
+    run(argv, prog="hf-tst compare")
+
+
+def sweep(argv: list[str]) -> None:
+    """`hf-tst sweep`: see [`hf_tst.experiments.sweep.main`]."""
+    from ..experiments.sweep import main as run
+
+    run(argv, prog="hf-tst sweep")
+
+
+def card(argv: list[str]) -> None:
+    """`hf-tst card`: see [`hf_tst.cli.card.main`]."""
+    from .card import main as run
+
+    run(argv, prog="hf-tst card")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "plan": plan,
+    "compare": compare,
+    "sweep": sweep,
+    "card": card,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""From text to blocks: tokenise documents and cut the stream of tokens into rows of equal length."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from transformers.utils import logging
+
+from ..errors import TSTError
+
+if TYPE_CHECKING:
+    import datasets
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+# Part of the name of a packed file: raise it when the same input would be packed differently.
+PACKING_VERSION = 1
+# Tokens that are joined and written at a time.
+CHUNK_TOKENS = 1 << 20
+
+
+def tokenize_documents(
+    documents: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_column: str | None = None,
+    append_eos: bool = True,
+    num_proc: int | None = None,
+) -> Any:
+    """Replace the columns of a `datasets` data set by `input_ids`, one row a document.
+
+    Args:
+        documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
+            `input_ids` already.
+        tokenizer: Its special tokens are not added, but for the end of a document.
+        text_column (`str`, *optional*): The column of text; `"text"` by default, else the first one.
+        append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
+        num_proc (`int`, *optional*): Processes to tokenise with.
+
+    Raises:
+        TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
+    """
+    columns = list(documents.column_names or next(iter(documents)))
+    if "input_ids" in columns:
+        return documents
+    column = text_column or ("text" if "text" in columns else columns[0])
+    if column not in columns:
+        raise TSTError(
+            f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these."
+        )
+    kind = getattr((documents.features or {}).get(column), "dtype", "string")
+    if kind not in ("string", "large_string", "null"):
+        raise TSTError(
+            f"The column {column!r} of the data holds {kind}, not text: set text_column to one that does, of "
+            f"{', '.join(columns)}."
+        )
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is None:
+        raise TSTError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")
+    end = [eos] if append_eos else []
+
+    def tokenize(batch: Mapping[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        texts = [text or "" for text in batch[column]]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+
+    options: dict[str, Any] = {"batched": True, "remove_columns": columns}
+    if hasattr(documents, "num_rows"):
+        options |= {"num_proc": num_proc, "desc": "Tokenising"}
+    return documents.map(tokenize, **options)
+
+
+def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
+    """Join tokenised documents in their order and cut them into blocks; only the last remainder is dropped.
+
+    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents`: packing the
+    same documents again opens the file. How many tokens were kept and dropped is logged.
+
+    Args:
+        documents (`datasets.Dataset`): Rows of `input_ids`, of any lengths.
+        block_size (`int`): Tokens a block, L.
+
+    Returns:
+        `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens a row.
+
+    Raises:
+        TSTError: If the data does not fill one block.
+    """
+    import datasets
+
+    name = datasets.fingerprint.Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst_blocks"
+    path, facts = folder / f"{name}.arrow", folder / f"{name}.json"
+    if not (path.is_file() and facts.is_file() and datasets.is_caching_enabled()):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written under a name of this process and then renamed: a half-written file is never opened.
+        unfinished = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            tokens = _write_blocks(_token_batches(documents), block_size, unfinished)
+            facts.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    blocks = datasets.Dataset.from_file(str(path))
+    tokens = json.loads(facts.read_text(encoding="utf-8"))["tokens"]
+    logger.info(
+        f"{len(documents)} documents of {tokens} tokens give {len(blocks)} blocks of {block_size}; the last "
+        f"{tokens - len(blocks) * block_size} tokens are dropped."
+    )
+    return blocks
+
+
+class BlockStream(IterableDataset[dict[str, Any]]):
+    """Blocks of a stream of tokenised documents, cut as training goes on.
+
+    Args:
+        documents: Iterable of rows with `input_ids`, of any lengths.
+        block_size (`int`): Tokens a block, L.
+    """
+
+    def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
+        self.documents = documents
+        self.block_size = block_size
+        self._rest = self._first = np.empty(0, dtype=np.int32)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._rest, self._first = self._first, self._rest[:0]
+        documents = iter(self.documents)
+        pending, length = [self._rest], len(self._rest)
+        while True:
+            if length >= self.block_size:
+                self._rest = np.concatenate(pending)
+                while len(self._rest) >= self.block_size:
+                    block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
+                    yield {"input_ids": block}
+                pending, length = [self._rest], len(self._rest)
+            document = next(documents, None)
+            if document is None:
+                return
+            pending.append(np.asarray(document["input_ids"], dtype=np.int32))
+            length += len(pending[-1])
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
+
+        `None` if the documents cannot say where they stand. Right while a block is being handed out.
+        """
+        documents = stream_state(self.documents)
+        return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Let the next iteration go on from `state`, or begin at the beginning with `None`."""
+        load_stream_state(self.documents, None if state is None else state["documents"])
+        self._first = np.empty(0, dtype=np.int32) if state is None else state["tokens"].numpy()
+
+
+def stream_state(stream: Any) -> dict[str, Any] | None:
+    """Where a stream stands, or `None` if it cannot say so or would not come back to the same place.
+
+    A shuffle buffer of `datasets` is not part of its state, so a stream with one cannot come back.
+    """
+    if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
+        return None
+    if _has_shuffle_buffer(getattr(stream, "_ex_iterable", None)):
+        return None
+    return stream.state_dict()
+
+
+def load_stream_state(stream: Any, state: dict[str, Any] | None) -> None:
+    """Let the next iteration of a stream go on from `state`; with `None` it begins at the beginning.
+
+    A stream that is neither a [`BlockStream`] nor of `datasets` must begin at the beginning by itself, when it is
+    iterated again.
+    """
+    if state is not None or isinstance(stream, BlockStream) or hasattr(stream, "_ex_iterable"):
+        stream.load_state_dict(state)
+
+
+def _has_shuffle_buffer(node: Any) -> bool:
+    if node is None:
+        return False
+    inner = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
+    return "BufferShuffled" in type(node).__name__ or any(map(_has_shuffle_buffer, inner))
+
+
+def cut_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int) -> Iterator[NDArray[np.int32]]:
+    """Cut joined arrays of tokens into blocks, some at a time: `(n, block_size)` each, then the remainder, `(m,)`."""
+    pending: list[NDArray[np.int32]] = []
+    length = 0
+    for array in arrays:
+        pending.append(array)
+        length += len(array)
+        if length < max(block_size, CHUNK_TOKENS):
+            continue
+        joined = np.concatenate(pending)
+        whole = length - length % block_size
+        yield joined[:whole].reshape(-1, block_size)
+        pending, length = [joined[whole:]], length - whole
+    joined = np.concatenate([*pending, np.empty(0, dtype=np.int32)])
+    whole = length - length % block_size
+    yield joined[:whole].reshape(-1, block_size)
+    yield joined[whole:]
+
+
+def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Path) -> int:
+    """Write blocks to an Arrow file, and return how many tokens `arrays` hold."""
+    import pyarrow as pa
+
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
+    tokens = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for piece in cut_blocks(arrays, block_size):
+            tokens += piece.size
+            if piece.ndim == 2 and len(piece):
+                column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), block_size)
+                writer.write_batch(pa.record_batch([column], schema=schema))
+    if tokens < block_size:
+        raise TSTError(
+            f"The data holds {tokens} tokens, which do not fill one block of {block_size}: give more text or a "
+            "smaller block_size."
+        )
+    return tokens
+
+
+def _token_batches(documents: datasets.Dataset) -> Iterator[NDArray[np.int32]]:
+    """The tokens of many documents at a time, as one array."""
+    for table in documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        for chunk in table["input_ids"].chunks:
+            yield chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)

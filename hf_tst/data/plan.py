@@ -1,0 +1,237 @@
+"""Which blocks each row of a run reads, and which rows each rank trains on. Pure arithmetic.
+
+Words: a *block* is a row of the user's data set, L tokens. A *row* is a row of a training batch: in
+superposition `blocks_per_row` consecutive blocks, in recovery one block. A *pass* is one reading of the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bags.phases import PhaseSchedule
+from ..errors import TSTError
+from .permutation import Indices, Permutation
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the rows of an optimizer step are dealt out to ranks and micro-batches.
+
+    Step k trains on rows `k · rows_per_step … (k + 1) · rows_per_step - 1`, whatever the world size. Within it,
+    micro-batch after micro-batch, each rank in turn takes the next `per_device_batch_size` rows.
+
+    Args:
+        per_device_batch_size (`int`): Rows of one forward pass on one device.
+        accumulation_steps (`int`, defaults to 1): Micro-batches an optimizer step.
+        world_size (`int`, defaults to 1): Ranks that read data of their own (data-parallel ranks).
+    """
+
+    per_device_batch_size: int
+    accumulation_steps: int = 1
+    world_size: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows an optimizer step, over all ranks and micro-batches: the global batch."""
+        return self.per_device_batch_size * self.accumulation_steps * self.world_size
+
+    def owner(self, row: int) -> int:
+        """The rank that trains on row `row` of the run."""
+        return row // self.per_device_batch_size % self.world_size
+
+    def rows(self, step: int, rank: int) -> Indices:
+        """Rows of the run that `rank` trains on in step `step`: `(accumulation_steps, per_device_batch_size)`."""
+        shape = (self.accumulation_steps, self.world_size, self.per_device_batch_size)
+        return (step * self.rows_per_step + np.arange(self.rows_per_step)).reshape(shape)[:, rank]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Which blocks row i of a run reads, as a pure function of the seed.
+
+    Rows `0 … superposed_rows - 1` belong to superposition: each reads a group of `blocks_per_row` consecutive
+    blocks, the groups in random order. The rows after them belong to recovery and read, in random order, the
+    blocks that superposition left of its last pass, then whole passes. Within a pass no block is read twice.
+
+    Args:
+        num_blocks (`int`): Blocks in the data set.
+        schedule (`PhaseSchedule`): The run's phases.
+        rows_per_step (`int`): Rows an optimizer step, over all devices and accumulation steps.
+        seed (`int`): Seed of the order.
+        shuffle (`bool`, defaults to `True`): Without it, groups and blocks keep the order of the data.
+    """
+
+    num_blocks: int
+    schedule: PhaseSchedule
+    rows_per_step: int
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def superposed_rows(self) -> int:
+        """Rows of superposition, over all processes, in the whole run."""
+        return self.schedule.switch_step * self.rows_per_step
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of both phases, over all processes, in the whole run."""
+        return self.schedule.max_steps * self.rows_per_step
+
+    @property
+    def groups_per_pass(self) -> int:
+        """Rows of superposition that a pass over the data can give."""
+        return self.num_blocks // self.schedule.blocks_per_row
+
+    @property
+    def switch_pass(self) -> int:
+        """Pass over the data in which superposition ends, counted from 0."""
+        if not self.superposed_rows:
+            return 0
+        return math.ceil(self.superposed_rows / self.groups_per_pass) - 1
+
+    @property
+    def blocks_consumed(self) -> int:
+        """Blocks from the start of the first pass to the end of the run; at most passes · `num_blocks`."""
+        recovery_rows = self.total_rows - self.superposed_rows
+        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
+        return self.switch_pass * self.num_blocks + used_groups * self.schedule.blocks_per_row + recovery_rows
+
+    def superposed_groups(self, rows: Indices) -> Indices:
+        """First block of the group that each superposition row reads. `rows` and the result: `(n,)`."""
+        passes, position = np.divmod(rows, self.groups_per_pass)
+        return self._permute(passes, position, self.groups_per_pass, "groups") * self.schedule.blocks_per_row
+
+    def recovery_blocks(self, rows: Indices) -> Indices:
+        """Block that each recovery row reads. `rows` (at least `superposed_rows`) and the result: `(n,)`."""
+        position = rows - self.superposed_rows
+        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
+        left_over = self.num_blocks - used_groups * self.schedule.blocks_per_row
+        in_switch_pass = position < left_over
+        blocks = np.empty_like(position)
+        blocks[in_switch_pass] = self._left_over_blocks(position[in_switch_pass], left_over, used_groups)
+        later = position[~in_switch_pass] - left_over
+        passes, position = np.divmod(later, self.num_blocks)
+        blocks[~in_switch_pass] = self._permute(
+            passes + self.switch_pass + 1, position, self.num_blocks, "blocks"
+        )
+        return blocks
+
+    def row_blocks(self, row: int) -> list[int]:
+        """Blocks that row `row` of the run reads, in order."""
+        if row < self.superposed_rows:
+            start = int(self.superposed_groups(np.array([row]))[0])
+            return list(range(start, start + self.schedule.blocks_per_row))
+        return self.recovery_blocks(np.array([row])).tolist()
+
+    def row_passes(self, rows: Indices) -> Indices:
+        """Pass over the data, counted from 0, in which each row is read. `rows` and the result: `(n,)`."""
+        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
+        left_over = self.num_blocks - used_groups * self.schedule.blocks_per_row
+        recovery = self.switch_pass + np.where(
+            rows - self.superposed_rows < left_over,
+            0,
+            (rows - self.superposed_rows - left_over) // self.num_blocks + 1,
+        )
+        return np.where(rows < self.superposed_rows, rows // max(1, self.groups_per_pass), recovery)
+
+    def _left_over_blocks(self, position: Indices, left_over: int, used_groups: int) -> Indices:
+        """Blocks of the switch pass that superposition did not use, in shuffled order."""
+        size = self.schedule.blocks_per_row
+        passes = np.full_like(position, self.switch_pass)
+        position = self._permute(passes, position, left_over, "left over")
+        group_blocks = (self.groups_per_pass - used_groups) * size
+        blocks = self.groups_per_pass * size + position - group_blocks  # the tail that fills no group
+        in_group = position < group_blocks
+        groups = self._permute(
+            passes[in_group], position[in_group] // size + used_groups, self.groups_per_pass, "groups"
+        )
+        blocks[in_group] = groups * size + position[in_group] % size
+        return blocks
+
+    def _permute(self, passes: Indices, position: Indices, size: int, stream: str) -> Indices:
+        if not self.shuffle:
+            return position
+        result = np.empty_like(position)
+        for data_pass in np.unique(passes):
+            here = passes == data_pass
+            seed = (self.seed, int(data_pass), *stream.encode())
+            result[here] = Permutation(size, seed)(position[here])
+        return result
+
+
+def plan_for_passes(
+    num_blocks: int,
+    passes: float,
+    make_schedule: Callable[[int], PhaseSchedule],
+    rows_per_step: int,
+    seed: int,
+    shuffle: bool = True,
+) -> DataPlan:
+    """The longest plan of whole optimizer steps that `passes` passes over the data give.
+
+    Args:
+        num_blocks (`int`): Blocks in the data set.
+        passes (`float`): Passes over the data (`num_train_epochs`).
+        make_schedule: Schedule of a run of so many steps.
+        rows_per_step, seed, shuffle: See [`DataPlan`].
+
+    Raises:
+        TSTError: If the data does not give a single step, or fill a single row of superposition.
+    """
+    budget = math.floor(passes * num_blocks)
+
+    def plan(steps: int) -> DataPlan:
+        return DataPlan(num_blocks, make_schedule(steps), rows_per_step, seed, shuffle)
+
+    smallest = make_schedule(1)
+    if smallest.phase_ratio and num_blocks < smallest.blocks_per_row:
+        raise TSTError(
+            f"The training data has {num_blocks} blocks, too few for one row of superposition with {smallest.blocks_per_row}: "
+            "give more data, a shorter block or a smaller tst_bag_size."
+        )
+    # A step more never reads less, so the number of steps that fit can be found by bisection.
+    fits, too_many = 0, budget // rows_per_step + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        candidate = plan(middle)
+        if _has_groups(candidate) and candidate.blocks_consumed <= budget:
+            fits = middle
+        else:
+            too_many = middle
+    if not fits:
+        raise TSTError(
+            f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows "
+            f"with {smallest.blocks_per_row} blocks each: give more data, a smaller batch, a shorter block or a "
+            "smaller tst_bag_size."
+        )
+    return plan(fits)
+
+
+def plan_for_steps(
+    num_blocks: int, schedule: PhaseSchedule, rows_per_step: int, seed: int, shuffle: bool = True
+) -> DataPlan:
+    """The plan of `schedule.max_steps` steps within one pass over the data.
+
+    Raises:
+        TSTError: If the data has fewer blocks than the schedule needs.
+    """
+    needed = schedule.blocks_needed(rows_per_step)
+    if needed > num_blocks:
+        superposed, recovery = schedule.switch_step, schedule.max_steps - schedule.switch_step
+        per_step = max(1.0, needed / schedule.max_steps)
+        raise TSTError(
+            f"The schedule needs {needed} blocks ({superposed} superposition steps of {rows_per_step} rows with "
+            f"{schedule.blocks_per_row} blocks each, {recovery} recovery steps of {rows_per_step} rows with one), but the "
+            f"training data has {num_blocks}: lower max_steps to about {int(num_blocks / per_step)}, lower "
+            "tst_phase_ratio, tst_bag_size or the batch size, give more data, or leave max_steps unset and say with "
+            "num_train_epochs how often to read the data."
+        )
+    return DataPlan(num_blocks, schedule, rows_per_step, seed, shuffle)
+
+
+def _has_groups(plan: DataPlan) -> bool:
+    return plan.groups_per_pass > 0 or plan.superposed_rows == 0

@@ -1,0 +1,154 @@
+"""`data_position.json`: what a checkpoint says about the data that was trained on, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..bags.phases import PhaseSchedule
+from ..errors import TSTError
+from .plan import BatchLayout
+
+POSITION_FILE = "data_position.json"
+POSITION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """Which data a run has trained on after `step` optimizer steps, and all that this follows from.
+
+    Block i of optimizer step k is a pure function of these fields (see [`DataPlan`]); for a stream it is what the
+    stream gave next, and `stream_state_<rank>.pt` beside the file says where it stands.
+
+    Args:
+        step (`int`): Optimizer steps done.
+        max_steps (`int`): Optimizer steps of the run, N.
+        phase_ratio (`float`): r.
+        bag_size (`int`): s.
+        mode (`str`): See `TSTTrainingArguments.tst_mode`.
+        document_boundaries (`str`): See `TSTTrainingArguments.tst_document_boundaries`.
+        seed (`int`), shuffle (`bool`): Order of the blocks.
+        rows_per_step (`int`): Rows an optimizer step over all ranks, the global batch: the product of the next three.
+        per_device_batch_size (`int`), accumulation_steps (`int`), world_size (`int`): See [`BatchLayout`].
+        block_length (`int`): Tokens a block, L.
+        num_blocks (`int` or `None`): Blocks in the data set; `None` for a stream.
+        data (`str`): Fingerprint of the data set; for a stream, how it is cut into shards.
+        split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
+        consumed (`dict`): Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted.
+        stream_workers (`int`): Loader processes that each read shards of their own of a stream.
+        tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
+        version (`int`): Version of these fields.
+    """
+
+    step: int
+    max_steps: int
+    phase_ratio: float
+    bag_size: int
+    mode: str
+    document_boundaries: str
+    seed: int
+    shuffle: bool
+    rows_per_step: int
+    per_device_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    block_length: int
+    num_blocks: int | None
+    data: str
+    split_by_rank: bool
+    consumed: dict[str, dict[str, int]]
+    stream_workers: int = 0
+    tokens_left_out: int = 0
+    version: int = POSITION_VERSION
+
+    @property
+    def schedule(self) -> PhaseSchedule:
+        """The phases of the run."""
+        return PhaseSchedule(self.max_steps, self.phase_ratio, self.bag_size, self.mode)  # type: ignore[arg-type]
+
+    @property
+    def layout(self) -> BatchLayout:
+        """How rows are dealt out to ranks and micro-batches."""
+        return BatchLayout(self.per_device_batch_size, self.accumulation_steps, self.world_size)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `data_position.json` into `folder`."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (Path(folder) / POSITION_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DataPosition | None:
+        """The position in a checkpoint, or `None` if it holds none.
+
+        Raises:
+            TSTError: If the file is of another version, or damaged.
+        """
+        path = Path(folder) / POSITION_FILE
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("version") == POSITION_VERSION:
+                return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise TSTError(f"The file {path} is damaged ({error}): resume from another checkpoint.") from None
+        raise TSTError(
+            f"The file {path} has version {values.get('version')}, but this hf_tst reads version {POSITION_VERSION}: "
+            "resume with the hf_tst that wrote it, or remove the file to go on unchecked."
+        )
+
+    def check_resumable(self, now: DataPosition) -> None:
+        """Check that a run with the fields `now` reads on where this position stands.
+
+        Raises:
+            TSTError: If one of them differs, with both values.
+        """
+        named = NAMES | ({"world_size": "the number of processes"} if self.split_by_rank else {})
+        differences = [
+            f"{name} was {before} and is {after}"
+            for field, name in named.items()
+            if (before := getattr(self, field)) != (after := getattr(now, field))
+        ]
+        if differences:
+            raise TSTError(
+                f"The checkpoint at step {self.step} was trained on other data positions ({'; '.join(differences)}): "
+                "resume with what it was saved with, or set tst_allow_data_change=True and accept that data is "
+                "read twice or never."
+            )
+
+
+# What must not change between save and resume, and what to call it.
+NAMES: dict[str, str] = {
+    "phase_ratio": "tst_phase_ratio",
+    "bag_size": "tst_bag_size",
+    "max_steps": "the number of optimizer steps",
+    "mode": "tst_mode",
+    "document_boundaries": "tst_document_boundaries",
+    "rows_per_step": "the global batch (rows an optimizer step)",
+    "seed": "the data seed",
+    "shuffle": "shuffling",
+    "block_length": "the block length",
+    "num_blocks": "the number of blocks",
+    "data": "the data's fingerprint",
+    "split_by_rank": "reading of shards by rank",
+    "stream_workers": "dataloader_num_workers of a stream",
+}
+
+
+def consumed_by_phase(
+    schedule: PhaseSchedule, step: int, rows_per_step: int, block_length: int, left_out: int = 0
+) -> dict[str, dict[str, int]]:
+    """Blocks and raw tokens that optimizer steps `0 … step - 1` have trained on, by phase.
+
+    Args:
+        schedule (`PhaseSchedule`): The run's phases.
+        step (`int`), rows_per_step (`int`), block_length (`int`): Steps done, and their size.
+        left_out (`int`, defaults to 0): Tokens that superposition left out at document ends.
+    """
+    superposition = min(step, schedule.switch_step) * rows_per_step * schedule.blocks_per_row
+    recovery = max(0, step - schedule.switch_step) * rows_per_step
+    return {
+        "superposition": {"blocks": superposition, "raw_tokens": superposition * block_length - left_out},
+        "recovery": {"blocks": recovery, "raw_tokens": recovery * block_length},
+    }

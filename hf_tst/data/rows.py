@@ -1,0 +1,164 @@
+"""The rows of a run over a map-style data set, in the order of its plan, and their collation by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from .block_checks import BlockRules
+from .blocks import BlockReader
+from .plan import DataPlan
+
+# What superposition reads of a block; recovery hands on whatever columns the model takes.
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+# Columns that say where documents end.
+DOCUMENT_COLUMNS = ("document_ids", "position_ids")
+# Rows after the ones asked for that are looked up with them.
+_LOOK_AHEAD = 256
+
+
+@dataclass(frozen=True)
+class WorkerNote:
+    """What a loader process that reads a stream tells the main process with a batch.
+
+    Args:
+        worker (`int`): The process, counted from 0.
+        state (`dict` or `None`): Where its stream stands behind the batch; `None` with a batch that holds nothing, and
+            only keeps the processes' turns.
+    """
+
+    worker: int
+    state: dict[str, Any] | None
+
+
+# Under which name a batch holds a `WorkerNote`.
+WORKER_NOTE = "tst_worker_note"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch before collation: its columns, and whether it is to be folded into bags."""
+
+    columns: Mapping[str, Any]
+    superposed: bool
+    note: WorkerNote | None = None
+
+
+class PlannedRows(Dataset[Row]):
+    """Map-style data set of the rows of a [`DataPlan`]: row i of the run, whatever process or worker asks.
+
+    Args:
+        blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
+        plan (`DataPlan`): Which blocks row i reads.
+        columns (`Sequence[str]`): Columns to hand on in recovery.
+        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
+        as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
+            is faster, not in the data set's own format.
+        rules (`BlockRules`, *optional*): What the blocks must keep to, checked as they are read.
+    """
+
+    def __init__(
+        self,
+        blocks: Any,
+        plan: DataPlan,
+        columns: Sequence[str],
+        bag_columns: Sequence[str] = TOKEN_COLUMNS,
+        as_arrays: bool = True,
+        rules: BlockRules | None = None,
+    ) -> None:
+        self.plan = plan
+        self._first_blocks: dict[int, int] = {}
+        self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns], rules=rules)
+        self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays, rules=rules)
+
+    def __len__(self) -> int:
+        return self.plan.total_rows
+
+    def __getitem__(self, row: int) -> Row:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Row]:
+        """Rows of one batch; a batch lies wholly in one phase."""
+        blocks = self._look_up(rows)
+        if rows[0] < self.plan.superposed_rows:
+            size = self.plan.schedule.blocks_per_row
+            return [Row(self._bags.read_joined(block, size), superposed=True) for block in blocks]
+        return [Row(columns, superposed=False) for columns in self._blocks.read(blocks)]
+
+    def _look_up(self, rows: Sequence[int]) -> list[int]:
+        """First block of each of some rows of one phase.
+
+        To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
+        after these.
+        """
+        found = self._first_blocks
+        if not (found and all(row in found for row in rows)):
+            superposed = rows[0] < self.plan.superposed_rows
+            end = self.plan.superposed_rows if superposed else self.plan.total_rows
+            ahead = np.arange(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))
+            wanted = np.concatenate([np.asarray(rows, dtype=np.int64), ahead])
+            find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
+            found = self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+        return [found[row] for row in rows]
+
+
+class EpochSampler(Sampler[int]):
+    """Row numbers from the optimizer step that training has reached to the end of the epoch it is in.
+
+    The plan has shuffled already, so these are consecutive numbers, and starting in the middle of an epoch costs
+    what starting at its beginning costs.
+
+    Args:
+        plan (`DataPlan`): The run.
+        steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
+        current_step: Returns the optimizer steps done so far; asked when iteration starts.
+    """
+
+    def __init__(self, plan: DataPlan, steps_per_epoch: int, current_step: Callable[[], int]) -> None:
+        self.plan = plan
+        self.steps_per_epoch = steps_per_epoch
+        self.current_step = current_step
+
+    def __len__(self) -> int:
+        """Rows of a whole epoch."""
+        return min(self.steps_per_epoch * self.plan.rows_per_step, self.plan.total_rows)
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.current_step()
+        last_step = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+        rows = self.plan.rows_per_step
+        return iter(range(step * rows, min(last_step * rows, self.plan.total_rows)))
+
+
+class PhaseCollator:
+    """Sends superposition rows, recovery rows and all other features to a collator each.
+
+    Args:
+        superposition: Collator of superposition rows.
+        recovery: Collator of recovery rows.
+        evaluation: Collator of evaluation and prediction.
+    """
+
+    def __init__(
+        self,
+        superposition: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
+        recovery: Callable[[list[Any]], dict[str, Any]],
+        evaluation: Callable[[list[Any]], dict[str, Any]],
+    ) -> None:
+        self.superposition = superposition
+        self.recovery = recovery
+        self.evaluation = evaluation
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        if not isinstance(features[0], Row):
+            return self.evaluation(features)
+        note = features[-1].note
+        if note is not None and note.state is None:
+            return {WORKER_NOTE: note}
+        collate = self.superposition if features[0].superposed else self.recovery
+        batch = collate([row.columns for row in features])
+        return batch if note is None else {**batch, WORKER_NOTE: note}

@@ -1,0 +1,209 @@
+"""How well a checkpoint predicts text: next-token loss, perplexity, bits per byte; and the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..errors import TSTError
+
+METRIC_FILE = Path(__file__).parent / "metric.py"
+# Tokens that a window holds at most, unless told: some models name contexts that no machine has the memory for.
+LONGEST_WINDOW = 2048
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """How well a model predicts texts.
+
+    Args:
+        nats (`float`): Sum of the negative log-likelihoods of all tokens.
+        tokens (`int`): Tokens predicted: all of every text, its first one after the token that begins a text.
+        bytes (`int`): Bytes of the texts in UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Next-token loss, nats a token; comparable between models of one tokenizer only."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is more than a float holds."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that a byte of text takes; comparable between all models."""
+        return self.nats / math.log(2) / self.bytes
+
+    def to_dict(self) -> dict[str, float]:
+        """`loss`, `perplexity`, `bits_per_byte`, `tokens` and `bytes`."""
+        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    texts: Iterable[str],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict[str, float]:
+    """Load a checkpoint and measure how well it predicts texts.
+
+    Args:
+        checkpoint: A folder or Hub id with a causal language model and its tokenizer.
+        texts: Texts to predict, each from its first token on.
+        max_length (`int`, *optional*), batch_size (`int`, defaults to 8): See [`score_texts`].
+        device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
+        dtype (`str`, defaults to `"auto"`): Of the weights; the checkpoint's by default.
+
+    Returns:
+        `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`; see [`TextScores`].
+
+    Raises:
+        TSTError: As [`score_texts`].
+        OSError: If the checkpoint cannot be loaded.
+
+    Example:
+        >>> evaluate_checkpoint("runs/quickstart", ["import os\\n", "def f():\\n    return 1\\n"])  # doctest: +SKIP
+        {'loss': 5.31, 'perplexity': 203.2, 'bits_per_byte': 3.1, 'tokens': 13, 'bytes': 33}
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return score_texts(model, tokenizer, texts, max_length=max_length, batch_size=batch_size).to_dict()
+
+
+@torch.inference_mode()
+def score_texts(
+    model: Any, tokenizer: Any, texts: Iterable[str], *, max_length: int | None = None, batch_size: int = 8
+) -> TextScores:
+    """Predict every token of every text once.
+
+    A text longer than `max_length` is cut into windows that follow one another; the first token of each is predicted from
+    the last of the one before, the first of a text from the token that begins texts (`bos`, else `eos`). The last window is
+    filled up with what is before it. So does lm-evaluation-harness.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; it is in evaluation mode meanwhile.
+        tokenizer: Its tokenizer. It adds no special tokens.
+        texts: The texts; empty ones are left out.
+        max_length (`int`, *optional*): Tokens a window, at least 1; the model's context by default, up to 2048.
+        batch_size (`int`, defaults to 8): Windows at a time.
+
+    Raises:
+        TSTError: If there is no text, or no token that could begin one.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise TSTError("The tokenizer has neither a bos nor an eos token, which could begin a text: add one.")
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
+    length = min(context, LONGEST_WINDOW) if max_length is None else max_length
+    if length < 1 or length > context:
+        raise TSTError(f"max_length must be from 1 to the model's context of {context}, but is {length}.")
+    texts = [text for text in texts if text]
+    windows: list[tuple[list[int], int]] = []
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
+        windows += _windows([first, *ids], length)
+    if not windows:
+        raise TSTError("There is no text to predict.")
+    windows.sort(key=lambda window: len(window[0]))
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    try:
+        for start in range(0, len(windows), batch_size):
+            nats += _nats(model, windows[start : start + batch_size], first)
+    finally:
+        model.train(was_training)
+    size = sum(len(text.encode()) for text in texts)
+    return TextScores(nats, sum(predicted for _, predicted in windows), size)
+
+
+def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
+    """Pieces of `length + 1` tokens at most, and how many at the end of each are predicted."""
+    for start in range(0, len(ids) - 1, length):
+        end = min(start + length + 1, len(ids))
+        yield list(ids[max(0, end - length - 1) : end]), end - start - 1
+
+
+def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> float:
+    """Sum of the negative log-likelihoods of the tokens of some windows that are predicted."""
+    width = max(len(ids) for ids, _ in windows) - 1
+    inputs = torch.full((len(windows), width), filler)
+    targets = torch.full((len(windows), width), IGNORED)
+    mask = torch.zeros((len(windows), width), dtype=torch.long)
+    for row, (ids, predicted) in enumerate(windows):
+        end = len(ids) - 1
+        inputs[row, :end] = torch.tensor(ids[:-1])
+        targets[row, end - predicted : end] = torch.tensor(ids[-predicted:])
+        mask[row, :end] = 1
+    logits = model(
+        input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+    ).logits.float()
+    loss = cross_entropy(
+        logits.flatten(0, 1), targets.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss.item()
+
+
+def evaluate_tasks(
+    checkpoint: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run tasks of lm-evaluation-harness on a checkpoint.
+
+    Args:
+        checkpoint: A folder or Hub id with a causal language model and its tokenizer.
+        tasks: Names of tasks; the paper's are arc_easy, arc_challenge, boolq, hellaswag, mmlu, openbookqa, piqa, winogrande.
+        include_path (*optional*): A folder with further tasks in YAML.
+        num_fewshot (`int`, *optional*): Examples in the prompt; each task's own number by default. The paper's is 0.
+        limit (`int`, *optional*): Examples a task at most.
+        batch_size (`int`, defaults to 8): Examples at a time.
+        device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
+
+    Returns:
+        `dict`: What the harness found, by task.
+
+    Raises:
+        ImportError: If it is not installed (extra `lm-eval`).
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("lm-evaluation-harness is not installed: pip install lm-eval.") from error
+    results = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint)},
+        tasks=list(tasks),
+        task_manager=TaskManager(include_path=None if include_path is None else str(include_path)),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return results["results"]

@@ -1,0 +1,40 @@
+"""A metric of `evaluate`: next-token loss, perplexity and bits per byte of a checkpoint on texts.
+
+    metric = evaluate.load(str(hf_tst.METRIC_FILE))
+    metric.compute(predictions=["some text"], model_id="runs/quickstart")
+
+`evaluate` copies this file before it imports it: it imports nothing beside it by a relative name.
+"""
+
+import datasets
+import evaluate
+
+from hf_tst.evaluation.checkpoint import evaluate_checkpoint
+
+DESCRIPTION = (
+    "Next-token loss (nats a token), perplexity and bits per byte of a causal language model on texts."
+)
+INPUTS = """
+Args:
+    predictions (list of str): Texts to predict, each from its first token on.
+    model_id (str): Folder or Hub id of the model and its tokenizer.
+    max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
+Returns:
+    dict: loss, perplexity, bits_per_byte, tokens, bytes.
+"""
+
+
+class NextTokenMetric(evaluate.Metric):
+    """See the module."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            module_type="metric",
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions: list[str], model_id: str, **options: object) -> dict[str, float]:
+        return evaluate_checkpoint(model_id, predictions, **options)  # type: ignore[arg-type]

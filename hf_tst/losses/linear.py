@@ -1,0 +1,273 @@
+"""Linear layer and multi-hot cross entropy in one: the logits exist for a few rows at a time only.
+
+Shapes: N positions, d hidden size, V vocabulary, s tokens a target bag.
+
+The rows are worked off in chunks. Each chunk's logits are turned into their own gradient where they lie, so that the
+gradients of the hidden states and of the weight are complete when the forward pass ends: three matrix products, as
+in an ordinary backward pass, and one logsumexp a position whatever s is. The work is one operator of PyTorch
+(`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so `torch.compile` takes it as it is, without a graph break.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TSTError
+from .kernels import select_kernel
+from .multi_hot import check_labels, check_weights, count_target_bags, resolve_weights
+
+# Chunks are large enough to keep matrix products efficient, and small enough that the logits of one are less than a
+# tenth of the logits of all.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+CHUNK_FRACTION = 16
+
+
+def linear_multi_hot_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+) -> Tensor:
+    """The value and gradients of [`multi_hot_cross_entropy`] of `hidden @ weight.T + bias`, without those logits.
+
+    Peak memory beyond the arguments and their gradients is one chunk of logits and does not grow with s. Gradients
+    are accumulated in float32. Under autocast the matrix products run in the autocast dtype, as those of
+    `torch.nn.Linear` do. What needs no gradient costs none; without gradients only the loss is computed.
+
+    Args:
+        hidden (`torch.FloatTensor` of shape `(N, d)`, or `(..., d)`): Last hidden states, aligned with `labels`.
+        weight (`torch.FloatTensor` of shape `(V, d)`): Weight of the language-model head.
+        labels (`torch.LongTensor` of shape `(N, s)`, or `(..., s)`): Target tokens; `ignore_index` marks those that
+            do not count.
+        bias (`torch.FloatTensor` of shape `(V,)`, *optional*): Bias of the head.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset; `1/s` each by default.
+        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights.
+        ignore_index (`int`, defaults to -100): Label that is no target.
+        softcap (`float`, *optional*): Logits are `softcap · tanh(logits / softcap)`, after scaling.
+        logit_scale (`float`, *optional*): Logits are multiplied by it.
+
+    Returns:
+        `torch.FloatTensor`: The loss in nats, float32, 0-dim. It can be differentiated once, and backward can pass
+        through it once.
+
+    Raises:
+        TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+            On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
+
+    Source: arXiv 2605.06546, section 3.2, leaves this reuse of one logsumexp unexplored.
+    """
+    bag_size = labels.shape[-1]
+    if hidden.shape[:-1] != labels.shape[:-1]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit hidden of shape {tuple(hidden.shape)}: all dimensions "
+            "but the last must agree."
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise TSTError(
+            f"weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: give (V, d)."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise TSTError(
+            f"bias of shape {tuple(bias.shape)} does not fit weight of shape {tuple(weight.shape)}: give (V,)."
+        )
+    if softcap is not None and not softcap > 0:
+        raise TSTError(f"softcap must be more than 0, but is {softcap}: leave it out for no cap.")
+    labels = labels.to(hidden.device)
+    weights = resolve_weights(weights, labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = count_target_bags(labels, weights=weights, ignore_index=ignore_index)
+    loss, *_ = torch.ops.hf_tst.linear_multi_hot_cross_entropy(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        labels.reshape(-1, bag_size),
+        weights,
+        torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device),
+        ignore_index,
+        softcap,
+        1.0 if logit_scale is None else float(logit_scale),
+        _matmul_dtype(hidden, weight),
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+    )
+    return loss
+
+
+def chunk_rows(rows: int, vocabulary: int, device_type: str) -> int:
+    """Rows of logits that are held at a time, of `rows` in all."""
+    fits = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
+    return max(1, min(fits, -(-rows // CHUNK_FRACTION)))
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    matmul_dtype: torch.dtype,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and the gradients of hidden, weight and bias where needed (empty tensors elsewhere).
+
+    The gradients are of the loss itself, except in float16, where they are of the loss times the divisor: divided,
+    most of them would be too small for float16.
+    """
+    vocabulary = weight.shape[0]
+    check_labels(labels, vocabulary, ignore_index)
+    check_weights(weights)
+    needs_hidden, needs_weight, needs_bias = needs_grad
+    rows, device = hidden.shape[0], hidden.device
+    reciprocal = _reciprocal(divisor)
+    gradient_scale = torch.ones_like(reciprocal) if matmul_dtype == torch.float16 else reciprocal
+    kernel = select_kernel(device)
+
+    with torch.autocast(device.type, enabled=False):
+        matrix = weight.to(matmul_dtype)
+        offset = None if bias is None else bias.to(matmul_dtype)
+        hidden_gradient = _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype))
+        weight_gradient = _allocate(needs_weight, weight, torch.float32)
+        bias_gradient = _allocate(needs_bias, bias, torch.float32)
+        losses = torch.empty(rows, dtype=torch.float32, device=device)
+        chunk = chunk_rows(rows, vocabulary, device.type)
+        buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
+        for start in range(0, rows, chunk):
+            part = hidden[start : start + chunk].to(matmul_dtype)
+            logits = buffer[: part.shape[0]]
+            if offset is None:
+                torch.mm(part, matrix.t(), out=logits)
+            else:
+                torch.addmm(offset, part, matrix.t(), out=logits)
+            losses[start : start + chunk] = kernel(
+                logits,
+                labels[start : start + chunk],
+                weights,
+                gradient_scale=gradient_scale,
+                ignore_index=ignore_index,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                write_gradient=any(needs_grad),
+            )
+            if needs_hidden:
+                _multiply_into(hidden_gradient[start : start + chunk], logits, matrix)
+            if needs_weight:
+                _accumulate_product(weight_gradient, logits, part)
+            if needs_bias:
+                bias_gradient += logits.sum(0, dtype=torch.float32)
+    return losses.sum() * reciprocal, hidden_gradient, weight_gradient, bias_gradient
+
+
+def _reciprocal(divisor: Tensor) -> Tensor:
+    """1 / divisor; where there is nothing to predict, and the divisor is 0, the sum it divides is 0 too."""
+    return torch.where(divisor == 0, torch.zeros_like(divisor), 1 / divisor)
+
+
+def _hidden_dtype(hidden: Tensor, matmul_dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
+
+
+def _allocate(needed: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if not needed or like is None:
+        return torch.empty(0)
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(torch.mm(left, right))
+
+
+def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """`total += gradient.T @ hidden` in float32; a product of lower precision is made a slab at a time."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    slab = -(-total.shape[0] // 8)
+    for start in range(0, total.shape[0], slab):
+        total[start : start + slab] += torch.mm(gradient[:, start : start + slab].t(), hidden)
+
+
+_operator = torch.library.custom_op(
+    "hf_tst::linear_multi_hot_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor weights, Tensor divisor, "
+    "int ignore_index, float? softcap, float logit_scale, ScalarType matmul_dtype, bool[] needs_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_operator.register_fake
+def _shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    matmul_dtype: torch.dtype,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_hidden, needs_weight, needs_bias = needs_grad
+    return (
+        torch.empty((), dtype=torch.float32, device=hidden.device),
+        _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype)),
+        _allocate(needs_weight, weight, torch.float32),
+        _allocate(needs_bias, bias, torch.float32),
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, _, _, divisor, *_, matmul_dtype, ctx.needs_grad = inputs
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.divided = matmul_dtype != torch.float16
+    ctx.spent = False
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, *output[1:])
+
+
+def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    # The gradients are scaled where they lie: another copy of the weight's would be the largest tensor of all.
+    if ctx.spent:
+        raise RuntimeError(
+            "backward has passed through linear_multi_hot_cross_entropy already: call the loss again instead of "
+            "using retain_graph."
+        )
+    gradients: list[Tensor | None] = [None, None, None]
+    if loss_gradient is not None:
+        ctx.spent = True
+        divisor, *saved = ctx.saved_tensors
+        scale = loss_gradient.float()
+        if not ctx.divided:
+            scale = scale * _reciprocal(divisor)
+        for i, needed in enumerate(ctx.needs_grad):
+            if needed:
+                gradients[i] = saved[i].mul_(scale).to(ctx.dtypes[i])
+    return (*gradients, *[None] * 8)
+
+
+_operator.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,172 @@
+"""The multi-hot cross entropy of token superposition. A pure function of tensors.
+
+Shapes: V vocabulary, s tokens a target bag.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TSTError
+
+
+def multi_hot_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Weighted mean of the s cross entropies of every position, from one logsumexp in float32.
+
+    With CE(z, y) = logsumexp(z) - z[y], the loss is the sum of w_i · CE(z_t, y_{t,i}) over all valid targets,
+    divided by the sum of w_i over the same targets. A position whose targets are all ignored contributes
+    nothing; if every target is ignored, loss and gradient are 0.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., V)`): Scores, already aligned with `labels`: nothing is shifted.
+        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens; `ignore_index` marks those that do not count.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset, used as given; `1/s` each
+            by default.
+        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights,
+            so that losses of several micro-batches add up to the loss of one large batch. With weights that
+            sum to 1 it is the number of target bags (see [`count_target_bags`]).
+        ignore_index (`int`, defaults to -100): Label that is no target.
+
+    Returns:
+        `torch.FloatTensor`: The loss in nats, float32, 0-dim.
+
+    Raises:
+        TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
+            On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
+
+    Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
+    gives the same value.
+    """
+    if labels.shape[:-1] != logits.shape[:-1]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
+            "all dimensions but the last must agree."
+        )
+    weights = resolve_weights(weights, labels)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    check_weights(weights)
+    logits = logits.float()
+    valid = labels != ignore_index
+    target_logits = _take_targets(logits, labels.masked_fill(~valid, 0))
+    weights = weights * valid
+    cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
+    total = (weights * cross_entropies).sum()
+    if num_items_in_batch is None:
+        return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    if isinstance(num_items_in_batch, Tensor):
+        count = num_items_in_batch.to(total.device)
+        return total / torch.where(count == 0, torch.ones_like(count), count)  # without targets the sum is 0
+    return total / (num_items_in_batch or 1)
+
+
+def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Sum of the weights of all valid targets: the number of target bags, when the weights sum to 1.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): As in [`multi_hot_cross_entropy`].
+        ignore_index (`int`, defaults to -100): Label that is no target.
+
+    Returns:
+        `torch.FloatTensor`: 0-dim float32.
+    """
+    valid_by_offset = (labels != ignore_index).flatten(0, -2).sum(dim=0)
+    return (resolve_weights(weights, labels) * valid_by_offset).sum()
+
+
+def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
+    """The weight of each offset, float32 of shape `(s,)` beside `labels`: those given, or `1/s` each.
+
+    Raises:
+        TSTError: If `weights` is of another shape.
+    """
+    bag_size = labels.shape[-1]
+    if weights is None:
+        return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
+    if weights.shape != (bag_size,):
+        raise TSTError(
+            f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
+            f"give one weight for each of the {bag_size} offsets."
+        )
+    return weights.to(labels.device, torch.float32)
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
+    """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if _holds_nowhere(wrong, "A label is outside the vocabulary."):
+        return
+    raise TSTError(
+        f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
+        f"{vocabulary - 1}, or {ignore_index} where there is no target."
+    )
+
+
+def check_weights(weights: Tensor) -> None:
+    """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
+    wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
+    if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
+        return
+    raise TSTError(
+        f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
+    )
+
+
+def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits at `targets`, of shape `(..., s)`.
+
+    Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
+    compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_tst.take_targets(logits, targets)
+    return logits.gather(-1, targets)
+
+
+def _take(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets)
+
+
+def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
+    return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    logits, targets = inputs
+    ctx.vocabulary = logits.shape[-1]
+    ctx.save_for_backward(targets)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (targets,) = ctx.saved_tensors
+    return torch.ops.hf_tst.spread_targets(gradient, targets, ctx.vocabulary), None
+
+
+_take_operator = torch.library.custom_op("hf_tst::take_targets", _take, mutates_args=())
+_take_operator.register_fake(lambda logits, targets: logits.new_empty(targets.shape))
+_take_operator.register_autograd(_backward, setup_context=_remember)
+_spread_operator = torch.library.custom_op("hf_tst::spread_targets", _spread, mutates_args=())
+_spread_operator.register_fake(
+    lambda gradient, targets, vocabulary: gradient.new_empty((*targets.shape[:-1], vocabulary))
+)
+
+
+def _holds_nowhere(wrong: Tensor, message: str) -> bool:
+    """Whether `wrong` is false everywhere. On a device the answer is not waited for: the device asserts it."""
+    if torch.compiler.is_compiling() or wrong.is_meta:
+        return True
+    if wrong.device.type == "cpu":
+        return not bool(wrong.any())
+    torch._assert_async(~wrong.any(), message)
+    return True

@@ -1,0 +1,241 @@
+"""What a causal language model does between its last hidden state and its loss, found out by trying.
+
+Families differ there: most apply a plain linear head, some scale the logits (Cohere, Granite), some cap them
+(Gemma), some do more. Instead of a list of families, the model's own `forward` is run with the body and the head
+replaced by stand-ins, on numbers whose fate tells what happens to logits on their way to the loss function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from ..errors import TSTError
+from .probing import StandIn, own_class, replaced_attribute, replaced_module
+
+_PROBE_ROWS = 3
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A head that a fused linear loss can serve: `z = logit_scale · (W h + b)`, then `softcap · tanh(z / softcap)`.
+
+    Args:
+        module (`nn.Linear`): The head, whose `weight` and `bias` are read at each step.
+        logit_scale (`float`): Factor on its output; 1 for none.
+        softcap (`float`, *optional*): Cap on the scaled logits.
+    """
+
+    module: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+
+class UnfusableHeadError(ValueError):
+    """The loss of this model cannot be fused with its head; the message says why."""
+
+
+def inspect_head(model: Any) -> LinearHead:
+    """The head of a Transformers model, if head and loss can be fused.
+
+    Nothing of the model changes, and none of its layers runs: this costs milliseconds at any size.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped.
+
+    Raises:
+        UnfusableHeadError: If the head is not a plain linear layer on the hidden states, or what follows it is
+            neither a scale nor a soft cap.
+    """
+    head = model.get_output_embeddings()
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).forward is not nn.Linear.forward
+        or "forward" in vars(head)
+    ):
+        raise UnfusableHeadError(f"its head is a {own_class(head).__name__}, not a plain nn.Linear")
+    is_sharded = own_class(head) is not type(head)
+    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
+        raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
+    if nn.utils.parametrize.is_parametrized(head):
+        raise UnfusableHeadError("the weight of its head is parametrized")
+    if hasattr(head.weight, "ds_id"):
+        raise UnfusableHeadError(
+            "its weight is partitioned by DeepSpeed ZeRO-3, with which fusing has not been tried"
+        )
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise UnfusableHeadError("its head is split by tensor parallelism")
+    probe = _probe_values(head.out_features)
+    scale, softcap = _fit(probe, _logits_at_loss(model, head, probe))
+    # What the fused path returns in place of logits must go through the rest of forward, too.
+    _logits_at_loss(model, head, probe[..., :0])
+    return LinearHead(head, scale, softcap)
+
+
+def check_loss_is_replaceable(model: Any) -> None:
+    """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
+
+    A forward that the stand-ins cannot lead to its end is given the benefit of the doubt.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return
+    try:
+        loss = _run_to_loss(model, head, _probe_values(weight.shape[0])).loss
+    except UnfusableHeadError:
+        return
+    if loss.logits is None:
+        raise TSTError(
+            f"{own_class(model).__name__} computes its loss itself, without `loss_function`, so superposition cannot put "
+            "its own in that place."
+        )
+
+
+def _probe_values(vocabulary: int) -> Tensor:
+    """Logits from tiny to huge, float32 of shape `(1, _PROBE_ROWS, vocabulary)`."""
+    magnitudes = torch.tensor([1e-3, 0.5, 3.0, 20.0, 150.0, 1e4, -1e-3, -0.5, -3.0, -20.0, -150.0, -1e4])
+    count = _PROBE_ROWS * vocabulary
+    return magnitudes.repeat(-(-count // len(magnitudes)))[:count].view(1, _PROBE_ROWS, vocabulary)
+
+
+def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """Scale and soft cap that turn `probe` into `logits`."""
+    if logits.shape != probe.shape:
+        raise UnfusableHeadError(
+            f"its loss is given logits of shape {tuple(logits.shape)}, not the head's {tuple(probe.shape)}"
+        )
+    given, found = probe.double().cpu(), logits.double().cpu()
+    one, its_logit = given.flatten()[0], found.flatten()[0]  # too small for any cap to matter
+    scale = _rounded((its_logit / one).item())
+    if _agrees(given * scale, found):
+        return scale, None
+    softcap = _rounded(found.abs().max().item())
+    scale = _rounded((softcap * torch.atanh(its_logit / softcap) / one).item())
+    if _agrees(softcap * torch.tanh(given * scale / softcap), found):
+        return scale, softcap
+    raise UnfusableHeadError("what it does with logits before the loss is neither a scale nor a soft cap")
+
+
+def _rounded(value: float) -> float:
+    """`value` without the last bits of float32, where these hide a round number such as 1."""
+    if not math.isfinite(value):
+        return value
+    rounded = float(f"{value:.6g}")
+    return rounded if abs(rounded - value) <= 2e-7 * abs(value) else value
+
+
+def _agrees(expected: Tensor, found: Tensor) -> bool:
+    return bool(torch.isclose(expected, found, rtol=1e-4, atol=1e-6).all())
+
+
+@dataclass
+class _AnyOutput(ModelOutput):
+    """Output of the stand-in body: a hidden state, and `None` under every other name."""
+
+    last_hidden_state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+
+class _ProbedLoss:
+    """Takes the place of the loss function: keeps what it is given, and answers with a number."""
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.divisor: Any = None
+        self.answer = torch.tensor(7.0)
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits, self.labels, self.divisor = logits, labels, kwargs.get("num_items_in_batch")
+        return self.answer.to(logits.device)
+
+
+@dataclass
+class _Run:
+    """What became of a forward pass with stand-ins.
+
+    Args:
+        inputs (`dict`): Labels, and the divisor if the model takes one.
+        hidden (`torch.Tensor`): What the stand-in body returned.
+        head (`StandIn`): The stand-in head, with its calls.
+        loss (`_ProbedLoss`): The stand-in loss function, with what it was given.
+        outputs: What forward returned.
+    """
+
+    inputs: dict[str, Any]
+    hidden: Tensor
+    head: StandIn
+    loss: _ProbedLoss
+    outputs: Any
+
+
+def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
+    """Run the model's forward with a head that returns `returned`.
+
+    Raises:
+        UnfusableHeadError: If forward fails.
+    """
+    weight = head.weight
+    hidden = torch.zeros(1, _PROBE_ROWS, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    ids = torch.arange(_PROBE_ROWS, device=weight.device).unsqueeze(0)
+    inputs: dict[str, Any] = {"labels": ids}
+    if hasattr(model.config, "output_router_logits"):
+        inputs["output_router_logits"] = False
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
+        inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
+    stand_in, loss = StandIn(head, returned.to(weight.device)), _ProbedLoss()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
+        stack.enter_context(replaced_attribute(model, "_loss_function", loss))
+        stack.enter_context(replaced_module(model, head, stand_in))
+        if model.base_model is not model:
+            body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
+            stack.enter_context(replaced_module(model, model.base_model, body))
+        try:
+            outputs = type(model).forward(model, input_ids=ids, **inputs)
+        except Exception as error:  # whatever a family does with what the stand-ins lack
+            raise UnfusableHeadError(
+                f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
+            ) from error
+    return _Run(inputs, hidden, stand_in, loss, outputs)
+
+
+def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
+    """What the loss function is given when the head returns `returned`."""
+    run = _run_to_loss(model, head, returned)
+    loss = run.loss
+    if loss.logits is None:
+        raise UnfusableHeadError("its forward does not call loss_function")
+    if len(run.head.calls) != 1 or getattr(run.head.calls[0], "shape", None) != run.hidden.shape:
+        raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
+    if (
+        loss.labels is None
+        or not torch.equal(loss.labels, run.inputs["labels"])
+        or loss.divisor != run.inputs.get("num_items_in_batch")
+    ):
+        raise UnfusableHeadError(
+            "its forward does not hand labels and num_items_in_batch on to loss_function as they are"
+        )
+    total = run.outputs[0] if isinstance(run.outputs, tuple) else getattr(run.outputs, "loss", None)
+    if not isinstance(total, Tensor) or total.item() != loss.answer.item():
+        raise UnfusableHeadError(
+            "its forward adds something to what loss_function returns, such as a z-loss of the logits"
+        )
+    return loss.logits

@@ -1,0 +1,109 @@
+"""Mixtures of experts: how evenly they spread positions over experts, and what a model adds to its loss.
+
+In superposition the routers see averaged embeddings, so the load of the experts may change at the switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ExpertLoadMeter:
+    """Adds up how many positions the routers of a model send to each expert.
+
+    It reads the `router_logits` that a model returns with `output_router_logits=True`, and takes the experts of a
+    position to be those of its largest logits, as the auxiliary loss does. Nothing is hooked into the model, and
+    nothing waits for the device before [`report`].
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._counts = None
+
+    @torch.no_grad()
+    def add(self, router_logits: Any, top_k: int | None, mask: Tensor | None = None) -> None:
+        """Count the positions of one forward pass.
+
+        Args:
+            router_logits: One tensor of shape `(B·l, E)` or `(B, l, E)` a layer; anything else counts nothing.
+            top_k (`int`, *optional*): Experts a position; without it nothing is counted.
+            mask (`torch.Tensor` of shape `(B, l)`, *optional*): 0 for positions that do not count.
+        """
+        layers = [
+            layer.flatten(0, -2)
+            for layer in router_logits or ()
+            if isinstance(layer, Tensor) and layer.dim() > 1
+        ]
+        if not layers or not top_k or len({layer.shape for layer in layers}) > 1:
+            return
+        logits = torch.stack([layer.detach() for layer in layers])
+        chosen = logits.topk(top_k, dim=-1).indices.flatten(1)
+        ones = torch.ones_like(chosen, dtype=torch.float32)
+        if mask is not None and mask.dim() == 2 and mask.numel() == logits.shape[1]:
+            ones *= mask.reshape(1, -1, 1).expand(*logits.shape[:2], top_k).flatten(1)
+        counts = torch.zeros(logits.shape[0], logits.shape[-1], device=logits.device).scatter_add_(
+            1, chosen, ones
+        )
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def report(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
+        """The load since the last report. Every rank must take part.
+
+        Args:
+            total: Adds up a tensor over all ranks; by default this process is alone.
+
+        Returns:
+            `tst_expert_load_max` and `tst_expert_load_min`: largest and smallest share of an expert times the number
+            of experts, averaged over the layers, so 1 is balance; `tst_experts_unused`: share of the experts that no
+            position was sent to. Nothing, if nothing was counted.
+        """
+        if self._counts is None:
+            return {}
+        counts, self._counts = total(self._counts), None
+        load = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1) * counts.shape[-1]
+        values = torch.stack(
+            [load.amax(-1).mean(), load.amin(-1).mean(), (counts == 0).float().mean()]
+        ).tolist()
+        names = ("tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused")
+        return {name: round(value, 4) for name, value in zip(names, values, strict=True)}
+
+
+def experts_per_position(config: Any) -> int | None:
+    """Experts that a model sends each position to, or `None` if its configuration has no such number."""
+    return _first_number(config, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k"))
+
+
+def experts_in_layer(config: Any) -> int | None:
+    """Experts of each layer that a position may be sent to, or `None` if the configuration has no such number."""
+    return _first_number(config, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+
+
+def _first_number(config: Any, names: Iterable[str]) -> int | None:
+    """The first of some fields that a configuration, or its part for the feed-forward layers (DBRX), holds."""
+    text_config = config.get_text_config()
+    for part in (text_config, getattr(text_config, "ffn_config", None)):
+        for name in names:
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def adds_to_loss(config: Any) -> bool:
+    """Whether a model of this configuration adds a router's auxiliary loss, or a z-loss of its logits, to its loss.
+
+    Such losses are means over a micro-batch, and no sum over targets.
+
+    Args:
+        config (`PretrainedConfig`): The model's configuration.
+    """
+    text_config = config.get_text_config()
+    names = ("output_router_logits", "z_loss_coefficient")
+    return any(bool(getattr(text_config, name, None)) for name in names)

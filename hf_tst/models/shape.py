@@ -1,0 +1,146 @@
+"""How large a model is, counted on the meta device, which builds a model of any size without holding its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .moe import experts_in_layer, experts_per_position
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a causal language model. Letters as in `plan.py`.
+
+    Args:
+        parameters (`int`): All of them, tied ones once, P.
+        active_parameters (`int`): Those that multiply a position's state: without embeddings that are only looked up,
+            and with the experts of the position only.
+        trainable_parameters (`int`): Those that have gradients; fewer with LoRA.
+        layer_parameters (`int`): Of the largest layer.
+        last_layer_parameters (`int`), active_last_layer_parameters (`int`): Of the last layer, all and active ones.
+        embedding_parameters (`int`): Of the embedding; the head has as many, or shares them.
+        layers, hidden_size, vocab_size (`int`): As in the configuration; d and V.
+        heads, kv_heads, head_dim (`int`): Of the attention; 0 heads where there is none.
+        intermediate_size (`int`): Width of an MLP, or of one expert.
+        experts_per_token (`int`, defaults to 0): Experts that a position is sent to; 0 in a dense model.
+        norms_per_head (`bool`, defaults to `False`): Norms on queries and keys (Qwen3).
+    """
+
+    parameters: int
+    active_parameters: int
+    trainable_parameters: int
+    layer_parameters: int
+    last_layer_parameters: int
+    active_last_layer_parameters: int
+    embedding_parameters: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    experts_per_token: int = 0
+    norms_per_head: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, lora: Any = None, model_class: Any = None) -> ModelShape:
+        """The shape of the model that a configuration describes.
+
+        Args:
+            config (`PretrainedConfig`): Of a causal language model.
+            lora (`peft.LoraConfig`, *optional*): Adapter that is trained instead of the model.
+            model_class (`type`, *optional*): Class of the model; by default the one that Transformers has for the configuration.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(vocab_size=128_256, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            ...                      num_attention_heads=9, num_key_value_heads=9)
+            >>> f"{ModelShape.from_config(config).parameters:,}"
+            '267,225,408'
+        """
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = (model_class or AutoModelForCausalLM.from_config)(config)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        if head is not None:
+            tables.pop(id(head.weight), None)
+        looked_up_only = sum(table.numel() for table in tables.values())
+        embedding_parameters = embedding.numel()
+        if lora is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        text = config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None) or 0
+        top_k, experts = experts_per_position(config) or 0, experts_in_layer(config) or 0
+        of_experts = {
+            id(parameter)
+            for name, module in model.named_modules()
+            if name.endswith(".experts") or "Experts" in type(module).__name__
+            for parameter in module.parameters()
+        }
+        parameters, layers, idle = 0, Counter[int](), Counter[int]()
+        for name, parameter in model.named_parameters():
+            parameters += parameter.numel()
+            layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+            index = int(layer[1]) if layer else -1
+            if layer:
+                layers[index] += parameter.numel()
+            if experts and id(parameter) in of_experts:
+                idle[index] += parameter.numel() - parameter.numel() * top_k // experts
+        last = max(layers, default=-1)
+        width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        width = getattr(getattr(text, "ffn_config", None), "ffn_hidden_size", width)  # DBRX
+        return cls(
+            parameters=parameters,
+            active_parameters=parameters - looked_up_only - idle.total(),
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            layer_parameters=max(layers.values(), default=0),
+            last_layer_parameters=layers[last],
+            active_last_layer_parameters=layers[last] - idle[last],
+            embedding_parameters=embedding_parameters,
+            layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
+            intermediate_size=(getattr(text, "moe_intermediate_size", None) or width) if idle else width,
+            experts_per_token=top_k if idle else 0,
+            norms_per_head=any(".q_norm." in name for name, _ in model.named_parameters()),
+        )
+
+    def with_mtp_heads(self, num_heads: int, kind: str = "parallel") -> ModelShape:
+        """The shape while extra heads of multi-token prediction train with the model.
+
+        Each is one more layer like the last, of sequential ones with a projection and two norms, and one more product
+        with the model's head.
+
+        Args:
+            num_heads (`int`): Heads with the model's own, n; 1 changes nothing.
+            kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`, as in [`MTPHeads`].
+        """
+        extra = num_heads - 1
+        joined = 2 * self.hidden_size * (self.hidden_size + 1) if kind == "sequential" else 0
+        added = extra * (self.last_layer_parameters + joined)
+        active = extra * (self.active_last_layer_parameters + joined + self.embedding_parameters)
+        return replace(
+            self,
+            parameters=self.parameters + added,
+            trainable_parameters=self.trainable_parameters + added,
+            active_parameters=self.active_parameters + active,
+            layers=self.layers + extra,
+        )
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether no parameter is frozen."""
+        return self.trainable_parameters == self.parameters

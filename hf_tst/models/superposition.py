@@ -1,0 +1,277 @@
+"""The model hook: token superposition on an unmodified Transformers model, and its undo.
+
+Nothing of a model class is edited. One forward pre-hook on the model instance turns 3-D `input_ids` into the
+averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels (see `fused.py`). In superposition both act on
+3-D tensors only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there, unless evaluation
+is asked for the loss alone ([`fused_evaluation_loss`]).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..bags.documents import DocumentBoundaries, check_document_boundaries
+from ..bags.folding import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
+from ..bags.phases import TSTMode, check_bag_size, check_mode
+from ..errors import TSTError
+from .embedding import inputs_embeds_scale
+from .fused import FusedLoss, TSTLoss, fused_evaluation, replaced_loss
+from .head import check_loss_is_replaceable
+from .probing import own_class
+
+
+@contextmanager
+def token_superposition(
+    model: nn.Module,
+    bag_size: int,
+    *,
+    offset_weighting: OffsetWeighting = "uniform",
+    mode: TSTMode = "full",
+    fused_loss: FusedLoss = "auto",
+    document_boundaries: DocumentBoundaries = "ignore",
+) -> Iterator[nn.Module]:
+    """Context in which a causal language model reads bags of tokens and predicts the next bag.
+
+    Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are `torch.LongTensor` of shape
+    `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
+    makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
+    Calls with ordinary 2-D ids and labels behave as ever. `loss` is in nats, float32, 0-dim: the mean over target bags; with
+    `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
+    [`count_target_bags`]). After the context, also after an exception, the
+    model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
+    its own weights, and stays in superposition when the context ends.
+
+    Args:
+        model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
+        bag_size (`int`): Tokens a bag, s.
+        offset_weighting (`str`, defaults to `"uniform"`): See [`offset_weights`].
+        mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
+            bag; `"output"` reads single tokens and predicts the next s.
+        fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
+            a batch never exist: then `outputs.logits` of a forward pass with bags of labels is empty. `"auto"` does
+            so where the model allows it, `"on"` insists, `"off"` never does.
+        document_boundaries (`str`, defaults to `"ignore"`): `"respect"` takes bags that end where documents end, with
+            -100 in their empty places, as `DataCollatorForTokenSuperposition` makes them; a bag is then averaged over
+            the tokens that it holds.
+
+    Yields:
+        The same `model`.
+
+    Raises:
+        TSTError: If an argument is out of range, or the model cannot be served (the message says why).
+        RuntimeError: If the model is inside such a context, or one of [`fused_next_token_loss`], already.
+
+    Example:
+        >>> with token_superposition(model, bag_size=4):
+        ...     loss = model(input_ids=bags, labels=labels).loss
+        ...     loss.backward()
+    """
+    check_bag_size(bag_size)
+    check_mode(mode)
+    check_document_boundaries(document_boundaries)
+    weighting = resolve_weighting(mode, offset_weighting)
+    called, core = find_language_model(model)
+    _refuse_nesting(core)
+    check_loss_is_replaceable(core)
+    weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
+    with replaced_loss(called, core, weights, fused_loss):
+        bags = _BagInput(core, bag_size, mode, document_boundaries)
+        handle = called.register_forward_pre_hook(bags.before_forward, with_kwargs=True)
+        try:
+            yield model
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
+    """Context in which a causal language model computes its next-token loss fused with its head.
+
+    The loss is the model's own up to rounding (nats, float32, 0-dim; 0 where a batch has no target, and the model's own is
+    NaN), but in training mode the logits of a batch never exist: `outputs.logits` of a forward pass with labels, of shape
+    `(B, l)`, is empty. This is what superposition does to the loss, for the
+    recovery phase and for baselines that are to be compared with it. After the context the model is as before.
+
+    Args:
+        model: As for [`token_superposition`].
+        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+
+    Yields:
+        The same `model`.
+
+    Raises:
+        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
+        RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
+
+    Example:
+        >>> with fused_next_token_loss(model.train()):
+        ...     loss = model(input_ids=tokens, labels=tokens).loss
+        ...     loss.backward()
+    """
+    called, core = find_language_model(model)
+    _refuse_nesting(core)
+    with replaced_loss(called, core, None, fused_loss):
+        yield model
+
+
+@contextmanager
+def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
+    """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
+
+    `outputs.logits` of a forward pass with labels is empty, of one without labels as ever. The loss is the model's own up
+    to rounding, NaN where there is no target. May be entered inside [`token_superposition`] and [`fused_next_token_loss`],
+    where it fuses if they do.
+
+    Args:
+        model: As for [`token_superposition`].
+        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+
+    Yields:
+        The same `model`.
+
+    Raises:
+        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
+    """
+    with fused_evaluation(*find_language_model(model), fused_loss):
+        yield model
+
+
+def _refuse_nesting(core: nn.Module) -> None:
+    if isinstance(vars(core).get("_loss_function"), TSTLoss):
+        raise RuntimeError(
+            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
+        )
+
+
+def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The module that is called (a PEFT wrapper or the model itself) and the Transformers model inside it.
+
+    Raises:
+        TSTError: With the reason, if superposition cannot train this model.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    called = extract_model_from_parallel(model, keep_torch_compile=False)
+    core = _unwrap_peft(called)
+    _check_model(core)
+    return called, core
+
+
+def _check_model(model: Any) -> None:
+    name = own_class(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(type(model), "loss_function"):
+        raise TSTError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
+    if model.get_output_embeddings() is None or not _is_causal(model):
+        raise TSTError(
+            f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
+        )
+    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
+        raise TSTError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
+    text_config = config.get_text_config()
+    has_per_layer_size = getattr(
+        text_config, "hidden_size_per_layer_input", 1
+    )  # Gemma 4 switches it off with 0
+    if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
+        raise TSTError(
+            f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
+            "embeddings would not give it the whole bag."
+        )
+
+
+def _is_causal(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = own_class(model).__name__
+    listed = {
+        entry
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for entry in ([names] if isinstance(names, str) else names)
+    }
+    if name not in listed and getattr(model, "loss_type", None) != "ForCausalLM":
+        return False
+    # BERT-like models share a class between both directions and are causal only as decoders. Families that
+    # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
+    sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
+    if hasattr(inspect.getmodule(own_class(model)), sibling):
+        return bool(getattr(model.config, "is_decoder", False))
+    return True
+
+
+class _BagInput:
+    """Feeds a model the averaged embeddings of bags.
+
+    An object with the model in it and no closure: a deep copy of the model has one of its own, with the copy in it.
+
+    Args:
+        core (`PreTrainedModel`): The model whose embedding it is.
+        bag_size (`int`): Tokens a bag, s.
+        mode (`str`): See [`token_superposition`].
+        document_boundaries (`str`): See [`token_superposition`].
+    """
+
+    def __init__(
+        self, core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
+    ) -> None:
+        self.core = core
+        self.bag_size = bag_size
+        self.mode = mode
+        self.empty = -100 if document_boundaries == "respect" else None
+        self.scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: `input_ids` of shape `(B, l, s)` become `inputs_embeds`."""
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            return None
+        are_bags = input_ids.dim() == 3
+        if are_bags and self.mode == "output":
+            raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
+        _check_labels_fit(kwargs.get("labels"), input_ids)
+        if not are_bags:
+            return None
+        if input_ids.shape[-1] != self.bag_size:
+            raise TSTError(
+                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
+            raise TSTError(
+                f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
+                f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        averaged = average_embeddings(self.core.get_input_embeddings(), input_ids, self.empty)
+        kwargs["inputs_embeds"] = averaged if self.scale == 1 else averaged * self.scale
+        return (None, *args[1:]) if args else (), kwargs
+
+
+def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
+    """Raise `TSTError` unless labels, where either they or the ids are bags, have a bag for every position."""
+    if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
+        return
+    if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
+            f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
+        )
+
+
+def _unwrap_peft(model: Any) -> Any:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+        raise TSTError(
+            "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
+        )
+    return model.get_base_model()

@@ -1,0 +1,1 @@
+"""Multi-token prediction: extra heads on a model, and their losses."""

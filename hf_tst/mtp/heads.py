@@ -1,0 +1,304 @@
+"""Multi-token prediction: extra heads on an unmodified Transformers model, for the length of training.
+
+Shapes: B rows, l positions, d hidden size, n heads with the model's own.
+
+Extra head k = 1 … n-1 predicts token t+1+k at position t, by a decoder layer of the model's own class, followed by the
+model's own final norm and head. What is between last layer and head is found out by trying, as in `head.py`.
+
+- `"parallel"` (arXiv 2404.19737): the trunk is all layers but the last, which is the head of the next token; the extra
+  heads are layers beside it. The paper takes n - 1 layers off the trunk, for equal parameters; here the model keeps its own.
+- `"sequential"` (arXiv 2412.19437, section 2.2): head k reads the head before it, the first one the model's last layer,
+  and the embedding of token t+k: both normalised, joined, projected to d, then a decoder layer.
+
+Memory: the paper works off head by head so that the logits of one are held at a time. Here there are none: the hidden
+states of all extra heads go through one fused loss, which holds a chunk of logits and one gradient of the model's head,
+whatever n is. What grows with n is one layer's activations a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import TSTError
+from ..models.embedding import decoder_layers
+from ..models.probing import is_sharded, own_class
+from .last_layer import LayerCall, ModelEnd, UnknownEndError, find_model_end
+from .losses import ExtraLosses
+
+MTPKind = Literal["parallel", "sequential"]
+
+MTP_KINDS: tuple[MTPKind, ...] = get_args(MTPKind)
+# DeepSeek-V3's weight for most of its training; the heads of arXiv 2404.19737 weigh what the next token weighs.
+DEFAULT_LOSS_WEIGHTS: dict[MTPKind, float] = {"parallel": 1.0, "sequential": 0.3}
+# The name of the heads among a model's modules.
+ATTRIBUTE = "mtp_heads"
+
+
+def check_mtp(
+    num_heads: int, kind: str = "parallel", loss_weight: float | None = None, *, prefix: str = ""
+) -> None:
+    """Raise `TSTError` unless the arguments, whose names begin with `prefix`, are such as [`MTPHeads`] and
+    [`multi_token_prediction`] take."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
+    if kind not in MTP_KINDS:
+        raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
+    if loss_weight is None:
+        return
+    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
+        raise TSTError(f"{prefix}loss_weight must be a number, but is {loss_weight!r}.")
+    if not math.isfinite(loss_weight) or loss_weight < 0:
+        raise TSTError(f"{prefix}loss_weight must be finite and at least 0, but is {loss_weight}.")
+
+
+class MTPHeads(nn.Module):
+    """The extra heads of a model, freshly initialised as the model initialises its own layers.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped. Nothing of it changes.
+        num_heads (`int`): Heads with the model's own, n, at least 2.
+        kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
+        seed (`int`, *optional*): Seed of the initial weights, which then take nothing from the global generator.
+
+    Raises:
+        TSTError: If an argument is out of range, or the layers of the model cannot be found, made or called.
+
+    Source: arXiv 2404.19737 (parallel), arXiv 2412.19437 (sequential).
+    """
+
+    def __init__(
+        self, model: Any, num_heads: int, kind: MTPKind = "parallel", seed: int | None = None
+    ) -> None:
+        super().__init__()
+        check_mtp(num_heads, kind)
+        if num_heads < 2:
+            raise TSTError("With num_heads=1 a model has no extra heads: ask for at least 2.")
+        self.kind = kind
+        self.share = 1.0  # of a loss that is noted
+        self._noted_loss: Tensor | None = None
+        if any(is_sharded(module) for module in model.modules()):
+            raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
+        self._end = end = _find_end(model)
+        like = next(end.last_layer.parameters())
+        with torch.random.fork_rng(
+            [like.device] if like.device.type == "cuda" else [], enabled=seed is not None
+        ):
+            if seed is not None:
+                torch.manual_seed(seed)
+            heads = [self._make_head(model, end.last_layer) for _ in range(num_heads - 1)]
+        self.heads = nn.ModuleList(heads).to(device=like.device, dtype=like.dtype)
+        self._try_heads(model, end)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads with the model's own, n."""
+        return len(self.heads) + 1
+
+    def take_loss(self) -> Tensor | None:
+        """What the heads have added to the loss since it was last asked for; `None` if nothing.
+
+        Returns:
+            `torch.FloatTensor`: In nats, float32, 0-dim, detached, with `loss_weight` in it, on the model's device.
+        """
+        loss, self._noted_loss = self._noted_loss, None
+        return loss
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Add the share `share` of a loss to what [`take_loss`] returns. Nothing waits for the device."""
+        loss = loss.detach() * self.share
+        self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
+
+    def end_of(self, model: Any) -> ModelEnd:
+        """How `model` goes on from its last layer; of a sharded model it is remembered, as its layers cannot be tried.
+
+        Raises:
+            TSTError: If the model cannot be served, or is sharded and these heads are not.
+        """
+        if not is_sharded(model):
+            self._end = _find_end(model)
+            return self._end
+        for module in (model, *self.modules()):
+            if is_sharded(module):
+                module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
+        if not all(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise TSTError(
+                "The model is sharded, but its extra heads are not, and no process would learn of another's gradients: "
+                "call fully_shard inside multi_token_prediction."
+            )
+        if all(module is not self._end.last_layer for module in model.modules()):
+            raise TSTError("These extra heads were made for another model.")
+        return self._end
+
+    def forward(self, call: LayerCall, last_hidden: Tensor, next_embeddings: list[Tensor]) -> list[Tensor]:
+        """The hidden states of the extra heads, before the model's final norm.
+
+        Args:
+            call (`LayerCall`): How the model has called its last layer.
+            last_hidden (`torch.FloatTensor` of shape `(B, l, d)`): What that layer returned.
+            next_embeddings: For each sequential head, the embeddings `(B, l, d)` of the tokens that it reads.
+
+        Returns:
+            n-1 tensors of shape `(B, l, d)`.
+        """
+        if self.kind == "parallel":
+            return [call.of(layer, call.hidden) for layer in self.heads]
+        heads: list[Any] = list(self.heads)
+        found, hidden = [], last_hidden
+        for head, embedded in zip(heads, next_embeddings, strict=True):
+            hidden = call.of(head.layer, head.join(hidden, embedded))
+            found.append(hidden)
+        return found
+
+    def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
+        config, layer_class = model.config.get_text_config(), own_class(last_layer)
+        index = len(decoder_layers(model)) - 1
+        try:
+            layer = layer_class(
+                config, layer_idx=index
+            )  # of the kind of the last: layers of one model may differ
+        except Exception as error:  # whatever else a family's layer wants to be made of
+            raise TSTError(
+                f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
+                f"({type(error).__name__}: {error}): set mtp_num_heads=1."
+            ) from error
+        layer.apply(model._init_weights)
+        if self.kind == "parallel":
+            return layer
+        head = _SequentialHead(layer, config.hidden_size)
+        model._init_weights(head.projection)
+        return head
+
+    def _try_heads(self, model: Any, end: ModelEnd) -> None:
+        """Raise `TSTError` unless the heads can be called as the last layer is called."""
+        call, last_hidden = end.call, end.last_hidden
+        embedded = [torch.zeros_like(last_hidden)] * len(self.heads)
+        device = last_hidden.device
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
+        except Exception as error:  # whatever a layer of a family wants to be called with
+            raise _unservable(
+                model, f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
+            ) from error
+        if shapes != {last_hidden.shape}:
+            raise _unservable(model, "a layer of it does not return hidden states when it is called apart")
+
+
+class _SequentialHead(nn.Module):
+    """A sequential head without what it shares: two norms, the projection `(2d → d)` and a decoder layer."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.hidden_norm = nn.RMSNorm(width, eps=1e-6)
+        self.embedding_norm = nn.RMSNorm(width, eps=1e-6)
+        self.projection = nn.Linear(2 * width, width, bias=False)
+        self.layer = layer
+
+    def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        dtype = self.projection.weight.dtype
+        normed = self.hidden_norm(hidden.to(dtype)), self.embedding_norm(embedded.to(dtype))
+        return self.projection(torch.cat(normed, dim=-1)).to(hidden.dtype)
+
+
+@contextmanager
+def multi_token_prediction(
+    model: Any, heads: MTPHeads, loss_weight: float | None = None
+) -> Iterator[nn.Module]:
+    """Context in which the loss of a model in training is that of its next token and of its extra heads.
+
+    Inside, the heads are a module of the model (`model.mtp_heads`), so that an optimizer made there, DDP and gradient
+    checkpointing find them; the model's state dict leaves them out. `model(input_ids=…, labels=…).loss` is the model's
+    own loss plus `loss_weight` times the sum (sequential: the mean) of the cross entropies of the extra heads, all
+    divided by the same number of targets: `num_items_in_batch`, or the next tokens in the batch. The logits of the extra
+    heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) are as
+    ever; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
+    Where `position_ids` restart, no head looks past the end of its document. A mixture's auxiliary loss is that of the
+    model's own layers. `fully_shard` is called inside the context, on the model last, and finds the heads, too; it may be
+    left and entered again then. After the context, also after an exception, the model is what it was.
+
+    Args:
+        model (`PreTrainedModel`): The model that `heads` are for, not wrapped; it may be wrapped inside. Contexts of
+            [`token_superposition`] and [`fused_next_token_loss`] are entered inside, too.
+        heads (`MTPHeads`): The extra heads.
+        loss_weight (`float`, *optional*): 1 for parallel heads and 0.3 for sequential ones by default.
+
+    Yields:
+        The same `model`.
+
+    Raises:
+        TSTError: If `loss_weight` is out of range, or the model cannot be served.
+        RuntimeError: If the model is inside such a context already.
+
+    Example:
+        >>> heads = MTPHeads(model, num_heads=2)
+        >>> with multi_token_prediction(model, heads):
+        ...     optimizer = torch.optim.AdamW(model.parameters())
+        ...     model(input_ids=tokens, labels=tokens).loss.backward()
+    """
+    check_mtp(heads.num_heads, heads.kind, loss_weight)
+    with attached_heads(model, heads) as end, extra_losses(model, heads, end, loss_weight):
+        yield model
+
+
+@contextmanager
+def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
+    """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
+
+    What makes an optimizer or wraps a model finds them; no loss changes. Yields how the model goes on from its last layer.
+
+    Raises:
+        TSTError: If the model cannot be served, or is sharded and its heads are not.
+        RuntimeError: If the model is inside such a context already.
+    """
+    if hasattr(model, ATTRIBUTE):
+        raise RuntimeError("The model is inside multi_token_prediction already: leave that context first.")
+    end = heads.end_of(model)
+    with ExitStack() as stack:
+        stack.callback(model._modules.pop, ATTRIBUTE, None)
+        model.add_module(ATTRIBUTE, heads)
+        for handle in (
+            model.register_state_dict_post_hook(_leave_heads_out),
+            model.register_load_state_dict_post_hook(_miss_no_heads),
+        ):
+            stack.callback(handle.remove)
+        yield end
+
+
+@contextmanager
+def extra_losses(
+    model: Any, heads: MTPHeads, end: ModelEnd, loss_weight: float | None = None
+) -> Iterator[None]:
+    """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before."""
+    weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
+    with ExitStack() as stack:
+        ExtraLosses(model, heads, end, weight).register(stack)
+        yield
+
+
+def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{ATTRIBUTE}.")]:
+        del state_dict[name]
+
+
+def _miss_no_heads(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f"{ATTRIBUTE}." not in k]
+
+
+def _find_end(model: Any) -> ModelEnd:
+    try:
+        return find_model_end(model)
+    except UnknownEndError as error:
+        raise _unservable(model, str(error)) from error
+
+
+def _unservable(model: Any, reason: str) -> TSTError:
+    return TSTError(
+        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
+    )

@@ -1,0 +1,379 @@
+"""Pre-training from text to model: what `hf-tst train` and `scripts/run_clm_tst.py` run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from logging import INFO, basicConfig, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..data.packing import BlockStream, pack_blocks, tokenize_documents
+from ..data.quickstart import standard_library_documents, train_tokenizer
+from ..data.text_files import load_text_file, matching_files
+from ..errors import PreemptedError, TSTError, one_line
+from ..records.hub import HubError
+from ..records.report import format_phases, summarize_phases
+from ..training.arguments import TSTTrainingArguments
+from ..training.reinitialize import ReinitializeCallback
+from ..training.trainer import TSTTrainer
+from .options import DataArguments, ModelArguments, check_names, make_output_dir, parse_arguments
+
+QUICK_START_BYTES = 6_000_000
+QUICK_START_VOCABULARY = 8192
+
+
+def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
+    """Training and validation text, as `datasets` data sets."""
+    import datasets
+
+    share = args.validation_split_percentage
+    if args.is_quick_start:
+        documents = standard_library_documents(QUICK_START_BYTES)
+        if not share:
+            return documents, None
+        split = documents.train_test_split(test_size=share / 100, seed=0)
+        return split["train"], split["test"]
+    validation = load_text_file(args.validation_file) if args.validation_file else None
+    if args.train_file:
+        train = load_text_file(args.train_file, streaming=args.streaming)
+    else:
+
+        def load(split: str) -> Any:
+            return datasets.load_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                split=split,
+                streaming=args.streaming,
+                cache_dir=model_args.cache_dir,
+            )
+
+        train = load("train")
+        if validation is None and "validation" in datasets.get_dataset_split_names(
+            args.dataset_name, args.dataset_config_name, cache_dir=model_args.cache_dir
+        ):
+            validation = load("validation")
+    if validation is not None or not share:
+        return train, validation
+    if args.streaming:
+        raise TSTError(
+            "A streamed data set cannot be split: give a validation_file, or set validation_split_percentage to 0."
+        )
+    held_out = round(len(train) * share / 100)
+    if not 0 < held_out < len(train):
+        raise TSTError(
+            f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: give more "
+            "text or a validation_file, or set it to 0."
+        )
+    return train.select(range(held_out, len(train))), train.select(range(held_out))
+
+
+def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that the arguments name; the quick start's is made from its own text.
+
+    Raises:
+        TSTError: If it cannot be loaded, or none is named.
+    """
+    name = args.tokenizer_name or args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            return AutoTokenizer.from_pretrained(
+                name,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+    if data_args.is_quick_start:
+        return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
+    raise TSTError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
+
+
+def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
+    """The configuration of the model to train, a trained one's or a new one's.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
+
+    Raises:
+        TSTError: If no architecture is named, or it has no such field as `config_overrides` names.
+    """
+    options = {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    name = args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            config = AutoConfig.from_pretrained(name, **options)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise TSTError(
+            f"model_type is {args.model_type!r}: set it to an architecture such as llama, or set config_name or "
+            "model_name_or_path."
+        )
+    if args.model_name_or_path:
+        return config
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    changes = _parse_overrides(config, args.config_overrides or "")
+    if args.config_name:
+        config.update(changes)
+        return config
+    try:
+        # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
+        return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
+    except (StrictDataclassError, TypeError) as error:
+        raise TSTError(f"config_overrides make no {config.model_type}: {one_line(error)}.") from error
+
+
+def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
+    """The changes that `config_overrides` asks for, as JSON or `name=value,…` with the types of the fields."""
+    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
+    problem = f"config_overrides: {config.model_type} has no field"
+    if overrides.lstrip().startswith("{"):
+        try:
+            changes: dict[str, Any] = json.loads(overrides)
+        except json.JSONDecodeError as error:
+            raise TSTError(f"config_overrides are not JSON: {error}.") from error
+        check_names(changes, known, problem)
+        return changes
+    pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
+    if not pairs:
+        return {}
+    if bad := [pair[0] for pair in pairs if len(pair) == 1]:
+        raise TSTError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
+    check_names([name for name, _ in pairs], known, problem)
+    typed = copy.copy(config)
+    typed.head_dim = getattr(config, "head_dim", None) or 0
+    try:
+        typed.update_from_string(overrides)
+    except ValueError as error:
+        raise TSTError(f"config_overrides: {one_line(error)}.") from error
+    return {name: getattr(typed, name) for name, _ in pairs}
+
+
+def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer."""
+    if args.model_name_or_path:
+        with explained_loading(args.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model_name_or_path,
+                dtype=args.torch_dtype() or "auto",
+                attn_implementation=args.attn_implementation,
+                cache_dir=args.cache_dir,
+                revision=args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        lora = args.lora_config()
+        if lora is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora)
+    config = make_config(args, len(tokenizer))
+    if config.vocab_size < len(tokenizer):
+        raise TSTError(
+            f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
+        )
+    for name in ("bos", "eos", "pad"):
+        setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    # Whatever the weights are stored in that the configuration is of, and for all alike: FSDP cannot shard what some models
+    # make in float32 with the rest.
+    dtype = args.torch_dtype() or torch.float32
+    with explained_loading(f"a model of type {config.model_type}"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype  # older versions of Transformers leave what it was
+    # config_name is an architecture, not weights that a card could name as base model.
+    model.config.name_or_path = ""
+    return model
+
+
+@contextmanager
+def explained_loading(name: str) -> Iterator[None]:
+    """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
+    try:
+        yield
+    except (OSError, ImportError, KeyError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[0].rstrip(".:")
+        raise TSTError(f"Cannot load {name}: {reason}.") from error
+    except TSTError:
+        raise
+    except ValueError as error:
+        if "\n" not in str(error) and len(str(error)) < 500:
+            raise TSTError(str(error)) from error
+        raise TSTError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
+
+
+def prepare_blocks(
+    args: DataArguments,
+    documents: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    *,
+    evaluation: bool = False,
+) -> Any:
+    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly.
+
+    Of more blocks than `max_train_samples` the first ones are taken, and of more than `max_eval_samples` ones at equal
+    distances: neighbours are of the same few documents, and a loss on those says little of the rest.
+    """
+    source = (args.validation_file if evaluation else None) or args.train_file
+    is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
+    limit = "max_eval_samples" if evaluation else "max_train_samples"
+    max_samples = getattr(args, limit)
+    tokenized = tokenize_documents(
+        documents,
+        tokenizer,
+        text_column=args.text_column,
+        append_eos=not is_text_file if args.append_eos is None else args.append_eos,
+        num_proc=args.preprocessing_num_workers,
+    )
+    if not hasattr(tokenized, "num_rows"):
+        if max_samples is not None:
+            end = "to its end" if evaluation else "until max_steps"
+            raise TSTError(f"A stream is read {end}, not {limit}={max_samples}: leave it out.")
+        return BlockStream(tokenized, block_size)
+    blocks = pack_blocks(tokenized, block_size)
+    if max_samples is None or max_samples >= len(blocks):
+        return blocks
+    return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run starts from. `eval_blocks` is `None` without evaluation data; `block_size` is L, in tokens."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    train_blocks: Any
+    eval_blocks: Any
+    block_size: int
+
+
+def prepare_run(
+    model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
+) -> PreparedRun:
+    """Model, tokenizer and packed data of a run.
+
+    Raises:
+        TSTError: If one of them cannot be loaded, or the blocks are longer than the model's context.
+    """
+    # The first process downloads and tokenises; the others read its cache.
+    with args.main_process_first(desc="preparing the data"):
+        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
+            train_documents, eval_documents = load_documents(data_args, model_args)
+        tokenizer = load_tokenizer(model_args, data_args, train_documents)
+        model = load_model(model_args, tokenizer)
+        context = getattr(model.config, "max_position_embeddings", None) or 1024
+        block_size = data_args.block_size or min(1024, context)
+        if block_size > context:
+            raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
+        train_blocks = prepare_blocks(data_args, train_documents, tokenizer, block_size)
+        eval_blocks = None
+        if eval_documents is not None:
+            eval_blocks = prepare_blocks(data_args, eval_documents, tokenizer, block_size, evaluation=True)
+    return PreparedRun(model, tokenizer, train_blocks, eval_blocks, block_size)
+
+
+def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
+    """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
+    history = trainer.state.log_history
+    output = Path(trainer.args.output_dir)
+    switch = trainer.schedule.switch_step if trainer.schedule else 0
+    print("\n" + format_phases(summarize_phases(history)))
+    if final_eval:
+        loss = final_eval["eval_loss"]
+        print(f"\nfinal evaluation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}")
+    print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
+    if switch and (output / f"checkpoint-{switch}").is_dir():
+        print(f"at switch   {output / f'checkpoint-{switch}'}")
+    print(f"card        {output / 'README.md'}")
+    curve = output / "loss_curve.png"
+    missing = "not drawn: pip install matplotlib"
+    print(f"loss curve  {curve if curve.is_file() else missing}")
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
+    """Train as `argv` says, by default the process's arguments: data, model, both phases, evaluation, card, push.
+
+    Raises:
+        TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+        RunError: If the run is stopped: by SIGTERM, by a loss that is not finite, by a disk that takes no checkpoint.
+    """
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
+    logging.set_verbosity(args.get_process_log_level())
+    if args.should_log:  # what was packed and dropped, and when the phase switches
+        basicConfig(format="%(name)s: %(message)s")
+        getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
+    set_seed(args.seed)
+    make_output_dir(args.output_dir)
+
+    prepared = prepare_run(model_args, data_args, args)
+    eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
+    if args.should_log:
+        count = sum(parameter.numel() for parameter in prepared.model.parameters())
+        getLogger(__name__).info(f"The model is a {type(prepared.model).__name__} of {count:,} parameters.")
+    if eval_blocks is None:
+        args.eval_strategy = "no"
+    trainer = TSTTrainer(
+        model=prepared.model,
+        args=args,
+        train_dataset=prepared.train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=prepared.tokenizer,
+    )
+    if model_args.reinit_at_switch:
+        trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
+    tokens = trainer.get_total_train_batch_size(args) * block_size
+    if data_args.tokens_per_step not in (None, tokens):
+        raise TSTError(
+            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
+            "(tensor parallelism); set gradient_accumulation_steps instead."
+        )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.preempted:
+        raise PreemptedError(
+            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: go on with "
+            "--resume_from_checkpoint last."
+        )
+    with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
+        trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    final_eval = trainer.evaluate() if eval_blocks is not None else None
+    if final_eval:
+        trainer.save_metrics("eval", final_eval)
+    trainer.save_state()
+    name = data_args.dataset_name
+    trainer.create_model_card(dataset=None if name is None or Path(name).exists() else name)
+    if trainer.is_world_process_zero():
+        print_summary(trainer, final_eval)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer

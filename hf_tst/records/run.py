@@ -1,0 +1,199 @@
+"""What is on record of a run: the entries of `trainer_state.json`, one of which tells what it ran with and on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import TSTError
+
+RUN_ENTRY = "tst_run"
+UTILIZATION = "tst_model_flops_utilization"
+# Of the arguments, those that a card tells; the others hold paths and names of this machine.
+ARGUMENTS = (
+    "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_mode", "tst_document_boundaries", "tst_fused_loss",
+    "mtp_num_heads", "mtp_kind", "mtp_loss_weight",
+    "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16", "load_best_model_at_end",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """Optimizer steps `begin` to `end` of a phase, and the seconds of training that they took together."""
+
+    begin: int
+    end: int
+    phase: str
+    seconds: float
+    utilization: float | None = None  # model FLOPs utilization, where the peak of the device is known
+
+
+def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
+    """The steps between logs, in order, without what evaluation, saving and loading took.
+
+    They are computed from the speeds in the log: times of day would count the pause before a run was resumed. A speed is that
+    of rows as long as the last one, of which `tst_latent_tokens` is a multiple, too.
+    """
+    timed: list[TimedSteps] = []
+    step = 0
+    for entry in log_history:
+        speed = entry.get("tst_latent_tokens_per_second")
+        if not speed or entry["step"] <= step:
+            continue
+        seconds = (entry["step"] - step) * entry["tst_latent_tokens"] / entry["step"] / speed
+        timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds, entry.get(UTILIZATION)))
+        step = entry["step"]
+    return timed
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a card is written from.
+
+    Args:
+        log_history: The entries of `trainer_state.json`.
+        max_steps (`int`): Optimizer steps of the run, N.
+        switch_step (`int`): First step of recovery; 0 without superposition.
+        arguments (`dict`): The training arguments, or those of them that a card tells.
+        rows_per_step (`int`): Rows an optimizer step, over all devices.
+        total_flos (`float`): FLOPs of the run, see [`step_flops`].
+        parameters (`int`): Parameters of the model.
+        hardware (`str`): Devices that it ran on.
+        evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
+        software (`str`): Versions that it ran with; by default, those installed.
+        base_model (`str`, *optional*): Hub id of the model that training started from.
+        library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
+        global_step (`int`, *optional*): Optimizer steps done; all of them by default.
+        peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s, that utilization is a share of.
+    """
+
+    log_history: Sequence[Mapping[str, Any]]
+    max_steps: int
+    switch_step: int
+    arguments: Mapping[str, Any]
+    rows_per_step: int
+    total_flos: float
+    parameters: int
+    hardware: str
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    software: str = field(default_factory=lambda: describe_software())
+    base_model: str | None = None
+    library_name: str = "transformers"
+    global_step: int | None = None
+    peak_tflops: float | None = None
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
+        """The record of a run.
+
+        Args:
+            state (`dict`): What `trainer_state.json` holds, or `TrainerState` has.
+            now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
+
+        Raises:
+            TSTError: If no TST run is on record.
+        """
+        history = state.get("log_history") or []
+        runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
+        if not runs:
+            raise TSTError("no run of TSTTrainer is on record in it")
+        last = runs[-1]
+        return cls(
+            log_history=history,
+            max_steps=state["max_steps"],
+            switch_step=last["switch_step"],
+            arguments=last["arguments"],
+            rows_per_step=last["rows_per_step"],
+            total_flos=state["total_flos"],
+            parameters=last["parameters"],
+            # A run that was resumed elsewhere has several.
+            hardware="; then ".join(dict.fromkeys(run["hardware"] for run in runs)),
+            evaluation=_evaluation_of_weights(state, bool(last["arguments"].get("load_best_model_at_end"))),
+            software="; then ".join(dict.fromkeys(run["software"] for run in runs)),
+            base_model=last["base_model"],
+            library_name=last["library_name"],
+            global_step=state["global_step"],
+            peak_tflops=last.get("peak_tflops"),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> RunRecord:
+        """The record of the run that left `trainer_state.json` in a folder.
+
+        Raises:
+            TSTError: If there is none, or not of a TST run.
+        """
+        path = Path(folder) / "trainer_state.json"
+        if not path.is_file():
+            raise TSTError(f"There is no {path}: name the output folder of a finished run, or a checkpoint.")
+        try:
+            return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TSTError(f"{path} cannot be used: {error}.") from error
+
+
+def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mapping[str, float]:
+    """The last evaluation; if the best weights were loaded at the end and not evaluated since, that of their step."""
+    history = state.get("log_history") or []
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    ends = [place for place, entry in enumerate(history) if "train_runtime" in entry]
+    if loads_best and ends and not any("eval_loss" in entry for entry in history[ends[-1] :]):
+        of_best = [entry for entry in evaluations if entry.get("step") == state.get("best_global_step")]
+        evaluations = of_best or evaluations
+    return evaluations[-1] if evaluations else {}
+
+
+def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
+    """The entry that tells what a run runs with and on.
+
+    Args:
+        args ([`TSTTrainingArguments`]): Its arguments.
+        model: Its model, not wrapped for training.
+        switch_step (`int`), rows_per_step (`int`): See [`RunRecord`].
+    """
+    values = args.to_dict()
+    return {
+        "switch_step": switch_step,
+        "rows_per_step": rows_per_step,
+        "arguments": {name: values[name] for name in ARGUMENTS if name in values},
+        "parameters": _saved_parameters(model),
+        "hardware": describe_hardware(args.world_size),
+        "software": describe_software(),
+        "base_model": loaded_from(model),
+        "library_name": "peft" if hasattr(model, "peft_config") else "transformers",
+    }
+
+
+def _saved_parameters(model: Any) -> int:
+    """Parameters of the model as it is saved, without heads that are there for training only."""
+    if not hasattr(model, "num_parameters"):
+        return 0
+    saved = model.state_dict().keys()
+    return model.num_parameters() - sum(
+        p.numel() for name, p in model.named_parameters() if name not in saved
+    )
+
+
+def describe_hardware(world_size: int = 1) -> str:
+    """The devices that this process, and `world_size` of its kind, run on."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{world_size} x {name}"
+
+
+def describe_software() -> str:
+    """The versions that are installed."""
+    packages = ("hf-tst", "transformers", "torch", "accelerate")
+    return ", ".join(f"{package} {version(package)}" for package in packages)
+
+
+def loaded_from(model: Any) -> str | None:
+    """Hub id that a model was loaded from; `None` if it was made from a configuration or a local folder."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not Path(name).exists() else None

@@ -1,0 +1,261 @@
+"""TSTTrainingArguments: the ordinary TrainingArguments and the fields of token superposition."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from ..bags.documents import DocumentBoundaries, check_document_boundaries
+from ..bags.folding import OffsetWeighting, resolve_weighting
+from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+from ..errors import TSTError
+from ..models.fused import FusedLoss, check_fused_loss
+from ..mtp.heads import MTPKind, check_mtp
+from .bad_loss import BadLoss, check_bad_loss
+
+# Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
+LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+}
+
+
+@dataclass
+class TSTTrainingArguments(TrainingArguments):
+    """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+
+    With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
+    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_bad_loss`).
+
+    Args:
+        tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
+            in [0, 1]. The first `round(r · steps)` steps are superposition, the others next-token training.
+        tst_bag_size (`int`, defaults to 6): Tokens a bag, s, at least 1. A superposition step reads s times the
+            tokens of an ordinary step at the same compute.
+        tst_offset_weighting (`str`, defaults to `"uniform"`): Weight of a token in the target bag by its offset
+            i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
+            `"first_token"`, only i = 1. The paper prefers uniform below s = 8, a power law from 8 on.
+        tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
+            averages the input and predicts the first token of the next bag; `"output"` reads single tokens and predicts the
+            next s.
+        tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
+        tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head, so that the logits of a batch never
+            exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run
+            with superposition, where the model allows it; `"on"` also in plain training, and an error where the model
+            does not; `"off"` never.
+        tst_document_boundaries (`str`, defaults to `"ignore"`): `"respect"` ends bags, and their targets, where
+            documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of
+            training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
+        tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
+            not what the checkpoint was trained with.
+        mtp_num_heads (`int`, defaults to 1): Tokens that every position predicts in next-token training, n, the next
+            one included (multi-token prediction). The n - 1 extra heads are not saved with the model. 1 is none.
+        mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
+            `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
+        mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
+            if sequential; 1 if parallel and 0.3 if sequential by default.
+        tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
+            in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
+            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
+            `"ignore"` it, as the plain `Trainer` does.
+        tst_peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s (10¹² FLOPs per second), dense, in the precision
+            of training. `tst_model_flops_utilization` is logged against it; by default the bfloat16 peak of the device,
+            where it is known.
+
+    `enable_jit_checkpoint` is honoured: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
+    `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
+
+    Raises:
+        TSTError: If a field is out of range, or another argument cannot go with superposition.
+
+    Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
+    """
+
+    tst_phase_ratio: float = field(
+        default=0.3,
+        metadata={
+            "help": "Fraction r of the optimizer steps that trains on bags of tokens, from 0 to 1. 0 is plain training."
+        },
+    )
+    tst_bag_size: int = field(
+        default=6,
+        metadata={
+            "help": "Tokens a bag, s: a superposition step reads s times the tokens. 1 is plain training."
+        },
+    )
+    tst_offset_weighting: OffsetWeighting = field(
+        default="uniform",
+        metadata={
+            "help": "Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
+            "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law."
+        },
+    )
+    tst_mode: TSTMode = field(
+        default="full",
+        metadata={
+            "help": "What is superposed: full (average the input, predict the next bag), input (average the input, "
+            "predict the first token of the next bag) or output (read tokens, predict the next s)."
+        },
+    )
+    tst_save_at_switch: bool = field(
+        default=True,
+        metadata={"help": "Save a checkpoint when superposition ends, whatever save_strategy says."},
+    )
+
+    tst_fused_loss: FusedLoss = field(
+        default="auto",
+        metadata={
+            "help": "Fuse loss and head, so that the logits of a batch never exist: auto (in runs with superposition, where "
+            "the model allows it), on (also in plain training; an error where the model does not), off."
+        },
+    )
+
+    tst_document_boundaries: DocumentBoundaries = field(
+        default="ignore",
+        metadata={
+            "help": "respect: bags, targets, positions and attention stay inside documents; ignore: they go across."
+        },
+    )
+
+    tst_allow_data_change: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the data or its order has changed, and accept that data is read twice or never."
+        },
+    )
+
+    mtp_num_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Tokens that every position predicts in next-token training, the next one included (multi-token "
+            "prediction). The extra heads are not saved with the model. 1 is ordinary training."
+        },
+    )
+    mtp_kind: MTPKind = field(
+        default="parallel",
+        metadata={
+            "help": "Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's)."
+        },
+    )
+    mtp_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the extra heads' losses: of their sum if parallel (1 by default), of their mean if "
+            "sequential (0.3 by default)."
+        },
+    )
+    tst_bad_loss: BadLoss = field(
+        default="stop",
+        metadata={
+            "help": "What to do with a loss or gradient that is not finite: stop (with the step and its blocks), skip the "
+            "optimizer step, or ignore it."
+        },
+    )
+    tst_peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak of one device in TFLOP/s, to log tst_model_flops_utilization against; by default the bfloat16 peak "
+            "of the device, where it is known."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, lowest in LOWEST.items():
+            if not getattr(self, name) >= lowest:
+                raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
+        check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
+        check_bag_size(self.tst_bag_size, "tst_bag_size")
+        check_mode(self.tst_mode, "tst_mode")
+        resolve_weighting(self.tst_mode, self.tst_offset_weighting, "tst_")
+        check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
+        check_bad_loss(self.tst_bad_loss)
+        if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
+            raise TSTError(
+                f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}: give the peak of one device in TFLOP/s, "
+                "or leave it out."
+            )
+        check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
+        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
+        if self.tst_document_boundaries == "respect" and not self.tst_enabled:
+            raise TSTError(
+                "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="
+                f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
+                "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
+            )
+        self._check_schedule()
+        if self.tst_enabled:
+            self._check_duration()
+            self._check_order_of_rows()
+        if self.tst_replaces_loss:
+            self._check_loss()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into training_args.bin, beside the model, and pushes it.
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> TSTTrainingArguments:
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self))
+        return other
+
+    @property
+    def tst_enabled(self) -> bool:
+        """Whether any superposition is asked for: r > 0 and s > 1."""
+        return self.tst_phase_ratio > 0 and self.tst_bag_size > 1
+
+    @property
+    def tst_replaces_loss(self) -> bool:
+        """Whether training computes another loss function than the model's own: superposed, fused, or both."""
+        return self.tst_enabled or self.tst_fused_loss == "on"
+
+    def _check_schedule(self) -> None:
+        kind = SchedulerType(self.lr_scheduler_type)
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+        for name in self.lr_scheduler_kwargs or {}:
+            if name not in known:
+                raise TSTError(
+                    f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
+                )
+
+    def _check_duration(self) -> None:
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise TSTError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} give no step to train: set "
+                "max_steps to the number of optimizer steps, or leave it out and set num_train_epochs above 0."
+            )
+
+    def _check_order_of_rows(self) -> None:
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if getattr(self, "group_by_length", False):  # transformers before 5.1
+            strategy = "group_by_length"
+        if strategy not in ("random", "sequential"):
+            raise TSTError(
+                f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
+                "length in their order: use 'random' or 'sequential'."
+            )
+
+    def _check_loss(self) -> None:
+        if self.label_smoothing_factor:
+            raise TSTError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets nor for the "
+                "fused loss: set it to 0."
+            )
+        liger = getattr(self, "liger_kernel_config", None) or {}
+        if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+            raise TSTError(
+                "use_liger_kernel replaces the loss of superposition and the fused loss: set "
+                'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
+            )
