@@ -145,7 +145,7 @@ def _forward(
     The gradients are of the loss itself, except in float16, where they are of the loss times the divisor: divided,
     most of them would be too small for float16.
     """
-    vocabulary = weight.shape[0]
+    vocabulary, hidden_size = weight.shape
     check_labels(labels, vocabulary, ignore_index)
     check_weights(weights)
     needs_hidden, needs_weight, needs_bias = needs_grad
@@ -161,7 +161,7 @@ def _forward(
         weight_gradient = _allocate(needs_weight, weight, torch.float32)
         bias_gradient = _allocate(needs_bias, bias, torch.float32).zero_()
         losses = torch.empty(rows, dtype=torch.float32, device=device)
-        chunk = chunk_rows(rows, *weight.shape, matmul_dtype.itemsize, device.type)
+        chunk = chunk_rows(rows, vocabulary, hidden_size, matmul_dtype.itemsize, device.type)
         buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
         for start in range(0, max(1, rows), chunk):  # without rows, too, the first chunk sets the gradient
             part = hidden[start : start + chunk].to(matmul_dtype)

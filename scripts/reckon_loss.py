@@ -14,7 +14,7 @@ Shapes: N positions, d hidden size, V vocabulary, s tokens per target bag.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -100,7 +100,7 @@ def loop(n: int, d: int, v: int, s: int = 1) -> Cost:
 
 def make_tables() -> str:
     """The tables of docs/cost.md: every way, and ours by the size of its chunks."""
-    ways = {
+    ways: dict[str, Callable[[int, int, int], Cost]] = {
         "three products, the limit": products,
         "ours, any s": ours,
         "Liger, s = 1": liger,
@@ -111,7 +111,7 @@ def make_tables() -> str:
     return f"{_table('way', ways)}\n\n{_table('rows per chunk', chunks)}"
 
 
-def _table(title: str, ways: dict[str, Callable[[int, int, int], Cost]]) -> str:
+def _table(title: str, ways: Mapping[str, Callable[[int, int, int], Cost]]) -> str:
     lines = [[title, *(f"d = {d}, V = {v:,}" for d, v in SHAPES)], ["---"] * (len(SHAPES) + 1)]
     lines += [[name, *(_cell(way(POSITIONS, d, v)) for d, v in SHAPES)] for name, way in ways.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,6 +1,7 @@
 """The benchmark scripts in a tiny form: what they compare is the same thing, and what they write is whole."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -27,17 +28,20 @@ def run(script, *flags, cwd):
 
 
 def test_the_losses_that_are_compared_are_equal(tmp_path):
-    shape = ("--rows", 64, "--hidden_size", 8, "--vocab_size", 500, "--bag_sizes", 1, 4)
-    rows, again = run("benchmark_loss.py", *shape, "--plot", "plot.png", cwd=tmp_path)
+    shapes = ("--rows", 64, "--hidden_size", 8, "--vocab_size", 500, 300, "--bag_sizes", 1, 4)
+    flags = (*shapes, "--chunk_rows", 5, "--repeats", 2, "--plot", "plot.png")
+    rows, again = run("benchmark_loss.py", *flags, cwd=tmp_path)
     assert [row["candidate"] for row in rows] == [row["candidate"] for row in again]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    for s in ("1", "4"):
-        losses = {row["candidate"]: float(row["loss"]) for row in rows if row["s"] == s}
-        assert set(losses) == {"ours", "loop", "gather", "one_target"}
-        for name in ("ours", "gather", *(["one_target"] if s == "1" else [])):
-            assert losses[name] == pytest.approx(losses["loop"], rel=1e-5)
-        peaks = {row["candidate"]: float(row["peak_over_logits"]) for row in rows if row["s"] == s}
-        assert 0 < peaks["ours"] < peaks["one_target"] <= peaks["loop"]
+    for shape in itertools.product(("500", "300"), ("1", "4")):
+        of_shape = {row["candidate"]: row for row in rows if (row["V"], row["s"]) == shape}
+        assert set(of_shape) == {"ours", "ours_5_rows", "products", "loop", "gather", "one_target"}
+        assert of_shape["products"]["loss"] == ""
+        equal = ("ours", "ours_5_rows", "gather", *(["one_target"] if shape[1] == "1" else []))
+        for name in equal:
+            assert float(of_shape[name]["loss"]) == pytest.approx(float(of_shape["loop"]["loss"]), rel=1e-5)
+        peaks = {name: float(row["peak_over_logits"]) for name, row in of_shape.items()}
+        assert 0 < peaks["ours_5_rows"] < 0.1 < peaks["ours"] < peaks["one_target"] <= peaks["loop"]
 
 
 def test_steps_of_both_phases_are_measured(tmp_path):
