@@ -24,6 +24,7 @@ LAYERS = [
         "published",
         "run_record",
         "evaluation",
+        "token_files",
     },
     {
         "kernels",
