@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arms import ARMS, arm_schedule, arm_values, check_arms, is_superposed, setting
+from .arms import ARMS, arm_schedule, arm_values, check_arms, define_arms, is_superposed, setting
 from .budget import (
     BUDGETS,
     Budget,
@@ -46,7 +46,16 @@ folder of its own in output_dir. Started again, it does what is missing; half a 
 class CompareArguments(ExperimentArguments):
     """What is compared."""
 
-    arms: str = field(default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)}."})
+    arms: str = field(
+        default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)} and those of more_arms."}
+    )
+    more_arms: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arms, a mapping in a file or JSON: names, each with the options of TST and MTP that it changes, "
+            "and its seeds where they are others."
+        },
+    )
     budget: Budget = field(
         default="flops",
         metadata={
@@ -78,8 +87,8 @@ def plan_comparison(
         TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
     """
     names = parse_list("arms", args.arms, str)
-    seeds = parse_list("seeds", args.seeds, int)
-    values = {name: arm_values(name, experiment.values, fusable=experiment.fusable) for name in names}
+    arms = define_arms(experiment.values, args.more_arms)
+    values = {name: arm_values(arms[name], experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
     default_rate = str(setting(experiment.values, "learning_rate"))
@@ -115,7 +124,7 @@ def plan_comparison(
         plans[name] = ArmPlan(schedule, operations[name])
         settings = with_steps(values[name], steps[name])
         for rate in rates:
-            for seed in seeds:
+            for turn, seed in enumerate(parse_list("seeds", arms[name].get("seeds", args.seeds), int)):
                 run = f"{name}-lr{rate:g}-seed{seed}"
                 planned = PlannedRun(
                     run,
@@ -123,10 +132,10 @@ def plan_comparison(
                     {**settings, "learning_rate": rate, "seed": seed},
                     experiment.data,
                 )
-                runs.append((Outcome(run, name, rate, seed, None), planned))
+                runs.append((turn, (Outcome(run, name, rate, seed, None), planned)))
     # A seed of every arm before the next seed: an interrupted comparison has pairs.
-    runs.sort(key=lambda run: seeds.index(run[0].seed))
-    return plans, runs
+    runs.sort(key=lambda run: run[0])
+    return plans, [run for _, run in runs]
 
 
 def calibrate(
@@ -174,8 +183,9 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     """
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
     names = parse_list("arms", args.arms, str)
-    check_arms(names, values)
-    extra_heads = any("mtp_num_heads" in ARMS[name] for name in names)
+    arms = define_arms(values, args.more_arms)
+    check_arms(names, arms, values)
+    extra_heads = any(arms[name].get("mtp_num_heads", 1) > 1 for name in names)
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     plans, runs = plan_comparison(experiment, args)
     queue = [planned for _, planned in runs]
@@ -204,10 +214,18 @@ def _facts(
         ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
     )
     superposition = f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
-    superposed = any("tst_phase_ratio" not in ARMS[run.arm] for run in outcomes)
+    arms = define_arms(values, args.more_arms)
+    names = list(dict.fromkeys(run.arm for run in outcomes))
+    superposed = any(is_superposed({**values, **arms[name]}) for name in names)
+    further = {
+        f"arm {name}": ", ".join(f"{option}={value}" for option, value in arms[name].items())
+        for name in names
+        if name not in ARMS
+    }
     return {
         **runs,
         **({"superposition": superposition} if superposed else {}),
+        **further,
         "steps": ", ".join(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
