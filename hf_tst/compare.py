@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from .arms import ARMS, arm_schedule, arm_values, check_arms, define_arms, is_superposed, setting
 from .budget import (
@@ -29,7 +30,8 @@ from .experiment import (
     parse_list,
     training_arguments,
 )
-from .run_queue import PlannedRun, run_all, run_all_shown
+from .run_queue import PlannedRun, run_all_shown
+from .timing import TimeLimit, calibrate, choose_steps
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -67,7 +69,15 @@ class CompareArguments(ExperimentArguments):
         default=None, metadata={"help": "Learning rates, the same for each arm; learning_rate by default."}
     )
     calibration_steps: int = field(
-        default=20, metadata={"help": "Steps that are timed in each phase for an equal time."}
+        default=20,
+        metadata={"help": "Steps that are timed in each phase for an equal time or a limit of seconds."},
+    )
+    seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
+            "so when the comparison goes on. A run that would end later is not started. Needs processes=1."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -76,12 +86,24 @@ class CompareArguments(ExperimentArguments):
             raise TSTError(f"budget must be one of {', '.join(BUDGETS)}, but is {self.budget!r}.")
         if self.calibration_steps < 4:
             raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
+        if self.seconds is not None and self.seconds <= 0:
+            raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
+        if self.seconds is not None and self.processes > 1:
+            raise TSTError(
+                f"seconds={self.seconds:g} needs processes=1, not {self.processes}: runs at the same time slow each other down."
+            )
 
 
 def plan_comparison(
-    experiment: Experiment, args: CompareArguments
+    experiment: Experiment, args: CompareArguments, max_steps: int | None = None
 ) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]]]:
     """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        args ([`CompareArguments`]): What is compared.
+        max_steps (`int`, *optional*): Steps in the place of those of the configuration, with which the data is not checked
+            where they may be lowered.
 
     Raises:
         TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
@@ -93,10 +115,12 @@ def plan_comparison(
         training_arguments(arm)
     default_rate = str(setting(experiment.values, "learning_rate"))
     rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
-    max_steps = experiment.values["max_steps"]
+    is_final = max_steps is not None or args.seconds is None
+    max_steps = max_steps or experiment.values["max_steps"]
     schedules = {name: arm_schedule(arm, max_steps) for name, arm in values.items()}
-    for name, schedule in schedules.items():
-        experiment.check_data(f"The arm {name}", schedule)
+    if is_final:
+        for name, schedule in schedules.items():
+            experiment.check_data(f"The arm {name}", schedule)
     tokens = experiment.latent_tokens_per_step
     operations = {
         name: operations_per_step(
@@ -109,7 +133,7 @@ def plan_comparison(
         for name, arm in values.items()
     }
     if args.budget == "time":
-        costs = calibrate(experiment, args, values)
+        costs = calibrate(experiment, values, args.calibration_steps, args.launcher)
     elif args.budget == "data":
         costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
     else:
@@ -120,7 +144,8 @@ def plan_comparison(
     plans, runs = {}, []
     for name in names:
         schedule = arm_schedule(values[name], steps[name])
-        experiment.check_data(f"The arm {name}", schedule)
+        if is_final:
+            experiment.check_data(f"The arm {name}", schedule)
         plans[name] = ArmPlan(schedule, operations[name])
         settings = with_steps(values[name], steps[name])
         for rate in rates:
@@ -138,42 +163,6 @@ def plan_comparison(
     return plans, [run for _, run in runs]
 
 
-def calibrate(
-    experiment: Experiment, args: CompareArguments, values: Mapping[str, Mapping[str, Any]]
-) -> dict[str, StepCost]:
-    """Seconds a step of each arm, by phase, from short runs one after the other; kept, and not measured again.
-
-    Raises:
-        TSTError: If one fails.
-    """
-    runs = {}
-    for name, arm in values.items():
-        steps = args.calibration_steps * (2 if is_superposed(arm) else 1)
-        settings = {
-            **arm, "max_steps": steps, "logging_strategy": "steps", "logging_steps": max(1, args.calibration_steps // 4),
-            "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
-            "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
-            "report_to": "none",
-        }  # fmt: skip
-        if is_superposed(arm):
-            settings["tst_phase_ratio"] = 0.5
-        data = dict(experiment.data)
-        if data.pop("evaluation", None):  # a stream can't be cut
-            settings["max_eval_samples"] = 1
-        folder = experiment.output_dir / f"calibration-{name}"
-        runs[name] = PlannedRun(f"calibration of {name}", folder, settings, data)
-    failures = run_all(list(runs.values()), launcher=args.launcher)
-    if failures:
-        raise TSTError(next(iter(failures.values())))
-    costs = {}
-    for name, run in runs.items():
-        assert run.result is not None
-        seconds = run.result.seconds_per_step
-        recovery = seconds["recovery"]
-        costs[name] = StepCost(seconds.get("superposition", recovery), recovery)
-    return costs
-
-
 def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     """Do what is missing of a comparison, and write `comparison.json`, `.md`, `.html` and `.png` into its folder.
 
@@ -181,20 +170,22 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
         TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
+    began = time.monotonic()
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
     names = parse_list("arms", args.arms, str)
     arms = define_arms(values, args.more_arms)
     check_arms(names, arms, values)
     extra_heads = any(arms[name].get("mtp_num_heads", 1) > 1 for name in names)
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
-    plans, runs = plan_comparison(experiment, args)
+    plans, runs, limit = _plan_within_limit(experiment, args, began)
     queue = [planned for _, planned in runs]
-    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
+    until = math.inf if args.seconds is None else began + args.seconds
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher, until=until)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]
     comparison = compare_outcomes(
-        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes), _notes(args, outcomes)
+        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes, limit), _notes(args, outcomes)
     )
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
@@ -206,8 +197,41 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     return comparison
 
 
+def _plan_within_limit(
+    experiment: Experiment, args: CompareArguments, began: float
+) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]], TimeLimit | None]:
+    """The plan, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one."""
+    limit = TimeLimit.load(experiment.output_dir, experiment.values["max_steps"])
+    if limit is None and args.seconds is None:
+        return *plan_comparison(experiment, args), None
+    if limit is None:
+        assert args.seconds is not None
+        plans, runs = plan_comparison(experiment, args)
+        limit = choose_steps(
+            experiment,
+            plans,
+            [(run.arm, planned) for run, planned in runs],
+            args.seconds,
+            since=began,
+            steps=args.calibration_steps,
+            launcher=args.launcher,
+        )
+    plans, runs = plan_comparison(experiment, args, limit.max_steps)
+    limit.save(experiment.output_dir)
+    print(limit.fact, flush=True)
+    timed = [
+        (run, replace(planned, seconds=limit.seconds_of(plans[run.arm], planned.settings)))
+        for run, planned in runs
+    ]
+    return plans, timed, limit
+
+
 def _facts(
-    argv: Sequence[str], experiment: Experiment, args: CompareArguments, outcomes: Sequence[Outcome]
+    argv: Sequence[str],
+    experiment: Experiment,
+    args: CompareArguments,
+    outcomes: Sequence[Outcome],
+    limit: TimeLimit | None,
 ) -> dict[str, str]:
     values = experiment.values
     runs = describe_runs(
@@ -230,6 +254,7 @@ def _facts(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
         ),
+        **({} if limit is None else {"time limit": limit.fact}),
         "FLOPs": "6 · parameters that multiply a position's state + 12 · layers · heads · head size · row length, per latent token",
     }
 

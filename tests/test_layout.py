@@ -61,6 +61,7 @@ LAYERS = [
     {"trainer", "audit", "pretrain_arguments", "comparison_report"},
     {"pretrain", "arms"},
     {"planning", "run_card", "run_worker", "experiment", "sweep_report"},
+    {"timing"},
     {"compare", "sweep"},
     {"cli"},
 ]
