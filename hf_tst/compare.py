@@ -31,7 +31,7 @@ from .experiment import (
     training_arguments,
 )
 from .run_queue import PlannedRun, run_all_shown
-from .timing import TimeLimit, calibrate, choose_steps
+from .timing import TimeLimit, calibrate, time_short_run
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -207,15 +207,9 @@ def _plan_within_limit(
     if limit is None:
         assert args.seconds is not None
         plans, runs = plan_comparison(experiment, args)
-        limit = choose_steps(
-            experiment,
-            plans,
-            [(run.arm, planned) for run, planned in runs],
-            args.seconds,
-            since=began,
-            steps=args.calibration_steps,
-            launcher=args.launcher,
-        )
+        queue = [(run.arm, planned) for run, planned in runs]
+        limit = time_short_run(experiment, plans, queue, args.seconds, args.calibration_steps, args.launcher)
+        limit = limit.lowered(plans, queue, began + args.seconds - time.monotonic())
     plans, runs = plan_comparison(experiment, args, limit.max_steps)
     limit.save(experiment.output_dir)
     print(limit.fact, flush=True)

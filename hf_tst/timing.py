@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,29 @@ class TimeLimit:
         between = round(1 / every) if every < 1 else settings["max_steps"] // every
         return self.start + (2 + between) * self.evaluation
 
+    def lowered(
+        self, plans: Mapping[str, ArmPlan], runs: Sequence[tuple[str, PlannedRun]], left: float
+    ) -> TimeLimit:
+        """The limit with the `max_steps` with which all runs, one after the other, end within `left` seconds.
+
+        Args:
+            plans (`dict[str, ArmPlan]`): The arms, for the configured steps.
+            runs: All runs with the name of their arm, for the configured steps.
+            left (`float`): Seconds that are left of the limit.
+
+        Raises:
+            TSTError: If no time is left for steps.
+        """
+        fixed = sum(self.fixed_seconds(run.settings) for _, run in runs)
+        training = sum(self.seconds_of(plans[name], run.settings) for name, run in runs) - fixed
+        chosen = int(self.configured_steps * (PLANNED_SHARE * left - fixed) / training)
+        if chosen < FEWEST_STEPS:
+            raise TSTError(
+                f"seconds={self.seconds:g} is too little for {len(runs)} runs: {self.seconds - left:.0f} s are gone, and they need "
+                f"{fixed:.0f} s besides their steps. Give more seconds, or fewer arms or seeds."
+            )
+        return replace(self, max_steps=min(self.configured_steps, chosen))
+
     def seconds_of(self, plan: ArmPlan, settings: Mapping[str, Any]) -> float:
         """Seconds of a run of an arm."""
         more = plan.operations.recovery / self.operations  # of extra heads
@@ -142,31 +165,29 @@ class TimeLimit:
         )
 
 
-def choose_steps(
+def time_short_run(
     experiment: Experiment,
     plans: Mapping[str, ArmPlan],
-    runs: Iterable[tuple[str, PlannedRun]],
+    runs: Sequence[tuple[str, PlannedRun]],
     seconds: float,
-    *,
-    since: float,
     steps: int,
-    launcher: str | None = None,
+    launcher: str | None,
 ) -> TimeLimit:
-    """Time a short run, and find the `max_steps` with which all runs, one after the other, end within a limit.
+    """The pace of runs, by a short one of the first arm with superposition, or else of the first arm.
 
     Args:
         experiment ([`Experiment`]): What the runs have in common.
-        plans (`dict[str, ArmPlan]`): The arms, for the configured steps.
-        runs: All runs with the name of their arm, for the configured steps.
-        seconds (`float`): The limit, counted from `since`.
-        since (`float`): A time of `time.monotonic`.
+        plans (`dict[str, ArmPlan]`), runs: As of [`TimeLimit.lowered`].
+        seconds (`float`): The limit.
         steps (`int`): Steps that are timed in each phase.
         launcher (`str`, *optional*): As of [`run_all`].
 
+    Returns:
+        [`TimeLimit`], whose `max_steps` are those of the configuration still.
+
     Raises:
-        TSTError: If the limit leaves no time for steps, or the short run fails.
+        TSTError: If the short run fails.
     """
-    runs = list(runs)
     arm, first = next(((name, run) for name, run in runs if is_superposed(run.settings)), runs[0])
     folder = experiment.output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
@@ -176,19 +197,9 @@ def choose_steps(
     whole = time.monotonic() - began
     pace = _pace(timed)
     evaluation = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"]
-    training = (pace.superposition if is_superposed(first.settings) else 0.0) * steps + pace.recovery * steps
+    training = steps * (pace.recovery + (pace.superposition if is_superposed(first.settings) else 0.0))
     configured = experiment.values["max_steps"]
-    limit = TimeLimit(
+    return TimeLimit(
         configured, configured, seconds, max(0.0, whole - evaluation - training), evaluation, pace.superposition,
         pace.recovery, plans[arm].operations.recovery,
     )  # fmt: skip
-    fixed = sum(limit.fixed_seconds(run.settings) for _, run in runs)
-    variable = sum(limit.seconds_of(plans[name], run.settings) for name, run in runs) - fixed
-    left = PLANNED_SHARE * (seconds - (time.monotonic() - since)) - fixed
-    chosen = min(configured, int(configured * left / variable))
-    if chosen < FEWEST_STEPS:
-        raise TSTError(
-            f"seconds={seconds:g} is too little for {len(runs)} runs: {seconds - left:.0f} s are gone or needed besides their "
-            f"steps. Give more seconds, or fewer arms or seeds."
-        )
-    return TimeLimit(**asdict(limit) | {"max_steps": chosen})
