@@ -236,7 +236,9 @@ def _facts(
     names = list(dict.fromkeys(run.arm for run in outcomes))
     superposed = any(is_superposed({**values, **arms[name]}) for name in names)
     further = {
-        f"arm {name}": ", ".join(f"{option}={value}" for option, value in arms[name].items())
+        f"arm {name}": ", ".join(
+            f"{option}={arms[name][option]}" for option in sorted(arms[name].keys() - {"seeds"})
+        )
         for name in names
         if name not in ARMS
     }

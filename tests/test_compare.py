@@ -107,7 +107,7 @@ def test_further_arms_are_changes_of_options(tiny_recipe, tmp_path, in_process):
     assert plans["mtp-0.1"].schedule.max_steps < 80 == plans["tst-s2"].schedule.max_steps
     flags = ["--arms", "baseline,tst-s2", "--seeds", "3", "--output_dir", str(tmp_path / "out")]
     comparison = main([str(recipe), *flags])
-    assert comparison.facts["arm tst-s2"] == "tst_bag_size=2, tst_phase_ratio=0.2, seeds=3"
+    assert comparison.facts["arm tst-s2"] == "tst_bag_size=2, tst_phase_ratio=0.2"
     assert comparison.arms[1].best.curve[-1].raw_tokens == (16 * 2 + 64) * 64
     assert comparison.arms[1].difference is not None
 
@@ -119,8 +119,8 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
         "--arms", "baseline,tst", "--output_dir", str(tmp_path), "--seeds",
     ]  # fmt: skip
 
-    def paced(experiment, plans, *_):
-        return TimeLimit(4000, 4000, 1000.0, 10.0, 2.0, 1.0, 1.0, plans["tst"].operations.recovery)
+    def paced(experiment, plans, runs, seconds, *_):
+        return TimeLimit(4000, 4000, seconds, 10.0, 2.0, 1.0, 1.0, plans["tst"].operations.recovery)
 
     monkeypatch.setattr(compare, "time_short_run", paced)
     comparison = main([*flags, "0,1", "--seconds", "1000"])
