@@ -265,4 +265,8 @@ def _notes(args: CompareArguments, outcomes: Sequence[Outcome]) -> list[str]:
         names = [run.name for run in outcomes if run.status == status]
         if names:
             notes.append(f"{status}, and in no mean: {', '.join(names)}.")
+            if status == "missing" and args.seconds is not None:
+                notes.append(
+                    f"A run that would have ended after the limit of {args.seconds:g} s was not started."
+                )
     return notes
