@@ -109,7 +109,7 @@ def test_training_needs_no_datasets_package(packed_recipe):
         "find = m.PathFinder.find_spec\n"
         "m.PathFinder.find_spec = staticmethod(lambda name, *rest: "
         "None if name.split('.')[0] in ('datasets', 'evaluate') else find(name, *rest))\n"
-        "from hf_tst.cli import main\n"
+        "from hf_tst.cli.main import main\n"
         f"sys.exit(main(['train', {str(packed_recipe)!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
