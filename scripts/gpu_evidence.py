@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Does this package do on your device what it says? Runs its checks and benchmarks there, and records the results.
+
+    python scripts/gpu_evidence.py --slice a --output_dir runs/evidence                    # is it right, and is it fast
+    python scripts/gpu_evidence.py --slice b --output_dir runs/evidence --corpus FOLDER    # does it help
+    python scripts/gpu_evidence.py --slice a --output_dir runs/rehearsal --device cpu --tiny
+
+Every step is a process of its own with a limit of seconds, and steps go in order of worth. `results.json` and
+`results.md` are written anew as each step ends. A step that fails is recorded with the end of its output, and the next
+one starts. A second call with the same folder runs what has not passed. Nothing is downloaded, and the package need not
+be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "cut-cross-entropy")
+TAIL = 4000  # characters of a step's output on record
+LOG_TAIL = 200_000  # characters of it in output.log
+SHORTEST = 3  # seconds under which no step is worth a start
+
+DEVICE = (
+    "import torch; d = {device!r}; x = torch.ones(9, 9, device=d); assert (x @ x == 9).all(); "
+    "print(torch.cuda.get_device_name() if d == 'cuda' else 'CPU', '| CUDA', torch.version.cuda)"
+)
+
+
+class Step(NamedTuple):
+    """One process: its name, its command, in which OUT is the folder of results, and the seconds it may take."""
+
+    name: str
+    command: list[str]
+    limit: float
+
+
+def slice_a(args: argparse.Namespace) -> list[Step]:
+    """Is it right, and is it fast: the checks, head and loss, and whole steps of the 270M recipe's model."""
+    on_gpu = args.device == "cuda"
+
+    def tests(file: str, choice: str) -> list[str]:
+        return ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{file}", "-k", choice]
+
+    def loss(candidates: str, hidden_size: int, vocab_size: int, bag_sizes: str) -> list[str]:
+        rows, hidden_size, vocab_size = (64, 16, 500) if args.tiny else (8192, hidden_size, vocab_size)
+        shape = f"--rows {rows} --hidden_size {hidden_size} --vocab_size {vocab_size} --bag_sizes {bag_sizes}"
+        options = f"--device {args.device} --dtype bfloat16 --rounds {1 if args.tiny else 5} --csv OUT/loss.csv"
+        return shlex.split(f"python scripts/benchmark_loss.py {shape} {options} --candidates {candidates}")
+
+    def train(variants: str) -> list[str]:
+        peak = f" --peak_tflops {args.peak_tflops}" if args.peak_tflops else ""
+        size = " --tiny" if args.tiny else ""
+        options = f"--device {args.device} --csv OUT/step.csv{peak}{size}"
+        return shlex.split(f"python scripts/benchmark_trainer.py {options} --variants {variants}")
+
+    unfused = "one_target gather loop"
+    steps = [
+        Step("kernel", tests("test_on_device.py", "kernel or operator"), 60),
+        Step("training", tests("test_on_device.py", "not kernel and not operator and not compiled"), 60),
+        Step("loss, d=576, V=128256", loss(unfused, 576, 128_256, "1 6 16"), 45),
+        Step("step", train("plain recovery superposition"), 60),
+        Step("step, Liger", train("liger"), 30),
+        Step("loss, Liger", loss("liger", 576, 128_256, "1"), 30),
+        Step("loss, cut-cross-entropy", loss("cce", 576, 128_256, "1"), 30),
+        Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 75),
+        Step("compiled", tests("test_on_device.py", "compiled"), 75),
+        Step("loss, d=2048, V=128256", loss(unfused, 2048, 128_256, "1 6 16"), 45),
+        Step("loss, d=576, V=32000", loss(unfused, 576, 32_000, "1 6 16"), 30),
+        Step("loss, d=2048, V=32000", loss(unfused, 2048, 32_000, "1 6 16"), 30),
+        Step("step, compiled", train("plain superposition --bag_sizes 6 --torch_compile True"), 90),
+        Step("step, Liger, compiled", train("liger --torch_compile True"), 60),
+        Step("memory", tests("test_fused_gpu.py", "memory or labels_outside"), 30),
+    ]
+    only_gpu = ("step, Liger", "loss, Liger", "loss, cut-cross-entropy", "step, Liger, compiled", "memory")
+    return [step for step in steps if on_gpu or step.name not in only_gpu]
+
+
+def slice_b(args: argparse.Namespace) -> list[Step]:
+    """Does it help."""
+    return []
+
+
+SLICES: dict[str, Callable[[argparse.Namespace], list[Step]]] = {"a": slice_a, "b": slice_b}
+
+
+def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Run a step for `seconds` at most, with all that it starts; what goes on record of it."""
+    command = [sys.executable if word == "python" else word.replace("OUT/", f"{folder}/") for word in step.command]
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = "passed" if process.wait(seconds) == 0 else f"failed, exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            # Cut by the time of the whole, it is another call's; it has not shown to be too slow.
+            status = f"failed, not done in {step.limit:.0f} s" if seconds >= step.limit else "not reached"
+        finally:
+            # Launchers and compilers have processes of their own, which are in its group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - LOG_TAIL))
+        text = output.read().decode(errors="replace")
+    with (folder / "output.log").open("a", encoding="utf-8") as log:
+        log.write(f"\n== {step.name}: {status}\n{text}")
+    elapsed = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": elapsed, "command": shlex.join(step.command), "output": text[-TAIL:]}
+
+
+def run_slice(steps: Sequence[Step], record: dict[str, Any], save: Callable[[], None], **options: Any) -> None:
+    """Run the steps that have not passed, until the time is up; `save` is called whenever `record` has changed."""
+    deadline = options["start"] + options["seconds"]
+    results = record.setdefault("steps", {})
+    for step in steps:
+        if results.get(step.name, {}).get("status") == "passed":
+            continue
+        left = deadline - time.monotonic()
+        if left >= SHORTEST:
+            print(f"{step.name} ...", end=" ", flush=True)
+            results[step.name] = run(step, min(step.limit, left), options["folder"], options["environment"])
+            print(f"{results[step.name]['status']}, {results[step.name]['seconds']} s", flush=True)
+        else:
+            results[step.name] = {"status": "not reached", "seconds": 0, "command": shlex.join(step.command), "output": ""}
+        save()
+
+
+def write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def as_markdown(records: dict[str, Any]) -> str:
+    """All records as tables, then the end of each step's output."""
+    lines = ["# Evidence on a device", ""]
+    for name, record in records.items():
+        lines += [f"## {name}", "", f"`{record['command']}`", "", f"{record['date']}, {record['machine']}, {record['versions']}"]
+        lines += ["", "| step | result | seconds | command |", "|---|---|---|---|"]
+        for step, result in record["steps"].items():
+            lines.append(f"| {step} | {result['status']} | {result['seconds']} | `{result['command']}` |")
+        for step, result in record["steps"].items():
+            lines += ["", f"### {step}", "", "```", result["output"].strip().replace("```", "'''"), "```"]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slice", choices=SLICES, required=True, help="a: is it right, is it fast; b: does it help")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results of one or more calls")
+    parser.add_argument("--seconds", type=float, default=270, help="seconds that the whole call may take")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the same steps in small, as a rehearsal")
+    parser.add_argument("--corpus", type=Path, help="folder of token ids for slice b")
+    parser.add_argument("--peak_tflops", type=float, help="peak of the device in TFLOP/s, if its name does not tell")
+    args = parser.parse_args(arguments)
+    if args.slice == "b" and args.corpus is None:
+        parser.error("--slice b trains on text: give --corpus a folder of token ids.")
+
+    folder = args.output_dir.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = records.setdefault(f"slice {args.slice}, {args.device}{', tiny' if args.tiny else ''}", {})
+    record |= {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": versions(),
+    }
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "HF_TST_TEST_DEVICE": args.device,
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def save() -> None:
+        write_whole(path, json.dumps(records, indent=1))
+        write_whole(folder / "results.md", as_markdown(records))
+
+    steps = [Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60), *SLICES[args.slice](args)]
+    run_slice(steps, record, save, start=start, seconds=args.seconds, folder=folder, environment=environment)
+    print((folder / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
