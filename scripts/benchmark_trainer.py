@@ -56,7 +56,12 @@ KINDS = {
     "products": r"gemm|nvjet|cutlass|cublas|xmma",
     "our_kernel": r"multi_hot",
 }
-WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITS = (
+    "aten::_local_scalar_dense",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+)
 
 
 @dataclass
@@ -64,9 +69,12 @@ class BenchmarkArguments:
     """What to measure."""
 
     variants: list[str] = field(
-        default_factory=lambda: ["plain", "recovery", "superposition"], metadata={"help": "Trainers to measure."}
+        default_factory=lambda: ["plain", "recovery", "superposition"],
+        metadata={"help": "Trainers to measure."},
     )
-    bag_sizes: list[int] = field(default_factory=lambda: [6, 16], metadata={"help": "Bag sizes s to measure."})
+    bag_sizes: list[int] = field(
+        default_factory=lambda: [6, 16], metadata={"help": "Bag sizes s to measure."}
+    )
     rows: int = field(default=8, metadata={"help": "Rows per step, B."})
     length: int = field(default=2048, metadata={"help": "Latent positions per row, l."})
     steps: int = field(default=20, metadata={"help": "Steps that are timed."})
@@ -75,9 +83,12 @@ class BenchmarkArguments:
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu."})
     peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of the device in TFLOP/s; by default that of a device whose name is known."}
+        default=None,
+        metadata={"help": "Peak of the device in TFLOP/s; by default that of a device whose name is known."},
     )
-    tiny: bool = field(default=False, metadata={"help": "A model of two layers and a few steps, to try this script."})
+    tiny: bool = field(
+        default=False, metadata={"help": "A model of two layers and a few steps, to try this script."}
+    )
     csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})
 
 
@@ -159,7 +170,9 @@ def read_profile(profile: Any, steps: int) -> dict[str, float]:
 def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) -> dict[str, Any]:
     """Run a variant; its row."""
     device = torch.device(args.device)
-    overrides = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"] | (TINY if args.tiny else {})
+    overrides = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["config_overrides"] | (
+        TINY if args.tiny else {}
+    )
     config = LlamaConfig(**overrides)
     torch.manual_seed(0)
     with device:
@@ -173,7 +186,9 @@ def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) ->
     blocks = Blocks(args.rows * bag_size * (stopwatch.end + 1), args.length, config.vocab_size)
     if variant in ("plain", "liger"):
         arguments = TrainingArguments(**options, use_liger_kernel=variant == "liger")
-        trainer = Trainer(model, arguments, default_data_collator, train_dataset=blocks, callbacks=[stopwatch])
+        trainer = Trainer(
+            model, arguments, default_data_collator, train_dataset=blocks, callbacks=[stopwatch]
+        )
     else:
         ratio = 1.0 if variant == "superposition" else 0.0
         options |= {"tst_phase_ratio": ratio, "tst_bag_size": bag_size, "tst_fused_loss": "on"}

@@ -60,12 +60,14 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     def loss(candidates: str, hidden_size: int, vocab_size: int, bag_sizes: str) -> list[str]:
         rows, hidden_size, vocab_size = (64, 16, 500) if args.tiny else (8192, hidden_size, vocab_size)
         shape = f"--rows {rows} --hidden_size {hidden_size} --vocab_size {vocab_size} --bag_sizes {bag_sizes}"
-        options = f"--device {args.device} --dtype bfloat16 --rounds {1 if args.tiny else 5} --csv OUT/loss.csv"
+        options = (
+            f"--device {args.device} --dtype bfloat16 --rounds {1 if args.tiny else 5} --csv OUT/loss.csv"
+        )
         return shlex.split(f"python scripts/benchmark_loss.py {shape} {options} --candidates {candidates}")
 
     def train(variants: str) -> list[str]:
         peak = f" --peak_tflops {args.peak_tflops}" if args.peak_tflops else ""
-        size = " --tiny" if args.tiny else ""
+        size = " --tiny True" if args.tiny else ""
         options = f"--device {args.device} --csv OUT/step.csv{peak}{size}"
         return shlex.split(f"python scripts/benchmark_trainer.py {options} --variants {variants}")
 
@@ -79,15 +81,21 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
         Step("loss, Liger", loss("liger", 576, 128_256, "1"), 30),
         Step("loss, cut-cross-entropy", loss("cce", 576, 128_256, "1"), 30),
         Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 75),
-        Step("compiled", tests("test_on_device.py", "compiled"), 75),
+        Step("compiled", tests("test_on_device.py", "compiled and not off"), 75),
         Step("loss, d=2048, V=128256", loss(unfused, 2048, 128_256, "1 6 16"), 45),
         Step("loss, d=576, V=32000", loss(unfused, 576, 32_000, "1 6 16"), 30),
         Step("loss, d=2048, V=32000", loss(unfused, 2048, 32_000, "1 6 16"), 30),
         Step("step, compiled", train("plain superposition --bag_sizes 6 --torch_compile True"), 90),
         Step("step, Liger, compiled", train("liger --torch_compile True"), 60),
-        Step("memory", tests("test_fused_gpu.py", "memory or labels_outside"), 30),
+        Step("kernel tests, memory", tests("test_fused_gpu.py", "test"), 90),
     ]
-    only_gpu = ("step, Liger", "loss, Liger", "loss, cut-cross-entropy", "step, Liger, compiled", "memory")
+    only_gpu = (
+        "step, Liger",
+        "loss, Liger",
+        "loss, cut-cross-entropy",
+        "step, Liger, compiled",
+        "kernel tests, memory",
+    )
     return [step for step in steps if on_gpu or step.name not in only_gpu]
 
 
@@ -101,7 +109,9 @@ SLICES: dict[str, Callable[[argparse.Namespace], list[Step]]] = {"a": slice_a, "
 
 def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Run a step for `seconds` at most, with all that it starts; what goes on record of it."""
-    command = [sys.executable if word == "python" else word.replace("OUT/", f"{folder}/") for word in step.command]
+    command = [
+        sys.executable if word == "python" else word.replace("OUT/", f"{folder}/") for word in step.command
+    ]
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -126,7 +136,9 @@ def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -
     return {"status": status, "seconds": elapsed, "command": shlex.join(step.command), "output": text[-TAIL:]}
 
 
-def run_slice(steps: Sequence[Step], record: dict[str, Any], save: Callable[[], None], **options: Any) -> None:
+def run_slice(
+    steps: Sequence[Step], record: dict[str, Any], save: Callable[[], None], **options: Any
+) -> None:
     """Run the steps that have not passed, until the time is up; `save` is called whenever `record` has changed."""
     deadline = options["start"] + options["seconds"]
     results = record.setdefault("steps", {})
@@ -139,7 +151,12 @@ def run_slice(steps: Sequence[Step], record: dict[str, Any], save: Callable[[], 
             results[step.name] = run(step, min(step.limit, left), options["folder"], options["environment"])
             print(f"{results[step.name]['status']}, {results[step.name]['seconds']} s", flush=True)
         else:
-            results[step.name] = {"status": "not reached", "seconds": 0, "command": shlex.join(step.command), "output": ""}
+            results[step.name] = {
+                "status": "not reached",
+                "seconds": 0,
+                "command": shlex.join(step.command),
+                "output": "",
+            }
         save()
 
 
@@ -153,7 +170,13 @@ def as_markdown(records: dict[str, Any]) -> str:
     """All records as tables, then the end of each step's output."""
     lines = ["# Evidence on a device", ""]
     for name, record in records.items():
-        lines += [f"## {name}", "", f"`{record['command']}`", "", f"{record['date']}, {record['machine']}, {record['versions']}"]
+        lines += [
+            f"## {name}",
+            "",
+            f"`{record['command']}`",
+            "",
+            f"{record['date']}, {record['machine']}, {record['versions']}",
+        ]
         lines += ["", "| step | result | seconds | command |", "|---|---|---|---|"]
         for step, result in record["steps"].items():
             lines.append(f"| {step} | {result['status']} | {result['seconds']} | `{result['command']}` |")
@@ -173,14 +196,22 @@ def versions() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slice", choices=SLICES, required=True, help="a: is it right, is it fast; b: does it help")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results of one or more calls")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--slice", choices=SLICES, required=True, help="a: is it right, is it fast; b: does it help"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder for the results of one or more calls"
+    )
     parser.add_argument("--seconds", type=float, default=270, help="seconds that the whole call may take")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the same steps in small, as a rehearsal")
     parser.add_argument("--corpus", type=Path, help="folder of token ids for slice b")
-    parser.add_argument("--peak_tflops", type=float, help="peak of the device in TFLOP/s, if its name does not tell")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="peak of the device in TFLOP/s, if its name does not tell"
+    )
     args = parser.parse_args(arguments)
     if args.slice == "b" and args.corpus is None:
         parser.error("--slice b trains on text: give --corpus a folder of token ids.")
@@ -197,17 +228,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(),
     }
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "HF_TST_TEST_DEVICE": args.device,
-        "HF_HUB_OFFLINE": "1",
-    }
+    one_device = {"CUDA_VISIBLE_DEVICES": "0"} if args.device == "cuda" else {}
+    environment = (
+        one_device
+        | os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "HF_TST_TEST_DEVICE": args.device,
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
 
     def save() -> None:
         write_whole(path, json.dumps(records, indent=1))
         write_whole(folder / "results.md", as_markdown(records))
 
-    steps = [Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60), *SLICES[args.slice](args)]
+    steps = [
+        Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60),
+        *SLICES[args.slice](args),
+    ]
     run_slice(steps, record, save, start=start, seconds=args.seconds, folder=folder, environment=environment)
     print((folder / "results.md").read_text(encoding="utf-8"))
 

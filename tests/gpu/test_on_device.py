@@ -62,7 +62,9 @@ def test_operator_errs_as_little_as_a_log_softmax(vocabulary, bag_size, dtype):
         loss = function(*inputs, labels)
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
-    exact = loss_and_gradients(log_softmax_loss, *(x.detach().double().requires_grad_() for x in (hidden, weight)))
+    exact = loss_and_gradients(
+        log_softmax_loss, *(x.detach().double().requires_grad_() for x in (hidden, weight))
+    )
     ours = loss_and_gradients(linear_multi_hot_cross_entropy, hidden, weight)
     naive = loss_and_gradients(log_softmax_loss, hidden, weight)
     # Two float32 sums of the same numbers in another order: either may err more. In lower precision the parts of the
@@ -128,6 +130,8 @@ def test_resume_at_the_switch(make_args, tmp_path, bf16):
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_compiled_training_is_that_of_the_model(make_args, fused):
     options = {"bf16": True, "max_steps": 20, "tst_fused_loss": fused}
-    backend = "inductor" if ON_GPU else "eager"  # inductor takes a minute on two cores; test_compile.py has it
+    backend = (
+        "inductor" if ON_GPU else "eager"
+    )  # inductor takes a minute on two cores; test_compile.py has it
     compiled = train(make_args, torch_compile=True, torch_compile_backend=backend, **options)
     torch.testing.assert_close(losses(compiled), losses(train(make_args, **options)), rtol=0, atol=0.03)
