@@ -30,7 +30,7 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from hf_tst import fused_evaluation_loss, fused_next_token_loss, token_superposition
+from hf_tst import fused_evaluation_loss, fused_next_token_loss, step_flops, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels
 from hf_tst.pretraining.options import ModelArguments
 from hf_tst.pretraining.run import make_config
@@ -64,20 +64,6 @@ class BenchmarkArguments:
         },
     )
     csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})
-
-
-def step_operations(model: Any, batch_size: int, length: int) -> float:
-    """Operations of a step: 6 a position and parameter that it meets, and attention's. A bag is one position."""
-    config = model.config
-    share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", None) or 1)
-    met = sum(
-        parameter.numel() * (share if ".experts." in name else 1)
-        for name, parameter in model.named_parameters()
-        if not name.endswith("embed_tokens.weight") or config.tie_word_embeddings
-    )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * width * length
-    return batch_size * length * (6 * met + attention)
 
 
 def loop_loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,10 +164,10 @@ def main() -> None:
         }
         if args.peak_tflops is not None:
             raw_tokens = args.batch_size * args.length * int(bag_size or 1)
-            operations = step_operations(bench.model, args.batch_size, args.length)
-            operations /= 3 if kind.startswith("evaluation") else 1  # no backward pass
+            passes = 1 if kind.startswith("evaluation") else 3  # a backward pass is two forward passes
+            flops = step_flops(bench.model, args.batch_size, args.length) * passes / 3
             row["raw_tokens_per_second"] = raw_tokens / row["seconds"]
-            row["share_of_peak"] = operations / row["seconds"] / (args.peak_tflops * 1e12)
+            row["share_of_peak"] = flops / row["seconds"] / (args.peak_tflops * 1e12)
         rows.append(row)
     print(format_table(rows))
     if args.csv:

@@ -12,8 +12,8 @@ from hf_tst.planning.costs import (
     ModelShape,
     communication_per_step,
     memory_per_gpu,
-    operations_per_gpu,
 )
+from hf_tst.planning.flops import flops_per_token
 from hf_tst.pretraining.options import ModelArguments, read_config
 from hf_tst.pretraining.run import make_config
 
@@ -57,15 +57,16 @@ def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
 
 
 def make_table(args: PlanArguments) -> str:
-    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOP a GPU and step."""
+    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOPs per GPU and step."""
     header = (
         "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "unreduced", "activations", "loss",
-        "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOP",
+        "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOPs",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for name, shape in SHAPES.items():
         for sharding, layout in layouts(name, args).items():
             traffic = communication_per_step(shape, layout)
+            flops = layout.latent_tokens // layout.gpus * flops_per_token(shape, layout.length)
             for bag_size in (1, BAG_SIZES[name]):
                 memory = memory_per_gpu(shape, layout, bag_size=bag_size)
                 whole = memory_per_gpu(shape, layout, bag_size=bag_size, fused_loss=False)
@@ -84,7 +85,7 @@ def make_table(args: PlanArguments) -> str:
                         f"{whole['peak'] / GIB:.2f}",
                         f"{(traffic['gather'] + traffic['scatter']) / 1e9:.1f}",
                         f"{traffic['replicate'] / 1e9:.1f}",
-                        f"{operations_per_gpu(shape, layout) / TERA:.0f}",
+                        f"{flops / TERA:.0f}",
                     )
                 )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

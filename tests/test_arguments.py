@@ -29,6 +29,7 @@ def test_defaults():
         "mtp_kind": "parallel",
         "mtp_loss_weight": None,
         "tst_bad_loss": "stop",
+        "tst_peak_tflops": None,
     }
 
 

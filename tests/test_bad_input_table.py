@@ -80,6 +80,8 @@ RECIPES = {
     "documents": {"tst_document_boundaries": "sometimes"},
     "documents without superposition": {"tst_document_boundaries": "respect", "tst_phase_ratio": 0},
     "bad loss": {"tst_bad_loss": "hope"},
+    "peak: none": {"tst_peak_tflops": 0},
+    "peak: word": {"tst_peak_tflops": "fast"},
     "smoothing": {"label_smoothing_factor": 0.1},
     "liger": {"use_liger_kernel": True},
     "batch: none": {"per_device_train_batch_size": 0},

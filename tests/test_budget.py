@@ -8,7 +8,7 @@ from hf_tst.bags.phases import PhaseSchedule
 from hf_tst.experiments.arms import arm_values, check_arms
 from hf_tst.experiments.budget import (
     StepCost,
-    operations_per_step,
+    flops_per_step,
     raw_tokens_per_step,
     steps_within_budget,
     with_steps,
@@ -31,7 +31,7 @@ def test_data_of_an_arm_that_reads_single_tokens_is_that_of_the_baseline():
     assert raw_tokens_per_step(output, 7) == StepCost(7, 7)
 
 
-def test_equal_operations_shorten_an_arm_whose_steps_cost_more():
+def test_equal_flops_shorten_an_arm_whose_steps_cost_more():
     costs = {"baseline": StepCost(10, 10), "tst": StepCost(10, 10), "mtp": StepCost(13, 13)}
     schedules = {"baseline": PLAIN, "tst": TST, "mtp": PLAIN}
     steps = steps_within_budget("flops", costs, schedules)
@@ -97,9 +97,9 @@ def test_unknown_arms_and_tst_without_superposition_are_refused():
     check_arms(["baseline"], {"tst_phase_ratio": 0})
 
 
-def test_the_operations_of_an_arm_are_those_of_its_steps():
+def test_the_flops_of_an_arm_are_those_of_its_steps():
     config = LlamaConfig(**DENSE)
     shape = ModelShape.from_config(config)
-    cost = operations_per_step(shape, 16, 2 * 16, heads=3)
+    cost = flops_per_step(shape, 16, 2 * 16, heads=3)
     assert cost.superposition == step_flops(config, 2, 16, phase="superposition", mtp_num_heads=3)
     assert cost.recovery == step_flops(config, 2, 16, mtp_num_heads=3) > cost.superposition

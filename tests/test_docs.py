@@ -82,6 +82,7 @@ def test_everything_that_is_logged_or_saved_is_on_its_page(make_args):
     args = make_args(
         tst_document_boundaries="respect",
         tst_bad_loss="skip",
+        tst_peak_tflops=1,
         mtp_num_heads=2,
         save_steps=5,
         save_strategy="steps",
@@ -93,7 +94,7 @@ def test_everything_that_is_logged_or_saved_is_on_its_page(make_args):
     names = {name for entry in trainer.state.log_history for name in entry if re.match("tst_|mtp_", name)}
     files = {path.name for path in Path(args.output_dir, "checkpoint-10").iterdir()}
     ours = {name for name in files if name.endswith((".json", ".safetensors"))} - ORDINARY_FILES
-    assert {"tst_expert_load_max", "mtp_loss", "tst_tokens_left_out"} <= names
+    assert {"tst_expert_load_max", "mtp_loss", "tst_tokens_left_out", "tst_model_flops_utilization"} <= names
     for name in names - {"tst_run"} | ours:
         assert f"`{name}`" in page, name
 

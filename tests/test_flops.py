@@ -1,18 +1,24 @@
-"""The count of operations against PyTorch's own, of real forward and backward passes."""
+"""The count of FLOPs against PyTorch's own, of real forward and backward passes, and the utilization that follows from it."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import BLOCK_LENGTH, make_blocks, make_model
 from mtp_by_hand import logits_by_hand
+from peft import LoraConfig, get_peft_model
 from tiny_families import FAMILIES as EVERY_FAMILY
 from tiny_families import VOCAB_SIZE
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from versions import fails_before, params
 
-from hf_tst import MTPHeads, token_superposition
+from hf_tst import MTPHeads, TSTTrainer, token_superposition
 from hf_tst.mtp.heads import MTP_KINDS
 from hf_tst.planning.flops import step_flops
+from hf_tst.planning.hardware import peak_tflops
+from hf_tst.training import callbacks
 
 SIZES = {
     "vocab_size": 160,
@@ -115,3 +121,133 @@ def test_a_model_without_attention_has_no_pairs_of_positions(model_type):
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         step_flops(make("llama", True), ROWS, LENGTH, **wrong)
+
+
+# Utilization
+
+PEAK = 1e-6  # TFLOP/s, of which a tiny model uses a share that shows
+
+
+class CountingTrainer(TSTTrainer):
+    """Counts the FLOPs of its steps with PyTorch's counter."""
+
+    counted = 0
+
+    def training_step(self, *args, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            loss = super().training_step(*args, **kwargs)
+        self.counted += counter.get_total_flops()
+        return loss
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves by half a second in each forward pass of a model that it is added to."""
+    now = [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda model: model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))
+
+
+def utilizations(trainer):
+    return [
+        entry["tst_model_flops_utilization"]
+        for entry in trainer.state.log_history
+        if "tst_model_flops_utilization" in entry
+    ]
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_utilization_is_the_flops_of_the_steps_over_their_time_and_the_peak(family, ratio, make_args, clock):
+    model = make(family, True)
+    clock(model)
+    args = make_args(
+        tst_phase_ratio=ratio, tst_peak_tflops=PEAK, tst_fused_loss="off", gradient_accumulation_steps=2,
+        save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=1,
+    )  # fmt: skip
+    trainer = CountingTrainer(model, args, train_dataset=make_blocks(200), eval_dataset=make_blocks(3))
+    trainer.train()
+    assert trainer.state.total_flos == pytest.approx(trainer.counted, rel=0.02)
+    # 10 steps of two forward passes, so of a second each: evaluation moves the clock, too, and does not count.
+    expected = [pytest.approx(trainer.counted / 10 / (PEAK * 1e12), rel=0.02)] * 10
+    assert utilizations(trainer) == expected
+    trainer.create_model_card()
+    mean = sum(utilizations(trainer)) / 10
+    card = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert f"| model FLOPs utilization | {mean:.1%} of {PEAK:g} TFLOP/s per device |" in card
+
+    resumed = CountingTrainer(model, args, train_dataset=make_blocks(200), eval_dataset=make_blocks(3))
+    resumed.train(resume_from_checkpoint=str(Path(args.output_dir, "checkpoint-4")))
+    assert utilizations(resumed) == expected
+    assert resumed.state.total_flos == trainer.state.total_flos
+
+
+def test_rows_of_several_lengths_count_as_long_as_they_are(make_args, clock):
+    model = make("llama", True)
+    clock(model)
+    args = make_args(tst_phase_ratio=0, tst_peak_tflops=PEAK, per_device_train_batch_size=1)
+    blocks = [
+        {"input_ids": block["input_ids"][:n]} for block, n in zip(make_blocks(10), range(3, 13), strict=True)
+    ]
+    trainer = CountingTrainer(model, args, train_dataset=blocks)
+    trainer.train()
+    assert trainer.state.total_flos == pytest.approx(trainer.counted, rel=0.02)
+    assert sum(utilizations(trainer)) == pytest.approx(trainer.counted / 0.5 / (PEAK * 1e12), rel=0.02)
+
+
+def test_frozen_weights_of_an_adapted_model_have_no_gradient_to_count(make_args):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = get_peft_model(make("llama", True), lora)
+    args = make_args(tst_fused_loss="off")
+    trainer = CountingTrainer(model, args, train_dataset=make_blocks(200))
+    trainer.train()
+    # The first layer's input needs no gradient, so that a little less is computed than counted.
+    assert 0 <= trainer.state.total_flos / trainer.counted - 1 < 0.05
+    whole = 10 * step_flops(model.config, 2, BLOCK_LENGTH)
+    assert trainer.state.total_flos < 0.75 * whole
+
+
+def test_without_a_peak_no_utilization_is_logged(make_args):
+    args = make_args()
+    trainer = TSTTrainer(make("llama", True), args, train_dataset=make_blocks(200))
+    trainer.train()
+    trainer.create_model_card()
+    assert trainer.state.total_flos > 0
+    assert not utilizations(trainer)
+    assert "utilization" not in (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_a_model_that_cannot_be_counted_trains_with_one_warning(ratio, make_args, caplog):
+    model = make("llama", True)
+
+    class Own(type(model)):
+        def __init__(self, config):
+            raise TypeError("I want two arguments")
+
+    model.__class__ = Own
+    args = make_args(tst_phase_ratio=ratio, tst_peak_tflops=PEAK)
+    trainer = TSTTrainer(model, args, train_dataset=make_blocks(200))
+    trainer.train()
+    assert trainer.state.global_step == 10
+    assert trainer.state.total_flos == 0
+    assert not utilizations(trainer)
+    assert [record.levelname for record in caplog.records if "I want two arguments" in record.message] == [
+        "WARNING"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_whole_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(torch.device("cuda", 0)) == peak
+    assert peak_tflops(torch.device("cpu")) is None

@@ -338,14 +338,16 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
 
 
 @pytest.mark.parametrize("mode", ["full", "output"])
-def test_operations_are_counted_where_heads_train(llama, make_args, mode):
+def test_flops_are_counted_where_heads_train(llama, make_args, mode):
     found = []
     for num_heads in (1, 2):
         args = make_args(mtp_num_heads=num_heads, tst_mode=mode, tst_phase_ratio=0.3)
         trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(200))
-        found.append(trainer.train().metrics.get("total_flos") or trainer.state.total_flos)
+        trainer.train()
+        found.append(trainer.state.total_flos)
     layer = sum(p.numel() for p in llama.model.layers[-1].parameters())
-    assert found[1] - found[0] == 6 * layer * (10 - SWITCH) * 2 * BLOCK_LENGTH
+    head, attention = VOCAB_SIZE * 16, 12 * 16 * BLOCK_LENGTH
+    assert found[1] - found[0] == (6 * (layer + head) + attention) * (10 - SWITCH) * 2 * BLOCK_LENGTH
 
 
 def test_the_card_is_that_of_the_model_that_is_saved(llama, make_args):

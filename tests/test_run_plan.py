@@ -84,11 +84,11 @@ def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
 
 def test_hours_follow_from_peak_and_utilisation():
     made = plan("100m-one-gpu-tst.yaml", "--gpu", "h100", "--mfu", 0.4)
-    per_token = 6 * made.shape.active_parameters + 6 * 14 * 512 * 1024
+    per_token = 6 * made.shape.active_parameters + 12 * 14 * 512 * 1024
     assert made.flops == 5000 * 262_144 * per_token
     assert made.gpu_hours == pytest.approx(made.flops / (989e12 * 0.4) / 3600)
     assert made.gpu_hours < 1
-    half = plan("100m-one-gpu-tst.yaml", "--peak_tflops", 989, "--mfu", 0.2)
+    half = plan("100m-one-gpu-tst.yaml", "--tst_peak_tflops", 989, "--mfu", 0.2)
     assert half.gpu_hours == pytest.approx(2 * made.gpu_hours)
     assert sum(phase.gpu_hours for phase in made.phases) == pytest.approx(made.gpu_hours)
 
@@ -114,7 +114,7 @@ def test_more_gpus_hold_less_each_and_ddp_holds_all():
     assert ddp.communication["gather"] == 0 < ddp.communication["replicate"]
 
 
-def test_superposition_alters_neither_operations_nor_peak_of_memory():
+def test_superposition_alters_neither_flops_nor_peak_of_memory():
     tst, baseline = plan("270m-20k-tst.yaml"), plan("270m-20k-baseline.yaml")
     assert tst.flops == baseline.flops
     assert tst.memory["peak"] == baseline.memory["peak"]
@@ -133,7 +133,7 @@ def test_superposition_alters_neither_operations_nor_peak_of_memory():
         (["--tst_phase_ratio", "2"], "tst_phase_ratio must be from 0 to 1"),
         (["--tst_bag_size", "0"], "tst_bag_size must be a whole number"),
         (["--block_size", "4096"], "more than the model's context of 2048"),
-        (["--peak_tflops", "0"], "must be more than 0"),
+        (["--tst_peak_tflops", "0"], "must be more than 0"),
         (["--max_stepz", "3"], "There is no flag 'max_stepz': did you mean 'max_steps'?"),
         (["--config_overrides", "num_hidden_layers=2"], "0"),
     ],
@@ -180,7 +180,7 @@ def test_extra_heads_cost_in_recovery_only(kind):
     assert superposition == plain.phases[0]
     d, layer, head = 576, plain.shape.layer_parameters, 128_256 * 576
     joined = 2 * d * d + 2 * d if kind == "sequential" else 0
-    per_position = 6 * (layer + head + joined) + 6 * d * plain.layout.length
+    per_position = 6 * (layer + head + joined) + 12 * d * plain.layout.length
     assert recovery.flops == plain.phases[1].flops + 2 * per_position * recovery.latent_tokens
     assert made.mtp_parameters == 2 * (layer + joined)
     assert made.checkpoints["model"] == plain.checkpoints["model"]

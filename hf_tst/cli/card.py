@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..errors import TSTError
@@ -53,16 +53,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
     )
     folder = Path(args.folder)
     record = RunRecord.from_folder(folder)
-    path = write_model_card(
-        folder,
-        record,
-        repo_id=args.repo_id or folder.absolute().name,
-        base_model=args.base_model,
-        datasets=args.datasets,
-        language=args.language or None,
-        license=args.license,
-        tags=args.tags,
-    )
+    metadata = {entry.name: getattr(args, entry.name) for entry in fields(CardArguments)}
+    path = write_model_card(folder, record, **metadata)
     if path is None:
         raise TSTError(
             f"{folder / 'README.md'} is a card of your own and stays as it is: move it away first."

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ..errors import RunError
+from ..errors import RunError, TSTError
 
 # Values of Trainer's own flag `--debug`; without one of them, `--debug` asks for a traceback.
 TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
@@ -24,12 +24,12 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
 
     Returns:
         `int`: 0 done, 1 stopped by a [`RunError`], 2 bad input or refused by the Hub, 130 interrupted, 143 told to end.
-        Errors of other kinds, which are ours, are raised.
+        Errors of other kinds are ours, and are raised with their traceback.
     """
     arguments, debug = _take_debug(arguments)
     try:
         command(arguments)
-    except (ValueError, RunError) as error:
+    except (TSTError, RunError) as error:
         if debug:
             traceback.print_exc()
         print(f"{name}: {error}", file=sys.stderr)

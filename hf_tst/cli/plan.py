@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..models.fused import check_fused_loss
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.costs import Layout, Precision
+from ..planning.flops import FORMULA
 from ..planning.hardware import ACCELERATORS, Accelerator
 from ..planning.run import GIB, Machines, RunPlan, plan_run
 from ..pretraining.options import (
@@ -29,7 +30,7 @@ from ..pretraining.run import QUICK_START_VOCABULARY, explained_loading, make_co
 from ..records.report import format_columns
 from ..training.arguments import TSTTrainingArguments
 
-DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, operations, hours, memory, traffic, sizes.
+DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, FLOPs, hours, memory, traffic, sizes.
 
 Takes a recipe and the flags of training, and those of the machines, which are listed first. Downloads nothing where the
 recipe names vocab_size.
@@ -53,9 +54,6 @@ class PlanArguments:
     )
     mfu: float = field(
         default=0.4, metadata={"help": "Share of the peak that training reaches, from 0 to 1."}
-    )
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak speed in 10^12 operations a second, instead of the GPU's."}
     )
     gpu_memory_gib: float | None = field(default=None, metadata={"help": "Memory, instead of the GPU's."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
@@ -85,7 +83,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     config = make_config(model_args, _vocabulary(model_args, data_args))
     shape = ModelShape.from_config(config, model_args.lora_config())
     schedule = PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode)
-    machines = Machines(_accelerator(args), args.num_gpus, args.mfu)
+    machines = Machines(_accelerator(args, values.tst_peak_tflops), args.num_gpus, args.mfu)
     superposed = schedule.phase_ratio > 0 and schedule.bag_size > 1
     plan = plan_run(
         shape,
@@ -130,17 +128,14 @@ def _vocabulary(args: ModelArguments, data_args: DataArguments) -> int | None:
         return len(AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir))
 
 
-def _accelerator(args: PlanArguments) -> Accelerator:
+def _accelerator(args: PlanArguments, peak_tflops: float | None) -> Accelerator:
     check_names([args.gpu], ACCELERATORS, f"gpu must be one of {', '.join(ACCELERATORS)}, not")
-    known = ACCELERATORS[args.gpu]
-    if args.peak_tflops is None and args.gpu_memory_gib is None:
-        return known
-    name = known.name if args.peak_tflops is None else f"{args.peak_tflops:g} TFLOP/s"
-    return Accelerator(
-        name,
-        known.tflops if args.peak_tflops is None else args.peak_tflops,
-        known.memory_gib if args.gpu_memory_gib is None else args.gpu_memory_gib,
-    )
+    accelerator = ACCELERATORS[args.gpu]
+    if peak_tflops is not None:
+        accelerator = replace(accelerator, name=f"{peak_tflops:g} TFLOP/s", tflops=peak_tflops)
+    if args.gpu_memory_gib is not None:
+        accelerator = replace(accelerator, memory_gib=args.gpu_memory_gib)
+    return accelerator
 
 
 def _layout(values: Namespace, args: PlanArguments, config: Any) -> Layout:
@@ -245,8 +240,7 @@ def format_plan(plan: RunPlan) -> str:
         parts.append(format_columns(rows))
     parts += plan.notes
     parts.append(
-        "FLOPs: 6 · parameters that multiply a position's state (4, and 2 for trained ones) + 6 · layers · heads · head size "
-        "· row length,\nper latent token. Memory is an estimate."
+        f"FLOPs: {FORMULA}.\nWhat activation checkpointing computes twice is not counted. Memory is an estimate."
     )
     return "\n\n".join(parts)
 

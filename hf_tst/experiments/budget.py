@@ -1,4 +1,4 @@
-"""How many steps each arm takes within one budget: equal operations, equal data or equal time. Pure arithmetic."""
+"""How many steps each arm takes within one budget: equal FLOPs, equal data or equal time. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..models.shape import ModelShape
 from ..mtp.heads import MTPKind
-from ..planning.costs import operations_per_position
+from ..planning.flops import flops_per_token
 
 Budget = Literal["flops", "data", "time"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
@@ -21,7 +21,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one optimizer step takes of a budget, by phase: operations, raw tokens, or seconds."""
+    """What one optimizer step takes of a budget, by phase: FLOPs, raw tokens, or seconds."""
 
     superposition: float
     recovery: float
@@ -32,22 +32,21 @@ class StepCost:
         return switch * self.superposition + (schedule.max_steps - switch) * self.recovery
 
 
-def operations_per_step(
+def flops_per_step(
     shape: ModelShape, length: int, latent_tokens: int, heads: int = 1, kind: MTPKind = "parallel"
 ) -> StepCost:
-    """Floating point operations of a step of an arm, by phase, as [`hf_tst.planning.flops.step_flops`] counts them.
+    """FLOPs of a step of an arm, by phase, see [`step_flops`].
 
     Args:
         shape (`ModelShape`): The model.
-        length (`int`): Latent positions a row, l.
-        latent_tokens (`int`): Latent tokens a step, over all devices.
+        length (`int`): Latent positions per row, l.
+        latent_tokens (`int`): Latent tokens per step, over all devices.
         heads (`int`, defaults to 1), kind (`str`): Heads of multi-token prediction, which train in recovery only.
     """
-    plain, extra = (
-        latent_tokens * operations_per_position(counted, length, causal=False)
-        for counted in (shape, shape.with_mtp_heads(heads, kind))
+    return StepCost(
+        superposition=latent_tokens * flops_per_token(shape, length, "superposition"),
+        recovery=latent_tokens * flops_per_token(shape, length, "recovery", heads, kind),
     )
-    return StepCost(plain, extra)
 
 
 def raw_tokens_per_step(schedule: PhaseSchedule, latent_tokens: int) -> StepCost:

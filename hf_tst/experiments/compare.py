@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TSTError
+from ..planning.flops import FORMULA
 from .arms import ARMS, arm_schedule, arm_values, check_arms, is_superposed, setting
 from .budget import (
     BUDGETS,
     Budget,
     StepCost,
-    operations_per_step,
+    flops_per_step,
     raw_tokens_per_step,
     steps_within_budget,
     with_steps,
@@ -89,8 +90,8 @@ def plan_comparison(
     for name, schedule in schedules.items():
         experiment.check_data(f"The arm {name}", schedule)
     tokens = experiment.latent_tokens_per_step
-    operations = {
-        name: operations_per_step(
+    flops = {
+        name: flops_per_step(
             experiment.shape,
             experiment.block_size,
             1,
@@ -105,14 +106,14 @@ def plan_comparison(
         costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
     else:
         costs = {
-            name: StepCost(tokens * o.superposition, tokens * o.recovery) for name, o in operations.items()
+            name: StepCost(tokens * arm.superposition, tokens * arm.recovery) for name, arm in flops.items()
         }
     steps = steps_within_budget(args.budget, costs, schedules)
     plans, runs = {}, []
     for name in names:
         schedule = arm_schedule(values[name], steps[name])
         experiment.check_data(f"The arm {name}", schedule)
-        plans[name] = ArmPlan(schedule, operations[name])
+        plans[name] = ArmPlan(schedule, flops[name])
         settings = with_steps(values[name], steps[name])
         for rate in rates:
             for seed in seeds:
@@ -212,7 +213,7 @@ def _facts(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
         ),
-        "FLOPs": "6 · parameters that multiply a position's state + 12 · layers · heads · head size · row length, per latent token",
+        "FLOPs": FORMULA,
     }
 
 

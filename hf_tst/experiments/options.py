@@ -179,7 +179,7 @@ def open_experiment(
     try:
         check_fusable(model, "on")
         fusable = True
-    except ValueError:
+    except TSTError:
         fusable = False
     if extra_heads:
         MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))  # says it if the model cannot have any

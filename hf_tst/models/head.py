@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from ..errors import TSTError
 from .probing import StandIn, own_class, replaced_attribute, replaced_module
 
 _PROBE_ROWS = 3
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def inspect_head(model: Any) -> LinearHead:
 def check_loss_is_replaceable(model: Any) -> None:
     """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
 
-    A forward that the stand-ins cannot lead to its end is given the benefit of the doubt.
+    Where the stand-ins cannot follow the forward pass to its loss, a warning says so, and nothing is raised.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
@@ -93,7 +96,11 @@ def check_loss_is_replaceable(model: Any) -> None:
         return
     try:
         loss = _run_to_loss(model, head, _probe_values(weight.shape[0])).loss
-    except UnfusableHeadError:
+    except UnfusableHeadError as error:
+        logger.warning(
+            f"Whether {own_class(model).__name__} calls `loss_function` could not be checked: {error}. Compare the first "
+            "loss with the logarithm of the vocabulary's size."
+        )
         return
     if loss.logits is None:
         raise TSTError(

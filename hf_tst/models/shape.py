@@ -49,12 +49,13 @@ class ModelShape:
     norms_per_head: bool = False
 
     @classmethod
-    def from_config(cls, config: Any, lora: Any = None) -> ModelShape:
+    def from_config(cls, config: Any, lora: Any = None, model_class: Any = None) -> ModelShape:
         """The shape of the model that a configuration describes.
 
         Args:
             config (`PretrainedConfig`): Of a causal language model.
             lora (`peft.LoraConfig`, *optional*): Adapter that is trained instead of the model.
+            model_class (`type`, *optional*): Class of the model; by default the one that Transformers has for the configuration.
 
         Example:
             >>> from transformers import LlamaConfig
@@ -66,7 +67,7 @@ class ModelShape:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = (model_class or AutoModelForCausalLM.from_config)(config)
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         if head is not None:

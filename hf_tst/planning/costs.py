@@ -1,4 +1,4 @@
-"""Memory, communication and work of a run on many GPUs, on paper. Pure arithmetic; nothing here is measured.
+"""Memory and communication of a run on many GPUs, on paper. Pure arithmetic; nothing here is measured.
 
 Letters: P parameters, d hidden size, V vocabulary, B rows a micro-batch, l latent positions a row, s tokens a bag,
 n GPUs that a model is sharded over, r copies of the sharded model.
@@ -20,8 +20,6 @@ __all__ = [
     "checkpoint_bytes",
     "communication_per_step",
     "memory_per_gpu",
-    "operations_per_gpu",
-    "operations_per_position",
 ]
 
 
@@ -174,30 +172,6 @@ def communication_per_step(
         "scatter": scatters * (byte * shape.trainable_parameters * (n - 1) // n),
         "replicate": scatters * (2 * shard * (r - 1) // r),
     }
-
-
-def operations_per_position(shape: ModelShape, length: int, causal: bool = True) -> int:
-    """Floating-point operations of a training step on one latent position.
-
-    4 an active parameter (forward, and backward to the layer before) and 2 a trained one (its gradient), so 6 · P where all
-    are trained; and 6 · layers · heads · head size · l for causal attention. A bag is one position. Extra heads count where
-    `shape` has them, see [`ModelShape.with_mtp_heads`].
-
-    Args:
-        shape (`ModelShape`): The model.
-        length (`int`): Latent positions a row, l.
-        causal (`bool`, defaults to `True`): Whether attention leaves out what its mask hides; otherwise it costs twice that.
-    """
-    trained = shape.active_parameters if shape.trains_everything else shape.trainable_parameters
-    attention = (6 if causal else 12) * shape.layers * shape.heads * shape.head_dim * length
-    return 4 * shape.active_parameters + 2 * trained + attention
-
-
-def operations_per_gpu(shape: ModelShape, layout: Layout) -> int:
-    """Floating-point operations of one GPU in an optimizer step, a third more with activation checkpointing."""
-    positions = layout.rows * layout.length * layout.micro_batches
-    operations = positions * operations_per_position(shape, layout.length)
-    return operations * 4 // 3 if layout.activation_checkpointing else operations
 
 
 def checkpoint_bytes(shape: ModelShape, precision: Precision = MIXED_PRECISION) -> dict[str, int]:

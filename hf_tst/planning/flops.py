@@ -1,13 +1,46 @@
-"""Floating-point operations of a training step, from shapes alone."""
+"""FLOPs of training, from shapes alone: the one count of the trainer, of plans and of comparisons."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from transformers.utils import logging
 
 from ..bags.phases import Phase
 from ..models.shape import ModelShape
 from ..mtp.heads import MTPKind, check_mtp
-from .costs import operations_per_position
+
+logger = logging.get_logger(__name__)
+
+FORMULA = (
+    "6 · parameters that multiply a position's state (4 if frozen) + 12 · layers · heads · head size · row length, "
+    "per latent token"
+)
+
+
+def flops_per_token(
+    shape: ModelShape,
+    length: int,
+    phase: Phase = "recovery",
+    mtp_num_heads: int = 1,
+    mtp_kind: MTPKind = "parallel",
+) -> int:
+    """FLOPs of the forward and backward pass per latent token. [`step_flops`] says what is counted.
+
+    4 per active parameter (forward, and backward to the layer before) and 2 per trained one (its gradient), so 6 · P where
+    all are trained; and 12 · layers · heads · head size · l for attention.
+
+    Args:
+        shape (`ModelShape`): The model.
+        length (`int`): Latent positions per row, l.
+        phase (`str`), mtp_num_heads (`int`), mtp_kind (`str`): As for [`step_flops`].
+    """
+    if phase == "recovery":
+        shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
+    trained = shape.active_parameters if shape.trains_everything else shape.trainable_parameters
+    attention = 12 * shape.layers * shape.heads * shape.head_dim * length
+    return 4 * shape.active_parameters + 2 * trained + attention
 
 
 def step_flops(
@@ -19,24 +52,23 @@ def step_flops(
     mtp_num_heads: int = 1,
     mtp_kind: MTPKind = "parallel",
 ) -> int:
-    """Operations of the forward and backward pass of one training step.
+    """FLOPs of the forward and backward pass of one training step.
 
-    Counted, as `torch.utils.flop_counter.FlopCounterMode` counts them, are matrix products, 2 a multiplication with
+    Counted, as `torch.utils.flop_counter.FlopCounterMode` counts them, are matrix products, 2 per multiplication with
     addition: those of the layers, with the experts that a position is sent to; scores and values of softmax attention over
-    all l · l pairs, masked ones, too; the head at all positions, once for each head of multi-token prediction, which trains
-    in recovery only. Not counted are the optimizer, what is computed twice by activation checkpointing, element by element
+    all l · l pairs, including masked ones; the head at all positions, once for each head of multi-token prediction, which
+    trains in recovery only. Not counted are the optimizer, what activation checkpointing computes twice, element by element
     operations (norms, softmax, averaging a bag) and the scans of state-space and linear-attention layers. Norm weights and
     biases are counted as if they were columns of matrices, which is far below 1 % at any size that is trained.
 
     A superposition step costs what a recovery step without extra heads does, whatever the bag size: a bag is one latent
-    position. It is the count of `hf-tst plan`, apart from attention, which the plan counts as causal, at half of that.
-    The trainer's `total_flos` is Transformers' 6 · N · D: N all parameters that are no embeddings, experts that are not used
-    included, D latent positions; it leaves out attention, the head if it is tied, and further uses of the head.
+    position. `total_flos` of [`TSTTrainer`], `tst_model_flops_utilization`, `hf-tst plan` and `hf-tst compare` all use this
+    count.
 
     Args:
         model (`PretrainedConfig` or `PreTrainedModel`): A causal language model, or its configuration.
-        rows (`int`): Rows of the step, over all devices and micro-batches.
-        length (`int`): Latent positions a row, l, the same in both phases.
+        rows (`int`): Rows per step, over all devices and micro-batches.
+        length (`int`): Latent positions per row, l, the same in both phases.
         phase (`str`, defaults to `"recovery"`): `"superposition"` or `"recovery"`, which ordinary training is, too.
         mtp_num_heads (`int`, defaults to 1): Heads with the model's own, n.
         mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
@@ -49,6 +81,18 @@ def step_flops(
     """
     check_mtp(mtp_num_heads, mtp_kind, prefix="mtp_")
     shape = ModelShape.from_config(getattr(model, "config", model))
-    if phase == "recovery":
-        shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
-    return rows * length * operations_per_position(shape, length, causal=False)
+    return rows * length * flops_per_token(shape, length, phase, mtp_num_heads, mtp_kind)
+
+
+def find_shape(model: Any) -> ModelShape | None:
+    """The shape of a model to train, with its PEFT adapter; `None`, with a warning, if its FLOPs cannot be counted."""
+    try:
+        adapter = next(iter(model.peft_config.values())) if hasattr(model, "peft_config") else None
+        base = model if adapter is None else model.get_base_model()
+        return ModelShape.from_config(copy.deepcopy(base.config), adapter, type(base))
+    except Exception as error:  # a model may have any configuration, and a count must not end its training
+        logger.warning(
+            f"The FLOPs of {type(model).__name__} cannot be counted, so total_flos stays 0 and no utilization is logged: "
+            f"{type(error).__name__}: {error}"
+        )
+        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..bags.phases import PhaseSchedule
+from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError
 from ..models.shape import ModelShape
 from ..mtp.heads import MTPKind
@@ -16,8 +16,8 @@ from .costs import (
     checkpoint_bytes,
     communication_per_step,
     memory_per_gpu,
-    operations_per_position,
 )
+from .flops import flops_per_token
 from .hardware import ACCELERATORS, Accelerator
 from .published import SOURCE, PublishedRun, find_published
 
@@ -48,7 +48,7 @@ class Machines:
         if not (self.accelerator.tflops > 0 and self.accelerator.memory_gib > 0):
             raise TSTError(
                 f"An accelerator of {self.accelerator.tflops} TFLOP/s and {self.accelerator.memory_gib} GiB cannot train: "
-                "peak_tflops and gpu_memory_gib must be more than 0."
+                "tst_peak_tflops and gpu_memory_gib must be more than 0."
             )
 
     def gpu_hours(self, flops: float) -> float:
@@ -114,7 +114,7 @@ class RunPlan:
 
     @property
     def flops(self) -> int:
-        """Floating point operations of the run, over all GPUs."""
+        """FLOPs of the run, over all GPUs."""
         return sum(phase.flops for phase in self.phases)
 
     @property
@@ -173,13 +173,13 @@ def plan_run(
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens
     training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
 
-    def phase(name: str, first: int, end: int, shape: ModelShape) -> PhaseCost:
-        per_position = operations_per_position(shape, layout.length)
+    def cost(phase: Phase, first: int, end: int) -> PhaseCost:
         raw = schedule.tokens_seen(end, tokens) - schedule.tokens_seen(first, tokens)
-        flops = (end - first) * tokens * per_position
-        return PhaseCost(name, end - first, raw, (end - first) * tokens, flops, machines.gpu_hours(flops))
+        per_token = flops_per_token(shape, layout.length, phase, mtp_num_heads, mtp_kind)
+        flops = (end - first) * tokens * per_token
+        return PhaseCost(phase, end - first, raw, (end - first) * tokens, flops, machines.gpu_hours(flops))
 
-    phases = [phase("superposition", 0, switch, shape), phase("recovery", switch, steps, training_shape)]
+    phases = [cost("superposition", 0, switch), cost("recovery", switch, steps)]
     flops = sum(phase.flops for phase in phases)
     alternatives, notes = (
         _compare(schedule, shape, layout, machines, flops, mtp_num_heads) if switch else ([], [])
@@ -214,7 +214,7 @@ def _compare(
     flops: int,
     mtp_num_heads: int,
 ) -> tuple[list[Alternative], list[str]]:
-    """The run beside baselines of equal operations, equal data and equal loss, and what is said of them."""
+    """The run beside baselines of equal FLOPs, equal data and equal loss, and what is said of them."""
     tokens, steps = layout.latent_tokens, schedule.max_steps
     raw_tokens = schedule.tokens_seen(steps, tokens)
     published = None
@@ -225,7 +225,7 @@ def _compare(
         )  # fmt: skip
     label = f"loss: published, {SOURCE}"
 
-    step_flops = tokens * operations_per_position(shape, layout.length)
+    step_flops = tokens * flops_per_token(shape, layout.length)
 
     def row(
         name: str, steps: int, raw: int, loss: float | None, source: str = label, flops: int | None = None
@@ -265,6 +265,6 @@ def _notes(published: PublishedRun | None, flops: int) -> list[str]:
         mfu = Machines(ACCELERATORS["b200"], mfu=1).gpu_hours(flops) / published.gpu_hours
         notes.append(
             f"Published: {published.gpu_hours:,.0f} B200-hours with TST and {published.equal_loss_gpu_hours:,.0f} for the "
-            f"baseline of equal loss: {ratio:.3f} times as many. By this count of operations that is {mfu:.1%} of a B200's peak."
+            f"baseline of equal loss: {ratio:.3f} times as many. By this count of FLOPs that is {mfu:.1%} of a B200's peak."
         )
     return notes

@@ -220,7 +220,7 @@ def explained_loading(name: str) -> Iterator[None]:
     """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
     try:
         yield
-    except (OSError, ImportError, KeyError, StrictDataclassError) as error:
+    except (OSError, ImportError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(".:")
         raise TSTError(f"Cannot load {name}: {reason}.") from error
     except TSTError:

@@ -28,44 +28,25 @@ LIMITS = (
 
 
 def write_model_card(
-    folder: str | Path,
-    record: RunRecord,
-    *,
-    repo_id: str,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    language: str | Sequence[str] | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
+    folder: str | Path, record: RunRecord, *, repo_id: str | None = None, **metadata: Any
 ) -> Path | None:
     """Write `README.md`, and the loss curve it shows, into a model's folder.
 
     Args:
         folder: Where the model is saved.
         record (`RunRecord`): The run.
-        repo_id (`str`): Name of the model's repository, or of its folder.
-        base_model (`str`, *optional*): Hub id of the model that training started from; the record's by default.
-        datasets (`Sequence[str]`): Hub ids of the training data.
-        language, license, tags: Further metadata.
+        repo_id (`str`, *optional*): Name of the model's repository; that of the folder by default.
+        metadata: See [`make_model_card`].
 
     Returns:
         The card's path; `None` if the folder holds a card that no trainer wrote, which is left as it is.
     """
-    path = Path(folder) / "README.md"
+    folder = Path(folder)
+    path = folder / "README.md"
     if path.exists() and not _is_generated(path):
         return None
-    curve = _draw_curve(record, Path(folder))
-    card = make_model_card(
-        record,
-        repo_id=repo_id,
-        base_model=base_model,
-        datasets=datasets,
-        language=language,
-        license=license,
-        tags=tags,
-        curve=curve,
-    )
-    card.save(path)
+    curve = _draw_curve(record, folder)
+    make_model_card(record, repo_id=repo_id or folder.absolute().name, curve=curve, **metadata).save(path)
     return path
 
 
@@ -85,13 +66,22 @@ def make_model_card(
     *,
     repo_id: str,
     base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    language: str | Sequence[str] | None = None,
+    datasets: str | Sequence[str] | None = None,
+    language: str | list[str] | None = None,
     license: str | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     curve: str | None = None,
 ) -> ModelCard:
-    """The card itself. Arguments as for [`write_model_card`]; `curve` names the picture beside it, if there is one."""
+    """The card itself.
+
+    Args:
+        record (`RunRecord`): The run.
+        repo_id (`str`): Name of the model's repository, or of its folder.
+        base_model (`str`, *optional*): Hub id of the model that training started from; the record's by default.
+        datasets (`str` or `Sequence[str]`, *optional*): Hub ids of the training data.
+        language, license, tags (*optional*): Further metadata.
+        curve (`str`, *optional*): File name of the loss curve beside the card.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     arguments, base_model = record.arguments, base_model or record.base_model
@@ -103,10 +93,12 @@ def make_model_card(
         library_name=record.library_name,
         pipeline_tag="text-generation",
         base_model=base_model,
-        datasets=list(datasets) or None,
-        language=language if language is None or isinstance(language, str) else list(language),
+        datasets=_listed(datasets) or None,
+        language=language or None,
         license=license,
-        tags=list(dict.fromkeys([*tags, GENERATED_TAG, *(["token-superposition"] if superposed else [])])),
+        tags=list(
+            dict.fromkeys([*_listed(tags), GENERATED_TAG, *(["token-superposition"] if superposed else [])])
+        ),
         eval_results=[
             EvalResult(
                 task_type="text-generation",
@@ -145,35 +137,13 @@ def make_model_card(
     )
 
 
-def write_card_of_trainer(
-    trainer: Any,
-    *,
-    repo_id: str | None = None,
-    base_model: str | None = None,
-    datasets: str | Sequence[str] | None = None,
-    language: str | None = None,
-    license: str | None = None,
-    tags: str | Sequence[str] | None = None,
-) -> None:
-    """Write the card of a [`TSTTrainer`]'s run into its output folder.
-
-    Arguments as for [`write_model_card`]; the name is that of the output folder by default, and the base model the one
-    that the model was loaded from.
-    """
+def write_card_of_trainer(trainer: Any, **metadata: Any) -> None:
+    """Write the card of a [`TSTTrainer`]'s run into its output folder; `metadata` as for [`make_model_card`]."""
     output_dir = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     switch_step = trainer.schedule.switch_step if trainer.schedule else 0
     now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
-    written = write_model_card(
-        output_dir,
-        RunRecord.from_state(vars(trainer.state), now),
-        repo_id=repo_id or output_dir.absolute().name,
-        base_model=base_model,
-        datasets=_listed(datasets),
-        language=language,
-        license=license,
-        tags=_listed(tags),
-    )
+    written = write_model_card(output_dir, RunRecord.from_state(vars(trainer.state), now), **metadata)
     if written is None:
         logger.warning(
             f"{output_dir / 'README.md'} is a card of your own and stays as it is: move it away to have one written "
@@ -208,13 +178,18 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "optimizer": f"{arguments.get('optim')}, learning rate {arguments.get('learning_rate'):g}, "
         f"schedule {arguments.get('lr_scheduler_type')}",
         "seed": str(arguments.get("seed")),
-        "total_flos (Trainer's count, of latent positions)": f"{record.total_flos:.3g}",
+        "FLOPs": f"{record.total_flos:.3g}",
         "hardware": record.hardware,
         "software": record.software,
     }
-    seconds = sum(timed.seconds for timed in timed_steps(record.log_history))
-    if seconds:
-        facts["seconds of training, without evaluation"] = f"{seconds:.0f}"
+    timed = timed_steps(record.log_history)
+    if timed:
+        facts["seconds of training, without evaluation"] = f"{sum(part.seconds for part in timed):.0f}"
+    measured = [part for part in timed if part.utilization is not None]
+    if measured:
+        seconds = sum(part.seconds for part in measured)
+        mean = sum(part.seconds * (part.utilization or 0) for part in measured) / seconds
+        facts["model FLOPs utilization"] = f"{mean:.1%} of {record.peak_tflops:g} TFLOP/s per device"
     return facts
 
 

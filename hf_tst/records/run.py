@@ -14,6 +14,7 @@ from ..errors import TSTError
 from ..version import __version__
 
 RUN_ENTRY = "tst_run"
+UTILIZATION = "tst_model_flops_utilization"
 # Of the arguments, those that a card tells; the others hold paths and names of this machine.
 ARGUMENTS = (
     "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_mode", "tst_document_boundaries", "tst_fused_loss",
@@ -30,6 +31,7 @@ class TimedSteps:
     end: int
     phase: str
     seconds: float
+    utilization: float | None = None  # model FLOPs utilization, where the peak of the device is known
 
 
 def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
@@ -45,7 +47,7 @@ def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
         if not speed or entry["step"] <= step:
             continue
         seconds = (entry["step"] - step) * entry["tst_latent_tokens"] / entry["step"] / speed
-        timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds))
+        timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds, entry.get(UTILIZATION)))
         step = entry["step"]
     return timed
 
@@ -60,7 +62,7 @@ class RunRecord:
         switch_step (`int`): First step of recovery; 0 without superposition.
         arguments (`dict`): The training arguments, or those of them that a card tells.
         rows_per_step (`int`): Rows an optimizer step, over all devices.
-        total_flos (`float`): Floating point operations, over latent positions.
+        total_flos (`float`): FLOPs of the run, see [`step_flops`].
         parameters (`int`): Parameters of the model.
         hardware (`str`): Devices that it ran on.
         evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
@@ -68,6 +70,7 @@ class RunRecord:
         base_model (`str`, *optional*): Hub id of the model that training started from.
         library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
         global_step (`int`, *optional*): Optimizer steps done; all of them by default.
+        peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s, that utilization is a share of.
     """
 
     log_history: Sequence[Mapping[str, Any]]
@@ -83,6 +86,7 @@ class RunRecord:
     base_model: str | None = None
     library_name: str = "transformers"
     global_step: int | None = None
+    peak_tflops: float | None = None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
@@ -115,6 +119,7 @@ class RunRecord:
             base_model=last["base_model"],
             library_name=last["library_name"],
             global_step=state["global_step"],
+            peak_tflops=last.get("peak_tflops"),
         )
 
     @classmethod

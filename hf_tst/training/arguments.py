@@ -67,6 +67,9 @@ class TSTTrainingArguments(TrainingArguments):
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
             `"ignore"` it, as the plain `Trainer` does.
+        tst_peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s (10¹² FLOPs per second), dense, in the precision
+            of training. `tst_model_flops_utilization` is logged against it; by default the bfloat16 peak of the device,
+            where it is known.
 
     `enable_jit_checkpoint` is honoured: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
     `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
@@ -157,6 +160,13 @@ class TSTTrainingArguments(TrainingArguments):
             "optimizer step, or ignore it."
         },
     )
+    tst_peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak of one device in TFLOP/s, to log tst_model_flops_utilization against; by default the bfloat16 peak "
+            "of the device, where it is known."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +182,11 @@ class TSTTrainingArguments(TrainingArguments):
         resolve_weighting(self.tst_mode, self.tst_offset_weighting, "tst_")
         check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
         check_bad_loss(self.tst_bad_loss)
+        if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
+            raise TSTError(
+                f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}: give the peak of one device in TFLOP/s, "
+                "or leave it out."
+            )
         check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
         check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
         if self.tst_document_boundaries == "respect" and not self.tst_enabled:

@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..models.superposition import fused_next_token_loss, token_superposition
-from ..records.run import RUN_ENTRY, run_entry
+from ..planning.hardware import peak_tflops
+from ..records.run import RUN_ENTRY, UTILIZATION, run_entry
 from .arguments import TSTTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -98,7 +99,8 @@ class TokenMeterCallback(TrainerCallback):
         self._seconds = 0.0
         self._since = 0.0
         self._waited = 0.0
-        self._last_report = (0, 0, 0.0)  # step, tokens left out, seconds
+        self._peak_flops: float | None = None  # per second, of all devices
+        self._last_report = (0, 0, 0.0, 0.0)  # step, tokens left out, seconds, FLOPs
 
     def on_train_begin(
         self,
@@ -110,9 +112,11 @@ class TokenMeterCallback(TrainerCallback):
     ) -> None:
         if self.schedule is not None and self.rows_per_step is not None:
             run = run_entry(args, model, self.schedule.switch_step, self.rows_per_step)
-            state.log_history.append({"step": state.global_step, RUN_ENTRY: run})
+            peak = args.tst_peak_tflops or peak_tflops(args.device)
+            state.log_history.append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
+            self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
-        self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0)
+        self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0, state.total_flos)
         self._restart_clock()
 
     def on_step_end(
@@ -120,6 +124,10 @@ class TokenMeterCallback(TrainerCallback):
     ) -> None:
         if self.epoch is not None:
             state.epoch = self.epoch(state.global_step)
+        if args.device.type != "cpu" and (
+            control.should_log or control.should_evaluate or control.should_save
+        ):
+            torch.accelerator.synchronize()  # as what comes next does: these steps' work is not the next ones' time
         self._seconds += time.perf_counter() - self._since
         self._restart_clock()
 
@@ -167,18 +175,20 @@ class TokenMeterCallback(TrainerCallback):
             self.tokens_left_out += int(total(self._left_out_here))
             self._left_out_here = torch.zeros_like(self._left_out_here)
 
-    def report(self, step: int, with_speed: bool) -> dict[str, Any]:
+    def report(self, step: int, flops: float, with_speed: bool) -> dict[str, Any]:
         """Log entries after `step` optimizer steps.
 
         Args:
             step (`int`): Optimizer steps done.
-            with_speed (`bool`): Add tokens a second, and the wait for data, since the last report that had them.
+            flops (`float`): FLOPs of them, over all devices; 0 if they are not counted.
+            with_speed (`bool`): Add tokens per second, utilization and the wait for data, since the last report that had them.
 
         Returns:
             `tst_phase` of the last step done, and `tst_current_bag_size`, s or 1, which trackers that plot numbers only
             show the phases by; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
             `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
-            count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`; `tst_data_wait_seconds` that
+            count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`;
+            `tst_model_flops_utilization`, where FLOPs and the peak of the device are known; `tst_data_wait_seconds` that
             training waited for batches on this rank, and `tst_data_wait_fraction` of the time.
         """
         if self.schedule is None:
@@ -193,16 +203,18 @@ class TokenMeterCallback(TrainerCallback):
         entries |= {"tst_raw_tokens": raw - left_out, "tst_latent_tokens": latent}
         if self.tokens_left_out is not None:
             entries["tst_tokens_left_out"] = left_out
-        last_step, last_left_out, last_seconds = self._last_report
+        last_step, last_left_out, last_seconds, last_flops = self._last_report
         seconds = self._seconds - last_seconds
         if with_speed and step > last_step and seconds > 0:
             last_raw, last_latent = self._tokens(last_step)
             new_raw = raw - left_out - (last_raw - last_left_out)
             entries["tst_raw_tokens_per_second"] = round(new_raw / seconds, 1)
             entries["tst_latent_tokens_per_second"] = round((latent - last_latent) / seconds, 1)
+            if self._peak_flops and flops > last_flops:
+                entries[UTILIZATION] = round((flops - last_flops) / seconds / self._peak_flops, 4)
             entries["tst_data_wait_seconds"] = round(self._waited, 4)
             entries["tst_data_wait_fraction"] = round(min(1.0, self._waited / seconds), 4)
-            self._last_report = (step, left_out, self._seconds)
+            self._last_report = (step, left_out, self._seconds, flops)
             self._waited = 0.0
         return entries
 

@@ -44,11 +44,6 @@ class MTPCallback(TrainerCallback):
             _check_trainer(trainer)
             self._heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
 
-    @property
-    def parameters(self) -> int:
-        """Parameters of the extra heads."""
-        return 0 if self._heads is None else sum(p.numel() for p in self._heads.parameters())
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context in which the model has its extra heads; their losses come with the start of training.

@@ -15,15 +15,17 @@ from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.folding import offset_weights, resolve_weighting
-from ..bags.phases import PhaseSchedule
+from ..bags.phases import Phase, PhaseSchedule
 from ..data.block_checks import BlockRules
 from ..data.plan import BatchLayout
 from ..data.rows import DOCUMENT_COLUMNS, PhaseCollator
 from ..errors import bad_input
 from ..losses.multi_hot import count_target_bags
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
+from ..models.shape import ModelShape
 from ..models.sharding import warn_of_missing_fsdp, weights_to_save
 from ..models.superposition import find_language_model
+from ..planning.flops import find_shape, flops_per_token
 from .arguments import TSTTrainingArguments
 from .bad_loss import BadNumber
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
@@ -73,7 +75,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
           checkpoints.
         - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
         - `training_step`: notes the latent length, for the token counts.
-        - `floating_point_ops`: a bag costs one latent position.
+        - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
@@ -98,6 +100,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         self._meter = TokenMeterCallback()
         self._data: RunData | None = None
         self._expert_load = ExpertLoadMeter()
+        self._shape: ModelShape | None = None
         self._checkpoint: str | None = None
         self._restore_random_state = False
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
@@ -250,6 +253,7 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         values = super().set_initial_training_values(args, dataloader, *rest)
         if self._meter.schedule is None:
             self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
+        self._shape = find_shape(self.model)
         self._meter.rows_per_step = self.get_total_train_batch_size(args)
         return values
 
@@ -280,13 +284,14 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a forward and backward pass over `inputs`; a bag counts as one token, and reaches no extra head."""
-        input_ids = inputs.get("input_ids")
-        if not _is_superposed(inputs) or not isinstance(input_ids, Tensor):
-            return super().floating_point_ops(inputs)
-        positions = input_ids[..., 0] if input_ids.dim() == 3 else input_ids
-        operations = super().floating_point_ops({**inputs, "input_ids": positions})
-        return operations - 6 * self._mtp.parameters * positions.numel()
+        """FLOPs of this process for a forward and backward pass over `inputs`, in training; 0 if they cannot be counted."""
+        input_ids, args = inputs.get("input_ids"), self.args
+        if self._shape is None or not isinstance(input_ids, Tensor):
+            return 0
+        rows, length = input_ids.shape[:2]
+        phase: Phase = "superposition" if _is_superposed(inputs) else "recovery"
+        per_token = flops_per_token(self._shape, length, phase, args.mtp_num_heads, args.mtp_kind)
+        return rows * length * per_token // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
@@ -294,7 +299,10 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
             super().log(logs, start_time)
             return
         self._gather_left_out()
-        entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
+        entries = {
+            **logs,
+            **self._meter.report(self.state.global_step, self.state.total_flos, with_speed="loss" in logs),
+        }
         if "loss" in logs:
             entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
             entries |= self._mtp.report()

@@ -113,6 +113,7 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        tst_peak_tflops=1e-6,
         **({"tst_phase_ratio": SWITCH / STEPS} | options),
     )
     record = Record()

@@ -41,6 +41,12 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
     for key in ("tst_raw_tokens", "tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused"):
         assert [entry.get(key) for entry in result["logs"]] == [entry.get(key) for entry in one["logs"]]
     assert ("tst_expert_load_max" in result["logs"][0]) == ("moe" in name)
+    _, start = CASES[name].get("resume", (None, 0))
+    shares = [
+        [e["tst_model_flops_utilization"] / e["tst_latent_tokens_per_second"] for e in run["logs"][start:]]
+        for run in (result, one)
+    ]
+    assert [2 * share for share in shares[0]] == pytest.approx(shares[1], rel=1e-3)  # of twice the peak
 
 
 def test_what_the_cases_are_about_happens(two):
