@@ -43,7 +43,7 @@ from transformers import (
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.planning.flops import step_flops
-from hf_tst.planning.hardware import ACCELERATORS
+from hf_tst.planning.hardware import peak_tflops
 
 RECIPE = Path(__file__).parent / "configs" / "recipes" / "270m-20k-tst.yaml"
 TINY = {
@@ -183,6 +183,8 @@ def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) ->
         "learning_rate": 1e-4, "bf16": True, "use_cpu": device.type == "cpu", "torch_compile": args.torch_compile,
         "logging_steps": stopwatch.last - 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
+    if args.tiny and args.torch_compile:
+        options["torch_compile_backend"] = "eager"  # the graphs alone: inductor takes a minute
     blocks = Blocks(args.rows * bag_size * (stopwatch.end + 1), args.length, config.vocab_size)
     if variant in ("plain", "liger"):
         arguments = TrainingArguments(**options, use_liger_kernel=variant == "liger")
@@ -209,16 +211,10 @@ def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) ->
         "model_flops_utilization": "",
         "peak_mib": stopwatch.peak_bytes / 2**20,
     }
-    peak = args.peak_tflops or known_peak(device)
+    peak = args.peak_tflops or peak_tflops(device)
     if peak:
         row["model_flops_utilization"] = step_flops(config, args.rows, args.length) / seconds / (peak * 1e12)
     return row | read_profile(stopwatch.profile, args.profile_steps)
-
-
-def known_peak(device: torch.device) -> float | None:
-    """Peak of the device in TFLOP/s in bfloat16, if its name has that of a known kind."""
-    words = torch.cuda.get_device_name(device).lower().split() if device.type == "cuda" else []
-    return next((known.tflops for kind, known in ACCELERATORS.items() if kind in words), None)
 
 
 def main() -> None:

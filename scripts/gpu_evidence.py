@@ -57,13 +57,12 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     def tests(file: str, choice: str) -> list[str]:
         return ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{file}", "-k", choice]
 
-    def loss(candidates: str, hidden_size: int, vocab_size: int, bag_sizes: str) -> list[str]:
-        rows, hidden_size, vocab_size = (64, 16, 500) if args.tiny else (8192, hidden_size, vocab_size)
-        shape = f"--rows {rows} --hidden_size {hidden_size} --vocab_size {vocab_size} --bag_sizes {bag_sizes}"
-        options = (
-            f"--device {args.device} --dtype bfloat16 --rounds {1 if args.tiny else 5} --csv OUT/loss.csv"
-        )
-        return shlex.split(f"python scripts/benchmark_loss.py {shape} {options} --candidates {candidates}")
+    def loss(options: str) -> list[str]:
+        shapes = "--rows 64 --hidden_size 16 --vocab_size 500 --rounds 1"
+        if not args.tiny:
+            shapes = "--rows 8192 --hidden_size 576 2048 --vocab_size 128256 32000 --rounds 5 --repeats 4"
+        places = f"--device {args.device} --dtype bfloat16 --csv OUT/loss.csv"
+        return shlex.split(f"python scripts/benchmark_loss.py {places} {shapes} {options}")
 
     def train(variants: str) -> list[str]:
         peak = f" --peak_tflops {args.peak_tflops}" if args.peak_tflops else ""
@@ -71,31 +70,21 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
         options = f"--device {args.device} --csv OUT/step.csv{peak}{size}"
         return shlex.split(f"python scripts/benchmark_trainer.py {options} --variants {variants}")
 
-    unfused = "one_target gather loop"
     steps = [
         Step("kernel", tests("test_on_device.py", "kernel or operator"), 60),
         Step("training", tests("test_on_device.py", "not kernel and not operator and not compiled"), 60),
-        Step("loss, d=576, V=128256", loss(unfused, 576, 128_256, "1 6 16"), 45),
+        Step("loss", loss("--bag_sizes 1 6 16 --candidates products one_target gather loop"), 75),
         Step("step", train("plain recovery superposition"), 60),
         Step("step, Liger", train("liger"), 30),
-        Step("loss, Liger", loss("liger", 576, 128_256, "1"), 30),
-        Step("loss, cut-cross-entropy", loss("cce", 576, 128_256, "1"), 30),
-        Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 75),
+        Step("loss, others", loss("--bag_sizes 1 --candidates liger cce"), 45),
+        Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 60),
         Step("compiled", tests("test_on_device.py", "compiled and not off"), 75),
-        Step("loss, d=2048, V=128256", loss(unfused, 2048, 128_256, "1 6 16"), 45),
-        Step("loss, d=576, V=32000", loss(unfused, 576, 32_000, "1 6 16"), 30),
-        Step("loss, d=2048, V=32000", loss(unfused, 2048, 32_000, "1 6 16"), 30),
+        Step("loss, chunks", loss("--bag_sizes 1 --candidates ours --chunk_rows 512 1024 2048 4096"), 45),
         Step("step, compiled", train("plain superposition --bag_sizes 6 --torch_compile True"), 90),
         Step("step, Liger, compiled", train("liger --torch_compile True"), 60),
         Step("kernel tests, memory", tests("test_fused_gpu.py", "test"), 90),
     ]
-    only_gpu = (
-        "step, Liger",
-        "loss, Liger",
-        "loss, cut-cross-entropy",
-        "step, Liger, compiled",
-        "kernel tests, memory",
-    )
+    only_gpu = ("step, Liger", "loss, others", "step, Liger, compiled", "kernel tests, memory")
     return [step for step in steps if on_gpu or step.name not in only_gpu]
 
 
@@ -247,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60),
         *SLICES[args.slice](args),
     ]
+    steps = [step._replace(limit=step.limit * slower) for step in steps]
     run_slice(steps, record, save, start=start, seconds=args.seconds, folder=folder, environment=environment)
     print((folder / "results.md").read_text(encoding="utf-8"))
 
