@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,11 +44,19 @@ DEVICE = (
 
 
 class Step(NamedTuple):
-    """One process: its name, its command, in which OUT is the folder of results, and the seconds it may take."""
+    """One process.
+
+    Args:
+        name (`str`): What it is called on record.
+        command (`list[str]`): Its command, in which OUT is the folder of results and WORK that of everything else.
+        limit (`float`): Seconds it may take.
+        keep (`tuple[str, ...]`): Files of WORK to copy to OUT after it.
+    """
 
     name: str
     command: list[str]
     limit: float
+    keep: tuple[str, ...] = ()
 
 
 def slice_a(args: argparse.Namespace) -> list[Step]:
@@ -89,18 +98,62 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
 
 
 def slice_b(args: argparse.Namespace) -> list[Step]:
-    """Does it help."""
-    return []
+    """Does it help: TST and its baseline at equal FLOPs, three seeds, then other arms, as many steps as the time allows."""
+    parts, held_out = (
+        " ".join(map(str, sorted(args.corpus.resolve().glob(name)))) for name in ("part*", "valid*")
+    )
+    pages = tuple(f"comparison/comparison.{ending}" for ending in ("json", "md", "png"))
+
+    def compare(share: float, arms: str, seeds: str) -> list[str]:
+        files = "--train_file WORK/train.npy --validation_file WORK/valid.npy --output_dir WORK/comparison"
+        choice = f"--arms {arms} --seeds {'0' if args.tiny else seeds} --seconds {share * args.seconds:.0f}"
+        command = shlex.split(
+            f"python scripts/compare.py scripts/configs/comparisons/100m-gpu.yaml {files} {choice}"
+        )
+        if args.tiny:
+            shape = (
+                "vocab_size=500,hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2"
+            )
+            command += [
+                "--config_overrides",
+                f"{shape},num_key_value_heads=2",
+                "--block_size",
+                "16",
+                "--warmup_steps",
+                "2",
+            ]
+            command += [
+                "--max_steps",
+                "20",
+                "--lr_scheduler_kwargs",
+                '{"num_decay_steps": 4}',
+                "--bf16",
+                "False",
+            ]
+        return [*command, "--use_cpu", "True"] if args.device == "cpu" else command
+
+    pack = "python scripts/pack_ids.py --inputs"
+    return [
+        Step("text", shlex.split(f"{pack} {parts} --eos_id 0 --seed 0 --output WORK/train.npy"), 90),
+        Step("held-out text", shlex.split(f"{pack} {held_out} --output WORK/valid.npy"), 30),
+        Step("baseline and TST", compare(0.6, "baseline,tst", "0,1,2"), 0.65 * args.seconds, pages),
+        Step(
+            "other arms",
+            compare(0.27, "baseline,tst,tst-r0.2-s4,mtp-0.1,tst+mtp-0.1", "0,1,2"),
+            0.3 * args.seconds,
+            pages,
+        ),
+    ]
 
 
 SLICES: dict[str, Callable[[argparse.Namespace], list[Step]]] = {"a": slice_a, "b": slice_b}
 
 
-def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+def run(step: Step, seconds: float, out: Path, work: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Run a step for `seconds` at most, with all that it starts; what goes on record of it."""
-    command = [
-        sys.executable if word == "python" else word.replace("OUT/", f"{folder}/") for word in step.command
-    ]
+    command = [word.replace("OUT/", f"{out}/").replace("WORK/", f"{work}/") for word in step.command]
+    if command[0] == "python":
+        command[0] = sys.executable
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -110,7 +163,7 @@ def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -
         try:
             status = "passed" if process.wait(seconds) == 0 else f"failed, exit status {process.returncode}"
         except subprocess.TimeoutExpired:
-            # Cut by the time of the whole, it is another call's; it has not shown to be too slow.
+            # Cut by the time of the whole, it has not shown to be too slow.
             status = f"failed, not done in {step.limit:.0f} s" if seconds >= step.limit else "not reached"
         finally:
             # Launchers and compilers have processes of their own, which are in its group.
@@ -119,60 +172,42 @@ def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -
             process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - LOG_TAIL))
         text = output.read().decode(errors="replace")
-    with (folder / "output.log").open("a", encoding="utf-8") as log:
+    for name in step.keep:
+        if (work / name).exists():
+            shutil.copy(work / name, out)
+    with (out / "output.log").open("a", encoding="utf-8") as log:
         log.write(f"\n== {step.name}: {status}\n{text}")
-    elapsed = round(time.monotonic() - start, 1)
-    return {"status": status, "seconds": elapsed, "command": shlex.join(step.command), "output": text[-TAIL:]}
+    return result_of(step, status, round(time.monotonic() - start, 1), text[-TAIL:])
 
 
-def run_slice(
-    steps: Sequence[Step], record: dict[str, Any], save: Callable[[], None], **options: Any
-) -> None:
-    """Run the steps that have not passed, until the time is up; `save` is called whenever `record` has changed."""
-    deadline = options["start"] + options["seconds"]
-    results = record.setdefault("steps", {})
-    for step in steps:
-        if results.get(step.name, {}).get("status") == "passed":
-            continue
-        left = deadline - time.monotonic()
-        if left >= SHORTEST:
-            print(f"{step.name} ...", end=" ", flush=True)
-            results[step.name] = run(step, min(step.limit, left), options["folder"], options["environment"])
-            print(f"{results[step.name]['status']}, {results[step.name]['seconds']} s", flush=True)
-        else:
-            results[step.name] = {
-                "status": "not reached",
-                "seconds": 0,
-                "command": shlex.join(step.command),
-                "output": "",
-            }
-        save()
+def result_of(step: Step, status: str, seconds: float = 0, output: str = "") -> dict[str, Any]:
+    return {"status": status, "seconds": seconds, "command": shlex.join(step.command), "output": output}
+
+
+def as_markdown(records: dict[str, Any]) -> str:
+    """All records as tables, then the end of each step's output."""
+    lines = ["# Evidence on a device"]
+    for name, record in records.items():
+        steps = record["steps"]
+        circumstances = [
+            record["date"],
+            steps["device"]["output"].strip(),
+            record["machine"],
+            record["versions"],
+        ]
+        lines += ["", f"## {name}", "", f"`{record['command']}`", "", "; ".join(circumstances), ""]
+        lines += ["| step | result | seconds | command |", "|---|---|---|---|"]
+        for step, result in steps.items():
+            lines.append(f"| {step} | {result['status']} | {result['seconds']} | `{result['command']}` |")
+        for step, result in steps.items():
+            lines += ["", f"### {step}", "", "```", result["output"].strip().replace("```", "'''"), "```"]
+    return "\n".join(lines) + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
-
-
-def as_markdown(records: dict[str, Any]) -> str:
-    """All records as tables, then the end of each step's output."""
-    lines = ["# Evidence on a device", ""]
-    for name, record in records.items():
-        lines += [
-            f"## {name}",
-            "",
-            f"`{record['command']}`",
-            "",
-            f"{record['date']}, {record['machine']}, {record['versions']}",
-        ]
-        lines += ["", "| step | result | seconds | command |", "|---|---|---|---|"]
-        for step, result in record["steps"].items():
-            lines.append(f"| {step} | {result['status']} | {result['seconds']} | `{result['command']}` |")
-        for step, result in record["steps"].items():
-            lines += ["", f"### {step}", "", "```", result["output"].strip().replace("```", "'''"), "```"]
-        lines.append("")
-    return "\n".join(lines)
 
 
 def versions() -> str:
@@ -184,62 +219,70 @@ def versions() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    start = time.monotonic()
+    deadline = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--slice", choices=SLICES, required=True, help="a: is it right, is it fast; b: does it help"
+        "--slice", choices=SLICES, required=True, help="a: is it right and fast; b: does it help"
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder for the results of one or more calls"
+        "--output_dir", type=Path, required=True, help="folder of the results of one or more calls"
     )
     parser.add_argument("--seconds", type=float, default=270, help="seconds that the whole call may take")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the same steps in small, as a rehearsal")
-    parser.add_argument("--corpus", type=Path, help="folder of token ids for slice b")
+    parser.add_argument(
+        "--corpus", type=Path, help="slice b: a folder of token ids in files part* and valid*"
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, default=ROOT / "runs" / "gpu_evidence", help="slice b: for its runs"
+    )
     parser.add_argument(
         "--peak_tflops", type=float, help="peak of the device in TFLOP/s, if its name does not tell"
     )
     args = parser.parse_args(arguments)
     if args.slice == "b" and args.corpus is None:
         parser.error("--slice b trains on text: give --corpus a folder of token ids.")
+    deadline += args.seconds
 
-    folder = args.output_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
+    out, work = args.output_dir.resolve(), args.work_dir.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    record = records.setdefault(f"slice {args.slice}, {args.device}{', tiny' if args.tiny else ''}", {})
+    record = records.setdefault(
+        f"slice {args.slice}, {args.device}{', tiny' if args.tiny else ''}", {"steps": {}}
+    )
     record |= {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": versions(),
     }
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ if args.device == "cuda" else dict(os.environ)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    one_device = {"CUDA_VISIBLE_DEVICES": "0"} if args.device == "cuda" else {}
-    environment = (
-        one_device
-        | os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "HF_TST_TEST_DEVICE": args.device,
-            "HF_HUB_OFFLINE": "1",
-        }
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment |= {"HF_TST_TEST_DEVICE": args.device, "HF_HUB_OFFLINE": "1"}
 
-    def save() -> None:
+    check = Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60)
+    for step in [check, *SLICES[args.slice](args)]:
+        if record["steps"].get(step.name, {}).get("status") == "passed":
+            continue
+        print(f"{step.name} ...", end=" ", flush=True)
+        left = deadline - time.monotonic()
+        if left < SHORTEST:
+            result = result_of(step, "not reached")
+        else:
+            # A CPU is for rehearsals, and slower.
+            step = step._replace(limit=step.limit * (4 if args.device == "cpu" else 1))
+            result = run(step, min(step.limit, left), out, work, environment)
+        print(f"{result['status']}, {result['seconds']} s", flush=True)
+        record["steps"][step.name] = result
         write_whole(path, json.dumps(records, indent=1))
-        write_whole(folder / "results.md", as_markdown(records))
-
-    steps = [
-        Step("device", ["python", "-c", DEVICE.format(device=args.device)], 60),
-        *SLICES[args.slice](args),
-    ]
-    steps = [step._replace(limit=step.limit * slower) for step in steps]
-    run_slice(steps, record, save, start=start, seconds=args.seconds, folder=folder, environment=environment)
-    print((folder / "results.md").read_text(encoding="utf-8"))
+        write_whole(out / "results.md", as_markdown(records))
+    print(as_markdown(records))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the step, too
     main()

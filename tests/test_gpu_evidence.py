@@ -1,12 +1,14 @@
 """The driver that records evidence on a device: its limits, what it does anew, and every step of it in small."""
 
 import json
+import lzma
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import gpu_evidence
+import numpy as np
 import pytest
 from benchmark_trainer import split_time
 from gpu_evidence import Step
@@ -36,7 +38,7 @@ def run_steps(monkeypatch, tmp_path):
 def test_a_failing_step_is_recorded_and_the_next_one_runs(run_steps, tmp_path):
     results = run_steps(
         python("bad", "print('so far'); raise SystemExit('too bad')"),
-        python("slow", "import time; print('begun', flush=True); time.sleep(60)", limit=1),
+        python("slow", "import time; print('begun', flush=True); time.sleep(60)", limit=0.25),
         python("good", "import hf_tst; open('OUT/rows.csv', 'w').write(hf_tst.__file__)"),
     )
     assert [result["status"] for result in results.values()] == [
@@ -105,22 +107,29 @@ def test_time_is_split_by_kind_of_kernel():
     assert split_time(reversed(kernels)) == expected
 
 
+def write_corpus(folder):
+    """Documents of random token ids, each ended by id 0, packed by xz as two parts and a held-out file."""
+    random = np.random.default_rng(0)
+    for name, documents in (("part0.u16.xz", 300), ("part1.u16.xz", 300), ("valid.u16.xz", 20)):
+        ids = random.integers(1, 500, (documents, 50), dtype=np.uint16)
+        ids[:, -1] = 0
+        (folder / name).write_bytes(lzma.compress(ids.astype("<u2").tobytes()))
+
+
 @pytest.mark.slow
-def test_every_step_runs_in_small_on_the_cpu(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--slice", "a", "--output_dir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--device", "cpu", "--tiny", "--seconds", "600"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_every_step_runs_in_small_on_the_cpu(tmp_path, name):
+    write_corpus(tmp_path)
+    out = tmp_path / "out"
+    flags = ["--slice", name, "--output_dir", out, "--corpus", tmp_path, "--work_dir", tmp_path / "work"]
+    command = [sys.executable, SCRIPT, *flags, "--device", "cpu", "--tiny", "--seconds", "900"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (record,) = json.loads((tmp_path / "results.json").read_text()).values()
-    failed = {
-        name: result["output"] for name, result in record["steps"].items() if result["status"] != "passed"
-    }
+    (record,) = json.loads((out / "results.json").read_text()).values()
+    failed = {step: result for step, result in record["steps"].items() if result["status"] != "passed"}
     assert not failed
-    assert len(record["steps"]) >= 10
-    files = list(tmp_path.iterdir())
+    files = list(out.iterdir())
+    assert {"results.json", "results.md"} < {path.name for path in files}
     assert len(files) <= 8
     assert all(path.is_file() and path.stat().st_size < 2**24 for path in files)
+    assert any(path.name == ("step.csv" if name == "a" else "comparison.json") for path in files)
