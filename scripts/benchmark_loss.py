@@ -2,17 +2,20 @@
 """Time and memory of the multi-hot loss, forward and backward, against other ways to compute it.
 
     python scripts/benchmark_loss.py                                  # on the CPU, the shapes of docs/cost.md
-    python scripts/benchmark_loss.py --device cuda --dtype bfloat16 --rows 8192 --hidden_size 1024 --vocab_size 128256
+    python scripts/benchmark_loss.py --device cuda --dtype bfloat16 --rows 8192 --hidden_size 576 2048 \\
+        --vocab_size 32000 128256 --repeats 10 --chunk_rows 512 2048
 
 Every candidate gets the same hidden states, head and labels, and computes the same loss of bags of s tokens:
   ours         linear_multi_hot_cross_entropy
+  ours_R_rows  the same with R rows of logits per chunk, for each R of --chunk_rows
+  products     the three matrix products alone: no loss, but the limit of the time
   loop         all logits, then s cross entropies, as the paper does
   gather       all logits, one log-softmax, s gathers
   one_target   all logits, one cross entropy with the first token of each bag (ordinary training, for scale)
   liger        Liger's fused linear cross entropy, s times (CUDA, if installed)
   cce          cut-cross-entropy, s times (CUDA, if installed)
 Candidates alternate; ratios are medians over rounds of the time against ours in the same round. Memory is the peak
-beyond inputs and gradients.
+beyond inputs and gradients. A candidate that fails, for want of memory for example, is left out with its error.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +34,12 @@ from benchmarking import append_rows, format_table, measure_alternating, median_
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from hf_tst import linear_multi_hot_cross_entropy
+from hf_tst import linear_loss, linear_multi_hot_cross_entropy
 
 IGNORE_INDEX = -100
 
-Candidate = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, d), weight (V, d), labels (N, s) -> loss
+# Hidden (N, d), weight (V, d), labels (N, s) -> loss, or none where the gradients are set already.
+Candidate = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 @dataclass
@@ -41,22 +47,39 @@ class BenchmarkArguments:
     """What to measure."""
 
     rows: int = field(default=1024, metadata={"help": "Positions, N."})
-    hidden_size: int = field(default=128, metadata={"help": "Hidden size, d."})
-    vocab_size: int = field(default=32768, metadata={"help": "Vocabulary, V."})
+    hidden_size: list[int] = field(default_factory=lambda: [128], metadata={"help": "Hidden sizes, d."})
+    vocab_size: list[int] = field(default_factory=lambda: [32768], metadata={"help": "Vocabularies, V."})
     bag_sizes: list[int] = field(
         default_factory=lambda: [1, 2, 4, 6, 8, 16], metadata={"help": "Bag sizes s to measure."}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of hidden states and head."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     rounds: int = field(default=7, metadata={"help": "Rounds that count."})
+    repeats: int = field(default=1, metadata={"help": "Calls per timing: on a GPU one takes milliseconds."})
+    chunk_rows: list[int] = field(
+        default_factory=list, metadata={"help": "Rows of logits per chunk to try beside our own choice."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads; PyTorch's choice by default."})
     candidates: list[str] | None = field(default=None, metadata={"help": "Only these candidates, and ours."})
     csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})
-    plot: str | None = field(default=None, metadata={"help": "Where to draw time and memory over s (PNG)."})
+    plot: str | None = field(
+        default=None, metadata={"help": "Where to draw time and memory over s, of the first shape (PNG)."}
+    )
 
 
 def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear_multi_hot_cross_entropy(hidden, weight, labels)
+
+
+def ours_in_chunks(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    with mock.patch.object(linear_loss, "chunk_rows", return_value=rows):
+        return linear_multi_hot_cross_entropy(hidden, weight, labels)
+
+
+@torch.no_grad()
+def products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    logits = hidden @ weight.t()
+    hidden.grad, weight.grad = logits @ weight, logits.t() @ hidden
 
 
 def loop(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,9 +100,11 @@ def one_target(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels[..., 0], ignore_index=IGNORE_INDEX)
 
 
-def find_candidates(device: torch.device) -> dict[str, Candidate]:
+def find_candidates(args: BenchmarkArguments, device: torch.device) -> dict[str, Candidate]:
     candidates: dict[str, Candidate] = {
         "ours": ours,
+        **{f"ours_{rows}_rows": partial(ours_in_chunks, rows) for rows in args.chunk_rows},
+        "products": products,
         "loop": loop,
         "gather": gather,
         "one_target": one_target,
@@ -112,67 +137,86 @@ def find_candidates(device: torch.device) -> dict[str, Candidate]:
 
 
 class Case:
-    """Hidden states, head and labels of one bag size."""
+    """Hidden states, head and labels of one shape."""
 
-    def __init__(self, args: BenchmarkArguments, bag_size: int, device: torch.device) -> None:
+    def __init__(
+        self, args: BenchmarkArguments, hidden_size: int, vocabulary: int, bag_size: int, device: torch.device
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, args.dtype)
-        hidden = torch.randn(args.rows, args.hidden_size, generator=generator)
-        weight = torch.randn(args.vocab_size, args.hidden_size, generator=generator) * args.hidden_size**-0.5
-        labels = torch.randint(0, args.vocab_size, (args.rows, bag_size), generator=generator)
+        hidden = torch.randn(args.rows, hidden_size, generator=generator)
+        weight = torch.randn(vocabulary, hidden_size, generator=generator) * hidden_size**-0.5
+        labels = torch.randint(0, vocabulary, (args.rows, bag_size), generator=generator)
         self.hidden = hidden.to(device, dtype).requires_grad_()
         self.weight = weight.to(device, dtype).requires_grad_()
         self.labels = labels.to(device)
 
-    def run(self, candidate: Candidate) -> float:
-        """Forward and backward; returns the loss."""
-        self.clear()
-        loss = candidate(self.hidden, self.weight, self.labels)
-        loss.backward()
-        return loss.item()
+    def run(self, candidate: Candidate, repeats: int = 1) -> Tensor | None:
+        """Forward and backward, so many times; returns the loss."""
+        for _ in range(repeats):
+            self.clear()
+            loss = candidate(self.hidden, self.weight, self.labels)
+            if loss is not None:
+                loss.backward()
+        return None if loss is None else loss.detach()
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
     @property
     def gradient_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.hidden, self.weight))
+        return self.hidden.nbytes + self.weight.nbytes
 
 
-def measure_bag_size(args: BenchmarkArguments, bag_size: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row for every candidate at one bag size."""
-    case = Case(args, bag_size, device)
-    runs = {
-        name: partial(case.run, candidate)
-        for name, candidate in find_candidates(device).items()
-        if args.candidates is None or name in [*args.candidates, "ours"]
-    }
+def measure(
+    args: BenchmarkArguments, hidden_size: int, vocabulary: int, bag_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """A row for every candidate at one shape."""
+    case = Case(args, hidden_size, vocabulary, bag_size, device)
+    runs, found = {}, {}
+    for name, candidate in find_candidates(args, device).items():
+        if args.candidates is not None and name not in [*args.candidates, "ours"] and "_rows" not in name:
+            continue
+        run = partial(case.run, candidate)
+        try:
+            run()  # compiles
+            case.clear()
+            peak = peak_memory(run, device) - case.gradient_bytes
+            loss = run()
+        except Exception as error:
+            if name == "ours":
+                raise
+            print(f"{name} at s={bag_size}, d={hidden_size}, V={vocabulary}: {error!r}")
+            continue
+        runs[name] = partial(run, args.repeats)
+        found[name] = {
+            "peak_mib": peak / 2**20,
+            "peak_over_logits": peak / (4 * args.rows * vocabulary),
+            "loss": "" if loss is None else loss.item(),
+        }
     seconds = measure_alternating(runs, device, args.rounds)
-    rows = []
-    for name, run in runs.items():
-        case.clear()
-        peak = peak_memory(run, device) - case.gradient_bytes
-        rows.append(
-            {
-                "candidate": name,
-                "s": bag_size,
-                "N": args.rows,
-                "d": args.hidden_size,
-                "V": args.vocab_size,
-                "dtype": args.dtype,
-                "seconds": statistics.median(seconds[name]),
-                "time_over_ours": median_ratio(seconds[name], seconds["ours"]),
-                "peak_mib": peak / 2**20,
-                "peak_over_logits": peak / (4 * args.rows * args.vocab_size),
-                "loss": run(),
-            }
-        )
-    return rows
+    return [
+        {
+            "candidate": name,
+            "s": bag_size,
+            "N": args.rows,
+            "d": hidden_size,
+            "V": vocabulary,
+            "dtype": args.dtype,
+            "seconds": statistics.median(seconds[name]) / args.repeats,
+            "time_over_ours": median_ratio(seconds[name], seconds["ours"]),
+            **found[name],
+        }
+        for name in runs
+    ]
 
 
-def measure_growth(args: BenchmarkArguments, device: torch.device) -> float:
+def measure_growth(
+    args: BenchmarkArguments, hidden_size: int, vocabulary: int, device: torch.device
+) -> float:
     """Our time at the last bag size over that at the first, alternating."""
-    runs = {str(s): partial(Case(args, s, device).run, ours) for s in (args.bag_sizes[0], args.bag_sizes[-1])}
+    cases = [Case(args, hidden_size, vocabulary, s, device) for s in (args.bag_sizes[0], args.bag_sizes[-1])]
+    runs = {str(i): partial(case.run, ours, args.repeats) for i, case in enumerate(cases)}
     first, last = measure_alternating(runs, device, 2 * args.rounds).values()
     return median_ratio(last, first)
 
@@ -205,14 +249,19 @@ def main() -> None:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = [row for bag_size in args.bag_sizes for row in measure_bag_size(args, bag_size, device)]
-    print(format_table(rows))
-    growth = measure_growth(args, device)
-    print(f"\nours, time at s={args.bag_sizes[-1]} over time at s={args.bag_sizes[0]}: {growth:.3f}")
-    if args.csv:
-        append_rows(args.csv, rows, device)
+    rows = []
+    for shape in product(args.hidden_size, args.vocab_size):
+        for bag_size in args.bag_sizes:
+            new = measure(args, *shape, bag_size, device)
+            print(format_table(new), flush=True)
+            rows += new
+            if args.csv:
+                append_rows(args.csv, new, device)
+        growth = measure_growth(args, *shape, device)
+        print(f"\nours, time at s={args.bag_sizes[-1]} over time at s={args.bag_sizes[0]}: {growth:.3f}\n")
     if args.plot:
-        plot(rows, args.plot)
+        first = (args.hidden_size[0], args.vocab_size[0])
+        plot([row for row in rows if (row["d"], row["V"]) == first], args.plot)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ MUTATIONS = [
     Mutation("undo of the loss", "models/probing.py", "        if had_own:\n            attributes[name] = own", "        if had_own:\n            pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
-    Mutation("its scale by the caller's", "losses/linear.py", "saved[i].mul_(scale)", "saved[i]", "linear_loss fused"),
+    Mutation("its scale by the caller's", "losses/linear.py", "torch.mul(gradient, scale, out=scaled)", "gradient.to(dtype)", "linear_loss fused"),
     Mutation("manifest, read at resume", "training/manifest.py", "if found_hash != expected:", "if not found_hash:", "checkpoints"),
     Mutation("position that a checkpoint must be at", "training/checkpoints.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
     Mutation("target of an extra head", "mtp/losses.py", "range(2, len(self.heads.heads) + 2)", "range(1, len(self.heads.heads) + 1)", "mtp"),

@@ -1,9 +1,11 @@
 """The benchmark scripts in a tiny form: what they compare is the same thing, and what they write is whole."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
+import reckon_loss
 from processes import run_script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -26,17 +28,20 @@ def run(script, *flags, cwd):
 
 
 def test_the_losses_that_are_compared_are_equal(tmp_path):
-    shape = ("--rows", 64, "--hidden_size", 8, "--vocab_size", 500, "--bag_sizes", 1, 4)
-    rows, again = run("benchmark_loss.py", *shape, "--plot", "plot.png", cwd=tmp_path)
+    shapes = ("--rows", 64, "--hidden_size", 8, "--vocab_size", 500, 300, "--bag_sizes", 1, 4)
+    flags = (*shapes, "--chunk_rows", 5, "--repeats", 2, "--plot", "plot.png")
+    rows, again = run("benchmark_loss.py", *flags, cwd=tmp_path)
     assert [row["candidate"] for row in rows] == [row["candidate"] for row in again]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    for s in ("1", "4"):
-        losses = {row["candidate"]: float(row["loss"]) for row in rows if row["s"] == s}
-        assert set(losses) == {"ours", "loop", "gather", "one_target"}
-        for name in ("ours", "gather", *(["one_target"] if s == "1" else [])):
-            assert losses[name] == pytest.approx(losses["loop"], rel=1e-5)
-        peaks = {row["candidate"]: float(row["peak_over_logits"]) for row in rows if row["s"] == s}
-        assert 0 < peaks["ours"] < peaks["one_target"] <= peaks["loop"]
+    for shape in itertools.product(("500", "300"), ("1", "4")):
+        of_shape = {row["candidate"]: row for row in rows if (row["V"], row["s"]) == shape}
+        assert set(of_shape) == {"ours", "ours_5_rows", "products", "loop", "gather", "one_target"}
+        assert of_shape["products"]["loss"] == ""
+        equal = ("ours", "ours_5_rows", "gather", *(["one_target"] if shape[1] == "1" else []))
+        for name in equal:
+            assert float(of_shape[name]["loss"]) == pytest.approx(float(of_shape["loop"]["loss"]), rel=1e-5)
+        peaks = {name: float(row["peak_over_logits"]) for name, row in of_shape.items()}
+        assert 0 < peaks["ours_5_rows"] < 0.1 < peaks["ours"] < peaks["one_target"] <= peaks["loop"]
 
 
 def test_steps_of_both_phases_are_measured(tmp_path):
@@ -66,3 +71,42 @@ def test_a_peak_adds_tokens_a_second_and_the_share_of_the_peak(tmp_path):
         passes = 1 if row["step"].startswith("evaluation") else 3
         flops = 2 * 8 * passes * (2 * met + 4 * width * 8)
         assert float(row["share_of_peak"]) == pytest.approx(flops / seconds / 1e9)
+
+
+def test_costs_by_hand():
+    n, d, v = 10, 4, 100
+    one = reckon_loss.ours(n, d, v, rows=10)
+    flops = 2 * n * d * v
+    logits, both, weight = 2 * n * v, 2 * n * (d + v), 2 * d * v
+    casts = 3 * weight + 4 * n * d
+    assert one.operations == [
+        (flops, both + weight),
+        (0, 3 * logits),
+        (flops, both + weight),
+        (flops, both + 2 * weight),
+        (0, casts),
+    ]
+    chunked = reckon_loss.ours(n, d, v, rows=4)
+    for way in (
+        one,
+        chunked,
+        reckon_loss.products(n, d, v),
+        reckon_loss.liger(n, d, v),
+        reckon_loss.loop(n, d, v, 6),
+    ):
+        assert sum(operation[0] for operation in way.operations) == 3 * flops
+        low, high = way.milliseconds
+        assert low < high
+    # Three chunks read the weight twice more for two products, and its float32 gradient is read and written twice more.
+    moved, whole = (sum(operation[1] for operation in way.operations) for way in (chunked, one))
+    assert moved - whole == 2 * 2 * weight + 2 * 4 * weight
+    assert chunked.memory == max(weight + 2 * 4 * v, 2 * weight)
+    # 100 / 4 columns per hidden unit: 10 rows in 25 parts are one row each.
+    assert len(reckon_loss.liger(n, d, v).operations) == 1 + 6 * 10
+    assert reckon_loss.loop(n, d, v, 6).memory == 8 * 2 * logits
+
+
+def test_the_reckoned_tables_are_up_to_date():
+    text = (SCRIPTS.parent / "docs" / "cost.md").read_text(encoding="utf-8")
+    table = text.split(reckon_loss.BEGIN)[1].split(reckon_loss.END)[0].strip()
+    assert table == reckon_loss.make_tables(), "run `python scripts/reckon_loss.py`"

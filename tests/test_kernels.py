@@ -211,29 +211,66 @@ def accesses_of_logits(ptx):
     ]
 
 
-@pytest.mark.skipif(IN_INTERPRETER, reason="the interpreter does not compile")
-@pytest.mark.parametrize(
-    ("architecture", "bag_size", "has_softcap"),
-    [(80, 1, False), (80, 16, True), (90, 4, False), (90, 1, True)],
-)
-def test_triton_kernel_compiles_for_gpus(architecture, bag_size, has_softcap):
-    """Down to machine code, for which no GPU is needed; the warps of a program wait for each other where they must."""
+def compile_kernel(architecture, dtype, vocabulary, bag_size, has_softcap, is_aligned):
+    """The Triton kernel as machine code, for which no GPU is needed."""
     triton = pytest.importorskip(
         "triton", reason="triton is not installed (it has no wheel for this platform)"
     )
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_tst.losses.kernels.triton_multi_hot import multi_hot_kernel
+    from hf_tst.losses.kernels.triton_multi_hot import launch_options, multi_hot_kernel
 
-    signature = dict.fromkeys(multi_hot_kernel.arg_names, "constexpr")
-    signature |= {"logits_pointer": "*bf16", "labels_pointer": "*i64"}
+    names = multi_hot_kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr")
+    signature |= {"logits_pointer": f"*{dtype}", "labels_pointer": "*i64"}
     signature |= dict.fromkeys(("weights_pointer", "scale_pointer", "losses_pointer"), "*fp32")
     signature |= dict.fromkeys(("row_stride", "vocabulary", "bag_size", "ignore_index"), "i32")
     signature |= dict.fromkeys(("logit_scale", "softcap"), "fp32")
-    constants = {"HAS_SOFTCAP": has_softcap, "WRITE_GRADIENT": True, "BLOCK": 8192, "TARGETS": bag_size}
-    source = ASTSource(multi_hot_kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 16})
+    constants = launch_options(vocabulary, bag_size)
+    options = {"num_warps": constants.pop("num_warps")}
+    constants |= {"HAS_SOFTCAP": has_softcap, "WRITE_GRADIENT": True}
+    aligned = ("logits_pointer", "row_stride", "vocabulary") if is_aligned else ()
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(multi_hot_kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(IN_INTERPRETER, reason="the interpreter does not compile")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256])
+@pytest.mark.parametrize("has_softcap", [False, True])
+def test_triton_kernel_spills_no_registers(has_softcap, vocabulary, dtype, tmp_path):
+    """As it is launched on an H100: two programs or more fit on a multiprocessor, and a thread moves 16 bytes at a time."""
+    pytest.importorskip(
+        "triton", minversion="3.3", reason="older versions write attributes of arguments otherwise"
+    )
+    compiled = compile_kernel(90, dtype, vocabulary, 16, has_softcap, is_aligned=True)
+    from triton.backends import nvidia
+
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    print(f"\n{dtype}, V = {vocabulary}{', capped' if has_softcap else ''}: {used}")
+    assert used["STACK"] == used["LOCAL"] == 0  # where registers would be spilled to
+    threads = 32 * compiled.metadata.num_warps
+    assert used["REG"] * threads * 2 <= 65_536
+    assert used["SHARED"] * 2 <= 227 * 1024
+    for sweep in ("ld", "st"):
+        assert f"{sweep}.global.v4.b32" in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(IN_INTERPRETER, reason="the interpreter does not compile")
+@pytest.mark.parametrize(
+    ("architecture", "bag_size", "has_softcap"),
+    [(80, 1, False), (80, 16, True), (90, 4, False), (90, 1, True)],
+)
+def test_triton_kernel_compiles_for_gpus(architecture, bag_size, has_softcap):
+    """Down to machine code; the warps of a program wait for each other where they must."""
+    compiled = compile_kernel(architecture, "bf16", 128_256, bag_size, has_softcap, is_aligned=False)
     assert compiled.asm["cubin"]
 
     accesses = accesses_of_logits(compiled.asm["ptx"])

@@ -52,7 +52,7 @@ def test_memory_by_hand():
         6 * 8 + 2 * 8 + (4 + 2) * 4 + 4 * 16
     )  # numbers of two bytes a position: norms, their results, attention, MLP
     assert memory["activations"] == 2 * 2 * 10 * inside
-    assert memory["loss"] == 1 * 100 * 2 + 6 * 800  # chunks of one row
+    assert memory["loss"] == 10 * 100 * 2 + 6 * 800  # one chunk
     assert memory["embedding"] == 2 * 10 * 3 * 8
     assert memory["peak"] == sum(memory[key] for key in ("state", "gathered", "activations", "loss"))
     recomputed = Layout(4, 1, 2, 5, activation_checkpointing=True)

@@ -10,6 +10,7 @@ in an ordinary backward pass, and one logsumexp a position whatever s is. The wo
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from ..errors import TSTError
 from .kernels import select_kernel
 from .multi_hot import check_labels, check_weights, count_target_bags, resolve_weights
 
-# Chunks are large enough to keep matrix products efficient, and small enough that the logits of one are less than a
-# tenth of the logits of all.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-CHUNK_FRACTION = 16
+# Bytes of logits that are held at a time, at most. On a CPU more than these make nothing faster.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+# Each chunk reads and writes the float32 gradient of the weight, 8 bytes per element, for a product of 2 FLOPs per
+# element and row. A GPU does some 240 FLOPs in the time of a byte: with fewer rows it would wait for its memory.
+MIN_EFFICIENT_ROWS = 1024
 
 
 def linear_multi_hot_cross_entropy(
@@ -39,8 +41,8 @@ def linear_multi_hot_cross_entropy(
 ) -> Tensor:
     """The value and gradients of [`multi_hot_cross_entropy`] of `hidden @ weight.T + bias`, without those logits.
 
-    Peak memory beyond the arguments and their gradients is one chunk of logits and does not grow with s. Gradients
-    are accumulated in float32. Under autocast the matrix products run in the autocast dtype, as those of
+    Peak memory beyond the arguments and their gradients is one chunk of logits (see [`chunk_rows`]), and the float32 sum
+    and the cast of a weight of another dtype. It does not grow with N or s. Gradients are accumulated in float32. Under autocast the matrix products run in the autocast dtype, as those of
     `torch.nn.Linear` do. What needs no gradient costs none; without gradients only the loss is computed.
 
     Args:
@@ -91,7 +93,7 @@ def linear_multi_hot_cross_entropy(
         bias,
         labels.reshape(-1, bag_size),
         weights,
-        torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device),
+        _as_scalar(num_items_in_batch, hidden.device),
         ignore_index,
         softcap,
         1.0 if logit_scale is None else float(logit_scale),
@@ -101,10 +103,21 @@ def linear_multi_hot_cross_entropy(
     return loss
 
 
-def chunk_rows(rows: int, vocabulary: int, device_type: str) -> int:
-    """Rows of logits that are held at a time, of `rows` in all."""
-    fits = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
-    return max(1, min(fits, -(-rows // CHUNK_FRACTION)))
+def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, device_type: str) -> int:
+    """Rows of logits that are held at a time, of `rows` in all.
+
+    As many as fit in `CHUNK_BYTES`, but no more than `2 d`, or `MIN_EFFICIENT_ROWS`. With `2 d` rows a chunk of bfloat16
+    logits is as large as the float32 gradient of the weight, which is held anyway, and moves no fewer bytes than it.
+    """
+    fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
+    return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
+
+
+def _as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """`number` as a float32 tensor; a Python number without waiting for the device, as a copy to it would."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -132,7 +145,7 @@ def _forward(
     The gradients are of the loss itself, except in float16, where they are of the loss times the divisor: divided,
     most of them would be too small for float16.
     """
-    vocabulary = weight.shape[0]
+    vocabulary, hidden_size = weight.shape
     check_labels(labels, vocabulary, ignore_index)
     check_weights(weights)
     needs_hidden, needs_weight, needs_bias = needs_grad
@@ -146,11 +159,11 @@ def _forward(
         offset = None if bias is None else bias.to(matmul_dtype)
         hidden_gradient = _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype))
         weight_gradient = _allocate(needs_weight, weight, torch.float32)
-        bias_gradient = _allocate(needs_bias, bias, torch.float32)
+        bias_gradient = _allocate(needs_bias, bias, torch.float32).zero_()
         losses = torch.empty(rows, dtype=torch.float32, device=device)
-        chunk = chunk_rows(rows, vocabulary, device.type)
+        chunk = chunk_rows(rows, vocabulary, hidden_size, matmul_dtype.itemsize, device.type)
         buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
-        for start in range(0, rows, chunk):
+        for start in range(0, max(1, rows), chunk):  # without rows, too, the first chunk sets the gradient
             part = hidden[start : start + chunk].to(matmul_dtype)
             logits = buffer[: part.shape[0]]
             if offset is None:
@@ -170,7 +183,7 @@ def _forward(
             if needs_hidden:
                 _multiply_into(hidden_gradient[start : start + chunk], logits, matrix)
             if needs_weight:
-                _accumulate_product(weight_gradient, logits, part)
+                _accumulate_product(weight_gradient, logits, part, is_first=start == 0)
             if needs_bias:
                 bias_gradient += logits.sum(0, dtype=torch.float32)
     return losses.sum() * reciprocal, hidden_gradient, weight_gradient, bias_gradient
@@ -188,7 +201,7 @@ def _hidden_dtype(hidden: Tensor, matmul_dtype: torch.dtype) -> torch.dtype:
 def _allocate(needed: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not needed or like is None:
         return torch.empty(0)
-    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -198,14 +211,28 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.copy_(torch.mm(left, right))
 
 
-def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """`total += gradient.T @ hidden` in float32; a product of lower precision is made a slab at a time."""
+def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """`total += gradient.T @ hidden` in float32, or `total = ` for the first, which spares a pass over `total`."""
+    left, beta = gradient.t(), 0 if is_first else 1
     if total.dtype == gradient.dtype:
-        total.addmm_(gradient.t(), hidden)
-        return
-    slab = -(-total.shape[0] // 8)
-    for start in range(0, total.shape[0], slab):
-        total[start : start + slab] += torch.mm(gradient[:, start : start + slab].t(), hidden)
+        total.addmm_(left, hidden, beta=beta)
+    elif _adds_in_float32(gradient.dtype, gradient.device):
+        torch.addmm(total, left, hidden, out_dtype=torch.float32, beta=beta, out=total)
+    elif is_first:
+        total.copy_(torch.mm(left, hidden))
+    else:
+        total += torch.mm(left, hidden)
+
+
+@lru_cache
+def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `addmm` adds products of `dtype` to a float32 matrix there: on CUDA, from torch 2.8 on."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 _operator = torch.library.custom_op(
@@ -251,7 +278,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    # The gradients are scaled where they lie: another copy of the weight's would be the largest tensor of all.
+    # Gradients of the dtype of their input are scaled where they lie, others in one pass with their cast.
     if ctx.spent:
         raise RuntimeError(
             "backward has passed through linear_multi_hot_cross_entropy already: call the loss again instead of "
@@ -266,7 +293,9 @@ def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor |
             scale = scale * _reciprocal(divisor)
         for i, needed in enumerate(ctx.needs_grad):
             if needed:
-                gradients[i] = saved[i].mul_(scale).to(ctx.dtypes[i])
+                gradient, dtype = saved[i], ctx.dtypes[i]
+                scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+                gradients[i] = torch.mul(gradient, scale, out=scaled)
     return (*gradients, *[None] * 8)
 
 

@@ -98,7 +98,8 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
             f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             f"give one weight for each of the {bag_size} offsets."
         )
-    return weights.to(labels.device, torch.float32)
+    # A copy from the host need not be waited for; one to it would be read before it is there.
+    return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:

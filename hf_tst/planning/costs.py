@@ -127,7 +127,8 @@ def memory_per_gpu(
     activations = shape.layers * (states if layout.activation_checkpointing else inside)
     activations += inside if layout.activation_checkpointing else 0
     if fused_loss:
-        chunk = chunk_rows(positions, shape.vocab_size, "cuda") * shape.vocab_size * byte
+        rows = chunk_rows(positions, shape.vocab_size, shape.hidden_size, byte, "cuda")
+        chunk = rows * shape.vocab_size * byte
         # Accumulated in float32; its copy in the precision of the weights goes to FSDP.
         loss = chunk + (4 + byte) * shape.embedding_parameters
     else:

@@ -1,9 +1,10 @@
 """The multi-hot loss of some rows of logits, and its gradient in their place, as one Triton kernel.
 
 One program works off one row in two sweeps: the first reads the logits and keeps a running maximum and sum, the second
-writes the gradient of the logsumexp. The targets are never compared with the logits of a sweep, which would cost s
-comparisons a logit: the s target logits are gathered once, and their gradients, computed in registers, are stored over
-the second sweep's when it is done. A token that stands in a bag twice is stored twice with the same value.
+writes the gradient of the logsumexp. The second goes from the end to the beginning, because what was read last is still
+in the cache. The targets are never compared with the logits of a sweep, which would cost s comparisons per logit: the s
+target logits are gathered once, and their gradients, computed in registers, are stored over the second sweep's when it
+is done. A token that stands in a bag twice is stored twice with the same value.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def multi_hot_loss_and_gradient(
         return losses
     if logits.stride(1) != 1:
         raise TSTError(f"logits have stride {logits.stride(1)} in the vocabulary: make them contiguous.")
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocabulary))
     with torch.cuda.device_of(logits):
         multi_hot_kernel[(rows,)](
             logits,
@@ -55,11 +55,19 @@ def multi_hot_loss_and_gradient(
             0.0 if softcap is None else softcap,
             HAS_SOFTCAP=softcap is not None,
             WRITE_GRADIENT=write_gradient,
-            BLOCK=block,
-            TARGETS=triton.next_power_of_2(bag_size),
-            num_warps=max(1, min(16, block // 256)),
+            **launch_options(vocabulary, bag_size),
         )
     return losses
+
+
+def launch_options(vocabulary: int, bag_size: int) -> dict[str, int]:
+    """Sizes of the kernel's blocks, and its warps."""
+    block = min(_MAX_BLOCK, triton.next_power_of_2(vocabulary))
+    return {
+        "BLOCK": block,
+        "TARGETS": triton.next_power_of_2(bag_size),
+        "num_warps": max(1, min(16, block // 256)),
+    }
 
 
 @triton.jit
@@ -170,7 +178,9 @@ def multi_hot_kernel(
         target_gradient *= _slope(target_z, logit_scale, softcap, HAS_SOFTCAP)
         # Every warp must have read the targets' logits before any of them writes over one.
         tl.debug_barrier()
-        for start in range(0, vocabulary, BLOCK):
+        last = (vocabulary - 1) // BLOCK * BLOCK
+        for step in range(0, vocabulary, BLOCK):
+            start = last - step
             inside = start + columns < vocabulary
             z = _transform(
                 tl.load(logits_pointer + start + columns, mask=inside, other=0.0),
