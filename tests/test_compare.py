@@ -15,11 +15,12 @@ from filelock import FileLock
 
 from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
+from hf_tst.experiments import compare
 from hf_tst.experiments import queue as run_queue
-from hf_tst.experiments.arms import ARMS
 from hf_tst.experiments.compare import CompareArguments, main, plan_comparison
 from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
 from hf_tst.experiments.queue import PlannedRun, run_all
+from hf_tst.experiments.timing import TimeLimit
 from hf_tst.pretraining import run as pretrain
 
 
@@ -42,15 +43,16 @@ def differences(runs, arm):
 
 def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
     _, runs = planned(tiny_recipe)
-    assert differences(runs, "tst") == set(ARMS["baseline"])
+    plain = {"tst_phase_ratio", "tst_fused_loss"}
+    assert differences(runs, "tst") == plain
     _, runs = planned(tiny_recipe, "--arms", "baseline,tst,mtp,tst+mtp")
     steps = {"max_steps", "warmup_steps", "lr_scheduler_kwargs"}  # an extra head costs operations
-    assert differences(runs, "tst") == set(ARMS["baseline"])
+    assert differences(runs, "tst") == plain
     assert differences(runs, "mtp") - steps == {"mtp_num_heads"}
-    assert differences(runs, "tst+mtp") - steps == {"mtp_num_heads", *ARMS["baseline"]}
+    assert differences(runs, "tst+mtp") - steps == {"mtp_num_heads", *plain}
     _, runs = planned(tiny_recipe, "--budget", "data")
     assert differences(runs, "tst") == {
-        *ARMS["baseline"],
+        *plain,
         "max_steps",
         "warmup_steps",
         "lr_scheduler_kwargs",
@@ -77,6 +79,80 @@ def test_arms_with_extra_heads_train(tiny_recipe, tmp_path, in_process):
     for name in ("baseline", "mtp"):
         log = (tmp_path / f"{name}-lr0.01-seed0" / "arguments.yaml").read_text()
         assert yaml.safe_load(log)["tst_fused_loss"] == "on"
+
+
+MORE_ARMS = {
+    "tst-s2": {"tst_bag_size": 2, "tst_phase_ratio": 0.2, "seeds": 3},
+    "mtp-0.1": {"mtp_num_heads": 2, "mtp_loss_weight": 0.1, "tst_phase_ratio": 0.0},
+}
+
+
+def test_further_arms_are_changes_of_options(tiny_recipe, tmp_path, in_process):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            yaml.safe_load(tiny_recipe.read_text())
+            | {"more_arms": MORE_ARMS, "arms": "baseline,tst,tst-s2,mtp-0.1", "seeds": "0,1", "max_steps": 80}
+        )
+    )
+    plans, runs = planned(recipe)
+    assert [(run.arm, run.seed) for run, _ in runs] == [
+        ("baseline", 0), ("tst", 0), ("tst-s2", 3), ("mtp-0.1", 0), ("baseline", 1), ("tst", 1), ("mtp-0.1", 1),
+    ]  # fmt: skip
+    settings = {run.arm: plan.settings for run, plan in runs}
+    changed = {"tst_phase_ratio", "tst_bag_size", "seed"}
+    names = settings["tst"].keys() | settings["tst-s2"].keys()
+    assert {n for n in names if settings["tst"].get(n) != settings["tst-s2"].get(n)} == changed
+    assert (settings["tst-s2"]["tst_bag_size"], settings["tst-s2"]["tst_phase_ratio"]) == (2, 0.2)
+    # As of a built-in arm without superposition: fused, and as many operations in fewer steps.
+    assert settings["mtp-0.1"]["tst_fused_loss"] == "on"
+    assert (settings["mtp-0.1"]["mtp_num_heads"], settings["mtp-0.1"]["mtp_loss_weight"]) == (2, 0.1)
+    assert plans["mtp-0.1"].schedule.max_steps < 80 == plans["tst-s2"].schedule.max_steps
+    flags = ["--arms", "baseline,tst-s2", "--seeds", "3", "--output_dir", str(tmp_path / "out")]
+    comparison = main([str(recipe), *flags])
+    assert comparison.facts["arm tst-s2"] == "tst_bag_size=2, tst_phase_ratio=0.2"
+    assert comparison.arms[1].best.curve[-1].raw_tokens == (16 * 2 + 64) * 64
+    assert comparison.arms[1].difference is not None
+
+
+def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_path, in_process, monkeypatch):
+    """On a machine on which a step takes a second, by the short run."""
+    flags = [
+        str(tiny_recipe), "--max_steps", "4000", "--tst_bag_size", "2", "--eval_steps", "0.25", "--save_strategy", "no",
+        "--arms", "baseline,tst", "--output_dir", str(tmp_path), "--seeds",
+    ]  # fmt: skip
+
+    def paced(experiment, plans, runs, seconds, *_):
+        return TimeLimit(4000, 4000, seconds, 10.0, 2.0, 1.0, 1.0, plans["tst"].operations.recovery)
+
+    monkeypatch.setattr(compare, "time_short_run", paced)
+    comparison = main([*flags, "0,1", "--seconds", "1000"])
+    chosen = json.loads((tmp_path / "time_limit.json").read_text())["max_steps"]
+    # Four runs of a start, six evaluations (before it, four, and after it) and the steps.
+    assert 900 < 4 * (10 + 6 * 2 + chosen) <= 950
+    assert len(in_process) == 4
+    for run in in_process:
+        settings = yaml.safe_load((tmp_path / run / "arguments.yaml").read_text())
+        assert settings["max_steps"] == chosen
+        assert settings["lr_scheduler_kwargs"] == {"num_decay_steps": max(1, round(8 * chosen / 4000))}
+    assert f"shortened from 4,000 to {chosen}" in comparison.facts["time limit"]
+    # What is added later takes as many steps, with or without a limit; what is done is not done again.
+    again = main([*flags, "0,1,2"])
+    assert in_process[4:] == ["baseline-lr0.01-seed2", "tst-lr0.01-seed2"]
+    assert {arm.best.curve[-1].step for arm in again.arms} == {chosen}
+    # A run that would end too late is not started, and the report is there.
+    late = main([*flags, "0,9", "--seconds", "100"])
+    assert [run.status for run in late.outcomes] == ["finished", "finished", "missing", "missing"]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(TSTError, match="too little for 4 runs: 0 s are gone, and they need 88 s besides"):
+        main([*flags, "0,1", "--seconds", "80"])
+
+
+def test_a_limit_that_nothing_needs_changes_nothing(tiny_recipe, tmp_path, in_process):
+    flags = ["--arms", "tst", "--seeds", "0", "--seconds", "10000", "--output_dir", str(tmp_path)]
+    (arm,) = main([str(tiny_recipe), *flags]).arms
+    assert arm.best.curve[-1].step == 40
+    assert in_process == ["calibration", "tst-lr0.01-seed0"]
 
 
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
@@ -262,6 +338,15 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
         (["--deepspeed", "ds.json"], "The arguments need a package that is missing"),
         (["--launcher", " "], "launcher=' ' names no command"),
+        (["--seconds", "0"], "seconds must be more than 0, but is 0"),
+        (["--seconds", "9", "--processes", "2"], "seconds=9 needs processes=1, not 2"),
+        (["--more_arms", "{a"], "more_arms is not JSON"),
+        (["--more_arms", '{"a": 1}'], "more_arms must be names, each with the options that it changes"),
+        (["--more_arms", '{"tst": {}}'], "more_arms names an arm 'tst'"),
+        (["--more_arms", '{"a/b": {}}'], "more_arms names an arm 'a/b'"),
+        (["--more_arms", '{"a": {"max_steps": 5}}'], "An arm changes options of TST and MTP, but a has 'max_steps'"),
+        (["--more_arms", '{"a": {"tst_bag_sise": 5}}'], "did you mean 'tst_bag_size'?"),
+        (["--more_arms", '{"a": {"tst_bag_size": 0}}', "--arms", "a"], "tst_bag_size must be at least 1, but is 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_before_any_run(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TSTError, one_line
+from .token_files import TOKEN_FILE_SUFFIX, TokenFile
 
 FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -19,7 +20,7 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
 
     Args:
         path (`str`): The file, or a pattern such as `"corpus/*.jsonl"` for several of one kind, read in the order of
-            their names; the ending says how to read them.
+            their names; the ending says how to read them. A `.npy` file of token ids is a [`TokenFile`].
         split (`str`, defaults to `"train"`): A slice of the file, such as `"train[:5%]"`.
         streaming (`bool`, defaults to `False`): Read the file as training goes on; every file is a shard.
 
@@ -27,6 +28,10 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         TSTError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
             ending says.
     """
+    if path.endswith(TOKEN_FILE_SUFFIX):
+        if streaming:
+            raise TSTError(f"{path} is read from the disk as training goes on, always: leave streaming out.")
+        return TokenFile(path)
     import datasets
 
     files = matching_files(path)
@@ -63,7 +68,9 @@ def matching_files(path: str) -> list[str]:
 
 def _check_file(file: Path) -> None:
     if file.suffix not in FILE_LOADERS:
-        raise TSTError(f"Cannot read {file}: its name must end in one of {', '.join(FILE_LOADERS)}.")
+        raise TSTError(
+            f"Cannot read {file}: its name must end in one of {', '.join([*FILE_LOADERS, TOKEN_FILE_SUFFIX])}."
+        )
     if not file.is_file():
         raise TSTError(f"There is no file {file}.")
     if file.stat().st_size == 0:

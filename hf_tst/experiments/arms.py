@@ -2,74 +2,123 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
+from ..pretraining.options import check_names
 from ..training.arguments import TSTTrainingArguments
 
-# What an arm changes in the configuration, and nothing else. Arms without superposition compute their loss as TST does, fused
-# with the head, so that steps of all cost the same but for what an arm adds.
+# What an arm changes in the configuration, and nothing else.
 ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "baseline": {"tst_phase_ratio": 0.0, "tst_fused_loss": "on"},
+        "baseline": {"tst_phase_ratio": 0.0},
         "tst": {},
-        "mtp": {"mtp_num_heads": 4, "tst_phase_ratio": 0.0, "tst_fused_loss": "on"},
+        "mtp": {"mtp_num_heads": 4, "tst_phase_ratio": 0.0},
         "tst+mtp": {"mtp_num_heads": 4},
     }
 )
+# What else than these an arm could change would make it another model, other data or another budget.
+ARM_PREFIXES = ("tst_", "mtp_")
 
 
-def check_arms(names: Iterable[str], values: Mapping[str, Any]) -> None:
-    """Check that the arms exist and differ from each other, given a configuration.
+def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict[str, dict[str, Any]]:
+    """What every arm changes, by name: the arms of [`ARMS`], and further ones.
+
+    `mtp_num_heads` of the configuration is how many tokens the arms of [`ARMS`] with multi-token prediction predict, in the
+    place of their 4; it is nothing to the others.
+
+    Args:
+        values (`dict`): The configuration.
+        more_arms (`str`, *optional*): JSON of names with the options that each changes: `{"tst-s4": {"tst_bag_size": 4}}`.
+
+    Raises:
+        TSTError: If these are no such names and options, or a name is taken.
+    """
+    heads = setting(values, "mtp_num_heads")
+    arms = {name: dict(changes) for name, changes in ARMS.items()}
+    for changes in arms.values():
+        if "mtp_num_heads" in changes and heads > 1:
+            changes["mtp_num_heads"] = heads
+    try:
+        further = json.loads(more_arms or "{}")
+    except json.JSONDecodeError as error:
+        raise TSTError(f"more_arms is not JSON: {error} in {more_arms!r}.") from error
+    if not isinstance(further, dict) or not all(isinstance(changes, dict) for changes in further.values()):
+        raise TSTError(
+            f'more_arms must be names, each with the options that it changes, such as {{"tst-s4": {{"tst_bag_size": 4}}}}, '
+            f"but is {more_arms}."
+        )
+    options = [name for name in TSTTrainingArguments.__dataclass_fields__ if name.startswith(ARM_PREFIXES)]
+    for name, changes in further.items():
+        if name in arms or not re.fullmatch(r"[\w.+=-]+", name):
+            raise TSTError(
+                f"more_arms names an arm {name!r}: take a name of letters, digits and . + = - _ that is none of "
+                f"{', '.join(ARMS)}."
+            )
+        check_names(changes, ["seeds", *options], f"An arm changes options of TST and MTP, but {name} has")
+    return arms | further
+
+
+def check_arms(
+    names: Iterable[str], arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
+) -> None:
+    """Check that arms exist, and can have what the configuration asks for.
 
     Args:
         names: Names of arms.
+        arms (`dict`): What each changes, as [`define_arms`] returns it.
         values (`dict`): The configuration that they change.
 
     Raises:
-        TSTError: For an unknown arm, a TST arm without superposition, or arms that cannot have what the configuration asks for.
+        TSTError: If not, or for a TST arm without superposition.
     """
     for name in names:
-        if name not in ARMS:
-            raise TSTError(f"arms must be of {', '.join(ARMS)}, but one is {name!r}.")
-        if "mtp_num_heads" in ARMS[name] and values.get("lora_rank"):
+        if name not in arms:
+            raise TSTError(f"arms must be of {', '.join(arms)}, but one is {name!r}.")
+        changed = {**values, **arms[name]}
+        if arms[name].get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
             raise TSTError(
                 f"The arm {name} has extra heads, which LoRA does not go with: leave it, or lora_rank, out."
             )
-        if "tst_phase_ratio" in ARMS[name] and setting(values, "tst_document_boundaries") == "respect":
+        if not is_superposed(changed) and setting(changed, "tst_document_boundaries") == "respect":
             raise TSTError(
                 f"The arm {name} has no superposition, which tst_document_boundaries='respect' is a part of, and would see "
                 "other documents than TST does: set it to 'ignore'."
             )
-        if name.startswith("tst") and not is_superposed(values):
+        if name in ARMS and "tst_phase_ratio" not in ARMS[name] and not is_superposed(values):
             raise TSTError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="
                 f"{setting(values, 'tst_phase_ratio')} and tst_bag_size={setting(values, 'tst_bag_size')}: set both."
             )
 
 
-def arm_values(name: str, values: Mapping[str, Any], *, fusable: bool = True) -> dict[str, Any]:
+def arm_values(
+    changes: Mapping[str, Any], values: Mapping[str, Any], *, fusable: bool = True
+) -> dict[str, Any]:
     """The configuration `values` with the changes of an arm.
 
-    `mtp_num_heads` of the configuration is how many tokens the arms with multi-token prediction predict, in the place of
-    their 4; it is nothing to the others.
+    An arm without superposition computes its loss as TST does, fused with the head, unless it says otherwise: so steps of all
+    arms cost the same but for what an arm adds.
 
     Args:
-        name (`str`): An arm of [`ARMS`].
-        values (`dict`): The configuration.
+        changes (`dict`): What the arm changes, of [`define_arms`].
+        values (`dict`): The configuration. Its `mtp_num_heads` are for arms that have any.
         fusable (`bool`, defaults to `True`): Whether the model's loss can be fused with its head. Where it cannot, or
-            `tst_fused_loss` is `"off"`, no arm fuses it.
+            `tst_fused_loss` of the configuration is `"off"`, no arm fuses it.
     """
-    changed = {**values, **ARMS[name]}
-    changed.pop("mtp_num_heads", None)
-    if "mtp_num_heads" in ARMS[name]:
-        heads = setting(values, "mtp_num_heads")
-        changed["mtp_num_heads"] = heads if heads > 1 else ARMS[name]["mtp_num_heads"]
+    changed = {**values, "mtp_num_heads": 1, **changes}
+    changed.pop("seeds", None)
+    if changed["mtp_num_heads"] == 1:
+        del changed["mtp_num_heads"]
     if not fusable or values.get("tst_fused_loss") == "off":
         changed["tst_fused_loss"] = "off"
+    elif not is_superposed(changed) and "tst_fused_loss" not in changes:
+        changed["tst_fused_loss"] = "on"
     return changed
 
 

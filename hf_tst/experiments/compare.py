@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ..errors import TSTError
 from ..planning.flops import FORMULA
-from .arms import ARMS, arm_schedule, arm_values, check_arms, is_superposed, setting
+from .arms import ARMS, arm_schedule, arm_values, check_arms, define_arms, is_superposed, setting
 from .budget import (
     BUDGETS,
     Budget,
@@ -29,8 +30,9 @@ from .options import (
     parse_list,
     training_arguments,
 )
-from .queue import PlannedRun, run_all, run_all_shown
+from .queue import PlannedRun, run_all_shown
 from .report import format_comparison, write_report
+from .timing import TimeLimit, calibrate, time_short_run
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
@@ -47,7 +49,16 @@ folder of its own in output_dir. Started again, it does what is missing; half a 
 class CompareArguments(ExperimentArguments):
     """What is compared."""
 
-    arms: str = field(default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)}."})
+    arms: str = field(
+        default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)} and those of more_arms."}
+    )
+    more_arms: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arms, a mapping in a file or JSON: names, each with the options of TST and MTP that it changes, "
+            "and its seeds where they are others."
+        },
+    )
     budget: Budget = field(
         default="flops",
         metadata={
@@ -59,7 +70,15 @@ class CompareArguments(ExperimentArguments):
         default=None, metadata={"help": "Learning rates, the same for each arm; learning_rate by default."}
     )
     calibration_steps: int = field(
-        default=20, metadata={"help": "Steps that are timed in each phase for an equal time."}
+        default=20,
+        metadata={"help": "Steps that are timed in each phase for an equal time or a limit of seconds."},
+    )
+    seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
+            "so when the comparison goes on. A run that would end later is not started. Needs processes=1."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -68,27 +87,41 @@ class CompareArguments(ExperimentArguments):
             raise TSTError(f"budget must be one of {', '.join(BUDGETS)}, but is {self.budget!r}.")
         if self.calibration_steps < 4:
             raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
+        if self.seconds is not None and self.seconds <= 0:
+            raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
+        if self.seconds is not None and self.processes > 1:
+            raise TSTError(
+                f"seconds={self.seconds:g} needs processes=1, not {self.processes}: runs at the same time slow each other down."
+            )
 
 
 def plan_comparison(
-    experiment: Experiment, args: CompareArguments
+    experiment: Experiment, args: CompareArguments, max_steps: int | None = None
 ) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]]]:
     """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        args ([`CompareArguments`]): What is compared.
+        max_steps (`int`, *optional*): Steps in the place of those of the configuration, with which the data is not checked
+            where they may be lowered.
 
     Raises:
         TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
     """
     names = parse_list("arms", args.arms, str)
-    seeds = parse_list("seeds", args.seeds, int)
-    values = {name: arm_values(name, experiment.values, fusable=experiment.fusable) for name in names}
+    arms = define_arms(experiment.values, args.more_arms)
+    values = {name: arm_values(arms[name], experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
     default_rate = str(setting(experiment.values, "learning_rate"))
     rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
-    max_steps = experiment.values["max_steps"]
+    is_final = max_steps is not None or args.seconds is None
+    max_steps = max_steps or experiment.values["max_steps"]
     schedules = {name: arm_schedule(arm, max_steps) for name, arm in values.items()}
-    for name, schedule in schedules.items():
-        experiment.check_data(f"The arm {name}", schedule)
+    if is_final:
+        for name, schedule in schedules.items():
+            experiment.check_data(f"The arm {name}", schedule)
     tokens = experiment.latent_tokens_per_step
     flops = {
         name: flops_per_step(
@@ -101,7 +134,7 @@ def plan_comparison(
         for name, arm in values.items()
     }
     if args.budget == "time":
-        costs = calibrate(experiment, args, values)
+        costs = calibrate(experiment, values, args.calibration_steps, args.launcher)
     elif args.budget == "data":
         costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
     else:
@@ -112,11 +145,12 @@ def plan_comparison(
     plans, runs = {}, []
     for name in names:
         schedule = arm_schedule(values[name], steps[name])
-        experiment.check_data(f"The arm {name}", schedule)
+        if is_final:
+            experiment.check_data(f"The arm {name}", schedule)
         plans[name] = ArmPlan(schedule, flops[name])
         settings = with_steps(values[name], steps[name])
         for rate in rates:
-            for seed in seeds:
+            for turn, seed in enumerate(parse_list("seeds", arms[name].get("seeds", args.seeds), int)):
                 run = f"{name}-lr{rate:g}-seed{seed}"
                 planned = PlannedRun(
                     run,
@@ -124,46 +158,10 @@ def plan_comparison(
                     {**settings, "learning_rate": rate, "seed": seed},
                     experiment.data,
                 )
-                runs.append((Outcome(run, name, rate, seed, None), planned))
+                runs.append((turn, (Outcome(run, name, rate, seed, None), planned)))
     # A seed of every arm before the next seed: an interrupted comparison has pairs.
-    runs.sort(key=lambda run: seeds.index(run[0].seed))
-    return plans, runs
-
-
-def calibrate(
-    experiment: Experiment, args: CompareArguments, values: Mapping[str, Mapping[str, Any]]
-) -> dict[str, StepCost]:
-    """Seconds a step of each arm, by phase, from short runs one after the other; kept, and not measured again.
-
-    Raises:
-        TSTError: If one fails.
-    """
-    runs = {}
-    for name, arm in values.items():
-        steps = args.calibration_steps * (2 if is_superposed(arm) else 1)
-        settings = {
-            **arm, "max_steps": steps, "logging_strategy": "steps", "logging_steps": max(1, args.calibration_steps // 4),
-            "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
-            "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
-            "report_to": "none",
-        }  # fmt: skip
-        if is_superposed(arm):
-            settings["tst_phase_ratio"] = 0.5
-        data = dict(experiment.data)
-        if data.pop("evaluation", None):  # a stream can't be cut
-            settings["max_eval_samples"] = 1
-        folder = experiment.output_dir / f"calibration-{name}"
-        runs[name] = PlannedRun(f"calibration of {name}", folder, settings, data)
-    failures = run_all(list(runs.values()), launcher=args.launcher)
-    if failures:
-        raise TSTError(next(iter(failures.values())))
-    costs = {}
-    for name, run in runs.items():
-        assert run.result is not None
-        seconds = run.result.seconds_per_step
-        recovery = seconds["recovery"]
-        costs[name] = StepCost(seconds.get("superposition", recovery), recovery)
-    return costs
+    runs.sort(key=lambda run: run[0])
+    return plans, [run for _, run in runs]
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
@@ -173,19 +171,22 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
         TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
+    began = time.monotonic()
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
     names = parse_list("arms", args.arms, str)
-    check_arms(names, values)
-    extra_heads = any("mtp_num_heads" in ARMS[name] for name in names)
+    arms = define_arms(values, args.more_arms)
+    check_arms(names, arms, values)
+    extra_heads = any(arms[name].get("mtp_num_heads", 1) > 1 for name in names)
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
-    plans, runs = plan_comparison(experiment, args)
+    plans, runs, limit = _plan_within_limit(experiment, args, began)
     queue = [planned for _, planned in runs]
-    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher)
+    until = math.inf if args.seconds is None else began + args.seconds
+    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher, until=until)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]
     comparison = compare_outcomes(
-        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes), _notes(args, outcomes)
+        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes, limit), _notes(args, outcomes)
     )
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
@@ -197,22 +198,60 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     return comparison
 
 
+def _plan_within_limit(
+    experiment: Experiment, args: CompareArguments, began: float
+) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]], TimeLimit | None]:
+    """The plan, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one."""
+    limit = TimeLimit.load(experiment.output_dir, experiment.values["max_steps"])
+    if limit is None and args.seconds is None:
+        return *plan_comparison(experiment, args), None
+    if limit is None:
+        assert args.seconds is not None
+        plans, runs = plan_comparison(experiment, args)
+        queue = [(run.arm, planned) for run, planned in runs]
+        limit = time_short_run(experiment, plans, queue, args.seconds, args.calibration_steps, args.launcher)
+        limit = limit.lowered(plans, queue, began + args.seconds - time.monotonic())
+    plans, runs = plan_comparison(experiment, args, limit.max_steps)
+    limit.save(experiment.output_dir)
+    print(limit.fact, flush=True)
+    timed = [
+        (run, replace(planned, seconds=limit.seconds_of(plans[run.arm], planned.settings)))
+        for run, planned in runs
+    ]
+    return plans, timed, limit
+
+
 def _facts(
-    argv: Sequence[str], experiment: Experiment, args: CompareArguments, outcomes: Sequence[Outcome]
+    argv: Sequence[str],
+    experiment: Experiment,
+    args: CompareArguments,
+    outcomes: Sequence[Outcome],
+    limit: TimeLimit | None,
 ) -> dict[str, str]:
     values = experiment.values
     runs = describe_runs(
         ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
     )
     superposition = f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
-    superposed = any("tst_phase_ratio" not in ARMS[run.arm] for run in outcomes)
+    arms = define_arms(values, args.more_arms)
+    names = list(dict.fromkeys(run.arm for run in outcomes))
+    superposed = any(is_superposed({**values, **arms[name]}) for name in names)
+    further = {
+        f"arm {name}": ", ".join(
+            f"{option}={arms[name][option]}" for option in sorted(arms[name].keys() - {"seeds"})
+        )
+        for name in names
+        if name not in ARMS
+    }
     return {
         **runs,
         **({"superposition": superposition} if superposed else {}),
+        **further,
         "steps": ", ".join(
             f"{name} {count:,}"
             for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
         ),
+        **({} if limit is None else {"time limit": limit.fact}),
         "FLOPs": FORMULA,
     }
 
@@ -227,4 +266,8 @@ def _notes(args: CompareArguments, outcomes: Sequence[Outcome]) -> list[str]:
         names = [run.name for run in outcomes if run.status == status]
         if names:
             notes.append(f"{status}, and in no mean: {', '.join(names)}.")
+            if status == "missing" and args.seconds is not None:
+                notes.append(
+                    f"A run that would have ended after the limit of {args.seconds:g} s was not started."
+                )
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
@@ -44,12 +46,14 @@ class PlannedRun:
         folder (`Path`): Where it is kept.
         settings (`dict`): Its arguments, as a configuration file holds them.
         data (`dict`): Fingerprints of its data by what it is for, as far as they are known.
+        seconds (`float`): How long it takes, as far as that is known.
     """
 
     name: str
     folder: Path
     settings: Mapping[str, Any]
     data: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def result(self) -> RunResult | None:
@@ -82,7 +86,13 @@ class PlannedRun:
                 )
 
 
-def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | None = None) -> dict[str, str]:
+def run_all(
+    runs: Sequence[PlannedRun],
+    *,
+    processes: int = 1,
+    launcher: str | None = None,
+    until: float = math.inf,
+) -> dict[str, str]:
     """Do the runs that are not finished; those half done go on from their last complete checkpoint.
 
     Args:
@@ -91,6 +101,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
             of its own, in turn, where there are several and no `launcher`.
         launcher (`str`, *optional*): What starts a run in the place of this Python, for example
             `"accelerate launch --num_processes 8"`.
+        until (`float`, *optional*): A time of `time.monotonic`; a run that would end later is not started.
 
     Returns:
         What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
@@ -110,7 +121,7 @@ def run_all(runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | N
     places, stopped, children = _places(processes, launcher), Event(), set[subprocess.Popen[bytes]]()
 
     def do(run: PlannedRun) -> int | None:
-        if stopped.is_set():
+        if stopped.is_set() or time.monotonic() + run.seconds > until:
             return None
         environment = places.get()
         status = 2
@@ -160,11 +171,11 @@ def _check_launcher(launcher: str) -> None:
 
 
 def run_all_shown(
-    runs: Sequence[PlannedRun], *, processes: int = 1, launcher: str | None = None
+    runs: Sequence[PlannedRun], **options: Any
 ) -> tuple[dict[str, str], RunRefusedError | None]:
     """As [`run_all`], but a refusal is returned where other runs are finished, which a report can show before it is raised."""
     try:
-        return run_all(runs, processes=processes, launcher=launcher), None
+        return run_all(runs, **options), None
     except RunRefusedError as error:
         if all(run.result is None for run in runs):
             raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TSTError
-from .arms import arm_schedule, arm_values, check_arms, is_superposed, setting
+from .arms import arm_schedule, arm_values, check_arms, define_arms, is_superposed, setting
 from .comparison import BASELINE, Outcome, summarize_rate
 from .options import (
     EVERY_RUN,
@@ -76,10 +76,11 @@ def plan_sweep(experiment: Experiment, args: SweepArguments) -> list[tuple[Cell,
                 f"{cell.name} is plain training: leave bag size 1 and ratio 0 out; --baseline trains without superposition."
             )
     if args.baseline:
-        check_arms([BASELINE], values)
+        arms = define_arms(values)
+        check_arms([BASELINE], arms, values)
         # Where the cells have extra heads, so has what they are compared with.
         arm = "mtp" if setting(values, "mtp_num_heads") > 1 else BASELINE
-        cells.insert(0, (Cell.of_baseline(), arm_values(arm, values, fusable=experiment.fusable)))
+        cells.insert(0, (Cell.of_baseline(), arm_values(arms[arm], values, fusable=experiment.fusable)))
     planned = []
     for cell, settings in cells:
         experiment.check_data(cell.name, arm_schedule(settings, values["max_steps"]))

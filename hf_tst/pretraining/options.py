@@ -161,10 +161,11 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'."
+            "help": "Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'; or token "
+            "ids in a .npy file, one row of uint16 or uint32, as scripts/pack_ids.py writes."
         },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on."})
+    validation_file: str | None = field(default=None, metadata={"help": "Text or token ids to evaluate on."})
     validation_split_percentage: int = field(
         default=5,
         metadata={

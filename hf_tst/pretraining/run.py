@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import INFO, basicConfig, getLogger
@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.text_files import load_text_file, matching_files
+from ..data.token_files import TokenFile
 from ..errors import PreemptedError, TSTError, one_line
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases
@@ -41,9 +42,7 @@ QUICK_START_VOCABULARY = 8192
 
 
 def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
-    """Training and validation text, as `datasets` data sets."""
-    import datasets
-
+    """Training and validation text, as `datasets` data sets or token files."""
     share = args.validation_split_percentage
     if args.is_quick_start:
         documents = standard_library_documents(QUICK_START_BYTES)
@@ -55,6 +54,7 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     if args.train_file:
         train = load_text_file(args.train_file, streaming=args.streaming)
     else:
+        import datasets
 
         def load(split: str) -> Any:
             return datasets.load_dataset(
@@ -85,13 +85,16 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     return train.select(range(held_out, len(train))), train.select(range(held_out))
 
 
-def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that the arguments name; the quick start's is made from its own text.
+def load_tokenizer(
+    args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the arguments name; the quick start's is made from its own text. Token files need none.
 
     Raises:
         TSTError: If it cannot be loaded, or none is named.
     """
-    name = args.tokenizer_name or args.model_name_or_path or args.config_name
+    packed = all(isinstance(text, TokenFile) for text in documents)
+    name = args.tokenizer_name or args.model_name_or_path or (None if packed else args.config_name)
     if name:
         with explained_loading(name):
             return AutoTokenizer.from_pretrained(
@@ -101,7 +104,9 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: An
                 trust_remote_code=args.trust_remote_code,
             )
     if data_args.is_quick_start:
-        return train_tokenizer(documents["text"], QUICK_START_VOCABULARY)
+        return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
+    if packed:
+        return None
     raise TSTError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
 
 
@@ -172,8 +177,8 @@ def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
     return {name: getattr(typed, name) for name, _ in pairs}
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer."""
+def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer, if any."""
     if args.model_name_or_path:
         with explained_loading(args.model_name_or_path):
             model = AutoModelForCausalLM.from_pretrained(
@@ -190,13 +195,15 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
         from peft import get_peft_model
 
         return get_peft_model(model, lora)
-    config = make_config(args, len(tokenizer))
-    if config.vocab_size < len(tokenizer):
-        raise TSTError(
-            f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
-        )
-    for name in ("bos", "eos", "pad"):
-        setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    config = make_config(args, None if tokenizer is None else len(tokenizer))
+    if tokenizer is not None:
+        if config.vocab_size < len(tokenizer):
+            raise TSTError(
+                f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: "
+                "raise it."
+            )
+        for name in ("bos", "eos", "pad"):
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     # Whatever the weights are stored in that the configuration is of, and for all alike: FSDP cannot shard what some models
     # make in float32 with the rest.
     dtype = args.torch_dtype() or torch.float32
@@ -234,20 +241,23 @@ def explained_loading(name: str) -> Iterator[None]:
 def prepare_blocks(
     args: DataArguments,
     documents: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     block_size: int,
     *,
     evaluation: bool = False,
 ) -> Any:
-    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly.
+    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
 
     Of more blocks than `max_train_samples` the first ones are taken, and of more than `max_eval_samples` ones at equal
     distances: neighbours are of the same few documents, and a loss on those says little of the rest.
     """
-    source = (args.validation_file if evaluation else None) or args.train_file
-    is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
+    if isinstance(documents, TokenFile):
+        return _spread(documents.cut(block_size), max_samples, evaluation)
+    assert tokenizer is not None
+    source = (args.validation_file if evaluation else None) or args.train_file
+    is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
     tokenized = tokenize_documents(
         documents,
         tokenizer,
@@ -260,7 +270,11 @@ def prepare_blocks(
             end = "to its end" if evaluation else "until max_steps"
             raise TSTError(f"A stream is read {end}, not {limit}={max_samples}: leave it out.")
         return BlockStream(tokenized, block_size)
-    blocks = pack_blocks(tokenized, block_size)
+    return _spread(pack_blocks(tokenized, block_size), max_samples, evaluation)
+
+
+def _spread(blocks: Any, max_samples: int | None, evaluation: bool) -> Any:
+    """At most `max_samples` blocks: the first ones, or for evaluation ones at equal distances."""
     if max_samples is None or max_samples >= len(blocks):
         return blocks
     return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
@@ -271,7 +285,7 @@ class PreparedRun:
     """What a run starts from. `eval_blocks` is `None` without evaluation data; `block_size` is L, in tokens."""
 
     model: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     train_blocks: Any
     eval_blocks: Any
     block_size: int
@@ -289,8 +303,12 @@ def prepare_run(
     with args.main_process_first(desc="preparing the data"):
         with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
             train_documents, eval_documents = load_documents(data_args, model_args)
-        tokenizer = load_tokenizer(model_args, data_args, train_documents)
+        documents = [text for text in (train_documents, eval_documents) if text is not None]
+        tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load_model(model_args, tokenizer)
+        for text in documents:
+            if isinstance(text, TokenFile):
+                text.check_ids(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config, "max_position_embeddings", None) or 1024
         block_size = data_args.block_size or min(1024, context)
         if block_size > context:
