@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TSTError
+from ..version import __version__
 
 RUN_ENTRY = "tst_run"
 UTILIZATION = "tst_model_flops_utilization"
@@ -189,8 +190,8 @@ def describe_hardware(world_size: int = 1) -> str:
 
 def describe_software() -> str:
     """The versions that are installed."""
-    packages = ("hf-tst", "transformers", "torch", "accelerate")
-    return ", ".join(f"{package} {version(package)}" for package in packages)
+    packages = ("transformers", "torch", "accelerate")  # this package may run from a checkout that is not installed
+    return ", ".join([f"hf-tst {__version__}", *(f"{package} {version(package)}" for package in packages)])
 
 
 def loaded_from(model: Any) -> str | None:

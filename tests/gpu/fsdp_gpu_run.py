@@ -6,11 +6,12 @@ Arguments: a folder for results, and a JSON object of what differs from the plai
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import make_blocks, make_model
+from conftest import losses, make_blocks, make_model
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 
@@ -33,16 +34,13 @@ def train(out: Path, options: dict[str, Any], resume: str | None = None) -> TSTT
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        use_cpu=os.environ["HF_TST_TEST_DEVICE"] == "cpu",
         **options,
     )
     # Two blocks again and again: what trains learns them.
     trainer = TSTTrainer(model, args, train_dataset=make_blocks(2, length=32) * 100)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def losses(trainer: TSTTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def main(out: Path, options: dict[str, Any]) -> None:
