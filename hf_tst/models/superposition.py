@@ -209,11 +209,7 @@ def _is_causal(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = own_class(model).__name__
-    listed = {
-        entry
-        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for entry in ([names] if isinstance(names, str) else names)
-    }
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if name not in listed and getattr(model, "loss_type", None) != "ForCausalLM":
         return False
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
