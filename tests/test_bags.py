@@ -7,7 +7,6 @@ from hf_tst.bags.folding import (
     INPUT_WEIGHTINGS,
     OFFSET_WEIGHTINGS,
     average_embeddings,
-    check_input_weighting,
     fold_into_bags,
     input_weights,
     next_bag_labels,
@@ -108,6 +107,5 @@ def test_unknown_weightings_and_idle_ones_are_refused():
     with pytest.raises(ValueError, match="weighting must be one of"):
         input_weights("power_law", 4)
     with pytest.raises(ValueError, match="reads single tokens"):
-        check_input_weighting("output", "linear")
-    check_input_weighting("output", "uniform")
+        resolve_weighting("output", "uniform", "linear")
     assert resolve_weighting("input", "uniform") == "first_token"

@@ -128,25 +128,23 @@ def _check_weighting(weighting: str, known: Iterable[str], name: str) -> None:
         raise TSTError(f"{name} must be one of {', '.join(known)}, but is {weighting!r}.")
 
 
-def check_input_weighting(mode: str, weighting: InputWeighting, prefix: str = "") -> None:
-    """Raise `TSTError` if `weighting` is unknown, or `mode` has no bags of input; `prefix` as in [`resolve_weighting`]."""
-    _check_weighting(weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
-    if mode == "output" and weighting != "uniform":
-        raise TSTError(
-            f"{prefix}mode='output' reads single tokens, so {prefix}input_weighting={weighting!r} has nothing to weigh: "
-            f"leave it at 'uniform', or use {prefix}mode='full'."
-        )
+def resolve_weighting(
+    mode: str, weighting: OffsetWeighting, input_weighting: InputWeighting = "uniform", prefix: str = ""
+) -> OffsetWeighting:
+    """The offset weighting that `mode` trains with: input-only superposition has one target, the first token.
 
-
-def resolve_weighting(mode: str, weighting: OffsetWeighting, prefix: str = "") -> OffsetWeighting:
-    """The weighting that `mode` trains with: input-only superposition has one target, the first token.
-
-    `prefix` is what the names of the two arguments begin with, for messages.
+    `prefix` is what the names of the arguments begin with, for messages.
 
     Raises:
-        TSTError: If `weighting` is unknown, or `mode` leaves it nothing to weigh.
+        TSTError: If a weighting is unknown, or `mode` leaves it nothing to weigh.
     """
     _check_weighting(weighting, OFFSET_WEIGHTINGS, f"{prefix}offset_weighting")
+    _check_weighting(input_weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
+    if mode == "output" and input_weighting != "uniform":
+        raise TSTError(
+            f"{prefix}mode='output' reads single tokens, so {prefix}input_weighting={input_weighting!r} has nothing to "
+            f"weigh: leave it at 'uniform', or use {prefix}mode='full'."
+        )
     if mode != "input":
         return weighting
     if weighting not in ("uniform", "first_token"):

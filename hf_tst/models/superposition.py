@@ -22,7 +22,6 @@ from ..bags.folding import (
     InputWeighting,
     OffsetWeighting,
     average_embeddings,
-    check_input_weighting,
     input_weights,
     offset_weights,
     resolve_weighting,
@@ -85,8 +84,7 @@ def token_superposition(
     check_bag_size(bag_size)
     check_mode(mode)
     check_document_boundaries(document_boundaries)
-    weighting = resolve_weighting(mode, offset_weighting)
-    check_input_weighting(mode, input_weighting)
+    weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
     check_loss_is_replaceable(core)

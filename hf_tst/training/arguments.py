@@ -10,7 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from ..bags.documents import DocumentBoundaries, check_document_boundaries
-from ..bags.folding import InputWeighting, OffsetWeighting, check_input_weighting, resolve_weighting
+from ..bags.folding import InputWeighting, OffsetWeighting, resolve_weighting
 from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
@@ -178,8 +178,7 @@ class TSTTrainingArguments(TrainingArguments):
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
         check_mode(self.tst_mode, "tst_mode")
-        resolve_weighting(self.tst_mode, self.tst_offset_weighting, "tst_")
-        check_input_weighting(self.tst_mode, self.tst_input_weighting, "tst_")
+        resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
         check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
         check_bad_loss(self.tst_bad_loss)
         check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
