@@ -9,7 +9,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bags.collator import DataCollatorForTokenSuperposition
-    from .bags.folding import offset_weights
+    from .bags.folding import input_weights, offset_weights
     from .bags.phases import PhaseSchedule
     from .data.packing import BlockStream, pack_blocks, tokenize_documents
     from .errors import PreemptedError, RunError, TSTError
@@ -41,6 +41,7 @@ _MODULES = {
     "full_state_dict": "models.sharding",
     "fused_evaluation_loss": "models.superposition",
     "fused_next_token_loss": "models.superposition",
+    "input_weights": "bags.folding",
     "left_out_of_optimizer": "models.sharding",
     "linear_multi_hot_cross_entropy": "losses.linear",
     "multi_hot_cross_entropy": "losses.multi_hot",
@@ -71,6 +72,7 @@ __all__ = [
     "full_state_dict",
     "fused_evaluation_loss",
     "fused_next_token_loss",
+    "input_weights",
     "left_out_of_optimizer",
     "linear_multi_hot_cross_entropy",
     "multi_hot_cross_entropy",

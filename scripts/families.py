@@ -16,9 +16,9 @@ from tables import ROOT, write_table
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from hf_tst.models.embedding import first_layer
 from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.models.superposition import find_language_model
+from hf_tst.mtp.last_layer import decoder_layers
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -88,14 +88,12 @@ def summary(rows: Sequence[tuple[str, ...]]) -> str:
 @contextmanager
 def watch_first_block(model: Any) -> Iterator[list[Tensor]]:
     """Context that keeps what the first layer of a model is given: embeddings, scaled and with positions."""
-    layer = first_layer(model)
-    assert layer is not None
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
 
-    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = decoder_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
         yield seen
     finally:

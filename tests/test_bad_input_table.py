@@ -21,6 +21,7 @@ from hf_tst import (
     PhaseSchedule,
     TSTError,
     TSTTrainer,
+    input_weights,
     offset_weights,
     token_superposition,
 )
@@ -76,6 +77,8 @@ RECIPES = {
     "mode": {"tst_mode": "both"},
     "weighting": {"tst_offset_weighting": "linear"},
     "weighting of one target": {"tst_mode": "input", "tst_offset_weighting": "power_law"},
+    "input weighting": {"tst_input_weighting": "power_law"},
+    "input weighting of single tokens": {"tst_mode": "output", "tst_input_weighting": "linear"},
     "fused loss": {"tst_fused_loss": "maybe"},
     "documents": {"tst_document_boundaries": "sometimes"},
     "documents without superposition": {"tst_document_boundaries": "respect", "tst_phase_ratio": 0},
@@ -322,6 +325,8 @@ RESUMED = {
     "resume: batch": {"per_device_train_batch_size": 4},
     "resume: accumulation": {"gradient_accumulation_steps": 3},
     "resume: mode": {"tst_mode": "input"},
+    "resume: offset weighting": {"tst_offset_weighting": "power_law"},
+    "resume: input weighting": {"tst_input_weighting": "linear"},
     "resume: seed": {"data_seed": 7},
     "resume: order": {"train_sampling_strategy": "sequential"},
 }
@@ -407,6 +412,7 @@ CALLS = {
     "call: bag of truth": lambda make_args: PhaseSchedule(10, 0.3, 1.5),
     "call: mode": lambda make_args: PhaseSchedule(10, 0.3, 4, "both"),
     "call: weighting": lambda make_args: offset_weights("linear", 4),
+    "call: input weighting": lambda make_args: input_weights("power_law", 4),
     "call: fold": lambda make_args: fold_into_bags(torch.zeros(2, 7), 4),
     "call: fold of a row": lambda make_args: fold_into_bags(torch.zeros(8), 4),
     "call: collator's bag": lambda make_args: DataCollatorForTokenSuperposition(0),

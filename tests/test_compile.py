@@ -8,7 +8,7 @@ from test_superposition import make_bags
 from versions import fails_before
 
 from hf_tst import token_superposition
-from hf_tst.bags.folding import next_window_labels
+from hf_tst.bags.folding import INPUT_WEIGHTINGS, next_window_labels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,3 +38,33 @@ def test_compiled_gradients_are_those_of_the_model(mode, fused):
     assert len(found[1]) == len(expected[1])
     for name, gradient in expected[1].items():
         assert (found[1][f"_orig_mod.{name}"] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@fails_before("torch", "2.13", "dynamo does not trace the cache that Transformers makes")
+@pytest.mark.parametrize("boundaries", ["ignore", "respect"])
+@pytest.mark.parametrize("weighting", INPUT_WEIGHTINGS)
+def test_weighted_input_is_traced_whole(weighting, boundaries):
+    model = make_model("llama", num_hidden_layers=1).train()
+    bags, labels = make_bags()
+    if boundaries == "respect":
+        bags[0, 1, 2:] = -100
+    with token_superposition(model, 4, input_weighting=weighting, document_boundaries=boundaries):
+        expected = gradients(model, input_ids=bags, labels=labels)
+        found = gradients(
+            torch.compile(model, backend="eager", fullgraph=True), input_ids=bags, labels=labels
+        )
+    assert torch.equal(found[0].loss, expected[0].loss)
+    assert all(torch.equal(found[1][f"_orig_mod.{name}"], gradient) for name, gradient in expected[1].items())
+
+
+def test_a_body_that_was_compiled_before_averages_bags():
+    """Dynamo takes no notice of hooks that come later: what the body is given must tell bags from tokens."""
+    model, compiled = (make_model("llama", num_hidden_layers=1).train() for _ in range(2))
+    compiled.model.compile(backend="eager")
+    bags, labels = make_bags()
+    tokens = bags[..., 0].contiguous()
+    for _ in range(2):
+        assert torch.equal(compiled(tokens, labels=tokens).loss, model(tokens, labels=tokens).loss)
+        with token_superposition(model, 4), token_superposition(compiled, 4):
+            assert torch.equal(compiled(tokens, labels=tokens).loss, model(tokens, labels=tokens).loss)
+            assert torch.equal(compiled(bags, labels=labels).loss, model(bags, labels=labels).loss)

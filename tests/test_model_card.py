@@ -68,6 +68,13 @@ def test_the_other_modes_are_told_apart(mode, words):
     assert words in card.text
 
 
+def test_the_weightings_are_told():
+    card = make_model_card(
+        make_record(arguments=ARGUMENTS | {"tst_input_weighting": "linear"}), repo_id="model"
+    )
+    assert "(offset weights: `power_law`; input weights: `linear`)" in card.text
+
+
 def test_extra_heads_are_told():
     card = make_model_card(
         make_record(arguments=ARGUMENTS | {"mtp_num_heads": 3, "mtp_kind": "sequential"}), repo_id="model"

@@ -84,13 +84,15 @@ def test_the_mean_is_that_of_the_adapted_embeddings(llama, kind):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.3
-    with token_superposition(model, 4), torch.no_grad():
+    with token_superposition(model, 4, input_weighting="linear"), torch.no_grad():
         found = model.eval()(input_ids=bags, labels=labels).logits
     merged = copy.deepcopy(model).merge_and_unload()
     with torch.no_grad():
         weight = merged.get_input_embeddings().weight
         assert (weight - make_model("llama").get_input_embeddings().weight).abs().max() > 0.1
-        expected = merged(inputs_embeds=weight[bags].mean(2)).logits
+        expected = merged(
+            inputs_embeds=(weight[bags] * torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None]).sum(2)
+        ).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

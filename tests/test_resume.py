@@ -313,6 +313,7 @@ def test_every_checkpoint_says_which_data_it_was_trained_on(llama, make_args, ac
             "document_boundaries": "ignore", "seed": 42, "shuffle": True, "rows_per_step": rows,
             "per_device_batch_size": 2, "accumulation_steps": accumulation, "world_size": 1,
             "block_length": BLOCK_LENGTH, "num_blocks": 200, "split_by_rank": False, "tokens_left_out": 0, "stream_workers": 0,
+            "offset_weighting": "uniform", "input_weighting": "uniform",
             "consumed": {
                 "superposition": {"blocks": superposed, "raw_tokens": superposed * BLOCK_LENGTH},
                 "recovery": {"blocks": recovered, "raw_tokens": recovered * BLOCK_LENGTH},
@@ -327,6 +328,8 @@ CHANGES = {
     "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows an optimizer step\) was 2 and is 4"),
     "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
     "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
+    "offset weighting": ({"tst_offset_weighting": "power_law"}, None, "tst_offset_weighting was uniform and is power_law"),
+    "input weighting": ({"tst_input_weighting": "linear"}, None, "tst_input_weighting was uniform and is linear"),
     "seed": ({"data_seed": 7}, None, "the data seed was 42 and is 7"),
     "order": ({"train_sampling_strategy": "sequential"}, None, "shuffling was True and is False"),
     "length": ({}, lambda: make_blocks(200, length=8), f"the block length was {BLOCK_LENGTH} and is 8"),

@@ -1,9 +1,11 @@
 import copy
+import math
 
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, make_model
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -14,7 +16,13 @@ from transformers import (
 )
 
 from hf_tst import multi_hot_cross_entropy, offset_weights, token_superposition
-from hf_tst.bags.folding import OFFSET_WEIGHTINGS, fold_into_bags, next_bag_labels, next_window_labels
+from hf_tst.bags.folding import (
+    INPUT_WEIGHTINGS,
+    OFFSET_WEIGHTINGS,
+    fold_into_bags,
+    next_bag_labels,
+    next_window_labels,
+)
 
 
 def make_bags(bag_size=4, rows=2, length=6):
@@ -42,6 +50,92 @@ def test_output_equals_the_model_fed_the_mean_embedding(model_type):
     torch.testing.assert_close(positional.logits, expected.logits)
     loss = multi_hot_cross_entropy(expected.logits, labels, weights=offset_weights("power_law", 4))
     torch.testing.assert_close(outputs.loss, loss + aux_loss(model, expected))
+
+
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+@pytest.mark.parametrize("boundaries", ["ignore", "respect"])
+@pytest.mark.parametrize("weighting", INPUT_WEIGHTINGS)
+def test_weighted_input_gives_the_loss_and_gradients_of_a_loop(llama, weighting, boundaries, fused_loss):
+    bags, labels = make_bags()
+    if boundaries == "respect":
+        bags[0, 1, 2:] = bags[1, 4, 1:] = -100
+    law = {"uniform": lambda i: 1.0, "linear": lambda i: i + 1.0, "exponential": math.exp}[weighting]
+    weight, zero = llama.get_input_embeddings().weight, torch.zeros(llama.config.hidden_size)
+    vectors = []
+    for bag in bags.flatten(0, 1).tolist():
+        shares = [law(i) if token >= 0 else 0 for i, token in enumerate(bag)]
+        pairs = zip(shares, bag, strict=True)
+        vectors.append(sum((weight[token] * (share / sum(shares)) for share, token in pairs if share), zero))
+    logits = llama(inputs_embeds=torch.stack(vectors).view(2, 6, -1)).logits
+    multi_hot_cross_entropy(logits, labels).backward()
+    expected = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    llama.train().zero_grad()
+    options = {"input_weighting": weighting, "document_boundaries": boundaries, "fused_loss": fused_loss}
+    with token_superposition(llama, 4, **options):
+        llama(input_ids=bags, labels=labels).loss.backward()
+    for name, parameter in llama.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_hooks_of_others_on_the_embedding_see_tokens(llama):
+    bags, labels = make_bags()
+    embedding, seen = llama.get_input_embeddings(), []
+    embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embedding.register_forward_hook(lambda module, args, output: seen.append(output))
+    with token_superposition(llama, 4):
+        llama(input_ids=bags, labels=labels)
+    assert torch.equal(seen[0], bags.flatten(1))
+    assert torch.equal(seen[1], embedding.weight[bags.flatten(1)])
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "opt", "xglm", "biogpt", "llama"])
+def test_bags_of_the_padding_token_are_not_padding(model_type):
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "pad_token_id": 1,
+    }
+    sizes |= (
+        {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32} if model_type == "xglm" else {}
+    )
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=VOCAB_SIZE, is_decoder=True, max_position_embeddings=64, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    bags = make_bags()[0]
+    bags[:, 1, 0] = bags[0, 3] = bags[:, 5] = 1
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        expected = model(inputs_embeds=embedding(bags.flatten(1)).unflatten(1, (6, 4)).mean(2)).logits
+        with token_superposition(model, 4):
+            torch.testing.assert_close(model(input_ids=bags).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_that_fails_leaves_no_bags_behind(llama):
+    bags, labels = make_bags()
+    tokens, embedding = bags[..., 0], llama.get_input_embeddings()
+    handle = llama.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with token_superposition(llama, 4):
+        with pytest.raises(ZeroDivisionError):
+            llama(input_ids=bags, labels=labels)
+        handle.remove()
+        assert torch.equal(embedding(tokens), embedding.weight[tokens])
+        assert torch.equal(llama(input_ids=tokens, labels=tokens).loss, llama(tokens, labels=tokens).loss)
+
+
+def test_a_look_up_outside_of_the_input_embedding_is_refused(llama):
+    class Router(torch.nn.Module):
+        def forward(self, hidden, input_ids):
+            return hidden
+
+    llama.model.layers[0].router = Router()
+    with (
+        pytest.raises(ValueError, match=r"outside of its input embedding, too \(Router takes `input_ids`\)"),
+        token_superposition(llama, 4),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("model_type", TINY)

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_tst import TSTTrainer
+from hf_tst import TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.folding import OFFSET_WEIGHTINGS
 from hf_tst.training import callbacks
 
@@ -76,6 +76,34 @@ def test_the_first_logged_loss_is_log_v(llama, make_args, weighting, accumulatio
     trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(LOG_V, rel=0.02)
+
+
+@pytest.mark.parametrize("weighting", ["linear", "exponential"])
+def test_weighted_input_trains_as_a_loop_does(llama, make_args, weighting):
+    other, batches = copy.deepcopy(llama), []
+
+    class Watch(TSTTrainer):
+        def training_step(self, model, inputs, *args):
+            batches.append((inputs["input_ids"], inputs["labels"]))
+            return super().training_step(model, inputs, *args)
+
+    options = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    Watch(llama, make_args(tst_input_weighting=weighting, **options), train_dataset=make_blocks(200)).train()
+    weights = torch.tensor([1.0, 2, 3, 4]) if weighting == "linear" else torch.arange(4.0).exp()
+    for tokens, labels in batches:
+        if tokens.dim() == 3:
+            embedded = other.get_input_embeddings()(tokens) * (weights / weights.sum())[:, None]
+            loss = multi_hot_cross_entropy(other(inputs_embeds=embedded.sum(2)).logits, labels)
+        else:
+            loss = other(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter -= 0.5 * parameter.grad
+        other.zero_grad()
+    assert [tokens.dim() for tokens, _ in batches] == [3] * 3 + [2] * 7
+    for a, b in zip(llama.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["full", "input", "output"])

@@ -1,4 +1,4 @@
-"""Bags of tokens as tensors: folding, targets, averaged embeddings, offset weights. Pure functions.
+"""Bags of tokens as tensors: folding, targets, averaged embeddings, weights of the offsets. Pure functions.
 
 Shapes: B rows, l latent positions, s tokens a bag, L block length, d hidden size. A superposition row holds
 l·s contiguous tokens.
@@ -6,7 +6,7 @@ l·s contiguous tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -17,10 +17,25 @@ from .phases import check_bag_size
 
 OffsetWeighting = Literal["uniform", "power_law", "fitted_power_law", "exponential", "first_token"]
 
-OFFSET_WEIGHTINGS: tuple[OffsetWeighting, ...] = get_args(OffsetWeighting)
+InputWeighting = Literal["uniform", "linear", "exponential"]
 
-# C0 + a·i^k, the power law that the paper fits to the information an earlier token carries about a later one.
-FITTED_POWER_LAW = (3.63, 1.35, -1.25)
+OFFSET_WEIGHTINGS: tuple[OffsetWeighting, ...] = get_args(OffsetWeighting)
+INPUT_WEIGHTINGS: tuple[InputWeighting, ...] = get_args(InputWeighting)
+
+# Of the offsets 1 … s, before they are divided by their sum. The fitted power law C0 + a·i^k is the paper's, to the
+# information that an earlier token carries about a later one.
+_OFFSET_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": torch.ones_like,
+    "power_law": torch.reciprocal,
+    "fitted_power_law": lambda offset: 3.63 + 1.35 * offset**-1.25,
+    "exponential": lambda offset: torch.exp(-offset),
+    "first_token": lambda offset: (offset == 1).double(),
+}
+_INPUT_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": torch.ones_like,
+    "linear": torch.clone,
+    "exponential": lambda offset: torch.exp(offset - offset[-1]),
+}
 
 
 def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
@@ -53,26 +68,25 @@ def next_window_labels(tokens: Tensor, bag_size: int, ignore_index: int = -100) 
 
 
 def average_embeddings(
-    embedding: Callable[[Tensor], Tensor], bags: Tensor, ignore_index: int | None = None
+    embedded: Tensor, bags: Tensor, weights: Tensor | None = None, ignore_index: int | None = None
 ) -> Tensor:
-    """Mean embedding of each bag, `(B, l, s) -> (B, l, d)`, summed in float32, in the embedding's dtype.
+    """Mean embedding of each bag, `(B, l·s, d) -> (B, l, d)`, summed in float32, in the dtype of `embedded`.
 
     Args:
-        embedding: The model's own input embedding, `(B, n) -> (B, n, d)`. It sees ordinary 2-D ids, so scaled
-            embeddings, adapters and hooks on it do what they do in an ordinary forward pass.
-        bags (`torch.LongTensor` of shape `(B, l, s)`): Token ids.
+        embedded (`torch.FloatTensor` of shape `(B, l·s, d)`): What the model's input embedding gives for the tokens.
+        bags (`torch.LongTensor` of shape `(B, l, s)`): The tokens.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset in the mean; equal by default.
         ignore_index (`int`, *optional*): Marks empty places of short bags: a bag's mean is over the tokens that it
             holds. By default every bag is taken to be full.
     """
-    if ignore_index is None:
-        embedded = embedding(bags.flatten(1))
-        return embedded.unflatten(1, bags.shape[1:]).mean(dim=2, dtype=torch.float32).to(embedded.dtype)
-    held = bags != ignore_index
-    embedded = embedding(bags.masked_fill(~held, 0).flatten(1))
-    total = (
-        embedded.unflatten(1, bags.shape[1:]).masked_fill(~held[..., None], 0).sum(dim=2, dtype=torch.float32)
-    )
-    return (total / held.sum(dim=2, keepdim=True).clamp_min(1)).to(embedded.dtype)
+    vectors = embedded.unflatten(1, bags.shape[1:])
+    if weights is None and ignore_index is None:
+        return vectors.mean(dim=2, dtype=torch.float32).to(embedded.dtype)
+    held = torch.ones_like(bags) if ignore_index is None else bags != ignore_index
+    shares = held.float() if weights is None else held * weights
+    total = (shares[..., None] * vectors).sum(dim=2)
+    smallest = torch.finfo(torch.float32).tiny  # a bag may hold nothing
+    return (total / shares.sum(dim=2, keepdim=True).clamp_min(smallest)).to(embedded.dtype)
 
 
 def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
@@ -86,37 +100,51 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
     Raises:
         TSTError: If `weighting` is unknown, or `bag_size` out of range.
     """
-    _check_offset_weighting(weighting, "weighting")
+    return _weights(_OFFSET_WEIGHTS, weighting, bag_size)
+
+
+def input_weights(weighting: InputWeighting, bag_size: int) -> Tensor:
+    """Weight of each embedding in the mean of a bag by its offset i = 1 … s, float32 of shape `(s,)`, summing to 1.
+
+    Args:
+        weighting: `"uniform"` (the paper's mean), `"linear"` (i) or `"exponential"` (exp(i)): the last token heaviest.
+        bag_size (`int`): Tokens a bag, s, at least 1.
+
+    Raises:
+        TSTError: If `weighting` is unknown, or `bag_size` out of range.
+    """
+    return _weights(_INPUT_WEIGHTS, weighting, bag_size)
+
+
+def _weights(functions: Mapping[str, Callable[[Tensor], Tensor]], weighting: str, bag_size: int) -> Tensor:
+    _check_weighting(weighting, functions, "weighting")
     check_bag_size(bag_size)
-    offset = torch.arange(1, bag_size + 1, dtype=torch.float64)
-    if weighting == "uniform":
-        weights = torch.ones_like(offset)
-    elif weighting == "power_law":
-        weights = 1 / offset
-    elif weighting == "fitted_power_law":
-        constant, scale, exponent = FITTED_POWER_LAW
-        weights = constant + scale * offset**exponent
-    elif weighting == "exponential":
-        weights = torch.exp(-offset)
-    else:
-        weights = (offset == 1).double()
+    weights = functions[weighting](torch.arange(1, bag_size + 1, dtype=torch.float64))
     return (weights / weights.sum()).float()
 
 
-def _check_offset_weighting(weighting: str, name: str) -> None:
-    if weighting not in OFFSET_WEIGHTINGS:
-        raise TSTError(f"{name} must be one of {', '.join(OFFSET_WEIGHTINGS)}, but is {weighting!r}.")
+def _check_weighting(weighting: str, known: Iterable[str], name: str) -> None:
+    if weighting not in known:
+        raise TSTError(f"{name} must be one of {', '.join(known)}, but is {weighting!r}.")
 
 
-def resolve_weighting(mode: str, weighting: OffsetWeighting, prefix: str = "") -> OffsetWeighting:
-    """The weighting that `mode` trains with: input-only superposition has one target, the first token.
+def resolve_weighting(
+    mode: str, weighting: OffsetWeighting, input_weighting: InputWeighting = "uniform", prefix: str = ""
+) -> OffsetWeighting:
+    """The offset weighting that `mode` trains with: input-only superposition has one target, the first token.
 
-    `prefix` is what the names of the two arguments begin with, for messages.
+    `prefix` is what the names of the arguments begin with, for messages.
 
     Raises:
-        TSTError: If `weighting` is unknown, or `mode` leaves it nothing to weigh.
+        TSTError: If a weighting is unknown, or `mode` leaves it nothing to weigh.
     """
-    _check_offset_weighting(weighting, f"{prefix}offset_weighting")
+    _check_weighting(weighting, OFFSET_WEIGHTINGS, f"{prefix}offset_weighting")
+    _check_weighting(input_weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
+    if mode == "output" and input_weighting != "uniform":
+        raise TSTError(
+            f"{prefix}mode='output' reads single tokens, so {prefix}input_weighting={input_weighting!r} has nothing to "
+            f"weigh: leave it at 'uniform', or use {prefix}mode='full'."
+        )
     if mode != "input":
         return weighting
     if weighting not in ("uniform", "first_token"):

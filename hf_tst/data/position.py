@@ -38,6 +38,8 @@ class DataPosition:
         consumed (`dict`): Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted.
         stream_workers (`int`): Loader processes that each read shards of their own of a stream.
         tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
+        offset_weighting (`str`), input_weighting (`str`): See `TSTTrainingArguments`. They move no data, but are held
+            to what the run began with, too.
         version (`int`): Version of these fields.
     """
 
@@ -60,6 +62,8 @@ class DataPosition:
     consumed: dict[str, dict[str, int]]
     stream_workers: int = 0
     tokens_left_out: int = 0
+    offset_weighting: str = "uniform"
+    input_weighting: str = "uniform"
     version: int = POSITION_VERSION
 
     @property
@@ -112,8 +116,8 @@ class DataPosition:
         ]
         if differences:
             raise TSTError(
-                f"The checkpoint at step {self.step} was trained on other data positions ({'; '.join(differences)}): "
-                "resume with what it was saved with, or set tst_allow_data_change=True and accept that data is "
+                f"The checkpoint at step {self.step} was trained otherwise ({'; '.join(differences)}): "
+                "resume with what it was saved with, or set tst_allow_data_change=True and accept that data may be "
                 "read twice or never."
             )
 
@@ -124,6 +128,8 @@ NAMES: dict[str, str] = {
     "bag_size": "tst_bag_size",
     "max_steps": "the number of optimizer steps",
     "mode": "tst_mode",
+    "offset_weighting": "tst_offset_weighting",
+    "input_weighting": "tst_input_weighting",
     "document_boundaries": "tst_document_boundaries",
     "rows_per_step": "the global batch (rows an optimizer step)",
     "seed": "the data seed",

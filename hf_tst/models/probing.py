@@ -7,20 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before `fully_shard` put one of its own, of another name, in front."""
     classes = type(module).__mro__
-    for position, base in enumerate(classes):
-        if base.__name__ == "FSDPModule":
-            return classes[position + 1]
-    return type(module)
+    return classes[classes.index(FSDPModule) + 1] if FSDPModule in classes else type(module)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module itself."""
-    return own_class(module) is not type(module)
+    return isinstance(module, FSDPModule)
 
 
 class StandIn(nn.Module):

@@ -1,9 +1,9 @@
 """The model hook: token superposition on an unmodified Transformers model, and its undo.
 
-Nothing of a model class is edited. One forward pre-hook on the model instance turns 3-D `input_ids` into the
-averaged `inputs_embeds`, and the instance's `loss_function` takes 3-D labels (see `fused.py`). In superposition both act on
-3-D tensors only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there, unless evaluation
-is asked for the loss alone ([`fused_evaluation_loss`]).
+Nothing of a model class is edited. Hooks on the model instance and on its input embedding average bags where the model
+looks tokens up ([`_BagInput`]), and the instance's `loss_function` takes 3-D labels (see `fused.py`). In superposition both
+act on 3-D tensors only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there, unless
+evaluation is asked for the loss alone ([`fused_evaluation_loss`]).
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..bags.documents import DocumentBoundaries, check_document_boundaries
-from ..bags.folding import OffsetWeighting, average_embeddings, offset_weights, resolve_weighting
+from ..bags.folding import (
+    InputWeighting,
+    OffsetWeighting,
+    average_embeddings,
+    input_weights,
+    offset_weights,
+    resolve_weighting,
+)
 from ..bags.phases import TSTMode, check_bag_size, check_mode
 from ..errors import TSTError
-from .embedding import inputs_embeds_scale
 from .fused import FusedLoss, TSTLoss, fused_evaluation, replaced_loss
 from .head import check_loss_is_replaceable
 from .probing import own_class
@@ -31,6 +39,7 @@ def token_superposition(
     bag_size: int,
     *,
     offset_weighting: OffsetWeighting = "uniform",
+    input_weighting: InputWeighting = "uniform",
     mode: TSTMode = "full",
     fused_loss: FusedLoss = "auto",
     document_boundaries: DocumentBoundaries = "ignore",
@@ -49,7 +58,8 @@ def token_superposition(
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
         bag_size (`int`): Tokens a bag, s.
-        offset_weighting (`str`, defaults to `"uniform"`): See [`offset_weights`].
+        offset_weighting (`str`, defaults to `"uniform"`): Weights of a target bag, see [`offset_weights`].
+        input_weighting (`str`, defaults to `"uniform"`): Weights of the averaged embeddings, see [`input_weights`].
         mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
             bag; `"output"` reads single tokens and predicts the next s.
         fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
@@ -74,18 +84,23 @@ def token_superposition(
     check_bag_size(bag_size)
     check_mode(mode)
     check_document_boundaries(document_boundaries)
-    weighting = resolve_weighting(mode, offset_weighting)
+    weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
     _refuse_nesting(core)
     check_loss_is_replaceable(core)
-    weights = offset_weights(weighting, bag_size).to(next(core.parameters()).device)
-    with replaced_loss(called, core, weights, fused_loss):
-        bags = _BagInput(core, bag_size, mode, document_boundaries)
-        handle = called.register_forward_pre_hook(bags.before_forward, with_kwargs=True)
-        try:
-            yield model
-        finally:
-            handle.remove()
+    device = next(core.parameters()).device
+    averaged = None if input_weighting == "uniform" else input_weights(input_weighting, bag_size).to(device)
+    bags = _BagInput(bag_size, mode, averaged, -100 if document_boundaries == "respect" else None)
+    embedding = core.get_input_embeddings()
+    with (
+        replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss),
+        called.register_forward_pre_hook(bags.before_forward, with_kwargs=True),
+        called.register_forward_hook(bags.after_forward, always_call=True),
+        # Around other hooks on the embedding, which see its ordinary input and output.
+        embedding.register_forward_pre_hook(bags.before_embedding, prepend=True),
+        embedding.register_forward_hook(bags.after_embedding),
+    ):
+        yield model
 
 
 @contextmanager
@@ -173,28 +188,26 @@ def _check_model(model: Any) -> None:
         raise TSTError(
             f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
         )
-    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
-        raise TSTError(f"{name} cannot be fed averaged embeddings: its forward has no `inputs_embeds`.")
-    text_config = config.get_text_config()
-    has_per_layer_size = getattr(
-        text_config, "hidden_size_per_layer_input", 1
-    )  # Gemma 4 switches it off with 0
-    if getattr(text_config, "vocab_size_per_layer_input", None) and has_per_layer_size:
-        raise TSTError(
-            f"{name} looks tokens up in every layer (`vocab_size_per_layer_input`), so averaging its input "
-            "embeddings would not give it the whole bag."
-        )
+    embedding = model.get_input_embeddings()
+    inside = set(embedding.modules())
+    for part in model.modules():
+        # A body hands ids on to the input embedding inside it; what else takes them looks them up itself, unless it is a
+        # table of positions.
+        names = inspect.signature(type(part).forward).parameters
+        takes_ids = any(argument.endswith("input_ids") for argument in names) and part not in inside
+        is_table_of_positions = isinstance(part, nn.Embedding) and "position_ids" in names
+        if takes_ids and not is_table_of_positions and embedding not in part.modules():
+            raise TSTError(
+                f"{name} looks tokens up outside of its input embedding, too ({own_class(part).__name__} takes "
+                "`input_ids`), so averaging its input embeddings would not give it the whole bag."
+            )
 
 
 def _is_causal(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = own_class(model).__name__
-    listed = {
-        entry
-        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for entry in ([names] if isinstance(names, str) else names)
-    }
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if name not in listed and getattr(model, "loss_type", None) != "ForCausalLM":
         return False
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
@@ -205,31 +218,33 @@ def _is_causal(model: nn.Module) -> bool:
     return True
 
 
+@dataclass(eq=False)
 class _BagInput:
-    """Feeds a model the averaged embeddings of bags.
+    """Hooks that average the embeddings of a bag where a model looks tokens up; the model's forward sees 2-D ids.
 
-    An object with the model in it and no closure: a deep copy of the model has one of its own, with the copy in it.
+    What a family does to its own embeddings it does to their mean. The ids that it sees are -1: no table has that row,
+    so a look-up that is not averaged fails, and no id is taken for padding. They are int32, for which `torch.compile`
+    compiles anew: it takes no notice of new hooks.
+
+    An object without the model in it: a deep copy of a hooked model has hooks of its own.
 
     Args:
-        core (`PreTrainedModel`): The model whose embedding it is.
         bag_size (`int`): Tokens a bag, s.
         mode (`str`): See [`token_superposition`].
-        document_boundaries (`str`): See [`token_superposition`].
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*), ignore_index (`int`, *optional*): See
+            [`average_embeddings`].
     """
 
-    def __init__(
-        self, core: Any, bag_size: int, mode: TSTMode, document_boundaries: DocumentBoundaries
-    ) -> None:
-        self.core = core
-        self.bag_size = bag_size
-        self.mode = mode
-        self.empty = -100 if document_boundaries == "respect" else None
-        self.scale = 1.0 if mode == "output" else inputs_embeds_scale(core)
+    bag_size: int
+    mode: TSTMode
+    weights: Tensor | None
+    ignore_index: int | None
+    _bags: Tensor | None = None
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: `input_ids` of shape `(B, l, s)` become `inputs_embeds`."""
+        """Forward pre-hook: notes `input_ids` of shape `(B, l, s)`, and hands the model stand-ins of shape `(B, l)`."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
             return None
@@ -249,10 +264,28 @@ class _BagInput:
                 f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
                 f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
             )
-        kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        averaged = average_embeddings(self.core.get_input_embeddings(), input_ids, self.empty)
-        kwargs["inputs_embeds"] = averaged if self.scale == 1 else averaged * self.scale
-        return (None, *args[1:]) if args else (), kwargs
+        self._bags = input_ids
+        stand_ins = input_ids.new_full(input_ids.shape[:2], -1, dtype=torch.int32)
+        return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
+
+    def before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook: the embedding looks up the tokens of all bags."""
+        if self._bags is None:
+            return None
+        bags = self._bags
+        if self.ignore_index is not None:
+            bags = bags.masked_fill(bags == self.ignore_index, 0)
+        return (bags.flatten(1), *args[1:])
+
+    def after_embedding(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+        """Forward hook: their embeddings `(B, l·s, d)` become one vector for each bag, `(B, l, d)`."""
+        if self._bags is None:
+            return None
+        return average_embeddings(embedded, self._bags, self.weights, self.ignore_index)
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: the pass is over, also when it failed."""
+        self._bags = None
 
 
 def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:

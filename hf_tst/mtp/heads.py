@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
-from ..models.embedding import decoder_layers
 from ..models.probing import is_sharded, own_class
-from .last_layer import LayerCall, ModelEnd, UnknownEndError, find_model_end
+from .last_layer import LayerCall, ModelEnd, UnknownEndError, decoder_layers, find_model_end
 from .losses import ExtraLosses
 
 MTPKind = Literal["parallel", "sequential"]

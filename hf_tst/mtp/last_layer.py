@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.embedding import decoder_layers
 from ..models.head import LinearHead, UnfusableHeadError, inspect_head
 
 _POSITIONS = 3
@@ -46,6 +45,16 @@ class LayerCall:
     def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """What `layer` makes of `hidden` when it is called in the same way."""
         return hidden_states_of(layer(hidden, *self.args, **self.kwargs))
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The model's layers: the list that is as long as its configuration says, or the first list; empty if there is none."""
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)) and len(m)]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [m for m in lists if len(m) == count] or lists
+    if not lists:
+        return []
+    return list(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0])
 
 
 def hidden_states_of(output: Any) -> Any:

@@ -127,6 +127,7 @@ def make_model_card(
         bag_size=arguments.get("tst_bag_size"),
         mode=arguments.get("tst_mode"),
         offset_weighting=arguments.get("tst_offset_weighting"),
+        input_weighting=arguments.get("tst_input_weighting", "uniform"),
         mtp_num_heads=arguments.get("mtp_num_heads", 1),
         mtp_kind=arguments.get("mtp_kind"),
         phase_table=format_phases_markdown(summarize_phases(record.log_history)),

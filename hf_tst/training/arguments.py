@@ -10,7 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from ..bags.documents import DocumentBoundaries, check_document_boundaries
-from ..bags.folding import OffsetWeighting, resolve_weighting
+from ..bags.folding import InputWeighting, OffsetWeighting, resolve_weighting
 from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
@@ -44,6 +44,8 @@ class TSTTrainingArguments(TrainingArguments):
         tst_offset_weighting (`str`, defaults to `"uniform"`): Weight of a token in the target bag by its offset
             i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
             `"first_token"`, only i = 1. The paper prefers uniform below s = 8, a power law from 8 on.
+        tst_input_weighting (`str`, defaults to `"uniform"`): Weight of a token's embedding in the mean of its bag by its
+            offset i = 1 … s: `"uniform"`, the paper's mean; `"linear"`, i; `"exponential"`, exp(i).
         tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
             averages the input and predicts the first token of the next bag; `"output"` reads single tokens and predicts the
             next s.
@@ -97,6 +99,13 @@ class TSTTrainingArguments(TrainingArguments):
         metadata={
             "help": "Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
             "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law."
+        },
+    )
+    tst_input_weighting: InputWeighting = field(
+        default="uniform",
+        metadata={
+            "help": "Weight of a token's embedding in the mean of its bag by its offset i: uniform (the paper's mean), linear (i) "
+            "or exponential (exp(i)), where the last token weighs most."
         },
     )
     tst_mode: TSTMode = field(
@@ -179,7 +188,7 @@ class TSTTrainingArguments(TrainingArguments):
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
         check_mode(self.tst_mode, "tst_mode")
-        resolve_weighting(self.tst_mode, self.tst_offset_weighting, "tst_")
+        resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
         check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
         check_bad_loss(self.tst_bad_loss)
         if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:

@@ -69,6 +69,7 @@ class PhaseSwitchCallback(TrainerCallback):
                 model,
                 args.tst_bag_size,
                 offset_weighting=args.tst_offset_weighting,
+                input_weighting=args.tst_input_weighting,
                 mode=args.tst_mode,
                 fused_loss=args.tst_fused_loss,
                 document_boundaries=args.tst_document_boundaries,

@@ -261,6 +261,8 @@ def open_run_data(
         phase_ratio=args.tst_phase_ratio,
         bag_size=args.tst_bag_size,
         mode=args.tst_mode,
+        offset_weighting=args.tst_offset_weighting,
+        input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
         seed=seed,
         rows_per_step=layout.rows_per_step,

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_tst import fused_next_token_loss, token_superposition
-from hf_tst.bags.folding import fold_into_bags, next_bag_labels
+from hf_tst.bags.folding import INPUT_WEIGHTINGS, fold_into_bags, next_bag_labels
 from hf_tst.losses.multi_hot import count_target_bags
 from hf_tst.models.sharding import full_state_dict
 
@@ -112,7 +112,7 @@ def train(
     losses = []
     for step in steps:
         context = (
-            token_superposition(model, BAG_SIZE, fused_loss=fused)
+            token_superposition(model, BAG_SIZE, input_weighting=INPUT_WEIGHTINGS[step], fused_loss=fused)
             if step < SWITCH
             else fused_next_token_loss(model, fused)
         )
