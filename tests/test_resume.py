@@ -324,7 +324,7 @@ CHANGES = {
     "r": ({"tst_phase_ratio": 0.5}, None, "tst_phase_ratio was 0.3 and is 0.5"),
     "s": ({"tst_bag_size": 2}, None, "tst_bag_size was 4 and is 2"),
     "N": ({"max_steps": 12}, None, "the number of optimizer steps was 10 and is 12"),
-    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows an optimizer step\) was 2 and is 4"),
+    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows per optimizer step\) was 2 and is 4"),
     "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
     "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
     "seed": ({"data_seed": 7}, None, "the data seed was 42 and is 7"),
