@@ -246,9 +246,28 @@ def test_a_stream_keeps_its_order_and_starts_again_with_a_warning(caplog):
     ]
     with pytest.raises(ValueError, match="empty"):
         read_stream(StreamedRows([], PhaseSchedule(6, 0.5, 3), BatchLayout(1)))
+    unequal = [{"input_ids": [1]}, {"input_ids": [1, 2]}]
     with pytest.raises(ValueError, match="equal length"):
-        unequal = [{"input_ids": [1]}, {"input_ids": [1, 2]}]
         read_stream(StreamedRows(unequal, PhaseSchedule(6, 0, 3), BatchLayout(1)))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_each_pass_over_a_shuffled_stream_has_its_own_order(shards):
+    """The one that `datasets` gives that epoch."""
+
+    def stream(data_pass=0):
+        blocks = datasets.Dataset.from_list([{"input_ids": [i]} for i in range(30)])
+        shuffled = blocks.to_iterable_dataset(shards).shuffle(seed=1, buffer_size=10)
+        shuffled.set_epoch(data_pass)
+        return shuffled
+
+    given = stream()
+    rows = read_stream(StreamedRows(given, PhaseSchedule(90, 0, 2), BatchLayout(1)))
+    read = [row.columns["input_ids"][0] for row in rows]
+    passes = [read[start : start + 30] for start in (0, 30, 60)]
+    assert passes == [[row["input_ids"][0] for row in stream(data_pass)] for data_pass in range(3)]
+    assert len(set(map(tuple, passes))) == 3
+    assert [row["input_ids"][0] for row in given] == passes[0]  # the user's own object stands where it stood
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -132,21 +133,13 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         self._rest = self._first = np.empty(0, dtype=np.int32)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Loaded tokens may hold whole blocks, which come before the next document is read.
         self._rest, self._first = self._first, self._rest[:0]
-        documents = iter(self.documents)
-        pending, length = [self._rest], len(self._rest)
-        while True:
-            if length >= self.block_size:
-                self._rest = np.concatenate(pending)
-                while len(self._rest) >= self.block_size:
-                    block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
-                    yield {"input_ids": block}
-                pending, length = [self._rest], len(self._rest)
-            document = next(documents, None)
-            if document is None:
-                return
-            pending.append(np.asarray(document["input_ids"], dtype=np.int32))
-            length += len(pending[-1])
+        for document in chain([{"input_ids": []}], self.documents):
+            self._rest = np.concatenate([self._rest, np.asarray(document["input_ids"], dtype=np.int32)])
+            while len(self._rest) >= self.block_size:
+                block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
+                yield {"input_ids": block}
 
     def state_dict(self) -> dict[str, Any] | None:
         """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
@@ -189,21 +182,17 @@ def _has_shuffle_buffer(stream: Any) -> bool:
 
 def cut_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int) -> Iterator[NDArray[np.int32]]:
     """Cut joined arrays of tokens into blocks, some at a time: `(n, block_size)` each, then the remainder, `(m,)`."""
-    pending: list[NDArray[np.int32]] = []
-    length = 0
-    for array in arrays:
-        pending.append(array)
-        length += len(array)
-        if length < max(block_size, CHUNK_TOKENS):
-            continue
+    pending = [np.empty(0, dtype=np.int32)]
+    for array in chain(arrays, [None]):
+        if array is not None:
+            pending.append(array)
+            if sum(map(len, pending)) < max(block_size, CHUNK_TOKENS):
+                continue
         joined = np.concatenate(pending)
-        whole = length - length % block_size
+        whole = len(joined) - len(joined) % block_size
         yield joined[:whole].reshape(-1, block_size)
-        pending, length = [joined[whole:]], length - whole
-    joined = np.concatenate([*pending, np.empty(0, dtype=np.int32)])
-    whole = length - length % block_size
-    yield joined[:whole].reshape(-1, block_size)
-    yield joined[whole:]
+        pending = [joined[whole:]]
+    yield pending[0]
 
 
 def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Path) -> int:

@@ -257,13 +257,12 @@ def make_collators(
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
     boundaries = args.tst_document_boundaries
-
-    def own_collator(bag_size: int) -> DataCollatorForTokenSuperposition:
-        return DataCollatorForTokenSuperposition(
+    superposition, recovery = (
+        DataCollatorForTokenSuperposition(
             bag_size, args.tst_mode, document_boundaries=boundaries, eos_token_id=eos_token_id
         )
-
-    superposition, recovery = own_collator(args.tst_bag_size), own_collator(1)
+        for bag_size in (args.tst_bag_size, 1)
+    )
     evaluation = DataCollatorForTokenSuperposition(1)
     if data_collator is None:
         return superposition, recovery, evaluation
@@ -276,13 +275,11 @@ def make_collators(
         )
     if not ours or data_collator.bag_size == 1:
         return superposition, data_collator, data_collator
-    if args.tst_enabled and (data_collator.bag_size, data_collator.mode) != (
-        args.tst_bag_size,
-        args.tst_mode,
-    ):
+    bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
+    if args.tst_enabled and bags != asked:
         raise TSTError(
-            f"data_collator makes bags of {data_collator.bag_size} in mode {data_collator.mode!r}, but the arguments "
-            f"say tst_bag_size={args.tst_bag_size} and tst_mode={args.tst_mode!r}: leave data_collator out."
+            f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
+            f"and tst_mode={asked[1]!r}: leave data_collator out."
         )
     return data_collator, recovery, evaluation
 
