@@ -273,12 +273,17 @@ def test_each_pass_over_a_shuffled_stream_has_its_own_order(shards):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_state_behind_a_step_leads_on_from_there(rank, shards):
-    """Although the rows of the other rank come in between, where the stream is not split."""
+    """Although the rows of the other rank come in between, where the stream is not split; nothing is read twice."""
+    schedule, layout = PhaseSchedule(4, 0.5, 2), BatchLayout(2, accumulation_steps=2, world_size=2)
+    read = []
+
+    def note(block):
+        read.append(block)
+        return block
 
     def make_rows():
         blocks = datasets.Dataset.from_list([{"input_ids": [i]} for i in range(60)])
-        layout = BatchLayout(2, accumulation_steps=2, world_size=2)
-        return StreamedRows(blocks.to_iterable_dataset(shards), PhaseSchedule(4, 0.5, 2), layout)
+        return StreamedRows(blocks.to_iterable_dataset(shards).map(note), schedule, layout)
 
     whole = read_stream(make_rows(), rank=rank)
     assert len(whole) == 16
@@ -287,9 +292,11 @@ def test_the_state_behind_a_step_leads_on_from_there(rank, shards):
         again = make_rows()
         state = whole[4 * step - 1].stream_state
         again.load_states(step, {state.reader: state.values})
+        read.clear()
         assert [list(row.columns["input_ids"]) for row in read_stream(again, step, rank)] == tokens[
             4 * step :
         ]
+        assert len(read) == (schedule.tokens_seen(4, 8) - schedule.tokens_seen(step, 8)) // shards
 
 
 def test_the_sampler_starts_where_training_is():

@@ -96,6 +96,9 @@ class BlockRules:
             )
 
 
+NO_RULES = BlockRules()
+
+
 def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int | None = None) -> BlockFacts:
     """Check that a map-style data set holds full, equal blocks of tokens.
 
@@ -115,7 +118,7 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
     is_dataset = hasattr(blocks, "select_columns")
     if is_dataset:
         blocks = blocks.with_format("numpy")
-    length = len(BlockRules().check(blocks[0], 0))
+    length = len(NO_RULES.check(blocks[0], 0))
     rules = BlockRules(length, pad_token_id, vocab_size)
     digest = hashlib.sha256(f"{len(blocks)} blocks".encode())
     for index in sorted({int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)}):
@@ -181,21 +184,17 @@ class BlockReader:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
         as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format.
-        rules (`BlockRules`, *optional*): What the blocks must keep to; by default nothing but one length per column.
+        rules (`BlockRules`): What the blocks must keep to; by default nothing but one length per column.
 
     Raises:
         TSTError: In reading, if a block breaks the rules.
     """
 
     def __init__(
-        self,
-        blocks: Any,
-        columns: Sequence[str],
-        as_arrays: bool = True,
-        rules: BlockRules | None = None,
+        self, blocks: Any, columns: Sequence[str], as_arrays: bool = True, rules: BlockRules = NO_RULES
     ) -> None:
         self.columns = list(columns)
-        self.rules = rules or BlockRules()
+        self.rules = rules
         self._table = None
         if hasattr(blocks, "select_columns"):
             blocks = blocks.select_columns(self.columns)

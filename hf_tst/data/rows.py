@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .blocks import BlockReader, BlockRules
+from .blocks import NO_RULES, BlockReader, BlockRules
 from .plan import DataPlan
 
 # What superposition reads of a block; recovery hands on whatever columns the model takes.
@@ -46,7 +46,7 @@ class PlannedRows(Dataset[Row]):
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
             is faster, not in the data set's own format.
-        rules (`BlockRules`, *optional*): What the blocks must keep to, checked as they are read.
+        rules (`BlockRules`): What the blocks must keep to, checked as they are read.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PlannedRows(Dataset[Row]):
         columns: Sequence[str],
         bag_columns: Sequence[str] = TOKEN_COLUMNS,
         as_arrays: bool = True,
-        rules: BlockRules | None = None,
+        rules: BlockRules = NO_RULES,
     ) -> None:
         self.plan = plan
         self.column_names = list(columns)
@@ -84,17 +84,16 @@ class PlannedRows(Dataset[Row]):
         To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
         after these.
         """
-        found = self._first_blocks
-        if not (found and all(row in found for row in rows)):
+        if not all(row in self._first_blocks for row in rows):
             superposed = rows[0] < self.plan.superposed_rows
             end = self.plan.superposed_rows if superposed else self.plan.total_rows
-            ahead = np.arange(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))
-            wanted = np.concatenate([np.asarray(rows, dtype=np.int64), ahead])
+            wanted = np.array([*rows, *range(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))])
             find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
-            found = self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
-        return [found[row] for row in rows]
+            self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+        return [self._first_blocks[row] for row in rows]
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """Row numbers from the optimizer step that training has reached to the end of the epoch it is in.
 
@@ -108,13 +107,10 @@ class EpochSampler(Sampler[int]):
         current_step: Returns the optimizer steps done so far; asked when iteration starts.
     """
 
-    def __init__(
-        self, steps: int, rows_per_step: int, steps_per_epoch: int, current_step: Callable[[], int]
-    ) -> None:
-        self.steps = steps
-        self.rows_per_step = rows_per_step
-        self.steps_per_epoch = steps_per_epoch
-        self.current_step = current_step
+    steps: int
+    rows_per_step: int
+    steps_per_epoch: int
+    current_step: Callable[[], int]
 
     def __len__(self) -> int:
         """Rows of a whole epoch."""
@@ -126,6 +122,7 @@ class EpochSampler(Sampler[int]):
         return iter(range(step * self.rows_per_step, last_step * self.rows_per_step))
 
 
+@dataclass
 class PhaseCollator:
     """Sends superposition rows, recovery rows and all other features to a collator each.
 
@@ -135,15 +132,9 @@ class PhaseCollator:
         evaluation: Collator of evaluation and prediction.
     """
 
-    def __init__(
-        self,
-        superposition: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
-        recovery: Callable[[list[Any]], dict[str, Any]],
-        evaluation: Callable[[list[Any]], dict[str, Any]],
-    ) -> None:
-        self.superposition = superposition
-        self.recovery = recovery
-        self.evaluation = evaluation
+    superposition: Callable[[list[Any]], dict[str, Any]]
+    recovery: Callable[[list[Any]], dict[str, Any]]
+    evaluation: Callable[[list[Any]], dict[str, Any]]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         if not isinstance(features[0], Row):

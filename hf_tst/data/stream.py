@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import BlockFacts, BlockRules, join_blocks
+from .blocks import NO_RULES, BlockFacts, BlockRules, join_blocks
 from .packing import BlockStream, stream_state
 from .plan import BatchLayout
 from .rows import TOKEN_COLUMNS, Row
@@ -32,6 +32,7 @@ class StreamState:
     values: dict[str, Any]
 
 
+@dataclass(eq=False, repr=False)
 class StreamedRows(Dataset[Row]):
     """Rows of a run from a stream of blocks, in the order of the stream. They are asked for in their order, batch by batch.
 
@@ -49,40 +50,33 @@ class StreamedRows(Dataset[Row]):
         workers (`int`, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to hand on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
-        rules (`BlockRules`, *optional*): What the blocks must keep to besides being of equal length.
+        rules (`BlockRules`): What the blocks must keep to besides being of equal length.
 
     Raises:
         TSTError: If the loader processes cannot share the shards of the stream.
     """
 
-    def __init__(
-        self,
-        blocks: Iterable[Mapping[str, Any]],
-        schedule: PhaseSchedule,
-        layout: BatchLayout,
-        workers: int = 0,
-        columns: Sequence[str] | None = None,
-        bag_columns: Sequence[str] = TOKEN_COLUMNS,
-        rules: BlockRules | None = None,
-    ) -> None:
-        self.blocks = blocks
-        self.schedule = schedule
-        self.layout = layout
-        self.columns = self.column_names = columns
-        self.bag_columns = bag_columns
-        self.readers = max(1, workers)
-        shards = _count_shards(blocks)
-        self.facts = BlockFacts(
-            None, getattr(blocks, "block_size", 0), f"stream of {shards or 'unknown'} shards"
-        )
-        self.rules = replace(rules or BlockRules(), length=self.facts.length or None)
-        shares = layout.world_size * self.readers
+    blocks: Iterable[Mapping[str, Any]]
+    schedule: PhaseSchedule
+    layout: BatchLayout
+    workers: int = 0
+    columns: Sequence[str] | None = None
+    bag_columns: Sequence[str] = TOKEN_COLUMNS
+    rules: BlockRules = NO_RULES
+
+    def __post_init__(self) -> None:
+        shards = _count_shards(self.blocks)
+        length = getattr(self.blocks, "block_size", 0)
+        self.facts = BlockFacts(None, length, f"stream of {shards or 'unknown'} shards")
+        self.rules = replace(self.rules, length=length or None)
+        self.readers = max(1, self.workers)
+        shares = self.layout.world_size * self.readers
         self._shares = shares if shards and shards % shares == 0 else 1
-        if workers and self._shares != shares:
+        if self.workers and self._shares != shares:
             raise TSTError(
-                f"dataloader_num_workers={workers} needs a stream of `datasets` whose shards divide among "
-                f"{layout.world_size} processes with {workers} loader processes each, but this one has {shards or 'no'} "
-                "shards: set it to 0 or to a number that divides them, or load the data set without streaming."
+                f"dataloader_num_workers={self.workers} needs a stream of `datasets` whose shards divide among "
+                f"{self.layout.world_size} processes with {self.workers} loader processes each, but this one has "
+                f"{shards or 'no'} shards: set it to 0 or to a number that divides them, or load the data set without streaming."
             )
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
         self._next_batch: int | None = None

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import BlockRules, check_blocks
+from ..data.blocks import NO_RULES, BlockRules, check_blocks
 from ..data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from ..data.position import DataPosition
 from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
@@ -98,11 +99,10 @@ class RunData:
         if self.plan is None:
             return None
         count = self.start.rows_per_step
-        if micro_batch is None:
-            rows = range(step * count, (step + 1) * count)
-        else:
-            rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
-        return [block for row in rows for block in self.plan.row_blocks(row)]
+        rows = np.arange(step * count, (step + 1) * count)
+        if micro_batch is not None:
+            rows = self.start.layout.rows(step, rank)[micro_batch]
+        return [block for row in rows.tolist() for block in self.plan.row_blocks(row)]
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that training gets, without the state of the stream that comes with them."""
@@ -179,7 +179,7 @@ def open_run_data(
     rank: int,
     *,
     columns: Callable[[list[str] | None], Sequence[str] | None],
-    rules: BlockRules | None = None,
+    rules: BlockRules = NO_RULES,
     as_arrays: bool = True,
 ) -> RunData:
     """Check the training data and plan the run over it.
@@ -189,7 +189,7 @@ def open_run_data(
         args (`TSTTrainingArguments`): The run's arguments.
         layout (`BatchLayout`), rank (`int`): How rows are dealt out to ranks, and which rank this is.
         columns: Returns those of some columns (of all, for `None`) that the collator gets.
-        rules (`BlockRules`, *optional*): What the blocks must keep to besides being of equal length.
+        rules (`BlockRules`): What the blocks must keep to besides being of equal length.
         as_arrays (`bool`, defaults to `True`): See [`PlannedRows`].
 
     Raises:
@@ -197,7 +197,6 @@ def open_run_data(
     """
     streamed = isinstance(blocks, IterableDataset)
     _check_loader(args, streamed)
-    rules = rules or BlockRules()
     respect = args.tst_document_boundaries == "respect"
     bag_columns = TOKEN_COLUMNS + (DOCUMENT_COLUMNS if respect else ())
     workers = args.dataloader_num_workers if streamed else 0
