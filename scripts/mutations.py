@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation("targets of a step, accumulated", "training/trainer.py", "for batch in batch_samples]\n        ).sum()", "for batch in batch_samples]\n        ).mean()", "trainer"),
     Mutation("order of the data, by seed", "data/plan.py", "(self.seed, int(data_pass),", "(0, int(data_pass),", "data audit"),
     Mutation("order of the data, by step", "data/plan.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
-    Mutation("no token twice in a pass", "data/plan.py", "position[in_group] // size + used_groups", "position[in_group] // size", "data"),
+    Mutation("no token twice in a pass", "data/plan.py", "position[in_group] // size + self.used_groups", "position[in_group] // size", "data"),
     Mutation("a resumed run's place in the data", "training/trainer.py", "data.sampler(lambda: self.state.global_step)", "data.sampler(lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
     Mutation("undo of the loss", "models/probing.py", "        if had_own:\n            attributes[name] = own", "        if had_own:\n            pass", "superposition fused"),

@@ -397,8 +397,8 @@ def test_damaged_checkpoints(llama, make_args, checkpoint, tmp_path_factory, cap
 def position(**changes):
     fields = {
         "step": 1, "max_steps": 10, "phase_ratio": 0.3, "bag_size": 4, "mode": "full", "document_boundaries": "ignore",
-        "seed": 0, "shuffle": True, "rows_per_step": 2, "per_device_batch_size": 2, "accumulation_steps": 1, "world_size": 1,
-        "block_length": 12, "num_blocks": 200, "data": "x", "split_by_rank": False, "consumed": {},
+        "seed": 0, "shuffle": True, "per_device_batch_size": 2, "accumulation_steps": 1, "world_size": 1,
+        "block_length": 12, "num_blocks": 200, "data": "x", "split_by_rank": False,
     }  # fmt: skip
     return DataPosition(**fields | changes)
 

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from processes import Script
 from transformers import LlamaConfig
 
 from hf_tst.data.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
@@ -123,6 +124,25 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
         runs.append((result.stdout, [(file, file.stat().st_mtime_ns) for file in files]))
     assert runs[0] == runs[1]
     assert "hf_tst_blocks" in runs[0][0]
+
+
+def test_two_processes_may_pack_the_same_documents_at_once(tmp_path):
+    script = tmp_path / "pack.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "import datasets\n"
+        "from hf_tst import pack_blocks\n"
+        "datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[1])\n"
+        "datasets.disable_caching()  # as if neither had found what the other wrote\n"
+        "documents = datasets.Dataset.from_dict({'input_ids': [list(range(105))]})\n"
+        "documents._fingerprint = 'same'\n"
+        "for _ in range(500):\n"
+        "    assert pack_blocks(documents, 10)[9]['input_ids'] == list(range(90, 100))\n"
+    )
+    running = [Script(script, tmp_path / "cache") for _ in range(2)]
+    for done in [process.finish() for process in running]:
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "cache" / "hf_tst_blocks").iterdir())) == 2
 
 
 def test_other_inputs_are_packed_anew(tokenizer):

@@ -89,6 +89,7 @@ STREAMS = {
     "block stream": block_stream,
     "short stream": lambda: datasets.Dataset.from_list(make_blocks(45)).to_iterable_dataset(num_shards=2),
     "shuffled stream": lambda: block_stream().shuffle(seed=1, buffer_size=20),
+    "shuffled short stream": lambda: STREAMS["short stream"]().shuffle(seed=1, buffer_size=20),
 }
 SOURCES = {
     "blocks": lambda: make_blocks(200),
@@ -163,12 +164,51 @@ def test_streams_read_by_workers_resume_too(llama, make_args, tmp_path, source, 
     assert len(fed.rows) == args.max_steps
     state = torch.load(Path(args.output_dir) / "checkpoint-4" / "stream_state_0.pt", weights_only=True)
     assert sorted(state["workers"]) == [0, 1]
-    assert all(
-        (worker["stream"] is None) == (source == "shuffled stream") for worker in state["workers"].values()
-    )
+    assert all((worker["stream"] is None) == ("shuffled" in source) for worker in state["workers"].values())
     if source in ("block stream", "packed stream"):
         rows = [tuple(row) for batches in fed.rows.values() for batch in batches for row in batch]
         assert len(set(rows)) == len(rows)
+
+
+LOADER = {
+    "persistent_workers": True,
+    "prefetch_factor": 3,
+    "multiprocessing_context": "spawn",
+    "pin_memory": False,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["dataset", "block stream"])
+def test_every_option_of_the_loader_counts(llama, make_args, source):
+    """Loader processes that are started in another way read the same."""
+    fed, other = Fed(llama), copy.deepcopy(llama)
+    TSTTrainer(
+        llama, make_args(dataloader_num_workers=1), train_dataset=SOURCES[source](), callbacks=[fed]
+    ).train()
+    args = make_args(
+        **{f"dataloader_{name}": value for name, value in LOADER.items()}, dataloader_num_workers=1
+    )
+    fed_again = Fed(other)
+    trainer = TSTTrainer(other, args, train_dataset=SOURCES[source](), callbacks=[fed_again])
+    trainer.train()
+    assert fed_again.rows == fed.rows
+    loader = trainer.get_train_dataloader()
+    context = loader.multiprocessing_context
+    assert context.get_start_method() == "spawn"
+    assert {name: getattr(loader, name) for name in LOADER} == LOADER | {"multiprocessing_context": context}
+    assert loader.worker_init_fn is not None
+
+
+@pytest.mark.parametrize("source", ["dataset", "packed stream"])
+def test_batches_that_come_in_any_order_are_refused(llama, make_args, source):
+    args = make_args(dataloader_num_workers=1, dataloader_in_order=False)
+    with pytest.raises(ValueError, match="dataloader_in_order=False"):
+        TSTTrainer(llama, args, train_dataset=SOURCES[source]()).train()
+    if source == "packed stream":
+        args = make_args(accelerator_config={"dispatch_batches": True})
+        with pytest.raises(ValueError, match="dispatch_batches=True"):
+            TSTTrainer(llama, args, train_dataset=SOURCES[source]()).train()
 
 
 def test_workers_share_a_stream_without_loss(llama, make_args):
@@ -325,7 +365,7 @@ CHANGES = {
     "r": ({"tst_phase_ratio": 0.5}, None, "tst_phase_ratio was 0.3 and is 0.5"),
     "s": ({"tst_bag_size": 2}, None, "tst_bag_size was 4 and is 2"),
     "N": ({"max_steps": 12}, None, "the number of optimizer steps was 10 and is 12"),
-    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows an optimizer step\) was 2 and is 4"),
+    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows per optimizer step\) was 2 and is 4"),
     "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
     "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
     "offset weighting": ({"tst_offset_weighting": "power_law"}, None, "tst_offset_weighting was uniform and is power_law"),

@@ -1,4 +1,4 @@
-"""Reading blocks from a map-style data set.
+"""Blocks of a map-style data set: full rows of tokens, all of one length. Checking that they are, and reading them.
 
 A `datasets.Dataset` is read as slices of its memory-mapped Arrow table: consecutive blocks are one slice of one
 buffer, and nothing is turned into Python objects on the way.
@@ -6,16 +6,175 @@ buffer, and nothing is turned into Python objects on the way.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .block_checks import BlockRules, check_length
+from ..errors import TSTError
 
 # Columns with one value a token.
 PER_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask"}
+# Blocks, spread over the data, that are read before training starts.
+SAMPLED_BLOCKS = 256
+# Stored lengths that are looked at before training starts.
+CHECKED_LENGTHS = 100_000
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What is known of the blocks of a data set before training.
+
+    Args:
+        count (`int` or `None`): Blocks; `None` for a stream.
+        length (`int`): Tokens per block, L; 0 where a stream does not say.
+        fingerprint (`str`): Hash of the number of blocks and of up to 256 blocks spread over the data, which does not
+            depend on where or how the data is stored; for a stream, how it is cut into shards.
+    """
+
+    count: int | None
+    length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """What every block of the training data must keep to, checked block by block as they are read.
+
+    Args:
+        length (`int`, *optional*): Tokens per block, L, where it is known.
+        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
+        vocab_size (`int`, *optional*): Ids that the model has an embedding for.
+    """
+
+    length: int | None = None
+    pad_token_id: int | None = None
+    vocab_size: int | None = None
+
+    def check(self, block: Any, index: int) -> NDArray[np.int64]:
+        """The tokens of block `index` of the data, `(L,)`.
+
+        Raises:
+            TSTError: If it has no `input_ids`, or they are not one row of ids of the vocabulary, differ in length from
+                the other blocks or from the labels, or are padded.
+        """
+        tokens = _tokens(block, index)
+        if self.length is not None:
+            check_length(len(tokens), self.length, index)
+        if "labels" in block and len(block["labels"]) != len(tokens):
+            raise TSTError(
+                f"Block {index} of the training data has {len(tokens)} input_ids and {len(block['labels'])} labels: give "
+                "every token its label, or leave the labels out."
+            )
+        size = self.vocab_size
+        if (bad := (tokens < 0) | (tokens >= (size or np.iinfo(np.int64).max))).any():
+            known = f"the model has embeddings for 0 to {size - 1}" if size else "ids are not negative"
+            raise TSTError(
+                f"Block {index} of the training data holds the id {tokens[bad.argmax()]}, but {known}: tokenize it with the "
+                "model's own tokenizer."
+            )
+        self.check_padding(tokens, block.get("attention_mask"), index)
+        return tokens
+
+    def check_padding(self, tokens: NDArray[Any], attention_mask: Any, index: int) -> None:
+        """Raise `TSTError` if the blocks from `index` on, joined to one row, are padded."""
+        length = self.length or len(tokens)
+        found = None
+        if attention_mask is not None and not (real := np.asarray(attention_mask).astype(bool)).all():
+            found = index + int(real.argmin()) // length, "is padded (its attention_mask holds zeros)"
+        elif self.pad_token_id is not None:
+            ends = tokens[length - 1 :: length] == self.pad_token_id
+            if ends.any():
+                found = index + int(ends.argmax()), f"ends in the padding token {self.pad_token_id}"
+        if found is not None:
+            raise TSTError(
+                f"Block {found[0]} of the training data {found[1]}, and a bag would average padding with text: pack the "
+                "data into full blocks."
+            )
+
+
+NO_RULES = BlockRules()
+
+
+def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int | None = None) -> BlockFacts:
+    """Check that a map-style data set holds full, equal blocks of tokens.
+
+    256 blocks spread over the data are read and, of a `datasets.Dataset`, the first 100 000 stored lengths. Of a list,
+    every length is looked at. Blocks are checked again as they are read.
+
+    Args:
+        blocks: The data set.
+        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
+        vocab_size (`int`, *optional*): Ids that the model has an embedding for.
+
+    Raises:
+        TSTError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
+    """
+    if len(blocks) == 0:
+        raise TSTError("The training data is empty: it has no block of tokens.")
+    is_dataset = hasattr(blocks, "select_columns")
+    if is_dataset:
+        blocks = blocks.with_format("numpy")
+    length = len(NO_RULES.check(blocks[0], 0))
+    rules = BlockRules(length, pad_token_id, vocab_size)
+    digest = hashlib.sha256(f"{len(blocks)} blocks".encode())
+    for index in sorted({int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)}):
+        digest.update(rules.check(blocks[index], index).tobytes())
+    if isinstance(blocks, (list, tuple)):
+        for index, block in enumerate(blocks):
+            check_length(len(block["input_ids"]) if "input_ids" in block else 0, length, index)
+    elif is_dataset:
+        stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
+        _check_stored_lengths(stored["input_ids"], length)
+    return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
+
+
+def check_length(found: int, length: int, index: int) -> None:
+    """Raise `TSTError` unless block `index`, of `found` tokens, has `length` tokens."""
+    if found != length:
+        raise TSTError(
+            f"Blocks must be of equal length, but block 0 of the training data has {length} tokens and block "
+            f"{index} has {found}: pack the data into blocks."
+        )
+
+
+def _check_stored_lengths(column: Any, length: int) -> None:
+    """The same for all blocks of an Arrow column of lists."""
+    import pyarrow.compute as pc
+
+    start = 0
+    for chunk in column.chunks:
+        lengths = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)
+        if (differs := lengths != length).any():
+            check_length(int(lengths[differs.argmax()]), length, start + int(differs.argmax()))
+        start += len(chunk)
+
+
+def _tokens(block: Any, index: int) -> NDArray[np.int64]:
+    """The `input_ids` of a block, `(L,)`."""
+    if not isinstance(block, Mapping) or "input_ids" not in block:
+        names = sorted(block) if isinstance(block, Mapping) else type(block).__name__
+        raise TSTError(
+            f"The training data needs a column 'input_ids', but has {names}: tokenize and pack it."
+        )
+    try:
+        tokens = np.asarray(block["input_ids"])
+    except (TypeError, ValueError) as error:
+        raise TSTError(
+            f"The input_ids of block {index} of the training data are not one row of token ids: {error}."
+        ) from None
+    if tokens.ndim == 1 and not len(tokens):
+        raise TSTError(f"Block {index} of the training data holds no token: pack the data into blocks.")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        found = f"an array of shape {tokens.shape} and type {tokens.dtype}" if tokens.ndim else "text"
+        raise TSTError(
+            f"The input_ids of block {index} of the training data must be one row of whole numbers, but are {found}: "
+            "tokenize the data and pack it into blocks."
+        )
+    return tokens.astype(np.int64, copy=False)
 
 
 class BlockReader:
@@ -25,45 +184,41 @@ class BlockReader:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
         as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format.
-        rules (`BlockRules`, *optional*): What the blocks must keep to; by default nothing but one length a column.
+        rules (`BlockRules`): What the blocks must keep to; by default nothing but one length per column.
 
     Raises:
         TSTError: In reading, if a block breaks the rules.
     """
 
     def __init__(
-        self,
-        blocks: Any,
-        columns: Sequence[str],
-        as_arrays: bool = True,
-        rules: BlockRules | None = None,
+        self, blocks: Any, columns: Sequence[str], as_arrays: bool = True, rules: BlockRules = NO_RULES
     ) -> None:
         self.columns = list(columns)
-        self.rules = rules or BlockRules()
-        self._is_dataset = hasattr(blocks, "select_columns")
-        self._as_arrays = as_arrays
-        self._blocks = blocks.select_columns(self.columns) if self._is_dataset else blocks
-        self._formatted = (
-            self._blocks.with_format("numpy") if self._is_dataset and as_arrays else self._blocks
-        )
-        self._arrow: dict[str, _ArrowColumn] | None = None
-        self._opened = False
+        self.rules = rules
+        self._table = None
+        if hasattr(blocks, "select_columns"):
+            blocks = blocks.select_columns(self.columns)
+            if as_arrays:
+                blocks = blocks.with_format("numpy")
+                # A data set that was shuffled or selected from has an index in front of its table.
+                self._table = blocks.data if getattr(blocks, "_indices", self) is None else None
+        self._blocks = blocks
+        self._views: dict[str, _ArrowColumn] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Views into memory-mapped files would be pickled as copies of the files: a worker makes its own.
-        return vars(self) | {"_arrow": None, "_opened": False}
+        return vars(self) | {"_views": None}
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """The columns of each of some blocks."""
         found: list[Mapping[str, Any]]
-        if (arrow := self._open()) is not None:
-            found = [{name: column.read(i, 1) for name, column in arrow.items()} for i in indices]
-        elif self._is_dataset:
-            batch = self._formatted[list(indices)]
-            found = [{name: batch[name][i] for name in self.columns} for i in range(len(indices))]
+        if (views := self._open()) is not None:
+            found = [{name: view.read(i, 1) for name, view in views.items()} for i in indices]
+        elif hasattr(self._blocks, "__getitems__"):
+            found = self._blocks.__getitems__(list(indices))
         else:
-            blocks = (self._blocks[i] for i in indices)
-            found = [{name: block[name] for name in self.columns} for block in blocks]
+            found = [self._blocks[i] for i in indices]
+        found = [{name: block[name] for name in self.columns} for block in found]
         if self.rules.length is not None:
             for index, block in zip(indices, found, strict=True):
                 for name in PER_TOKEN_COLUMNS & block.keys():
@@ -72,8 +227,8 @@ class BlockReader:
 
     def read_joined(self, start: int, count: int) -> dict[str, NDArray[Any]]:
         """The columns of `count` consecutive blocks, each joined to one array; full blocks, without padding."""
-        if (arrow := self._open()) is not None:
-            joined = {name: column.read(start, count) for name, column in arrow.items()}
+        if (views := self._open()) is not None:
+            joined = {name: view.read(start, count) for name, view in views.items()}
         else:
             joined = join_blocks(self.read(range(start, start + count)))
         if "input_ids" in joined:
@@ -81,11 +236,14 @@ class BlockReader:
         return joined
 
     def _open(self) -> dict[str, _ArrowColumn] | None:
-        if not self._opened:
-            self._opened = True
-            if self._as_arrays and self._is_dataset and getattr(self._blocks, "_indices", self) is None:
-                self._arrow = _open_columns(self._blocks.data, self.columns)
-        return self._arrow
+        """The columns as views, or `None` if they cannot be viewed as they are."""
+        if self._views is None and self._table is not None:
+            columns = {name: self._table.column(name) for name in self.columns}
+            if all(map(_is_viewable, columns.values())):
+                self._views = {name: _ArrowColumn(column) for name, column in columns.items()}
+            else:
+                self._table = None
+        return self._views
 
 
 def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
@@ -93,63 +251,33 @@ def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
 
 
-def _open_columns(table: Any, columns: Sequence[str]) -> dict[str, _ArrowColumn] | None:
-    opened = {}
-    for name in columns:
-        column = _ArrowColumn.open(table.column(name))
-        if column is None:
-            return None
-        opened[name] = column
-    return opened
+def _is_viewable(column: Any) -> bool:
+    """Whether an Arrow column holds lists of numbers and nothing else."""
+    import pyarrow as pa
+
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    number = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
+    return number and not column.null_count and not any(chunk.flatten().null_count for chunk in column.chunks)
 
 
 class _ArrowColumn:
-    """A column of lists of numbers, as views into the table's buffers."""
+    """A column of lists of numbers, all of one length, as views into the table's buffers."""
 
-    def __init__(self, starts: NDArray[np.int64], values: list[Any], offsets: list[Any], length: int) -> None:
-        self.starts = starts  # first block of each chunk, and the number of blocks
-        self.values = values
-        self.offsets = offsets
-        self.length = length
-
-    @classmethod
-    def open(cls, column: Any) -> _ArrowColumn | None:
-        """The column, or `None` if its values cannot be viewed as they are."""
-        import pyarrow as pa
-
-        kind = column.type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        number = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
-        if not number or column.null_count:
-            return None
-        values, offsets = [], []
-        for chunk in column.chunks:
-            flat = chunk.values
-            if flat.null_count:
-                return None
-            values.append(flat.to_numpy(zero_copy_only=True))
-            if pa.types.is_fixed_size_list(kind):
-                offsets.append(range(chunk.offset * kind.list_size, len(flat) + 1, kind.list_size))
-            else:
-                offsets.append(chunk.offsets.to_numpy(zero_copy_only=True))
-        length = int(offsets[0][1] - offsets[0][0])
-        starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
-        return cls(starts, values, offsets, length)
+    def __init__(self, column: Any) -> None:
+        self.length = len(column[0])
+        _check_stored_lengths(column, self.length)
+        self.values = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        # First block of each chunk.
+        self.starts = np.cumsum([0, *map(len, column.chunks)])
 
     def read(self, start: int, count: int) -> NDArray[Any]:
+        """The values of `count` blocks from `start` on."""
         pieces = []
-        chunk = int(np.searchsorted(self.starts, start, side="right")) - 1
         stop = start + count
+        chunk = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
-            first = int(self.starts[chunk])
-            end = min(stop, int(self.starts[chunk + 1]))
-            pieces.append(self._slice(chunk, start - first, end - first, start))
+            first, end = int(self.starts[chunk]), min(stop, int(self.starts[chunk + 1]))
+            pieces.append(self.values[chunk][(start - first) * self.length : (end - first) * self.length])
             start, chunk = end, chunk + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _slice(self, chunk: int, first: int, end: int, block: int) -> NDArray[Any]:
-        offsets = self.offsets[chunk]
-        if not isinstance(offsets, range):
-            for i, length in enumerate(np.diff(offsets[first : end + 1])):
-                check_length(int(length), self.length, block + i)
-        return self.values[chunk][offsets[first] : offsets[end]]

@@ -1,12 +1,14 @@
-"""From text to blocks: tokenise documents and cut the stream of tokens into rows of equal length."""
+"""From text to blocks: tokenize documents and cut the stream of tokens into rows of equal length."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ def tokenize_documents(
     append_eos: bool = True,
     num_proc: int | None = None,
 ) -> Any:
-    """Replace the columns of a `datasets` data set by `input_ids`, one row a document.
+    """Replace the columns of a `datasets` data set by `input_ids`, one row per document.
 
     Args:
         documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
@@ -44,7 +46,7 @@ def tokenize_documents(
         tokenizer: Its special tokens are not added, but for the end of a document.
         text_column (`str`, *optional*): The column of text; `"text"` by default, else the first one.
         append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
-        num_proc (`int`, *optional*): Processes to tokenise with.
+        num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
@@ -75,22 +77,22 @@ def tokenize_documents(
 
     options: dict[str, Any] = {"batched": True, "remove_columns": columns}
     if hasattr(documents, "num_rows"):
-        options |= {"num_proc": num_proc, "desc": "Tokenising"}
+        options |= {"num_proc": num_proc, "desc": "Tokenizing"}
     return documents.map(tokenize, **options)
 
 
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
-    """Join tokenised documents in their order and cut them into blocks; only the last remainder is dropped.
+    """Join tokenized documents in their order and cut them into blocks; only the last remainder is dropped.
 
     The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents`: packing the
     same documents again opens the file. How many tokens were kept and dropped is logged.
 
     Args:
         documents (`datasets.Dataset`): Rows of `input_ids`, of any lengths.
-        block_size (`int`): Tokens a block, L.
+        block_size (`int`): Tokens per block, L.
 
     Returns:
-        `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens a row.
+        `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens per row.
 
     Raises:
         TSTError: If the data does not fill one block.
@@ -102,14 +104,12 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
     path, facts = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (path.is_file() and facts.is_file() and datasets.is_caching_enabled()):
         folder.mkdir(parents=True, exist_ok=True)
-        # Written under a name of this process and then renamed: a half-written file is never opened.
-        unfinished = folder / f"{name}.{os.getpid()}.tmp"
-        try:
-            tokens = _write_blocks(_token_batches(documents), block_size, unfinished)
-            facts.write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        # Written aside and then renamed: no process opens half-written files, and several may pack at once.
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            tokens = _write_blocks(_token_batches(documents), block_size, Path(unfinished, path.name))
+            Path(unfinished, facts.name).write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
+            for file in (facts, path):
+                os.replace(Path(unfinished, file.name), file)
     blocks = datasets.Dataset.from_file(str(path))
     tokens = json.loads(facts.read_text(encoding="utf-8"))["tokens"]
     logger.info(
@@ -120,11 +120,11 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
 
 class BlockStream(IterableDataset[dict[str, Any]]):
-    """Blocks of a stream of tokenised documents, cut as training goes on.
+    """Blocks of a stream of tokenized documents, cut as training goes on.
 
     Args:
         documents: Iterable of rows with `input_ids`, of any lengths.
-        block_size (`int`): Tokens a block, L.
+        block_size (`int`): Tokens per block, L.
     """
 
     def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
@@ -133,21 +133,13 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         self._rest = self._first = np.empty(0, dtype=np.int32)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Loaded tokens may hold whole blocks, which come before the next document is read.
         self._rest, self._first = self._first, self._rest[:0]
-        documents = iter(self.documents)
-        pending, length = [self._rest], len(self._rest)
-        while True:
-            if length >= self.block_size:
-                self._rest = np.concatenate(pending)
-                while len(self._rest) >= self.block_size:
-                    block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
-                    yield {"input_ids": block}
-                pending, length = [self._rest], len(self._rest)
-            document = next(documents, None)
-            if document is None:
-                return
-            pending.append(np.asarray(document["input_ids"], dtype=np.int32))
-            length += len(pending[-1])
+        for document in chain([{"input_ids": []}], self.documents):
+            self._rest = np.concatenate([self._rest, np.asarray(document["input_ids"], dtype=np.int32)])
+            while len(self._rest) >= self.block_size:
+                block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
+                yield {"input_ids": block}
 
     def state_dict(self) -> dict[str, Any] | None:
         """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
@@ -157,10 +149,10 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         documents = stream_state(self.documents)
         return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Let the next iteration go on from `state`, or begin at the beginning with `None`."""
-        load_stream_state(self.documents, None if state is None else state["documents"])
-        self._first = np.empty(0, dtype=np.int32) if state is None else state["tokens"].numpy()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration continue from `state`."""
+        cast("Any", self.documents).load_state_dict(state["documents"])
+        self._first = state["tokens"].numpy()
 
 
 def stream_state(stream: Any) -> dict[str, Any] | None:
@@ -170,45 +162,37 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
     """
     if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
         return None
-    if _has_shuffle_buffer(getattr(stream, "_ex_iterable", None)):
+    import datasets
+
+    if isinstance(stream, datasets.IterableDataset) and _has_shuffle_buffer(stream):
         return None
     return stream.state_dict()
 
 
-def load_stream_state(stream: Any, state: dict[str, Any] | None) -> None:
-    """Let the next iteration of a stream go on from `state`; with `None` it begins at the beginning.
-
-    A stream that is neither a [`BlockStream`] nor of `datasets` must begin at the beginning by itself, when it is
-    iterated again.
-    """
-    if state is not None or isinstance(stream, BlockStream) or hasattr(stream, "_ex_iterable"):
-        stream.load_state_dict(state)
-
-
-def _has_shuffle_buffer(node: Any) -> bool:
-    if node is None:
-        return False
-    inner = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
-    return "BufferShuffled" in type(node).__name__ or any(map(_has_shuffle_buffer, inner))
+def _has_shuffle_buffer(stream: Any) -> bool:
+    """Whether a stream of `datasets` goes through a shuffle buffer, which nothing public says; true if it cannot be told."""
+    nodes = [getattr(stream, "_ex_iterable", None)]
+    for node in nodes:
+        if node is None or "BufferShuffled" in type(node).__name__:
+            return True
+        nodes += [inner] if (inner := getattr(node, "ex_iterable", None)) is not None else []
+        nodes += getattr(node, "ex_iterables", None) or []
+    return False
 
 
 def cut_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int) -> Iterator[NDArray[np.int32]]:
     """Cut joined arrays of tokens into blocks, some at a time: `(n, block_size)` each, then the remainder, `(m,)`."""
-    pending: list[NDArray[np.int32]] = []
-    length = 0
-    for array in arrays:
-        pending.append(array)
-        length += len(array)
-        if length < max(block_size, CHUNK_TOKENS):
-            continue
+    pending = [np.empty(0, dtype=np.int32)]
+    for array in chain(arrays, [None]):
+        if array is not None:
+            pending.append(array)
+            if sum(map(len, pending)) < max(block_size, CHUNK_TOKENS):
+                continue
         joined = np.concatenate(pending)
-        whole = length - length % block_size
+        whole = len(joined) - len(joined) % block_size
         yield joined[:whole].reshape(-1, block_size)
-        pending, length = [joined[whole:]], length - whole
-    joined = np.concatenate([*pending, np.empty(0, dtype=np.int32)])
-    whole = length - length % block_size
-    yield joined[:whole].reshape(-1, block_size)
-    yield joined[whole:]
+        pending = [joined[whole:]]
+    yield pending[0]
 
 
 def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Path) -> int:

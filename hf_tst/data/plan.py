@@ -26,7 +26,7 @@ class BatchLayout:
 
     Args:
         per_device_batch_size (`int`): Rows of one forward pass on one device.
-        accumulation_steps (`int`, defaults to 1): Micro-batches an optimizer step.
+        accumulation_steps (`int`, defaults to 1): Micro-batches per optimizer step.
         world_size (`int`, defaults to 1): Ranks that read data of their own (data-parallel ranks).
     """
 
@@ -36,12 +36,8 @@ class BatchLayout:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows an optimizer step, over all ranks and micro-batches: the global batch."""
+        """Rows per optimizer step, over all ranks and micro-batches: the global batch."""
         return self.per_device_batch_size * self.accumulation_steps * self.world_size
-
-    def owner(self, row: int) -> int:
-        """The rank that trains on row `row` of the run."""
-        return row // self.per_device_batch_size % self.world_size
 
     def rows(self, step: int, rank: int) -> Indices:
         """Rows of the run that `rank` trains on in step `step`: `(accumulation_steps, per_device_batch_size)`."""
@@ -60,7 +56,7 @@ class DataPlan:
     Args:
         num_blocks (`int`): Blocks in the data set.
         schedule (`PhaseSchedule`): The run's phases.
-        rows_per_step (`int`): Rows an optimizer step, over all devices and accumulation steps.
+        rows_per_step (`int`): Rows per optimizer step, over all devices and accumulation steps.
         seed (`int`): Seed of the order.
         shuffle (`bool`, defaults to `True`): Without it, groups and blocks keep the order of the data.
     """
@@ -94,11 +90,20 @@ class DataPlan:
         return math.ceil(self.superposed_rows / self.groups_per_pass) - 1
 
     @property
+    def used_groups(self) -> int:
+        """Rows of superposition in the pass in which it ends."""
+        return self.superposed_rows - self.switch_pass * self.groups_per_pass
+
+    @property
+    def left_over(self) -> int:
+        """Blocks of that pass that superposition leaves to recovery."""
+        return self.num_blocks - self.used_groups * self.schedule.blocks_per_row
+
+    @property
     def blocks_consumed(self) -> int:
         """Blocks from the start of the first pass to the end of the run; at most passes · `num_blocks`."""
-        recovery_rows = self.total_rows - self.superposed_rows
-        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
-        return self.switch_pass * self.num_blocks + used_groups * self.schedule.blocks_per_row + recovery_rows
+        whole_passes = (self.switch_pass + 1) * self.num_blocks
+        return whole_passes - self.left_over + self.total_rows - self.superposed_rows
 
     def superposed_groups(self, rows: Indices) -> Indices:
         """First block of the group that each superposition row reads. `rows` and the result: `(n,)`."""
@@ -108,16 +113,12 @@ class DataPlan:
     def recovery_blocks(self, rows: Indices) -> Indices:
         """Block that each recovery row reads. `rows` (at least `superposed_rows`) and the result: `(n,)`."""
         position = rows - self.superposed_rows
-        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
-        left_over = self.num_blocks - used_groups * self.schedule.blocks_per_row
-        in_switch_pass = position < left_over
+        in_switch_pass = position < self.left_over
         blocks = np.empty_like(position)
-        blocks[in_switch_pass] = self._left_over_blocks(position[in_switch_pass], left_over, used_groups)
-        later = position[~in_switch_pass] - left_over
-        passes, position = np.divmod(later, self.num_blocks)
-        blocks[~in_switch_pass] = self._permute(
-            passes + self.switch_pass + 1, position, self.num_blocks, "blocks"
-        )
+        blocks[in_switch_pass] = self._left_over_blocks(position[in_switch_pass])
+        passes, position = np.divmod(position[~in_switch_pass] - self.left_over, self.num_blocks)
+        passes += self.switch_pass + 1
+        blocks[~in_switch_pass] = self._permute(passes, position, self.num_blocks, "blocks")
         return blocks
 
     def row_blocks(self, row: int) -> list[int]:
@@ -129,26 +130,20 @@ class DataPlan:
 
     def row_passes(self, rows: Indices) -> Indices:
         """Pass over the data, counted from 0, in which each row is read. `rows` and the result: `(n,)`."""
-        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
-        left_over = self.num_blocks - used_groups * self.schedule.blocks_per_row
-        recovery = self.switch_pass + np.where(
-            rows - self.superposed_rows < left_over,
-            0,
-            (rows - self.superposed_rows - left_over) // self.num_blocks + 1,
-        )
-        return np.where(rows < self.superposed_rows, rows // max(1, self.groups_per_pass), recovery)
+        later = np.maximum(0, (rows - self.superposed_rows - self.left_over) // self.num_blocks + 1)
+        superposed = rows // max(1, self.groups_per_pass)
+        return np.where(rows < self.superposed_rows, superposed, self.switch_pass + later)
 
-    def _left_over_blocks(self, position: Indices, left_over: int, used_groups: int) -> Indices:
+    def _left_over_blocks(self, position: Indices) -> Indices:
         """Blocks of the switch pass that superposition did not use, in shuffled order."""
         size = self.schedule.blocks_per_row
         passes = np.full_like(position, self.switch_pass)
-        position = self._permute(passes, position, left_over, "left over")
-        group_blocks = (self.groups_per_pass - used_groups) * size
+        position = self._permute(passes, position, self.left_over, "left over")
+        group_blocks = (self.groups_per_pass - self.used_groups) * size
         blocks = self.groups_per_pass * size + position - group_blocks  # the tail that fills no group
         in_group = position < group_blocks
-        groups = self._permute(
-            passes[in_group], position[in_group] // size + used_groups, self.groups_per_pass, "groups"
-        )
+        used = position[in_group] // size + self.used_groups
+        groups = self._permute(passes[in_group], used, self.groups_per_pass, "groups")
         blocks[in_group] = groups * size + position[in_group] % size
         return blocks
 
@@ -197,8 +192,7 @@ def plan_for_passes(
     fits, too_many = 0, budget // rows_per_step + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        candidate = plan(middle)
-        if _has_groups(candidate) and candidate.blocks_consumed <= budget:
+        if plan(middle).blocks_consumed <= budget:
             fits = middle
         else:
             too_many = middle
@@ -222,16 +216,12 @@ def plan_for_steps(
     needed = schedule.blocks_needed(rows_per_step)
     if needed > num_blocks:
         superposed, recovery = schedule.switch_step, schedule.max_steps - schedule.switch_step
-        per_step = max(1.0, needed / schedule.max_steps)
+        affordable = int(num_blocks / max(1.0, needed / schedule.max_steps))
         raise TSTError(
             f"The schedule needs {needed} blocks ({superposed} superposition steps of {rows_per_step} rows with "
             f"{schedule.blocks_per_row} blocks each, {recovery} recovery steps of {rows_per_step} rows with one), but the "
-            f"training data has {num_blocks}: lower max_steps to about {int(num_blocks / per_step)}, lower "
+            f"training data has {num_blocks}: lower max_steps to about {affordable}, lower "
             "tst_phase_ratio, tst_bag_size or the batch size, give more data, or leave max_steps unset and say with "
             "num_train_epochs how often to read the data."
         )
     return DataPlan(num_blocks, schedule, rows_per_step, seed, shuffle)
-
-
-def _has_groups(plan: DataPlan) -> bool:
-    return plan.groups_per_pass > 0 or plan.superposed_rows == 0

@@ -18,6 +18,8 @@ POSITION_VERSION = 1
 class DataPosition:
     """Which data a run has trained on after `step` optimizer steps, and all that this follows from.
 
+    The file also says what follows from the fields and a reader may ask for: `rows_per_step` and `consumed`.
+
     Block i of optimizer step k is a pure function of these fields (see [`DataPlan`]); for a stream it is what the
     stream gave next, and `stream_state_<rank>.pt` beside the file says where it stands.
 
@@ -29,13 +31,11 @@ class DataPosition:
         mode (`str`): See `TSTTrainingArguments.tst_mode`.
         document_boundaries (`str`): See `TSTTrainingArguments.tst_document_boundaries`.
         seed (`int`), shuffle (`bool`): Order of the blocks.
-        rows_per_step (`int`): Rows an optimizer step over all ranks, the global batch: the product of the next three.
         per_device_batch_size (`int`), accumulation_steps (`int`), world_size (`int`): See [`BatchLayout`].
-        block_length (`int`): Tokens a block, L.
+        block_length (`int`): Tokens per block, L.
         num_blocks (`int` or `None`): Blocks in the data set; `None` for a stream.
         data (`str`): Fingerprint of the data set; for a stream, how it is cut into shards.
         split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
-        consumed (`dict`): Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted.
         stream_workers (`int`): Loader processes that each read shards of their own of a stream.
         tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
         offset_weighting (`str`), input_weighting (`str`): See `TSTTrainingArguments`. They move no data, but are held
@@ -51,7 +51,6 @@ class DataPosition:
     document_boundaries: str
     seed: int
     shuffle: bool
-    rows_per_step: int
     per_device_batch_size: int
     accumulation_steps: int
     world_size: int
@@ -59,7 +58,6 @@ class DataPosition:
     num_blocks: int | None
     data: str
     split_by_rank: bool
-    consumed: dict[str, dict[str, int]]
     stream_workers: int = 0
     tokens_left_out: int = 0
     offset_weighting: str = "uniform"
@@ -76,9 +74,27 @@ class DataPosition:
         """How rows are dealt out to ranks and micro-batches."""
         return BatchLayout(self.per_device_batch_size, self.accumulation_steps, self.world_size)
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows per optimizer step over all ranks: the global batch."""
+        return self.layout.rows_per_step
+
+    @property
+    def consumed(self) -> dict[str, dict[str, int]]:
+        """Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted."""
+        steps = min(self.step, self.schedule.switch_step)
+        superposed = steps * self.rows_per_step * self.schedule.blocks_per_row
+        recovery = (self.step - steps) * self.rows_per_step
+        raw_tokens = superposed * self.block_length - self.tokens_left_out
+        return {
+            "superposition": {"blocks": superposed, "raw_tokens": raw_tokens},
+            "recovery": {"blocks": recovery, "raw_tokens": recovery * self.block_length},
+        }
+
     def save(self, folder: str | Path) -> None:
         """Write `data_position.json` into `folder`."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
+        values = asdict(self) | {name: getattr(self, name) for name in _FOLLOWING}
+        text = json.dumps(values, indent=2) + "\n"
         (Path(folder) / POSITION_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -94,7 +110,7 @@ class DataPosition:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("version") == POSITION_VERSION:
-                return cls(**values)
+                return cls(**{name: value for name, value in values.items() if name not in _FOLLOWING})
         except (ValueError, TypeError, AttributeError) as error:
             raise TSTError(f"The file {path} is damaged ({error}): resume from another checkpoint.") from None
         raise TSTError(
@@ -122,6 +138,8 @@ class DataPosition:
             )
 
 
+# What the file says besides the fields.
+_FOLLOWING = ("rows_per_step", "consumed")
 # What must not change between save and resume, and what to call it.
 NAMES: dict[str, str] = {
     "phase_ratio": "tst_phase_ratio",
@@ -131,7 +149,7 @@ NAMES: dict[str, str] = {
     "offset_weighting": "tst_offset_weighting",
     "input_weighting": "tst_input_weighting",
     "document_boundaries": "tst_document_boundaries",
-    "rows_per_step": "the global batch (rows an optimizer step)",
+    "rows_per_step": "the global batch (rows per optimizer step)",
     "seed": "the data seed",
     "shuffle": "shuffling",
     "block_length": "the block length",
@@ -140,21 +158,3 @@ NAMES: dict[str, str] = {
     "split_by_rank": "reading of shards by rank",
     "stream_workers": "dataloader_num_workers of a stream",
 }
-
-
-def consumed_by_phase(
-    schedule: PhaseSchedule, step: int, rows_per_step: int, block_length: int, left_out: int = 0
-) -> dict[str, dict[str, int]]:
-    """Blocks and raw tokens that optimizer steps `0 … step - 1` have trained on, by phase.
-
-    Args:
-        schedule (`PhaseSchedule`): The run's phases.
-        step (`int`), rows_per_step (`int`), block_length (`int`): Steps done, and their size.
-        left_out (`int`, defaults to 0): Tokens that superposition left out at document ends.
-    """
-    superposition = min(step, schedule.switch_step) * rows_per_step * schedule.blocks_per_row
-    recovery = max(0, step - schedule.switch_step) * rows_per_step
-    return {
-        "superposition": {"blocks": superposition, "raw_tokens": superposition * block_length - left_out},
-        "recovery": {"blocks": recovery, "raw_tokens": recovery * block_length},
-    }

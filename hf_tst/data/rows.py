@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .block_checks import BlockRules
-from .blocks import BlockReader
+from .blocks import NO_RULES, BlockReader, BlockRules
 from .plan import DataPlan
 
 # What superposition reads of a block; recovery hands on whatever columns the model takes.
@@ -21,31 +20,20 @@ DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 _LOOK_AHEAD = 256
 
 
-@dataclass(frozen=True)
-class WorkerNote:
-    """What a loader process that reads a stream tells the main process with a batch.
-
-    Args:
-        worker (`int`): The process, counted from 0.
-        state (`dict` or `None`): Where its stream stands behind the batch; `None` with a batch that holds nothing, and
-            only keeps the processes' turns.
-    """
-
-    worker: int
-    state: dict[str, Any] | None
-
-
-# Under which name a batch holds a `WorkerNote`.
-WORKER_NOTE = "tst_worker_note"
+# Under which name a batch of a stream holds its `StreamState`.
+STREAM_STATE = "tst_stream_state"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch before collation: its columns, and whether it is to be folded into bags."""
+    """One row of a batch before collation: its columns, and whether it is to be folded into bags.
+
+    The last row of a batch of a stream also says where the stream stands behind it.
+    """
 
     columns: Mapping[str, Any]
     superposed: bool
-    note: WorkerNote | None = None
+    stream_state: Any = None
 
 
 class PlannedRows(Dataset[Row]):
@@ -58,7 +46,7 @@ class PlannedRows(Dataset[Row]):
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
             is faster, not in the data set's own format.
-        rules (`BlockRules`, *optional*): What the blocks must keep to, checked as they are read.
+        rules (`BlockRules`): What the blocks must keep to, checked as they are read.
     """
 
     def __init__(
@@ -68,9 +56,10 @@ class PlannedRows(Dataset[Row]):
         columns: Sequence[str],
         bag_columns: Sequence[str] = TOKEN_COLUMNS,
         as_arrays: bool = True,
-        rules: BlockRules | None = None,
+        rules: BlockRules = NO_RULES,
     ) -> None:
         self.plan = plan
+        self.column_names = list(columns)
         self._first_blocks: dict[int, int] = {}
         self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns], rules=rules)
         self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays, rules=rules)
@@ -95,45 +84,45 @@ class PlannedRows(Dataset[Row]):
         To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
         after these.
         """
-        found = self._first_blocks
-        if not (found and all(row in found for row in rows)):
+        if not all(row in self._first_blocks for row in rows):
             superposed = rows[0] < self.plan.superposed_rows
             end = self.plan.superposed_rows if superposed else self.plan.total_rows
-            ahead = np.arange(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))
-            wanted = np.concatenate([np.asarray(rows, dtype=np.int64), ahead])
+            wanted = np.array([*rows, *range(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))])
             find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
-            found = self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
-        return [found[row] for row in rows]
+            self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+        return [self._first_blocks[row] for row in rows]
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """Row numbers from the optimizer step that training has reached to the end of the epoch it is in.
 
-    The plan has shuffled already, so these are consecutive numbers, and starting in the middle of an epoch costs
+    The rows are in their order already, so these are consecutive numbers, and starting in the middle of an epoch costs
     what starting at its beginning costs.
 
     Args:
-        plan (`DataPlan`): The run.
+        steps (`int`): Optimizer steps of the run.
+        rows_per_step (`int`): Rows per optimizer step, over all ranks.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
         current_step: Returns the optimizer steps done so far; asked when iteration starts.
     """
 
-    def __init__(self, plan: DataPlan, steps_per_epoch: int, current_step: Callable[[], int]) -> None:
-        self.plan = plan
-        self.steps_per_epoch = steps_per_epoch
-        self.current_step = current_step
+    steps: int
+    rows_per_step: int
+    steps_per_epoch: int
+    current_step: Callable[[], int]
 
     def __len__(self) -> int:
         """Rows of a whole epoch."""
-        return min(self.steps_per_epoch * self.plan.rows_per_step, self.plan.total_rows)
+        return min(self.steps_per_epoch, self.steps) * self.rows_per_step
 
     def __iter__(self) -> Iterator[int]:
         step = self.current_step()
-        last_step = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
-        rows = self.plan.rows_per_step
-        return iter(range(step * rows, min(last_step * rows, self.plan.total_rows)))
+        last_step = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.steps)
+        return iter(range(step * self.rows_per_step, last_step * self.rows_per_step))
 
 
+@dataclass
 class PhaseCollator:
     """Sends superposition rows, recovery rows and all other features to a collator each.
 
@@ -143,22 +132,14 @@ class PhaseCollator:
         evaluation: Collator of evaluation and prediction.
     """
 
-    def __init__(
-        self,
-        superposition: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
-        recovery: Callable[[list[Any]], dict[str, Any]],
-        evaluation: Callable[[list[Any]], dict[str, Any]],
-    ) -> None:
-        self.superposition = superposition
-        self.recovery = recovery
-        self.evaluation = evaluation
+    superposition: Callable[[list[Any]], dict[str, Any]]
+    recovery: Callable[[list[Any]], dict[str, Any]]
+    evaluation: Callable[[list[Any]], dict[str, Any]]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         if not isinstance(features[0], Row):
             return self.evaluation(features)
-        note = features[-1].note
-        if note is not None and note.state is None:
-            return {WORKER_NOTE: note}
         collate = self.superposition if features[0].superposed else self.recovery
         batch = collate([row.columns for row in features])
-        return batch if note is None else {**batch, WORKER_NOTE: note}
+        state = features[-1].stream_state
+        return batch if state is None else {**batch, STREAM_STATE: state}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bags.phases import PhaseSchedule
-from ..data.block_checks import check_blocks
+from ..data.blocks import check_blocks
 from ..errors import TSTError
 from ..models.fused import check_fusable
 from ..models.shape import ModelShape

@@ -191,7 +191,11 @@ def describe_hardware(world_size: int = 1) -> str:
 
 def describe_software() -> str:
     """The versions that are installed."""
-    packages = ("transformers", "torch", "accelerate")  # this package may run from a checkout that is not installed
+    packages = (
+        "transformers",
+        "torch",
+        "accelerate",
+    )  # this package may run from a checkout that is not installed
     return ", ".join([f"hf-tst {__version__}", *(f"{package} {version(package)}" for package in packages)])
 
 

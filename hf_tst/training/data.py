@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.block_checks import BlockRules, check_blocks
+from ..data.blocks import NO_RULES, BlockRules, check_blocks
 from ..data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
-from ..data.position import DataPosition, consumed_by_phase
-from ..data.rows import DOCUMENT_COLUMNS, TOKEN_COLUMNS, WORKER_NOTE, EpochSampler, PlannedRows
-from ..data.stream import StreamedRows, check_stream_workers, count_shards, split_stream
+from ..data.position import DataPosition
+from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
+from ..data.stream import StreamedRows
 from ..errors import TSTError
 from .arguments import TSTTrainingArguments
 
@@ -38,7 +38,7 @@ def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -
     Args:
         args (`TSTTrainingArguments`): The run's arguments.
         num_blocks (`int`): Blocks in the data set.
-        rows_per_step (`int`): Rows an optimizer step, over all ranks and accumulation steps.
+        rows_per_step (`int`): Rows per optimizer step, over all ranks and accumulation steps.
 
     Raises:
         TSTError: If the data has too few blocks.
@@ -71,7 +71,8 @@ class RunData:
     start: DataPosition
     steps_per_epoch: int
     rank: int
-    _worker_states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    # Where the readers of this rank stand in a stream, behind the batches that training got.
+    _stream_states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def schedule(self) -> PhaseSchedule:
@@ -84,9 +85,9 @@ class RunData:
         return self.rows.plan if isinstance(self.rows, PlannedRows) else None
 
     def sampler(self, current_step: Callable[[], int]) -> EpochSampler:
-        """The order of the rows of a map-style data set, from the step that training has reached."""
-        assert self.plan is not None
-        return EpochSampler(self.plan, self.steps_per_epoch, current_step)
+        """The order of the rows, from the step that training has reached."""
+        steps, rows_per_step = self.start.max_steps, self.start.rows_per_step
+        return EpochSampler(steps, rows_per_step, self.steps_per_epoch, current_step)
 
     def epoch(self, step: int) -> float:
         """What Trainer calls the epoch once `step` (at least 1) optimizer steps are done."""
@@ -98,51 +99,37 @@ class RunData:
         if self.plan is None:
             return None
         count = self.start.rows_per_step
-        if micro_batch is None:
-            rows = range(step * count, (step + 1) * count)
-        else:
-            rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
-        return [block for row in rows for block in self.plan.row_blocks(row)]
+        rows = np.arange(step * count, (step + 1) * count)
+        if micro_batch is not None:
+            rows = self.start.layout.rows(step, rank)[micro_batch]
+        return [block for row in rows.tolist() for block in self.plan.row_blocks(row)]
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches that training gets, without what loader processes tell this one with them."""
+        """The batches that training gets, without the state of the stream that comes with them."""
         for batch in batches:
-            note = batch.pop(WORKER_NOTE, None) if isinstance(batch, dict) else None
-            if note is not None:
-                if note.state is None:
-                    continue
-                self._worker_states[note.worker] = note.state
+            if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
+                self._stream_states[state.reader] = state.values
+                self.start = replace(self.start, block_length=state.values["block_length"])
             yield batch
 
     def position(self, step: int, tokens_left_out: int = 0) -> DataPosition:
         """What the run has trained on once `step` optimizer steps are done."""
-        start = self.start
-        length = start.block_length
-        if isinstance(self.rows, StreamedRows):
-            length = self.rows.block_length or 0
-        consumed = consumed_by_phase(self.schedule, step, start.rows_per_step, length, tokens_left_out)
-        return replace(
-            start, step=step, block_length=length, consumed=consumed, tokens_left_out=tokens_left_out
-        )
+        return replace(self.start, step=step, tokens_left_out=tokens_left_out)
 
     def save(self, folder: str | Path, step: int, tokens_left_out: int, writes_position: bool) -> None:
         """Write the position, and this rank's state of a stream, into a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         if writes_position:
             self.position(step, tokens_left_out).save(folder)
-        if isinstance(self.rows, StreamedRows):
-            if self.start.stream_workers:
-                state = {"step": step, "workers": self._worker_states}
-            else:
-                state = self.rows.state(step)
-            torch.save(_compact(state), _state_file(folder, self.rank))
+        if self.plan is None:
+            torch.save({"step": step, "workers": self._stream_states}, _state_file(folder, self.rank))
 
     def resume(self, folder: str | Path, allow_change: bool) -> DataPosition | None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Args:
             folder: The checkpoint.
-            allow_change (`bool`): Go on although the data or what decides its order has changed.
+            allow_change (`bool`): Continue although the data or what decides its order has changed.
 
         Returns:
             The position in the checkpoint, or `None` if it holds none.
@@ -157,37 +144,32 @@ class RunData:
                 "arguments are those that it was trained with cannot be checked."
             )
             return None
+        length = self.start.block_length or saved.block_length
         try:
-            now = self.start
-            if isinstance(self.rows, StreamedRows) and not now.block_length:
-                now = replace(now, block_length=saved.block_length)  # checked by the rows as they come
-                self.rows.block_length = saved.block_length or None
-            saved.check_resumable(now)
-        except ValueError as error:
+            saved.check_resumable(replace(self.start, block_length=length))
+            if isinstance(self.rows, StreamedRows):
+                # Of a stream that does not say its block length, the blocks are checked as they come.
+                self.rows.rules = replace(self.rows.rules, length=length or None)
+        except TSTError as error:
             if not allow_change:
                 raise
-            logger.warning(f"tst_allow_data_change is set, so training goes on. {error}")
-            if isinstance(self.rows, StreamedRows):
-                self.rows.block_length = self.start.block_length or None
-        if isinstance(self.rows, StreamedRows):
-            self._load_stream_state(folder, saved)
+            logger.warning(f"tst_allow_data_change is set, so training continues. {error}")
+        same_readers = all(
+            getattr(saved, name) == getattr(self.start, name)
+            for name in ("split_by_rank", "data", "stream_workers")
+        )
+        if isinstance(self.rows, StreamedRows) and same_readers:
+            # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
+            file = _state_file(folder, self.rank if saved.split_by_rank else 0)
+            if not file.is_file():
+                raise TSTError(
+                    f"The checkpoint has no {file.name} to read the stream on from: copy the files of all processes "
+                    "into one folder."
+                )
+            state = torch.load(file, weights_only=True)
+            self._stream_states = dict(state["workers"])
+            self.rows.load_states(state["step"], state["workers"])
         return saved
-
-    def _load_stream_state(self, folder: str | Path, saved: DataPosition) -> None:
-        assert isinstance(self.rows, StreamedRows)
-        # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
-        file = _state_file(folder, self.rank if saved.split_by_rank else 0)
-        names = ("split_by_rank", "data", "stream_workers")
-        if any(getattr(saved, name) != getattr(self.start, name) for name in names):
-            return
-        if not file.is_file():
-            raise TSTError(
-                f"The checkpoint has no {file.name} to read the stream on from: copy the files of all processes "
-                "into one folder."
-            )
-        state = torch.load(file, weights_only=True)
-        self._worker_states = dict(state.get("workers", {}))
-        self.rows.load_state(state)
 
 
 def open_run_data(
@@ -197,8 +179,7 @@ def open_run_data(
     rank: int,
     *,
     columns: Callable[[list[str] | None], Sequence[str] | None],
-    current_step: Callable[[], int],
-    rules: BlockRules | None = None,
+    rules: BlockRules = NO_RULES,
     as_arrays: bool = True,
 ) -> RunData:
     """Check the training data and plan the run over it.
@@ -208,53 +189,29 @@ def open_run_data(
         args (`TSTTrainingArguments`): The run's arguments.
         layout (`BatchLayout`), rank (`int`): How rows are dealt out to ranks, and which rank this is.
         columns: Returns those of some columns (of all, for `None`) that the collator gets.
-        current_step: Returns the optimizer steps done so far.
-        rules (`BlockRules`, *optional*): What the blocks must keep to besides being of equal length.
+        rules (`BlockRules`): What the blocks must keep to besides being of equal length.
         as_arrays (`bool`, defaults to `True`): See [`PlannedRows`].
 
     Raises:
-        TSTError: If the data has no full blocks of equal length, or too few of them.
+        TSTError: If the data has no full blocks of equal length, or too few of them, or batches would not come in order.
     """
-    seed, shuffle = _order(args)
-    rules = rules or BlockRules()
+    streamed = isinstance(blocks, IterableDataset)
+    _check_loader(args, streamed)
     respect = args.tst_document_boundaries == "respect"
     bag_columns = TOKEN_COLUMNS + (DOCUMENT_COLUMNS if respect else ())
+    workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
-    if isinstance(blocks, TorchIterableDataset):
+    if streamed:
         schedule = make_schedule(args, args.max_steps)
-        check_stream_workers(blocks, args.dataloader_num_workers, layout.world_size)
-        share = split_stream(blocks, rank, layout.world_size)
-        split = share is not None
-        if share is None:
-            share, own, own_rank = blocks, layout, rank
-        else:
-            own, own_rank = BatchLayout(layout.per_device_batch_size, layout.accumulation_steps), 0
-        rows = StreamedRows(share, schedule, own, own_rank, columns(None), bag_columns, current_step, rules)
-        facts = {
-            "shuffle": False,
-            "block_length": rows.block_length or 0,
-            "num_blocks": None,
-            "data": f"stream of {count_shards(blocks) or 'unknown'} shards",
-            "split_by_rank": split,
-            "stream_workers": args.dataloader_num_workers,
-        }
-        steps_per_epoch = schedule.max_steps
+        rows = StreamedRows(blocks, schedule, layout, workers, columns(None), bag_columns, rules)
+        facts = rows.facts
     else:
-        checked = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
-        rules = replace(rules, length=checked.length)
-        plan = make_plan(args, checked.count, layout.rows_per_step)
+        facts = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
+        plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
+        rules = replace(rules, length=facts.length)
         rows = PlannedRows(blocks, plan, columns(list(blocks[0])) or [], bag_columns, as_arrays, rules)
-        facts = {
-            "shuffle": shuffle,
-            "block_length": checked.length,
-            "num_blocks": checked.count,
-            "data": checked.fingerprint,
-            "split_by_rank": False,
-        }
-        steps_per_epoch = schedule.max_steps
-        if args.max_steps <= 0:
-            steps_per_epoch = min(steps_per_epoch, math.ceil(steps_per_epoch / args.num_train_epochs))
+    seed, shuffle = _order(args)
     start = DataPosition(
         step=0,
         max_steps=schedule.max_steps,
@@ -265,39 +222,31 @@ def open_run_data(
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
         seed=seed,
-        rows_per_step=layout.rows_per_step,
+        shuffle=shuffle and not streamed,
         per_device_batch_size=layout.per_device_batch_size,
         accumulation_steps=layout.accumulation_steps,
         world_size=layout.world_size,
-        consumed={},
-        **facts,
+        block_length=facts.length,
+        num_blocks=facts.count,
+        data=facts.fingerprint,
+        split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
+        stream_workers=workers,
     )
-    return RunData(rows, start, steps_per_epoch, rank)
+    epochs = 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
+    return RunData(rows, start, math.ceil(schedule.max_steps / epochs), rank)
 
 
-def make_stream_loader(
-    data: RunData, batch_size: int, collator: Any, args: TSTTrainingArguments, accelerator: Any
-) -> DataLoader:
-    """The loader of a stream: its rows are this rank's already, so accelerate deals out nothing."""
-    from accelerate.data_loader import prepare_data_loader
-
-    loader = DataLoader(
-        data.rows,
-        batch_size=batch_size,
-        collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        pin_memory=args.dataloader_pin_memory,
-    )
-    return prepare_data_loader(
-        loader,
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=accelerator.device_placement,
-        dispatch_batches=False,
-        non_blocking=accelerator.non_blocking,
-    )
+def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
+    if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
+        raise TSTError(
+            "dataloader_in_order=False lets batches come in any order, but the phase of a batch and the place to resume "
+            "from follow from their order: leave it at True, or set dataloader_num_workers to 0."
+        )
+    if streamed and getattr(args.accelerator_config, "dispatch_batches", False):
+        raise TSTError(
+            "accelerator_config's dispatch_batches=True lets one process read for all, but each process reads its own rows of "
+            "a stream: leave it out."
+        )
 
 
 def make_collators(
@@ -309,13 +258,12 @@ def make_collators(
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
     boundaries = args.tst_document_boundaries
-
-    def own_collator(bag_size: int) -> DataCollatorForTokenSuperposition:
-        return DataCollatorForTokenSuperposition(
+    superposition, recovery = (
+        DataCollatorForTokenSuperposition(
             bag_size, args.tst_mode, document_boundaries=boundaries, eos_token_id=eos_token_id
         )
-
-    superposition, recovery = own_collator(args.tst_bag_size), own_collator(1)
+        for bag_size in (args.tst_bag_size, 1)
+    )
     evaluation = DataCollatorForTokenSuperposition(1)
     if data_collator is None:
         return superposition, recovery, evaluation
@@ -328,27 +276,14 @@ def make_collators(
         )
     if not ours or data_collator.bag_size == 1:
         return superposition, data_collator, data_collator
-    if args.tst_enabled and (data_collator.bag_size, data_collator.mode) != (
-        args.tst_bag_size,
-        args.tst_mode,
-    ):
+    bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
+    if args.tst_enabled and bags != asked:
         raise TSTError(
-            f"data_collator makes bags of {data_collator.bag_size} in mode {data_collator.mode!r}, but the arguments "
-            f"say tst_bag_size={args.tst_bag_size} and tst_mode={args.tst_mode!r}: leave data_collator out."
+            f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
+            f"and tst_mode={asked[1]!r}: leave data_collator out."
         )
     return data_collator, recovery, evaluation
 
 
 def _state_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"stream_state_{rank}.pt"
-
-
-def _compact(value: Any) -> Any:
-    """`value` with tensors that hold nothing but their own elements, so that views are not saved whole."""
-    if isinstance(value, torch.Tensor):
-        return value.to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _compact(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_compact(entry) for entry in value)
-    return value

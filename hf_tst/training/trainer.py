@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import Phase, PhaseSchedule
-from ..data.block_checks import BlockRules
+from ..data.blocks import BlockRules
 from ..data.plan import BatchLayout
 from ..data.rows import DOCUMENT_COLUMNS, PhaseCollator
 from ..errors import bad_input
@@ -30,7 +30,7 @@ from .arguments import TSTTrainingArguments
 from .bad_loss import BadNumber
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
 from .checkpoints import load_renamed_weights
-from .data import RunData, make_collators, make_stream_loader, open_run_data
+from .data import RunData, make_collators, open_run_data
 from .document_attention import DocumentAttentionCallback
 from .guarding import GuardedTrainer
 from .lean_evaluation import LeanEvaluationTrainer
@@ -183,10 +183,6 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
             saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
             if saved is not None and self._meter.tokens_left_out is not None:
                 self._meter.count_left_out(saved.tokens_left_out)
-        if data.plan is None:
-            return make_stream_loader(
-                data, self._train_batch_size, self.data_collator, self.args, self.accelerator
-            )
         return self._get_dataloader(
             dataset=data.rows,
             description="Training",
@@ -372,7 +368,6 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
             layout,
             rank=args.process_index // (args.world_size // layout.world_size),
             columns=self._used_columns,
-            current_step=lambda: self.state.global_step,
             rules=BlockRules(pad_token_id=self._padding_token_id(), vocab_size=self._vocab_size()),
             as_arrays=isinstance(self._recovery_collator, DataCollatorForTokenSuperposition),
         )
