@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
 from ..mtp.heads import MTPKind, check_mtp
-from .bad_loss import BadLoss, check_bad_loss
+from .non_finite import BadLoss, check_bad_loss
 
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
 LOWEST = {
@@ -192,8 +193,14 @@ class TSTTrainingArguments(TrainingArguments):
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> TSTTrainingArguments:
+        return self._with(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TSTTrainingArguments:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, values: dict[str, Any]) -> TSTTrainingArguments:
         other = object.__new__(type(self))
-        other.__dict__.update(vars(self))
+        vars(other).update(values)
         return other
 
     @property

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import TSTError
-from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict, uses_fsdp1
+from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 from ..mtp.heads import MTPHeads, attached_heads, extra_losses
 from .arguments import TSTTrainingArguments
+from .fsdp import uses_fsdp1
 
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
