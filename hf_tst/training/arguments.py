@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,14 +195,14 @@ class TSTTrainingArguments(TrainingArguments):
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> TSTTrainingArguments:
-        return self._with(vars(self))
+        return self._with(self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TSTTrainingArguments:
-        return self._with(copy.deepcopy(vars(self), memo))
+        return self._with(copy.deepcopy(self.__dict__, memo))
 
     def _with(self, values: dict[str, Any]) -> TSTTrainingArguments:
         other = object.__new__(type(self))
-        vars(other).update(values)
+        other.__dict__.update(values)
         return other
 
     @property
@@ -251,3 +253,14 @@ class TSTTrainingArguments(TrainingArguments):
                 "use_liger_kernel replaces the loss of superposition and the fused loss: set "
                 'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
             )
+
+
+@contextmanager
+def changed_arguments(args: TSTTrainingArguments, **values: Any) -> Iterator[None]:
+    """Context in which some arguments have other values."""
+    before = {name: getattr(args, name) for name in values}
+    args.__dict__.update(values)
+    try:
+        yield
+    finally:
+        args.__dict__.update(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,9 +83,8 @@ class TokenMeterCallback(TrainerCallback):
     """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
 
     [`TSTTrainer`] sets `schedule` and `rows_per_step` (over all devices and accumulation steps) before training
-    starts, and `latent_length` (positions a row, the same in both phases) from the batches. It also sets `epoch`,
-    which says what Trainer calls the epoch after so many steps, since Trainer itself does not know where a resumed
-    epoch began, and calls [`count_left_out`].
+    starts, and `epoch`, which says what Trainer calls the epoch after so many steps, since Trainer itself does not know
+    where a resumed epoch began, and calls [`watch`] and [`count_left_out`].
     """
 
     def __init__(self) -> None:
@@ -137,7 +136,7 @@ class TokenMeterCallback(TrainerCallback):
         self._since = time.perf_counter()
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; notes how long training waits for each, and the empty places of its bags."""
+        """The same batches; notes their latent length, how long training waits for each, and the empty places of its bags."""
         while True:
             start = time.perf_counter()
             try:
@@ -146,6 +145,8 @@ class TokenMeterCallback(TrainerCallback):
                 return
             finally:
                 self._waited += time.perf_counter() - start
+            if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), torch.Tensor):
+                self.latent_length = ids.shape[1]
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
                 # A row has as many places as it reads tokens: for each that is empty, a token was left out.
                 empty = (batch["input_ids"] < 0).sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,16 +38,11 @@ class NonFiniteCallback(TrainerCallback):
     when it logs, before it saves, and at its end. `"skip"` looks at each gradient norm before the optimizer's step.
 
     Args:
-        trainer (`TSTTrainer`): The trainer, with its arguments, state and accelerator.
-        origin: Returns the phase of a step, and the blocks that a micro-batch of a rank was made of (those of the whole
-            step for `None`), or `None` if they are not known.
+        trainer (`TSTTrainer`): The trainer, with its arguments, state, accelerator and data.
     """
 
-    def __init__(
-        self, trainer: Any, origin: Callable[[int, int, int | None], tuple[str, list[int] | None]]
-    ) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._origin = origin
         self._notes: list[tuple[int, float, Tensor]] = []  # step, micro-batch, number
         self.skipped_steps = 0
 
@@ -121,8 +115,12 @@ class NonFiniteCallback(TrainerCallback):
             )
 
     def _describe(self, step: int, micro_batch: float, value: float, rank: int) -> str:
+        data, args = self._trainer._data, self._trainer.args
         what, number = ("gradient", None) if micro_batch == _GRADIENT else ("loss", int(micro_batch))
-        phase, blocks = self._origin(step, rank, number)
+        phase, blocks = "training", None
+        if data is not None:  # a stream knows no numbers of blocks
+            reader = rank // (args.world_size // data.start.world_size)
+            phase, blocks = data.schedule.phase(step), data.blocks_of_step(step, reader, number)
         text = f"The {what} of optimizer step {step} ({phase}) is {value}"
         if blocks is None:
             return text

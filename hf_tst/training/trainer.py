@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
-from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import PhaseSchedule
-from ..data.block_checks import BlockRules
-from ..data.plan import BatchLayout
-from ..data.rows import DOCUMENT_COLUMNS, PhaseCollator
+from ..data.rows import PhaseCollator
 from ..errors import bad_input
-from ..losses.multi_hot import count_target_bags
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.superposition import fused_evaluation_loss
 from ..records.card import write_card_of_trainer
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
-from .arguments import TSTTrainingArguments
+from .arguments import TSTTrainingArguments, changed_arguments
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
 from .checkpoints import STATE_FILE, check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
-from .data import RunData, make_collators, make_stream_loader, open_run_data
+from .data import RunData, make_collators
 from .document_attention import DocumentAttentionCallback
 from .fsdp import warn_of_missing_fsdp, weights_to_save
 from .mtp import MTPCallback
 from .non_finite import NonFiniteCallback
 from .preemption import PreemptionCallback
 from .renamed_weights import load_renamed_weights
-from .special_tokens import end_token_id, padding_token_id, vocabulary_size
+from .trainer_data import count_targets, end_token_id, make_loader, open_trainer_data
 from .validation import check_arguments, check_trainer
-
-logger = logging.get_logger(__name__)
 
 
 class TSTTrainer(Trainer):
@@ -63,7 +56,7 @@ class TSTTrainer(Trainer):
 
     Raises:
         TSTError: If the arguments, the model or the data cannot go with superposition.
-        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a disk that takes no checkpoint.
+        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
 
     `schedule` has the phases of the run; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
 
@@ -104,17 +97,16 @@ class TSTTrainer(Trainer):
         self._expert_load = ExpertLoadMeter()
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
         # PreemptionCallback takes the place of Trainer's own.
-        with bad_input(), _changed(args, enable_jit_checkpoint=False):
+        with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
         superposition, recovery, evaluation = make_collators(
             args, data_collator, end_token_id(self.processing_class, self.model)
         )
-        self._recovery_collator = recovery
         self.data_collator = (
             PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
         )
         self._switch, self._meter, self._mtp = PhaseSwitchCallback(), TokenMeterCallback(), MTPCallback(self)
-        self._non_finite = NonFiniteCallback(self, self._origin)
+        self._non_finite = NonFiniteCallback(self)
         self._preemption = PreemptionCallback()
         if args.tst_document_boundaries == "respect":
             self.add_callback(DocumentAttentionCallback())
@@ -180,7 +172,7 @@ class TSTTrainer(Trainer):
             "save_total_limit": args.save_total_limit,  # changed by `log`
         }
         try:
-            with _changed(args, **elsewhere), self._mtp.attached():
+            with changed_arguments(args, **elsewhere), self._mtp.attached():
                 return super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._switch.close()
@@ -197,35 +189,16 @@ class TSTTrainer(Trainer):
         self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
-        self._data = data = self._open_data()
+        self._data = data = open_trainer_data(self)
         self._switch.schedule = self._meter.schedule = data.schedule
         self._meter.epoch = data.epoch
         self._expert_load.clear()
         self._meter.count_left_out(0 if self.args.tst_document_boundaries == "respect" else None)
-        if data.schedule.switch_step == 0:
-            logger.warning(
-                f"tst_phase_ratio={data.schedule.phase_ratio} of {data.schedule.max_steps} steps is less than one step: "
-                "there will be no superposition."
-            )
         if self._checkpoint is not None:
             saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
             if saved is not None and self._meter.tokens_left_out is not None:
                 self._meter.count_left_out(saved.tokens_left_out)
-        if data.plan is None:
-            loader = make_stream_loader(
-                data, self._train_batch_size, self.data_collator, self.args, self.accelerator
-            )
-        else:
-            loader = self._get_dataloader(
-                dataset=data.rows,
-                description="Training",
-                batch_size=self._train_batch_size,
-                sampler_fn=lambda rows: data.sampler(lambda: self.state.global_step),
-                is_training=True,
-            )
-        # A loader draws a number when it starts: from its own, so that training draws the same whether it was resumed or not.
-        loader.base_dataloader.generator = torch.Generator()
-        return loader
+        return make_loader(self, data)
 
     def set_initial_training_values(
         self, args: TSTTrainingArguments, dataloader: DataLoader
@@ -250,18 +223,12 @@ class TSTTrainer(Trainer):
             return [], None
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
-        if samples and isinstance(samples[0], Mapping) and isinstance(samples[0].get("input_ids"), Tensor):
-            self._meter.latent_length = samples[0]["input_ids"].shape[1]
         if not samples or not _is_superposed(samples[0]):
             return super().get_batch_samples(iter(samples), num_batches, device)
         if not self.model_accepts_loss_kwargs:
             return samples, None
-        args = self.args
-        weighting = resolve_weighting(args.tst_mode, args.tst_offset_weighting)
-        weights = offset_weights(weighting, args.tst_bag_size)
-        bags = torch.stack([count_target_bags(batch["labels"], weights=weights) for batch in samples]).sum()
-        bags = bags.to(device)
-        if args.average_tokens_across_devices and args.world_size > 1:
+        bags = count_targets(samples, self.args).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
             bags = self.accelerator.gather(bags).sum()
         return samples, bags / self.get_tp_size()
 
@@ -283,7 +250,7 @@ class TSTTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch; in training, also counts what its routers send to each expert.
 
@@ -298,7 +265,7 @@ class TSTTrainer(Trainer):
                 # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
                 parts *= self.accelerator.num_processes // self.get_tp_size()
         if parts > 1:
-            num_items_in_batch = num_items_in_batch / parts  # type: ignore[assignment]
+            num_items_in_batch = num_items_in_batch / parts
         self._mtp.count_as(parts)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
@@ -325,10 +292,10 @@ class TSTTrainer(Trainer):
             # Training is over: with a limit of 1, Trainer would now remove all checkpoints but the best, also that to go on
             # from. `train` puts the limit back.
             self.args.save_total_limit = None
-        self._gather_left_out()
+        self._meter.gather_left_out(self.accelerator.reduce)
         entries = {**logs, **self._meter.report(self.state.global_step, with_speed="loss" in logs)}
         if "loss" in logs:
-            entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
+            entries |= self._expert_load.report(self.accelerator.reduce)
             entries |= self._mtp.report()
         if self._non_finite.skipped_steps:
             entries["tst_skipped_steps"] = self._non_finite.skipped_steps
@@ -378,7 +345,7 @@ class TSTTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # every checkpoint is from before the first bad number
-        self._gather_left_out()
+        self._meter.gather_left_out(self.accelerator.reduce)
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
         write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
@@ -477,60 +444,6 @@ class TSTTrainer(Trainer):
                 license=license,
                 tags=tags,
             )
-
-    # The data
-
-    def _open_data(self) -> RunData:
-        args = self.args
-        rows_per_step = self.get_total_train_batch_size(args)
-        micro_batch = self._train_batch_size * args.gradient_accumulation_steps
-        layout = BatchLayout(
-            self._train_batch_size, args.gradient_accumulation_steps, rows_per_step // micro_batch
-        )
-        rules = BlockRules(
-            pad_token_id=padding_token_id(self.processing_class), vocab_size=vocabulary_size(self.model)
-        )
-        return open_run_data(
-            self.train_dataset,
-            args,
-            layout,
-            rank=args.process_index // (args.world_size // layout.world_size),
-            columns=self._used_columns,
-            current_step=lambda: self.state.global_step,
-            rules=rules,
-            as_arrays=isinstance(self._recovery_collator, DataCollatorForTokenSuperposition),
-        )
-
-    def _used_columns(self, columns: list[str] | None) -> Any:
-        """Columns that reach the collator: all, or those that the model's forward takes."""
-        if not self.args.remove_unused_columns:
-            return columns
-        self._set_signature_columns_if_needed()
-        used = list(self._signature_columns or [])
-        if self.args.tst_document_boundaries == "respect":
-            used += DOCUMENT_COLUMNS
-        return [name for name in columns if name in used] if columns else used
-
-    def _origin(self, step: int, rank: int, micro_batch: int | None) -> tuple[str, list[int] | None]:
-        """The phase of a step, and the blocks that the data plan gives it; a stream has no plan."""
-        if self._data is None:
-            return "training", None
-        reader = rank // (self.args.world_size // self._data.start.world_size)
-        return self._data.schedule.phase(step), self._data.blocks_of_step(step, reader, micro_batch)
-
-    def _gather_left_out(self) -> None:
-        self._meter.gather_left_out(lambda count: self.accelerator.reduce(count, reduction="sum"))
-
-
-@contextmanager
-def _changed(args: TSTTrainingArguments, **values: Any) -> Iterator[None]:
-    """Context in which some arguments have other values."""
-    before = {name: getattr(args, name) for name in values}
-    args.__dict__.update(values)
-    try:
-        yield
-    finally:
-        args.__dict__.update(before)
 
 
 def _is_superposed(batch: Any) -> bool:
