@@ -99,12 +99,8 @@ class TSTTrainer(Trainer):
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
-        superposition, recovery, evaluation = make_collators(
-            args, data_collator, end_token_id(self.processing_class, self.model)
-        )
-        self.data_collator = (
-            PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
-        )
+        collators = make_collators(args, data_collator, end_token_id(self.processing_class, self.model))
+        self.data_collator = PhaseCollator(*collators) if args.tst_enabled else collators[1]
         self._switch, self._meter, self._mtp = PhaseSwitchCallback(), TokenMeterCallback(), MTPCallback(self)
         self._non_finite = NonFiniteCallback(self)
         self._preemption = PreemptionCallback()
@@ -163,16 +159,12 @@ class TSTTrainer(Trainer):
         args = self.args
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
-        # What Trainer does by itself, and is done here otherwise.
-        elsewhere = {
-            "ignore_data_skip": args.ignore_data_skip
-            or args.tst_enabled,  # the rows begin where training stands
-            "logging_nan_inf_filter": args.logging_nan_inf_filter
-            and args.tst_bad_loss != "stop",  # waits for the device
-            "save_total_limit": args.save_total_limit,  # changed by `log`
-        }
+        filters = args.logging_nan_inf_filter and args.tst_bad_loss != "stop"  # it waits for the device
+        kept = {
+            name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")
+        }  # changed below
         try:
-            with changed_arguments(args, **elsewhere), self._mtp.attached():
+            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), self._mtp.attached():
                 return super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._switch.close()
@@ -205,6 +197,7 @@ class TSTTrainer(Trainer):
     ) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
         if self._data is not None:
+            self.args.ignore_data_skip = True  # the rows begin where training stands; `train` puts it back
             args = copy.copy(args)
             args.max_steps = self._data.schedule.max_steps
         values = super().set_initial_training_values(args, dataloader)
