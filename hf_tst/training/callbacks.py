@@ -30,27 +30,13 @@ class PhaseSwitchCallback(TrainerCallback):
         self.schedule: PhaseSchedule | None = None
         self._context = ExitStack()
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self._enter(args, state.global_step, model)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._enter(args, state.global_step, kwargs["model"])
 
-    def on_step_end(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is None or state.global_step != self.schedule.switch_step:
             return
-        self._enter(args, state.global_step, model)
+        self._enter(args, state.global_step, kwargs["model"])
         control.should_log = True
         if args.tst_save_at_switch:
             control.should_save = True
@@ -99,37 +85,24 @@ class TokenMeterCallback(TrainerCallback):
         self._waited = 0.0
         self._last_report = (0, 0, 0.0)  # step, tokens left out, seconds
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is not None and self.rows_per_step is not None:
-            run = run_entry(args, model, self.schedule.switch_step, self.rows_per_step)
+            run = run_entry(args, kwargs["model"], self.schedule.switch_step, self.rows_per_step)
             state.log_history.append({"step": state.global_step, RUN_ENTRY: run})
         self._seconds = self._waited = 0.0
         self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0)
         self._restart_clock()
 
-    def on_step_end(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.epoch is not None:
             state.epoch = self.epoch(state.global_step)
         self._seconds += time.perf_counter() - self._since
         self._restart_clock()
 
-    def on_evaluate(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restart_clock()
 
-    def on_save(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -226,17 +199,13 @@ class PhaseProgressCallback(ProgressCallback):
         super().__init__()
         self._meter = meter
 
-    def on_train_begin(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
         self._show_phase(state.global_step)
 
-    def on_step_end(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._show_phase(state.global_step)
         super().on_step_end(args, state, control, **kwargs)
 
