@@ -12,13 +12,13 @@ from conftest import make_blocks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.training.checkpoint_folders import (
+from hf_tst.training.checkpoints import (
     UNFINISHED,
     clear_unfinished,
     finish_checkpoint,
+    last_complete_checkpoint,
     rotate_checkpoints,
 )
-from hf_tst.training.checkpoints import last_complete_checkpoint
 from hf_tst.training.manifest import MANIFEST_FILE, manifest_problem, write_manifest
 
 
@@ -209,7 +209,7 @@ def test_rotation_goes_by_steps_not_by_the_clock(tmp_path):
     for step in (1, 2, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
         os.utime(tmp_path / f"checkpoint-{step}", (10**9 - step, 10**9 - step))
-    rotate_checkpoints(tmp_path, 2, keep={11})
+    rotate_checkpoints(tmp_path, 2, keep={"checkpoint-11"})
     assert steps(tmp_path) == [10, 11]
     rotate_checkpoints(tmp_path, None, keep=())
     assert steps(tmp_path) == [10, 11]

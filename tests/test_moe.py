@@ -13,6 +13,7 @@ from versions import fails_before, params
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
 from hf_tst.models.moe import ExpertLoadMeter
 from hf_tst.records.report import format_phases, summarize_phases
+from hf_tst.training import renamed_weights
 
 WITH_AUX_LOSS = (
     "mixtral",
@@ -211,11 +212,18 @@ def test_the_phase_table_shows_the_load_on_both_sides_of_the_switch(llama, make_
 
 
 @pytest.mark.parametrize(
-    ("model_type", "stop", "shard_size"),
-    [("qwen3_moe", 2, "5GB"), ("qwen3_moe", 7, "5GB"), ("qwen3_moe", 3, "20KB"), ("mixtral", 3, "5GB")],
+    ("model_type", "stop", "shard_size", "in_place"),
+    [
+        ("qwen3_moe", 2, "5GB", True),
+        ("qwen3_moe", 7, "5GB", False),
+        ("qwen3_moe", 3, "20KB", True),
+        ("mixtral", 3, "5GB", True),
+    ],
 )
-def test_a_resumed_run_has_its_experts(make_args, tmp_path, model_type, stop, shard_size):
-    """Trainer would leave them as they were made."""
+def test_a_resumed_run_has_its_experts(
+    make_args, tmp_path, monkeypatch, model_type, stop, shard_size, in_place
+):
+    """Trainer would leave them as they were made. They are read into their places, without a second model."""
     model, other, blocks = make_model(model_type), make_model(model_type), make_blocks(200)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -227,9 +235,17 @@ def test_a_resumed_run_has_its_experts(make_args, tmp_path, model_type, stop, sh
     assert (tmp_path / f"run/checkpoint-{stop}/model.safetensors.index.json").exists() == (
         shard_size == "20KB"
     )
+    second = []
+    load = type(other).from_pretrained
+    monkeypatch.setattr(
+        type(other), "from_pretrained", lambda *args, **kwargs: second.append(1) or load(*args, **kwargs)
+    )
+    if not in_place:  # as where a weight is computed from several
+        monkeypatch.setattr(renamed_weights._View, "contiguous", torch.Tensor.clone)
     resumed = TSTTrainer(other, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
     assert weights_equal(other, model)
+    assert bool(second) != in_place
 
 
 def test_a_resumed_run_keeps_the_bits_of_its_weights_whatever_the_configuration_says(make_args, tmp_path):

@@ -263,6 +263,57 @@ def test_epochs_resume_within_an_epoch(llama, make_args, tmp_path):
     assert history(resumed) == history(whole)
 
 
+@pytest.mark.parametrize("source", ["blocks", "block stream"])
+@pytest.mark.parametrize(
+    "length", [{}, {"tst_phase_ratio": 0}, {"max_steps": -1, "num_train_epochs": 2}], ids=str
+)
+def test_a_finished_run_trains_nothing_when_it_is_resumed_from_its_last_checkpoint(
+    llama, make_args, source, length
+):
+    """Trainer would take one step more. What it writes again is what it wrote."""
+    if source == "block stream" and "max_steps" in length:
+        pytest.skip("a stream has no length")
+    args = make_args(save_strategy="epoch" if "max_steps" in length else "steps", save_steps=10, **length)
+    TSTTrainer(llama, args, train_dataset=SOURCES[source]()).train()
+    weights = {name: weight.clone() for name, weight in llama.state_dict().items()}
+    fed = Fed(llama)
+    trainer = TSTTrainer(llama, args, train_dataset=SOURCES[source]())
+    trainer.train("last")
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert not fed.rows
+    assert all(torch.equal(weight, weights[name]) for name, weight in llama.state_dict().items())
+    newest = Path(args.output_dir) / f"checkpoint-{trainer.state.max_steps}"
+    assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == trainer.state.max_steps
+
+
+def test_a_batch_size_that_was_found_is_resumed_with(llama, make_args, tmp_path):
+    """Rows that do not fit, twice: at the beginning, and when the run is resumed."""
+
+    class OneTooLarge(TSTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if inputs["input_ids"].shape[0] > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    other = copy.deepcopy(set_dropout(llama))
+    common = {
+        "auto_find_batch_size": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    blocks = make_blocks(200)
+    whole = OneTooLarge(llama, make_args(**common), train_dataset=blocks)
+    whole.train()
+    args = make_args(**common, output_dir=str(tmp_path / "pieces"))
+    for stop, checkpoint in ((2, None), (5, "last"), (10, "last")):
+        torch.manual_seed(stop)
+        resumed = OneTooLarge(other, args, train_dataset=blocks, callbacks=[StopAt(stop)])
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert whole.state.train_batch_size == resumed.state.train_batch_size == 1
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
+
+
 # No skipping
 
 

@@ -55,10 +55,13 @@ def test_pickled_arguments_hold_no_token():
     assert TOKEN.encode() not in pickled
     again = pickle.loads(pickled)
     assert (again.hub_token, again.tst_bag_size, again.output_dir) == (None, 3, "x")
-    assert args.hub_token == copy.copy(args).hub_token == TOKEN
+    assert args.hub_token == copy.copy(args).hub_token == copy.deepcopy(args).hub_token == TOKEN
     changed = copy.copy(args)
     changed.max_steps = 7
     assert args.max_steps == -1
+    args.label_names = ["labels"]
+    copy.deepcopy(args).label_names.append("more")
+    assert args.label_names == ["labels"]
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +18,7 @@ from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
 from ..mtp.heads import MTPKind, check_mtp
-from .bad_loss import BadLoss, check_bad_loss
+from .non_finite import BadLoss, check_bad_loss
 
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
 LOWEST = {
@@ -216,8 +219,14 @@ class TSTTrainingArguments(TrainingArguments):
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> TSTTrainingArguments:
+        return self._with(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TSTTrainingArguments:
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, values: dict[str, Any]) -> TSTTrainingArguments:
         other = object.__new__(type(self))
-        other.__dict__.update(vars(self))
+        other.__dict__.update(values)
         return other
 
     @property
@@ -268,3 +277,14 @@ class TSTTrainingArguments(TrainingArguments):
                 "use_liger_kernel replaces the loss of superposition and the fused loss: set "
                 'liger_kernel_config={"fused_linear_cross_entropy": False} or use_liger_kernel=False.'
             )
+
+
+@contextmanager
+def changed_arguments(args: TSTTrainingArguments, **values: Any) -> Iterator[None]:
+    """Context in which some arguments have other values."""
+    before = {name: getattr(args, name) for name in values}
+    args.__dict__.update(values)
+    try:
+        yield
+    finally:
+        args.__dict__.update(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,27 +31,13 @@ class PhaseSwitchCallback(TrainerCallback):
         self.schedule: PhaseSchedule | None = None
         self._context = ExitStack()
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self._enter(args, state.global_step, model)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._enter(args, state.global_step, kwargs["model"])
 
-    def on_step_end(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is None or state.global_step != self.schedule.switch_step:
             return
-        self._enter(args, state.global_step, model)
+        self._enter(args, state.global_step, kwargs["model"])
         control.should_log = True
         if args.tst_save_at_switch:
             control.should_save = True
@@ -85,9 +71,8 @@ class TokenMeterCallback(TrainerCallback):
     """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
 
     [`TSTTrainer`] sets `schedule` and `rows_per_step` (over all devices and accumulation steps) before training
-    starts, and `latent_length` (positions a row, the same in both phases) from the batches. It also sets `epoch`,
-    which says what Trainer calls the epoch after so many steps, since Trainer itself does not know where a resumed
-    epoch began, and calls [`count_left_out`].
+    starts, and `epoch`, which says what Trainer calls the epoch after so many steps, since Trainer itself does not know
+    where a resumed epoch began, and calls [`watch`] and [`count_left_out`].
     """
 
     def __init__(self) -> None:
@@ -103,16 +88,9 @@ class TokenMeterCallback(TrainerCallback):
         self._peak_flops: float | None = None  # per second, of all devices
         self._last_report = (0, 0, 0.0, 0.0)  # step, tokens left out, seconds, FLOPs
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is not None and self.rows_per_step is not None:
-            run = run_entry(args, model, self.schedule.switch_step, self.rows_per_step)
+            run = run_entry(args, kwargs["model"], self.schedule.switch_step, self.rows_per_step)
             peak = args.tst_peak_tflops or peak_tflops(args.device)
             state.log_history.append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
             self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
@@ -120,9 +98,7 @@ class TokenMeterCallback(TrainerCallback):
         self._last_report = (state.global_step, self.tokens_left_out or 0, 0.0, state.total_flos)
         self._restart_clock()
 
-    def on_step_end(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.epoch is not None:
             state.epoch = self.epoch(state.global_step)
         if args.device.type != "cpu" and (
@@ -132,21 +108,17 @@ class TokenMeterCallback(TrainerCallback):
         self._seconds += time.perf_counter() - self._since
         self._restart_clock()
 
-    def on_evaluate(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restart_clock()
 
-    def on_save(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         self._since = time.perf_counter()
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; notes how long training waits for each, and the empty places of its bags."""
+        """The same batches; notes their latent length, how long training waits for each, and the empty places of its bags."""
         while True:
             start = time.perf_counter()
             try:
@@ -155,6 +127,8 @@ class TokenMeterCallback(TrainerCallback):
                 return
             finally:
                 self._waited += time.perf_counter() - start
+            if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), torch.Tensor):
+                self.latent_length = ids.shape[1]
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
                 # A row has as many places as it reads tokens: for each that is empty, a token was left out.
                 empty = (batch["input_ids"] < 0).sum()
@@ -238,17 +212,13 @@ class PhaseProgressCallback(ProgressCallback):
         super().__init__()
         self._meter = meter
 
-    def on_train_begin(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
         self._show_phase(state.global_step)
 
-    def on_step_end(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._show_phase(state.global_step)
         super().on_step_end(args, state, control, **kwargs)
 

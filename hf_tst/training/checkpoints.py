@@ -1,19 +1,198 @@
-"""Checkpoints of a run: which of them are whole, and weights in them that have other names than in the model."""
+"""Checkpoints that are complete or not there: written aside, renamed, moved away before they are removed.
+
+A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. What lies
+in `_unfinished` is no checkpoint: neither Trainer nor a push to the Hub, which leaves out names with `_`, looks there. So a
+process may die at any moment.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..errors import TSTError
-from .checkpoint_folders import checkpoint_folders, restore_replaced
-from .manifest import MANIFEST_FILE, manifest_problem
+from ..errors import RunError, TSTError, one_line
+from .manifest import MANIFEST_FILE, flush_to_disk, manifest_problem, write_manifest
 
 logger = logging.get_logger(__name__)
+
+UNFINISHED = "_unfinished"
+STATE_FILE = "trainer_state.json"
+# What asks for the newest complete checkpoint, on a command line, too.
+NEWEST = (True, "last", "true", "True")
+# A complete checkpoint that another one of the same step is about to replace.
+_REPLACED = "replaced-"
+
+
+# Writing
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """Raise `TSTError` if no file can be made in the output folder."""
+    if not args.should_save:
+        return
+    probe = Path(args.output_dir) / f"{UNFINISHED}.{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise TSTError(f"Cannot write to output_dir={args.output_dir}: {error.strerror}.") from error
+
+
+def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[[Path], Any]) -> None:
+    """Write a checkpoint aside, and rename it when the files of all ranks are there. Every rank must take part.
+
+    Args:
+        checkpoint (`Path`): The folder `checkpoint-<step>`. One that is there is replaced.
+        args (`TrainingArguments`): Say which rank this is.
+        write: Writes the files of this rank into the folder that it is given.
+
+    Raises:
+        RunError: On all ranks, if one of them fails.
+    """
+    run_dir, name = checkpoint.parent, checkpoint.name
+    with _agreeing(checkpoint, args):
+        if args.local_process_index == 0:
+            clear_unfinished(run_dir)
+    with _agreeing(checkpoint, args):
+        write(run_dir / UNFINISHED / name)
+    # First the main process; then, where machines have disks of their own, one process on each of the others.
+    for finishes in (args.process_index == 0, args.local_process_index == 0):
+        with _agreeing(checkpoint, args):
+            if finishes and (run_dir / UNFINISHED / name).is_dir():
+                with suppress(FileNotFoundError):  # a shared disk that has not heard of the renaming yet
+                    finish_checkpoint(run_dir, name)
+
+
+@contextmanager
+def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
+    """Context that all ranks leave together, with a `RunError` if what it holds fails on one of them.
+
+    A rank that fails where others wait for it inside the context, as FSDP's gathering of whole weights does, is not heard.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    problems = [text for text in gather_object([problem and one_line(problem)]) if text]
+    if not problems:
+        return
+    run_dir = checkpoint.parent
+    if args.local_process_index == 0:
+        clear_unfinished(run_dir)  # what is half written may be what fills the disk
+    wait_for_everyone()
+    raise RunError(
+        f"Writing {checkpoint} failed: {problems[0]} ({shutil.disk_usage(run_dir).free / 1e9:.2f} GB are free "
+        "there). Earlier checkpoints are as they were: go on with resume_from_checkpoint='last' when the cause is gone."
+    ) from problem
+
+
+def finish_checkpoint(output_dir: str | Path, name: str) -> None:
+    """Put `_unfinished/<name>` in its place, with a manifest, when all its files are written.
+
+    Args:
+        output_dir: Folder of the checkpoints.
+        name (`str`): `checkpoint-<step>`. A folder of this name is replaced.
+    """
+    output_dir = Path(output_dir)
+    unfinished = output_dir / UNFINISHED
+    written, target = unfinished / name, output_dir / name
+    write_manifest(written)
+    if target.exists():
+        target.rename(unfinished / f"{_REPLACED}{name}")
+    written.rename(target)
+    flush_to_disk(output_dir)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def clear_unfinished(output_dir: str | Path) -> None:
+    """Remove what a process that died left in `_unfinished`; a checkpoint that it was replacing goes back to its place."""
+    _restore_replaced(output_dir)
+    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
+
+
+def _restore_replaced(output_dir: str | Path) -> None:
+    """Give a checkpoint its name back, if a process died after moving it away and before putting another in its place."""
+    output_dir = Path(output_dir)
+    for folder in (output_dir / UNFINISHED).glob(f"{_REPLACED}*"):
+        target = output_dir / folder.name.removeprefix(_REPLACED)
+        if not target.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                folder.rename(target)
+
+
+def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collection[str]) -> None:
+    """Remove the checkpoints of the fewest steps, as long as there are more than `limit`.
+
+    Unlike Trainer's it goes by steps, not by times of files, which a clock that is set back confuses.
+
+    Args:
+        output_dir: Folder of the checkpoints.
+        limit (`int`, *optional*): How many to keep; all by default.
+        keep: Names of checkpoints that stay whatever the limit. They count.
+    """
+    if limit is None or limit < 1:
+        return
+    folders = _checkpoints(output_dir).values()
+    surplus = len(folders) - limit
+    for folder in [folder for folder in folders if folder.name not in keep][: max(surplus, 0)]:
+        unfinished = folder.parent / UNFINISHED
+        unfinished.mkdir(exist_ok=True)
+        folder.rename(unfinished / f"removed-{folder.name}")  # so that it is never half there
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# Resuming
+
+
+def choose_checkpoint(requested: str | bool | None, args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from, the same on all ranks; the main process has checked its files.
+
+    Args:
+        requested (`str` or `bool`, *optional*): A checkpoint; `True` or `"last"` for the newest that is complete.
+        args (`TrainingArguments`): Name the output folder, and which rank this is.
+
+    Raises:
+        TSTError: If there is none, or it is damaged.
+    """
+    if not requested:
+        return None
+    answer: list[str | None] = [None, None]
+    if args.process_index == 0:
+        try:
+            answer[0] = _find_checkpoint(requested, args.output_dir)
+        except TSTError as error:
+            answer[1] = str(error)
+    found, problem = broadcast_object_list(answer)
+    if problem is not None:
+        raise TSTError(problem)
+    return found
+
+
+def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
+    if requested in NEWEST:
+        if (newest := last_complete_checkpoint(output_dir)) is None:
+            raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
+        return newest
+    if not Path(str(requested)).is_dir():
+        raise TSTError(f"There is no checkpoint {requested} to resume from.")
+    if (Path(str(requested)) / MANIFEST_FILE).exists() and (problem := manifest_problem(str(requested))):
+        raise TSTError(
+            f"The checkpoint {requested} is damaged: {problem}; resume from another one, with "
+            f"resume_from_checkpoint='last' for the newest that is complete (without {MANIFEST_FILE} it is not checked)."
+        )
+    return str(requested)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -26,8 +205,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
     """
-    restore_replaced(output_dir)
-    for step, folder in reversed(checkpoint_folders(output_dir).items()):
+    _restore_replaced(output_dir)
+    for step, folder in reversed(_checkpoints(output_dir).items()):
         problem = _problem(folder, step)
         if problem is None:
             return str(folder)
@@ -35,68 +214,25 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def check_checkpoint(folder: str | Path) -> None:
-    """Check a checkpoint that is asked for by name.
-
-    Raises:
-        TSTError: If it is not there, or its manifest says that it is damaged.
-    """
-    if not Path(folder).is_dir():
-        raise TSTError(f"There is no checkpoint {folder} to resume from.")
-    if (Path(folder) / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
-        raise TSTError(
-            f"The checkpoint {folder} is damaged: {problem}; resume from another one, with "
-            f"resume_from_checkpoint='last' for the newest that is complete (without {MANIFEST_FILE} it is not checked)."
-        )
-
-
 def _problem(folder: Path, step: int) -> str | None:
     if (folder / MANIFEST_FILE).exists():
         return manifest_problem(folder)
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "trainer_state.json is missing"
+        return f"{STATE_FILE} is missing"
     except (OSError, ValueError):
-        return "trainer_state.json is damaged"
+        return f"{STATE_FILE} is damaged"
     if not isinstance(state, dict) or state.get("global_step") != step:
-        return f"trainer_state.json is not that of step {step}"
+        return f"{STATE_FILE} is not that of step {step}"
     return None
 
 
-def load_renamed_weights(model: Any, folder: str | Path) -> bool:
-    """Load weights whose names in an ordinary checkpoint differ from the model's, as those of experts do.
-
-    `save_pretrained` writes experts one by one, though Transformers computes them as one tensor a layer. `Trainer` does
-    not know of it: when it resumes, and when it loads the best model, it leaves experts as they are, with a warning.
-
-    Args:
-        model (`PreTrainedModel`): The model, not sharded.
-        folder: A folder with `model.safetensors`, or its parts and their index.
-
-    Returns:
-        `bool`: Whether there were any.
-    """
-    names = _weight_names(Path(folder))
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    renamed = set(model.state_dict()) - names - set(tied)
-    if not names or not renamed:
-        return False
-    # The configuration may say another type than the model's parameters have; float32 holds the shorter ones exactly.
-    is_full = any(parameter.dtype == torch.float32 for parameter in model.parameters())
-    dtype = torch.float32 if is_full else model.dtype
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
-    model.load_state_dict({name: loaded[name] for name in renamed}, strict=False)
-    return True
-
-
-def _weight_names(folder: Path) -> set[str]:
-    from safetensors import safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            return set(file.keys())
-    return set()
+def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The folders `checkpoint-<step>` by step, in the order of the steps."""
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if number and folder.is_dir():
+            found[int(number[1])] = folder
+    return dict(sorted(found.items()))

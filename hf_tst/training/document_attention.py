@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import TSTError
 from ..models.superposition import find_language_model
-from .arguments import TSTTrainingArguments
 
 _LENGTH = 4
 # Share of the effect that one document has on the next across the boundary, in a row without documents, that is
@@ -22,15 +21,8 @@ _ROUNDING = 0.1
 class DocumentAttentionCallback(TrainerCallback):
     """Refuses, before the first step, to train a model whose attention crosses documents."""
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        check_document_attention(model, rows=min(2, args.per_device_train_batch_size))
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_document_attention(kwargs["model"], rows=min(2, args.per_device_train_batch_size))
 
 
 def check_document_attention(model: nn.Module, rows: int = 2) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import TSTError
-from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict, uses_fsdp1
+from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 from ..mtp.heads import MTPHeads, attached_heads, extra_losses
 from .arguments import TSTTrainingArguments
+from .fsdp import uses_fsdp1
 
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
@@ -60,19 +61,12 @@ class MTPCallback(TrainerCallback):
             finally:
                 self._inside = None
 
-    def on_train_begin(
-        self,
-        args: TSTTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._heads is None:
             return
         self._reported_step = state.global_step
         self._heads.take_loss()  # of a run that was broken off
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        known = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         if not all(id(p) in known for p in self._heads.parameters()):
             raise TSTError(
                 "The optimizer was made before the extra heads of multi-token prediction were there, and would not train "
@@ -83,7 +77,7 @@ class MTPCallback(TrainerCallback):
         hooks.enter_context(extra_losses(self._trainer.model, self._heads, end, args.mtp_loss_weight))
 
     def on_pre_optimizer_step(
-        self, args: TSTTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._heads is not None and self._trainer.schedule.phase(state.global_step) == "superposition":
             # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.

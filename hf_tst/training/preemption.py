@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -31,9 +31,7 @@ class PreemptionCallback(TrainerCallback):
         self._group: Any = None
         self._before: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()  # of a beginning that ran out of memory, after which auto_find_batch_size begins anew
         self.stopped = self._told = False
         if self._group is None and distributed.is_available() and distributed.is_initialized():
@@ -41,18 +39,14 @@ class PreemptionCallback(TrainerCallback):
         if threading.current_thread() is threading.main_thread():  # signals can be caught there only
             self._before = signal.signal(signal.SIGTERM, self._note)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._anybody_told():
             return
         self.stopped = control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # there may be seconds left
         logger.warning(f"SIGTERM: training stops after step {state.global_step}, with a checkpoint.")
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:  # the checkpoint is written
             control.should_save = control.should_evaluate = False
 

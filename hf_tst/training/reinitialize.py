@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
@@ -40,28 +40,15 @@ class ReinitializeCallback(TrainerCallback):
         self._parts = parts
         self._schedule = schedule
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if any(hasattr(module.weight, "device_mesh") for module in self._modules(model)):
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if any(hasattr(module.weight, "device_mesh") for module in self._modules(kwargs["model"])):
             raise TSTError("reinit_at_switch cannot go with FSDP, whose shards it would not fill alike.")
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         schedule = self._schedule()
         if schedule is None or schedule.switch_step == 0 or state.global_step != schedule.switch_step:
             return
+        model = kwargs["model"]
         # All ranks draw the same numbers, and those of training stay what they would have been.
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():

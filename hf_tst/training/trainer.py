@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
-from transformers.trainer_utils import SaveStrategy, TrainOutput
-from transformers.utils import logging
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import Phase, PhaseSchedule
-from ..data.blocks import BlockRules
-from ..data.plan import BatchLayout
-from ..data.rows import DOCUMENT_COLUMNS, PhaseCollator
+from ..data.rows import PhaseCollator
 from ..errors import bad_input
-from ..losses.multi_hot import count_target_bags
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
-from ..models.sharding import warn_of_missing_fsdp, weights_to_save
-from ..models.superposition import find_language_model
+from ..models.superposition import fused_evaluation_loss
 from ..planning.flops import find_shape, flops_per_token
-from .arguments import TSTTrainingArguments
-from .bad_loss import BadNumber
+from ..records.card import write_card_of_trainer
+from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
+from .arguments import TSTTrainingArguments, changed_arguments
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import load_renamed_weights
-from .data import RunData, make_collators, open_run_data
+from .checkpoints import STATE_FILE, check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
+from .data import RunData, make_collators
 from .document_attention import DocumentAttentionCallback
-from .guarding import GuardedTrainer
-from .lean_evaluation import LeanEvaluationTrainer
+from .fsdp import warn_of_missing_fsdp, weights_to_save
 from .mtp import MTPCallback
+from .non_finite import NonFiniteCallback
+from .preemption import PreemptionCallback
+from .renamed_weights import load_renamed_weights
+from .trainer_data import count_targets, end_token_id, make_loader, open_trainer_data
 from .validation import check_arguments, check_trainer
 
-logger = logging.get_logger(__name__)
 
-
-class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
+class TSTTrainer(Trainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
@@ -59,28 +58,26 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
 
     Raises:
         TSTError: If the arguments, the model or the data cannot go with superposition.
-        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a disk that takes no checkpoint.
+        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
 
     `schedule` has the phases of the run; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
 
-    Overrides:
-        - `train`: notes the checkpoint to resume from, and leaves superposition however training ends; the model has its
-          extra heads inside.
+    Overrides, in the order of a run:
+        - `init_hf_repo`: a Hub that refuses is told in one sentence, before training.
+        - `train`: chooses a complete checkpoint, puts extra heads into the model, and leaves superposition however it ends.
+        - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.
-        - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
-        - `_run_epoch`: a resumed epoch begins at the step reached, without skipping through the data.
-        - `get_batch_samples`: measures the wait for data, and restores the random state of a resumed run.
-        - `save_model`: whole weights, each once, where FSDP has sharded them; `data_position.json` and extra heads in
-          checkpoints.
-        - `_get_num_items_in_batch`: counts target bags, so that accumulation equals one large batch.
-        - `training_step`: notes the latent length, for the token counts.
-        - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
+        - `get_batch_samples`: counts target bags, so that accumulation equals one large batch; measures the wait for data.
+        - `training_step`, `_get_grad_norm`: hand on the numbers that must be finite.
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
+        - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
         - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
+        - `evaluation_loop`: no logits where nothing but the loss is asked for.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - [`GuardedTrainer`] overrides what concerns losses that are not finite, [`LeanEvaluationTrainer`] evaluation,
-          [`CheckpointingTrainer`] checkpoints, and [`PublishingTrainer`] the Hub and the card.
+        - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is complete or not there.
+        - `save_model`: whole weights, each once, where FSDP has sharded them.
+        - `push_to_hub`, `create_model_card`: errors in one sentence; a card from the record of the run.
     """
 
     args: TSTTrainingArguments
@@ -96,27 +93,26 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         if args is None:
             args = TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
-        self._switch = PhaseSwitchCallback()
-        self._meter = TokenMeterCallback()
         self._data: RunData | None = None
+        self._checkpoint: str | None = None  # that training resumes from
+        self._unfinished: Path | None = None  # where a checkpoint is being written
         self._expert_load = ExpertLoadMeter()
         self._shape: ModelShape | None = None
-        self._checkpoint: str | None = None
-        self._restore_random_state = False
         default_collator = DataCollatorForTokenSuperposition(bag_size=1)
-        with bad_input():
+        # PreemptionCallback takes the place of Trainer's own.
+        with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
-        superposition, recovery, evaluation = make_collators(args, data_collator, self._end_token_id())
-        self._recovery_collator = recovery
-        self.data_collator = (
-            PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
-        )
+        collators = make_collators(args, data_collator, end_token_id(self.processing_class, self.model))
+        self.data_collator = PhaseCollator(*collators) if args.tst_enabled else collators[1]
+        self._switch, self._meter, self._mtp = PhaseSwitchCallback(), TokenMeterCallback(), MTPCallback(self)
+        self._non_finite = NonFiniteCallback(self)
+        self._preemption = PreemptionCallback()
         if args.tst_document_boundaries == "respect":
             self.add_callback(DocumentAttentionCallback())
-        self.add_callback(self._switch)
-        self.add_callback(self._meter)
-        self._mtp = MTPCallback(self)
-        self.add_callback(self._mtp)
+        for callback in (self._switch, self._meter, self._mtp, self._non_finite):
+            self.add_callback(callback)
+        if args.enable_jit_checkpoint:
+            self.add_callback(self._preemption)
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
@@ -129,36 +125,55 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         """The run's phases; known from the moment the training data is loaded."""
         return self._meter.schedule
 
+    @property
+    def preempted(self) -> bool:
+        """Whether the last training ended early because of SIGTERM, with a checkpoint to go on from."""
+        return self._preemption.stopped
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository to push to, or find it; refuses one that holds another model.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
+            # It takes no `private` in the older Transformers.
+            super().init_hf_repo(token, *([] if private is None else [private]))
+            if self.is_world_process_zero():
+                config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
+                check_repo_holds_no_other_model(self.hub_model_id, config, token, self.args.hub_revision)
+
+    # Training
+
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            TSTError: If the checkpoint is damaged, or was trained on other data positions than the arguments and the data give.
+            TSTError: If no file can be made in the output folder, or the checkpoint is damaged, or was trained on other data
+                positions than the arguments and the data give.
+            RunError: At a loss that is not finite, and if a checkpoint cannot be written.
         """
-        self._checkpoint = self.choose_checkpoint(resume_from_checkpoint)
-        self._restore_random_state = False
+        args = self.args
+        check_output_dir(args)
+        self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
+        filters = args.logging_nan_inf_filter and args.tst_bad_loss != "stop"  # it waits for the device
+        kept = {
+            name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")
+        }  # changed below
         try:
-            with self._mtp.attached():
-                return super().train(self._checkpoint, *args, **kwargs)
+            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), self._mtp.attached():
+                return super().train(self._checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._switch.close()
+            self._preemption.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
-
-    def steps_to_keep(self) -> set[int]:
-        """The step of the switch, if its checkpoint is asked for."""
-        schedule = self.schedule
-        return {schedule.switch_step} if schedule is not None and self.args.tst_save_at_switch else set()
-
-    def phase_and_blocks(self, found: BadNumber, rank: int) -> tuple[str, list[int] | None]:
-        """The phase of a step, and the blocks that the data plan gives it; a stream has no plan."""
-        if self._data is None:
-            return super().phase_and_blocks(found, rank)
-        reader = rank // (self.args.world_size // self._data.start.world_size)
-        blocks = self._data.blocks_of_step(found.step, reader, found.micro_batch)
-        return self._data.schedule.phase(found.step), blocks
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
@@ -169,98 +184,70 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
-        self._data = data = self._open_data()
+        self._data = data = open_trainer_data(self)
         self._switch.schedule = self._meter.schedule = data.schedule
         self._meter.epoch = data.epoch
         self._expert_load.clear()
         self._meter.count_left_out(0 if self.args.tst_document_boundaries == "respect" else None)
-        if data.schedule.switch_step == 0:
-            logger.warning(
-                f"tst_phase_ratio={data.schedule.phase_ratio} of {data.schedule.max_steps} steps is less than one step: "
-                "there will be no superposition."
-            )
         if self._checkpoint is not None:
             saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
             if saved is not None and self._meter.tokens_left_out is not None:
                 self._meter.count_left_out(saved.tokens_left_out)
-        return self._get_dataloader(
-            dataset=data.rows,
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=lambda rows: data.sampler(lambda: self.state.global_step),
-            is_training=True,
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
-    ) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step, and their number of targets."""
-        batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
-        samples = super().get_batch_samples(self._meter.watch(batches), *args, **kwargs)
-        if self._restore_random_state:
-            # Starting a loader draws a random number, which the uninterrupted run drew before the checkpoint.
-            self._restore_random_state = False
-            self._load_rng_state(self._checkpoint)
-        return samples
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP.
-
-        In a checkpoint of training it also writes which data the model has been trained on.
-        """
-        weights = None if _internal_call else weights_to_save(self)
-        if weights is not None:
-            if self.args.should_save:
-                self._save(output_dir, state_dict=weights)
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-            return
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.is_in_train:
-            self._mtp.save(output_dir)
-        if _internal_call and output_dir is not None and self.is_in_train and self._data is not None:
-            self._gather_left_out()
-            self._data.save(
-                output_dir, self.state.global_step, self._meter.tokens_left_out or 0, self.args.should_save
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._mtp.load(resume_from_checkpoint)
-        if not self.is_fsdp_enabled:
-            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._mtp.loading_optimizer():
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed_weights(self.model, self.state.best_model_checkpoint)
+        return make_loader(self, data)
 
     def set_initial_training_values(
-        self, args: TSTTrainingArguments, dataloader: DataLoader, *rest: Any
+        self, args: TSTTrainingArguments, dataloader: DataLoader
     ) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
         if self._data is not None:
+            self.args.ignore_data_skip = True  # the rows begin where training stands; `train` puts it back
             args = copy.copy(args)
             args.max_steps = self._data.schedule.max_steps
-        values = super().set_initial_training_values(args, dataloader, *rest)
+        values = super().set_initial_training_values(args, dataloader)
         if self._meter.schedule is None:
             self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
         self._shape = find_shape(self.model)
         self._meter.rows_per_step = self.get_total_train_batch_size(args)
         return values
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward pass; notes the latent length of the rows, for the token counts."""
-        if isinstance(inputs.get("input_ids"), Tensor):
-            self._meter.latent_length = inputs["input_ids"].shape[1]
-        return super().training_step(model, inputs, *args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step, and their number of targets: of target bags, in superposition."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last checkpoint, Trainer would see that the run is over after one step more.
+            self.control.should_training_stop = True
+            return [], None
+        batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
+        samples = list(islice(self._meter.watch(batches), num_batches))
+        if not samples or not _is_superposed(samples[0]):
+            return super().get_batch_samples(iter(samples), num_batches, device)
+        if not self.model_accepts_loss_kwargs:
+            return samples, None
+        bags = count_targets(samples, self.args).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            bags = self.accelerator.gather(bags).sum()
+        return samples, bags / self.get_tp_size()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward pass; notes the loss, which must be finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._non_finite.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._non_finite.note_norm(model, norm)
+        return norm
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch; in training, also counts what its routers send to each expert.
 
@@ -268,11 +255,16 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
         on their mean, and evaluation is that of one rank. Plain training adds them up, as [`~transformers.Trainer`] does.
         """
-        parts = self._micro_batches_of_a_step(model, kwargs.get("num_items_in_batch"))
+        parts = 1
+        if num_items_in_batch is not None and self.args.tst_replaces_loss and adds_to_loss(self.model.config):
+            parts = self.current_gradient_accumulation_steps if model.training else 1
+            if self.args.average_tokens_across_devices:
+                # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
+                parts *= self.accelerator.num_processes // self.get_tp_size()
         if parts > 1:
-            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / parts
+            num_items_in_batch = num_items_in_batch / parts
         self._mtp.count_as(parts)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
         if model.training and isinstance(outputs, Mapping) and outputs.get("router_logits") is not None:
             mask = inputs.get("attention_mask")
@@ -294,113 +286,163 @@ class TSTTrainer(LeanEvaluationTrainer, GuardedTrainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
-        self._gather_left_out()
-        entries = {
-            **logs,
-            **self._meter.report(self.state.global_step, self.state.total_flos, with_speed="loss" in logs),
-        }
+        if "train_loss" in logs:
+            # Training is over: with a limit of 1, Trainer would now remove all checkpoints but the best, also that to go on
+            # from. `train` puts the limit back.
+            self.args.save_total_limit = None
+        self._meter.gather_left_out(self.accelerator.reduce)
+        speed = self._meter.report(self.state.global_step, self.state.total_flos, with_speed="loss" in logs)
+        entries = {**logs, **speed}
         if "loss" in logs:
-            entries |= self._expert_load.report(lambda counts: self.accelerator.reduce(counts, "sum"))
+            entries |= self._expert_load.report(self.accelerator.reduce)
             entries |= self._mtp.report()
+        if self._non_finite.skipped_steps:
+            entries["tst_skipped_steps"] = self._non_finite.skipped_steps
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        batches = kwargs["steps_trained_in_current_epoch"]
-        resumes = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
-        if self._data is not None and resumes and batches:
-            # The rows begin where training stands: told that nothing is trained yet, Trainer skips nothing.
-            kwargs["num_update_steps_per_epoch"] -= batches // self.args.gradient_accumulation_steps
-            kwargs["steps_trained_in_current_epoch"] = 0
-            self._restore_random_state = True
-        super()._run_epoch(**kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate or predict; with the fused loss, where training has it and nothing but the loss is asked for."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        fuses = prediction_loss_only and self.args.tst_replaces_loss
+        with fused_evaluation_loss(self.model, self.args.tst_fused_loss) if fuses else nullcontext():
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        if not batch_samples or not _is_superposed(batch_samples[0]):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        if not self.model_accepts_loss_kwargs:
-            return None
-        args = self.args
-        weights = offset_weights(
-            resolve_weighting(args.tst_mode, args.tst_offset_weighting), args.tst_bag_size
-        )
-        bags = torch.stack(
-            [count_target_bags(batch["labels"], weights=weights) for batch in batch_samples]
-        ).sum()
-        bags = bags.to(device)
-        if args.average_tokens_across_devices and args.world_size > 1:
-            bags = self.accelerator.gather(bags).sum()
-        return bags / self.get_tp_size()
+    # Checkpoints
 
-    def _micro_batches_of_a_step(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> int:
-        """Micro-batches whose losses are added up, where what the model adds to each is to be averaged; else 1."""
-        args = self.args
-        averages = args.tst_replaces_loss and adds_to_loss(self.model.config)
-        if not averages or num_items_in_batch is None:
-            return 1
-        micro_batches = self.current_gradient_accumulation_steps if model.training else 1
-        # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
-        ranks = (
-            self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
-        )
-        return micro_batches * ranks
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._mtp.load(resume_from_checkpoint)
+        if not self.is_fsdp_enabled:
+            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._mtp.loading_optimizer():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
-        schedule = self._switch.schedule
-        at_switch = schedule is not None and self.state.global_step == schedule.switch_step
-        keep_switch = (
-            at_switch and self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
-        )
-        return is_best or keep_switch
+        at_switch = self._data is not None and self.state.global_step == self._data.schedule.switch_step
+        saves = self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
+        return is_best or (at_switch and saves)
 
-    def _open_data(self) -> RunData:
-        args = self.args
-        rows_per_step = self.get_total_train_batch_size(args)
-        micro_batch = self._train_batch_size * args.gradient_accumulation_steps
-        layout = BatchLayout(
-            self._train_batch_size, args.gradient_accumulation_steps, rows_per_step // micro_batch
-        )
-        return open_run_data(
-            self.train_dataset,
-            args,
-            layout,
-            rank=args.process_index // (args.world_size // layout.world_size),
-            columns=self._used_columns,
-            rules=BlockRules(pad_token_id=self._padding_token_id(), vocab_size=self._vocab_size()),
-            as_arrays=isinstance(self._recovery_collator, DataCollatorForTokenSuperposition),
-        )
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._non_finite.check()  # every checkpoint is from before the first bad number
+        self._meter.gather_left_out(self.accelerator.reduce)
+        args, state = self.args, self.state
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
+        write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if args.should_save:
+            keep = {checkpoint.name, Path(state.best_model_checkpoint or "").name}
+            if self._data is not None and args.tst_save_at_switch:
+                keep.add(f"checkpoint-{self._data.schedule.switch_step}")
+            rotate_checkpoints(checkpoint.parent, args.save_total_limit, keep)
 
-    def _gather_left_out(self) -> None:
-        self._meter.gather_left_out(lambda count: self.accelerator.reduce(count, reduction="sum"))
+    def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
+        """Write this rank's files of a checkpoint into `folder`, which lies in `_unfinished`."""
+        state, run_dir = self.state, Path(self._get_output_dir(trial))
+        # Trainer would look for the best checkpoint in `_unfinished`, and wait there for other ranks, which may have failed.
+        best_step, state.best_global_step = state.best_global_step, None
+        self._unfinished = folder.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._unfinished, state.best_global_step = None, best_step
+        self._mtp.save(folder)
+        if self._data is not None:
+            left_out = self._meter.tokens_left_out or 0
+            self._data.save(folder, state.global_step, left_out, self.args.should_save)
+        best = run_dir / f"checkpoint-{best_step}"
+        if best_step and (best_step == state.global_step or best.is_dir()):
+            state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            state.save_to_json(str(folder / STATE_FILE))
 
-    def _used_columns(self, columns: list[str] | None) -> Any:
-        """Columns that reach the collator: all, or those that the model's forward takes."""
-        if not self.args.remove_unused_columns:
-            return columns
-        self._set_signature_columns_if_needed()
-        used = list(self._signature_columns or [])
-        if self.args.tst_document_boundaries == "respect":
-            used += DOCUMENT_COLUMNS
-        return [name for name in columns if name in used] if columns else used
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
-    def _end_token_id(self) -> int | None:
-        """The token that ends a document: the tokenizer's, else the model's."""
-        end = getattr(self.processing_class, "eos_token_id", None)
-        if end is None:
-            end = getattr(getattr(self.model, "config", None), "eos_token_id", None)
-        return end[0] if isinstance(end, (list, tuple)) else end
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:  # else it has no name yet
+            super()._push_from_checkpoint(checkpoint_folder)
 
-    def _vocab_size(self) -> int | None:
-        """Ids that the model has an embedding for."""
-        return getattr(find_language_model(self.model)[1].get_input_embeddings(), "num_embeddings", None)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
+        weights = None if _internal_call else weights_to_save(self)
+        if weights is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _padding_token_id(self) -> int | None:
-        """The tokenizer's padding token, if it stands for nothing but padding."""
-        pad = getattr(self.processing_class, "pad_token_id", None)
-        others = [getattr(self.processing_class, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
-        return None if pad in others else pad
+    # The Hub
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
+        """
+        if private is not None:  # the older Transformers do not know it
+            kwargs["private"] = private
+        kept = f"The model is saved in {self.args.output_dir}."
+        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` in the output folder from the record of the run, with its loss curve.
+
+        Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
+        results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
+        """
+        if self.is_world_process_zero():
+            write_card_of_trainer(
+                self,
+                repo_id=self.hub_model_id or model_name,
+                base_model=finetuned_from,
+                datasets=dataset,
+                language=language,
+                license=license,
+                tags=tags,
+            )
 
 
 def _is_superposed(batch: Any) -> bool:

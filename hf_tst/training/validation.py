@@ -7,9 +7,9 @@ from typing import Any
 from ..errors import TSTError
 from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
-from ..models.sharding import uses_fsdp1
 from ..models.superposition import find_language_model
 from .arguments import TSTTrainingArguments
+from .fsdp import uses_fsdp1
 
 
 def check_arguments(args: Any) -> None:

@@ -27,8 +27,10 @@ class Data:
 class SteadyTrainer(TSTTrainer):
     z_weight = 1e-4
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             z = outputs.logits.float().logsumexp(-1).square().mean()
             loss = loss + self.z_weight / self.args.gradient_accumulation_steps * z

@@ -30,10 +30,12 @@ class TSTSFTConfig(SFTConfig, TSTTrainingArguments):
 
 
 class TSTSFTTrainer(TSTTrainer, SFTTrainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Bags get the model's own loss, which superposition has replaced, and tokens that of SFTTrainer."""
         of = Trainer if inputs["labels"].dim() == 3 else SFTTrainer
-        return of.compute_loss(self, model, inputs, return_outputs, **kwargs)
+        return of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 def main() -> None:

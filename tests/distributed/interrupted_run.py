@@ -26,6 +26,29 @@ class OneIsNotFinite(TSTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class OneCannotSave(TSTTrainer):
+    """The disk of one process takes no more: the weights of the first, what the second draws random numbers from."""
+
+    failing = -1
+
+    def _fail(self, rank):
+        if rank == self.failing == self.args.process_index and self.state.global_step == 6:
+            raise OSError(28, "No space left on device")
+
+    def _save(self, *args, **kwargs):
+        super()._save(*args, **kwargs)
+        self._fail(0)
+
+    def _save_rng_state(self, output_dir):
+        self._fail(1)
+        super()._save_rng_state(output_dir)
+
+
+def refuse_to_rename(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("checkpoint-6"):
+        raise OSError(28, "No space left on device")
+
+
 def train(output_dir: str, what: str, resume: str) -> None:
     args = TSTTrainingArguments(
         output_dir=output_dir,
@@ -42,11 +65,22 @@ def train(output_dir: str, what: str, resume: str) -> None:
         disable_tqdm=True,
         use_cpu=True,
         enable_jit_checkpoint=True,
+        eval_strategy="steps"
+        if what.startswith("full")
+        else "no",  # so that there is a best checkpoint to look for
+        eval_steps=3,
+        metric_for_best_model="loss",
     )
-    trainer_class = OneIsNotFinite if what == "nan" else TSTTrainer
+    trainer_class = {"nan": OneIsNotFinite, "full on": OneCannotSave}.get(what[:7], TSTTrainer)
     callbacks = [SignalOne()] if what == "sigterm" else []
     model = set_dropout(make_model("llama"))
-    trainer = trainer_class(model, args, train_dataset=make_blocks(200), callbacks=callbacks)
+    trainer = trainer_class(
+        model, args, train_dataset=make_blocks(200), eval_dataset=make_blocks(4), callbacks=callbacks
+    )
+    if what.startswith("full on"):
+        trainer.failing = int(what[-1])
+    if what == "full at the end":
+        sys.addaudithook(refuse_to_rename)
     trainer.train(resume_from_checkpoint=resume or None)
     print(
         json.dumps(

@@ -85,6 +85,21 @@ def test_a_loss_that_is_not_finite_on_one_process_is_told_by_all(tmp_path, make_
     assert steps(tmp_path / "run") == [2, 3]
 
 
+@pytest.mark.parametrize("what", ["full on 0", "full on 1", "full at the end"])
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_stops_all(tmp_path, what):
+    """Each says so, with nobody left waiting, and nothing half written is left."""
+    done = launch("torchrun", TESTS / "distributed" / "interrupted_run.py", tmp_path / "run", what, "")
+    assert done.returncode != 0
+    for rank in (0, 1):
+        message = (
+            f"rank {rank}: Writing {tmp_path}/run/checkpoint-6 failed: [Errno 28] No space left on device ("
+        )
+        assert message in done.stdout
+    assert steps(tmp_path / "run") == [2, 3]
+    assert not (tmp_path / "run" / "_unfinished").exists()
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
+
+
 def test_the_last_complete_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path / "missing") is None
     states = {5: '{"global_step": 5}', 20: '{"global_step": 20}', 30: '{"global_step": 2', 40: None, 50: "[]"}

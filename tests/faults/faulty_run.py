@@ -90,8 +90,10 @@ class FaultyTrainer(TSTTrainer):
             halve(Path(output_dir) / "optimizer.pt")
             die()
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self._now("nan loss", "infinite loss"):
             loss = loss * float("nan" if self.fault == "nan loss" else "inf")
         return (loss, outputs) if return_outputs else loss
