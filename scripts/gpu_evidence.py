@@ -119,7 +119,7 @@ def slice_b(args: argparse.Namespace) -> list[Step]:
         return shlex.split(command + (" --use_cpu True" if args.device == "cpu" else ""))
 
     pack = "python scripts/pack_ids.py --inputs"
-    others = "baseline,tst,tst-r0.2-s4,mtp-0.1,tst+mtp-0.1"
+    others = "baseline,tst,tst-recency,tst-r0.2-s4,mtp-0.1,tst+mtp-0.1"
     return [
         Step("text", shlex.split(f"{pack} {parts} --eos_id 0 --seed 0 --output WORK/train.npy"), 90),
         Step("held-out text", shlex.split(f"{pack} {held_out} --output WORK/valid.npy"), 30),
