@@ -46,6 +46,9 @@ LEFT_OUT = {
     "apt-get download dict-gcide linux-doc-6.1": "texts of Debian; the line after them finds folders with text",
     "dpkg-deb -x dict-gcide_*.deb runs/debian": "the same",
     "dpkg-deb -x linux-doc-6.1_*.deb runs/debian": "the same",
+    "pip download --no-deps -d wheels liger-kernel cut-cross-entropy": "packages that run on a GPU alone",
+    "pip install --no-index --no-deps --find-links wheels --target wheels/site liger-kernel cut-cross-entropy": "the same",
+    "export PYTHONPATH=wheels/site": "the same",
 }
 
 # Where the tiny run differs from the run that is documented: its switch is at step 1 of 4.
@@ -198,6 +201,13 @@ def card(flags: Sequence[str]) -> str:
     return out
 
 
+def gpu_evidence(path: str, flags: Sequence[str]) -> str:
+    """Without the time for a step; tests/test_gpu_evidence.py runs every step."""
+    shown = script(path, [*flags, "--seconds", "0"])
+    assert shown.count("not reached, 0 s") >= 5
+    return shown
+
+
 def pytest_flags(flags: Sequence[str]) -> str:
     """Pytest reads the flags, where there are no tests, and the paths exist."""
     for flag in flags:
@@ -260,5 +270,6 @@ HF_TST: dict[str, Callable[[Sequence[str]], str]] = {
 SCRIPTS: dict[str, Callable[[str, Sequence[str]], str]] = {
     "scripts/audit.py": audit,
     "scripts/benchmark_step.py": benchmark_step,
+    "scripts/gpu_evidence.py": gpu_evidence,
     "scripts/local_corpus.py": local_corpus,
 }
