@@ -76,8 +76,9 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader:
         sampler_fn=lambda rows: data.sampler(lambda: trainer.state.global_step),
         is_training=True,
     )
-    # A loader draws a number when it starts: from its own, so that training draws the same whether it was resumed or not.
-    loader.base_dataloader.generator = torch.Generator()
+    # A loader draws a seed for its workers when it starts. It has a generator of its own, so that training draws the same
+    # numbers whether it was resumed or not.
+    loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)
     return loader
 
 
