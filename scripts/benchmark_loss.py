@@ -143,11 +143,11 @@ class Case:
     def __init__(
         self, args: BenchmarkArguments, hidden_size: int, vocabulary: int, bag_size: int, device: torch.device
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         dtype = getattr(torch, args.dtype)
-        hidden = torch.randn(args.rows, hidden_size, generator=generator)
-        weight = torch.randn(vocabulary, hidden_size, generator=generator) * hidden_size**-0.5
-        labels = torch.randint(0, vocabulary, (args.rows, bag_size), generator=generator)
+        hidden = torch.randn(args.rows, hidden_size, **draw)
+        weight = torch.randn(vocabulary, hidden_size, **draw) * hidden_size**-0.5
+        labels = torch.randint(0, vocabulary, (args.rows, bag_size), **draw)
         self.hidden = hidden.to(device, dtype).requires_grad_()
         self.weight = weight.to(device, dtype).requires_grad_()
         self.labels = labels.to(device)
