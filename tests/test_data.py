@@ -270,6 +270,19 @@ def test_each_pass_over_a_shuffled_stream_has_its_own_order(shards):
     assert [row["input_ids"][0] for row in given] == passes[0]  # the user's own object stands where it stood
 
 
+@pytest.mark.parametrize("form", [None, "numpy", "torch", "arrow"])
+def test_a_stream_is_read_in_any_format(form):
+    blocks = datasets.Dataset.from_list([{"input_ids": [i, i]} for i in range(10)])
+    stream = blocks.to_iterable_dataset().with_format(form)
+    rows = read_stream(StreamedRows(stream, PhaseSchedule(4, 0.5, 2), BatchLayout(1)))
+    assert [list(map(int, row.columns["input_ids"])) for row in rows] == [
+        [0, 0, 1, 1],
+        [2, 2, 3, 3],
+        [4, 4],
+        [5, 5],
+    ]
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_state_behind_a_step_leads_on_from_there(rank, shards):

@@ -209,6 +209,7 @@ class _Share:
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self._stream.iter(batch_size=1):
+            batch = batch.to_pydict() if hasattr(batch, "to_pydict") else batch  # format "arrow"
             yield {name: values[0] for name, values in batch.items()}
 
     def state_dict(self) -> dict[str, Any] | None:
