@@ -83,7 +83,7 @@ def inspect_head(model: Any) -> LinearHead:
 
 
 def check_loss_is_replaceable(model: Any) -> None:
-    """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
+    """Raise `TSTError` if a model computes its loss without calling its `loss_function`, in training or evaluation.
 
     Where the stand-ins cannot follow the forward pass to its loss, a warning says so, and nothing is raised.
 
@@ -94,19 +94,23 @@ def check_loss_is_replaceable(model: Any) -> None:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         return
-    try:
-        loss = _run_to_loss(model, head, _probe_values(weight.shape[0])).loss
-    except UnfusableHeadError as error:
-        logger.warning(
-            f"Whether {own_class(model).__name__} calls `loss_function` could not be checked: {error}. Compare the first "
-            "loss with the logarithm of the vocabulary's size."
-        )
-        return
-    if loss.logits is None:
-        raise TSTError(
-            f"{own_class(model).__name__} computes its loss itself, without `loss_function`, so superposition cannot put "
-            "its own in that place."
-        )
+    name, probe = own_class(model).__name__, _probe_values(weight.shape[0])
+    for training in (False, True):
+        try:
+            loss = _run_to_loss(model, head, probe, training).loss
+        except UnfusableHeadError as error:
+            logger.warning(
+                f"Whether {name} calls `loss_function` could not be checked: {error}. Compare the first "
+                "loss with the logarithm of the vocabulary's size."
+            )
+            return
+        if loss.logits is None:
+            raise TSTError(
+                f"{name} computes its loss itself, without `loss_function`, so superposition cannot put its own in that "
+                "place. If a fused loss has been patched into its forward, turn it off: fused_linear_cross_entropy=False "
+                "(Liger), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl), "
+                "enable_liger_kernel: false (LLaMA-Factory)."
+            )
 
 
 def _probe_values(vocabulary: int) -> Tensor:
@@ -191,8 +195,10 @@ class _Run:
     outputs: Any
 
 
-def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
-    """Run the model's forward with a head that returns `returned`.
+def _run_to_loss(model: Any, head: Any, returned: Tensor, training: bool = True) -> _Run:
+    """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
+
+    The mode is that of the model's own forward alone: its modules, and so their dropout, keep theirs.
 
     Raises:
         UnfusableHeadError: If forward fails.
@@ -211,12 +217,13 @@ def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
         stack.enter_context(torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []))
         stack.enter_context(torch.autocast(weight.device.type, enabled=False))
         stack.enter_context(replaced_attribute(model, "_loss_function", loss))
+        stack.enter_context(replaced_attribute(model, "training", training))
         stack.enter_context(replaced_module(model, head, stand_in))
         if model.base_model is not model:
             body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
             stack.enter_context(replaced_module(model, model.base_model, body))
         try:
-            outputs = type(model).forward(model, input_ids=ids, **inputs)
+            outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # whatever a family does with what the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
