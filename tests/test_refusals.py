@@ -154,7 +154,7 @@ def test_a_fused_loss_that_was_patched_in_for_training_is_refused(llama, make_ar
         llama.forward = MethodType(forward, llama)
     llama.model.train()
     modes = [module.training for module in llama.modules()]
-    with pytest.raises(ValueError, match="computes its loss itself.*fused_linear_cross_entropy=False"):
+    with pytest.raises(ValueError, match=r"computes its loss itself.*fused_linear_cross_entropy=False"):
         TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match="computes its loss itself"), token_superposition(llama, 4):

@@ -47,11 +47,7 @@ def multi_hot_cross_entropy(
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
     """
-    if labels.shape[:-1] != logits.shape[:-1]:
-        raise TSTError(
-            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
-            "all dimensions but the last must agree."
-        )
+    check_shapes(labels, "logits", logits)
     weights = resolve_weights(weights, labels)
     check_labels(labels, logits.shape[-1], ignore_index)
     check_weights(weights)
@@ -61,12 +57,10 @@ def multi_hot_cross_entropy(
     weights = weights * valid
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
-    if num_items_in_batch is None:
-        return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    if isinstance(num_items_in_batch, Tensor):
-        count = num_items_in_batch.to(total.device)
-        return total / torch.where(count == 0, torch.ones_like(count), count)  # without targets the sum is 0
-    return total / (num_items_in_batch or 1)
+    divisor = as_scalar(weights.sum() if num_items_in_batch is None else num_items_in_batch, total.device)
+    return total / torch.where(
+        divisor == 0, torch.ones_like(divisor), divisor
+    )  # without targets the sum is 0
 
 
 def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -102,25 +96,39 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
 
 
+def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """`number` as a float32 tensor; a Python number without waiting for the device, as a copy to it would."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
+def check_shapes(labels: Tensor, name: str, states: Tensor) -> None:
+    """Raise `TSTError` unless there is a bag of labels for each of the states, which are called `name`."""
+    if labels.shape[:-1] != states.shape[:-1]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit {name} of shape {tuple(states.shape)}: "
+            "all dimensions but the last must agree."
+        )
+
+
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
     """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if _holds_nowhere(wrong, "A label is outside the vocabulary."):
-        return
-    raise TSTError(
-        f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
-        f"{vocabulary - 1}, or {ignore_index} where there is no target."
-    )
+    if _holds_somewhere(wrong, "A label is outside the vocabulary."):
+        raise TSTError(
+            f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
+            f"{vocabulary - 1}, or {ignore_index} where there is no target."
+        )
 
 
 def check_weights(weights: Tensor) -> None:
     """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
-    if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
-        return
-    raise TSTError(
-        f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
-    )
+    if _holds_somewhere(wrong, "The offset weights are negative or all zero."):
+        raise TSTError(
+            f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
+        )
 
 
 def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
@@ -163,11 +171,11 @@ _spread_operator.register_fake(
 )
 
 
-def _holds_nowhere(wrong: Tensor, message: str) -> bool:
-    """Whether `wrong` is false everywhere. On a device the answer is not waited for: the device asserts it."""
+def _holds_somewhere(wrong: Tensor, message: str) -> bool:
+    """Whether `wrong` is true anywhere. On a device the answer is not waited for: the device asserts that it is not."""
     if torch.compiler.is_compiling() or wrong.is_meta:
-        return True
+        return False
     if wrong.device.type == "cpu":
-        return not bool(wrong.any())
+        return bool(wrong.any())
     torch._assert_async(~wrong.any(), message)
-    return True
+    return False
