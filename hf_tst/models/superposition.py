@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,9 @@ from ..bags.folding import (
 )
 from ..bags.phases import TSTMode, check_bag_size, check_mode
 from ..errors import TSTError
-from .fused import FusedLoss, TSTLoss, fused_evaluation, replaced_loss
+from .fused import FusedLoss, TSTLoss, replaced_loss
 from .head import check_loss_is_replaceable
-from .probing import own_class
+from .probing import own_class, replaced_attribute
 
 
 @contextmanager
@@ -86,7 +86,6 @@ def token_superposition(
     check_document_boundaries(document_boundaries)
     weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
-    _refuse_nesting(core)
     check_loss_is_replaceable(core)
     device = next(core.parameters()).device
     averaged = None if input_weighting == "uniform" else input_weights(input_weighting, bag_size).to(device)
@@ -129,7 +128,6 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         ...     loss.backward()
     """
     called, core = find_language_model(model)
-    _refuse_nesting(core)
     with replaced_loss(called, core, None, fused_loss):
         yield model
 
@@ -152,15 +150,16 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     Raises:
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.
     """
-    with fused_evaluation(*find_language_model(model), fused_loss):
+    called, core = find_language_model(model)
+    if fused_loss == "off":
         yield model
-
-
-def _refuse_nesting(core: nn.Module) -> None:
-    if isinstance(vars(core).get("_loss_function"), TSTLoss):
-        raise RuntimeError(
-            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
-        )
+        return
+    is_replaced = isinstance(core.loss_function, TSTLoss)
+    with (
+        nullcontext() if is_replaced else replaced_loss(called, core, None, fused_loss),
+        replaced_attribute(core.loss_function, "fuses_evaluation", True),
+    ):
+        yield model
 
 
 def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
