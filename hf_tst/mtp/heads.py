@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
-from ..models.probing import is_sharded, own_class
+from ..models.probing import is_sharded, own_class, trial_pass
 from .last_layer import LayerCall, ModelEnd, UnknownEndError, decoder_layers, find_model_end
 from .losses import ExtraLosses
 
@@ -149,19 +149,17 @@ class MTPHeads(nn.Module):
         if self.kind == "parallel":
             return [call.of(layer, call.hidden) for layer in self.heads]
         heads: list[Any] = list(self.heads)
-        found, hidden = [], last_hidden
+        found = [last_hidden]
         for head, embedded in zip(heads, next_embeddings, strict=True):
-            hidden = call.of(head.layer, head.join(hidden, embedded))
-            found.append(hidden)
-        return found
+            found.append(call.of(head.layer, head.join(found[-1], embedded)))
+        return found[1:]
 
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
         config, layer_class = model.config.get_text_config(), own_class(last_layer)
         index = len(decoder_layers(model)) - 1
         try:
-            layer = layer_class(
-                config, layer_idx=index
-            )  # of the kind of the last: layers of one model may differ
+            # Of the kind of the last: layers of one model may differ.
+            layer = layer_class(config, layer_idx=index)
         except Exception as error:  # whatever else a family's layer wants to be made of
             raise TSTError(
                 f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
@@ -178,9 +176,8 @@ class MTPHeads(nn.Module):
         """Raise `TSTError` unless the heads can be called as the last layer is called."""
         call, last_hidden = end.call, end.last_hidden
         embedded = [torch.zeros_like(last_hidden)] * len(self.heads)
-        device = last_hidden.device
         try:
-            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with trial_pass(last_hidden.device):
                 shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
         except Exception as error:  # whatever a layer of a family wants to be called with
             raise _unservable(
@@ -259,15 +256,15 @@ def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
     if hasattr(model, ATTRIBUTE):
         raise RuntimeError("The model is inside multi_token_prediction already: leave that context first.")
     end = heads.end_of(model)
-    with ExitStack() as stack:
-        stack.callback(model._modules.pop, ATTRIBUTE, None)
-        model.add_module(ATTRIBUTE, heads)
-        for handle in (
+    model.add_module(ATTRIBUTE, heads)
+    try:
+        with (
             model.register_state_dict_post_hook(_leave_heads_out),
             model.register_load_state_dict_post_hook(_miss_no_heads),
         ):
-            stack.callback(handle.remove)
-        yield end
+            yield end
+    finally:
+        model._modules.pop(ATTRIBUTE, None)
 
 
 @contextmanager
@@ -276,8 +273,7 @@ def extra_losses(
 ) -> Iterator[None]:
     """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before."""
     weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
-    with ExitStack() as stack:
-        ExtraLosses(model, heads, end, weight).register(stack)
+    with ExtraLosses(model, heads, end, weight).hooked():
         yield
 
 
