@@ -132,43 +132,37 @@ def check_weights(weights: Tensor) -> None:
 
 
 def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits at `targets`, of shape `(..., s)`.
+    """Logits at `targets`, of shape `(..., s)`."""
+    return _Take.apply(logits, targets) if torch.compiler.is_compiling() else logits.gather(-1, targets)
+
+
+class _Take(torch.autograd.Function):
+    """A `gather` whose gradient is made by an operator of its own.
 
     Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
     compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.hf_tst.take_targets(logits, targets)
-    return logits.gather(-1, targets)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.vocabulary = logits.shape[-1]
+        ctx.save_for_backward(targets)
+        return logits.gather(-1, targets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _spread(gradient, *ctx.saved_tensors, ctx.vocabulary), None
 
 
-def _take(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets)
-
-
+@torch.library.custom_op("hf_tst::spread_targets", mutates_args=())
 def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
     return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    logits, targets = inputs
-    ctx.vocabulary = logits.shape[-1]
-    ctx.save_for_backward(targets)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (targets,) = ctx.saved_tensors
-    return torch.ops.hf_tst.spread_targets(gradient, targets, ctx.vocabulary), None
-
-
-_take_operator = torch.library.custom_op("hf_tst::take_targets", _take, mutates_args=())
-_take_operator.register_fake(lambda logits, targets: logits.new_empty(targets.shape))
-_take_operator.register_autograd(_backward, setup_context=_remember)
-_spread_operator = torch.library.custom_op("hf_tst::spread_targets", _spread, mutates_args=())
-_spread_operator.register_fake(
-    lambda gradient, targets, vocabulary: gradient.new_empty((*targets.shape[:-1], vocabulary))
-)
+@_spread.register_fake
+def _empty_gradient(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    return gradient.new_empty((*targets.shape[:-1], vocabulary))
 
 
 def _holds_somewhere(wrong: Tensor, message: str) -> bool:

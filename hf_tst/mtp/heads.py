@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
 from ..models.probing import is_sharded, own_class, trial_pass
-from .last_layer import LayerCall, ModelEnd, UnknownEndError, decoder_layers, find_model_end
+from .last_layer import LayerCall, ModelEnd, decoder_layers, find_model_end, unservable
 from .losses import ExtraLosses
 
 MTPKind = Literal["parallel", "sequential"]
@@ -51,10 +51,9 @@ def check_mtp(
         raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
     if loss_weight is None:
         return
-    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
-        raise TSTError(f"{prefix}loss_weight must be a number, but is {loss_weight!r}.")
-    if not math.isfinite(loss_weight) or loss_weight < 0:
-        raise TSTError(f"{prefix}loss_weight must be finite and at least 0, but is {loss_weight}.")
+    is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
+    if not is_number or not 0 <= loss_weight < math.inf:
+        raise TSTError(f"{prefix}loss_weight must be a finite number of at least 0, but is {loss_weight!r}.")
 
 
 class MTPHeads(nn.Module):
@@ -84,7 +83,7 @@ class MTPHeads(nn.Module):
         self._noted_loss: Tensor | None = None
         if any(is_sharded(module) for module in model.modules()):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
-        self._end = end = _find_end(model)
+        self._end = end = find_model_end(model)
         like = next(end.last_layer.parameters())
         with torch.random.fork_rng(
             [like.device] if like.device.type == "cuda" else [], enabled=seed is not None
@@ -121,7 +120,7 @@ class MTPHeads(nn.Module):
             TSTError: If the model cannot be served, or is sharded and these heads are not.
         """
         if not is_sharded(model):
-            self._end = _find_end(model)
+            self._end = find_model_end(model)
             return self._end
         for module in (model, *self.modules()):
             if is_sharded(module):
@@ -180,11 +179,11 @@ class MTPHeads(nn.Module):
             with trial_pass(last_hidden.device):
                 shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
         except Exception as error:  # whatever a layer of a family wants to be called with
-            raise _unservable(
+            raise unservable(
                 model, f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
             ) from error
         if shapes != {last_hidden.shape}:
-            raise _unservable(model, "a layer of it does not return hidden states when it is called apart")
+            raise unservable(model, "a layer of it does not return hidden states when it is called apart")
 
 
 class _SequentialHead(nn.Module):
@@ -284,16 +283,3 @@ def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _miss_no_heads(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f"{ATTRIBUTE}." not in k]
-
-
-def _find_end(model: Any) -> ModelEnd:
-    try:
-        return find_model_end(model)
-    except UnknownEndError as error:
-        raise _unservable(model, str(error)) from error
-
-
-def _unservable(model: Any, reason: str) -> TSTError:
-    return TSTError(
-        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
-    )

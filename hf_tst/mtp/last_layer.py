@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import TSTError
 from ..models.head import LinearHead, UnfusableHeadError, inspect_head
-from ..models.probing import trial_pass
+from ..models.probing import own_class, trial_pass
 
 _POSITIONS = 3
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-class UnknownEndError(ValueError):
-    """The way from a model's last layer to its loss cannot be followed; the message says why."""
+def unservable(model: Any, reason: str) -> TSTError:
+    """The error of a model whose way from its last layer to its loss cannot be followed."""
+    return TSTError(
+        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
+    )
 
 
 @dataclass
@@ -40,8 +44,6 @@ class LayerCall:
         for name in _CACHES:
             if name in bound.arguments:
                 bound.arguments[name] = None
-        if len(bound.args) < 2:
-            raise UnknownEndError("its last layer is called without hidden states")
         _, hidden, *rest = bound.args
         return cls(hidden, tuple(rest), bound.kwargs)
 
@@ -93,34 +95,38 @@ def find_model_end(model: Any) -> ModelEnd:
         model (`PreTrainedModel`): A causal language model, not wrapped.
 
     Raises:
-        UnknownEndError: If it is something else, or its loss cannot be fused with its head, or something other than one
+        TSTError: If it is something else, or its loss cannot be fused with its head, or something other than one
             norm is between its last layer and its head.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise UnknownEndError("it is no causal language model of Transformers, or is wrapped")
+        raise unservable(model, "it is no causal language model of Transformers, or is wrapped")
     layers = decoder_layers(model)
     if not layers:
-        raise UnknownEndError("its decoder layers cannot be found")
+        raise unservable(model, "its decoder layers cannot be found")
     try:
         head = inspect_head(model)
     except UnfusableHeadError as error:
-        raise UnknownEndError(str(error)) from error
+        raise unservable(model, str(error)) from error
     last_layer = layers[-1]
-    calls = _watch(model, next(last_layer.parameters()).device)
-    called = {call.module: call for call in calls}
-    at_layer, at_head = called.get(last_layer), called.get(head.module)
+    try:
+        calls = _watch(model, next(last_layer.parameters()).device)
+        called = {call.module: call for call in calls}
+        at_layer, at_head = called.get(last_layer), called.get(head.module)
+        layer_call = LayerCall.bind(last_layer, at_layer.args, at_layer.kwargs) if at_layer else None
+    except Exception as error:  # whatever a family's forward wants
+        reason = f"its layers cannot be followed ({type(error).__name__}: {error})"
+        raise unservable(model, reason) from error
     hidden = hidden_states_of(at_layer.output) if at_layer else None
     bodies = [module for module in called if module is not last_layer and last_layer in module.modules()]
-    if at_layer is None or not isinstance(hidden, Tensor) or not bodies:
-        raise UnknownEndError("its last layer is not called with hidden states inside of a body")
+    if layer_call is None or not isinstance(hidden, Tensor) or not bodies:
+        raise unservable(model, "its last layer is not called with hidden states inside of a body")
     end = at_head.args[0] if at_head and at_head.args else None
     after = [call for call in calls if call.args and call.args[0] is hidden]
     norms = [call.module for call in after if _is_same(call.output, end)]
     if not norms and not _is_same(hidden, end):
-        raise UnknownEndError("something other than one norm is between its last layer and its head")
-    layer_call = LayerCall.bind(last_layer, at_layer.args, at_layer.kwargs)
+        raise unservable(model, "something other than one norm is between its last layer and its head")
     return ModelEnd(bodies[-1], last_layer, norms[0] if norms else None, head, layer_call, hidden)
 
 
@@ -144,13 +150,8 @@ def _watch(model: Any, device: torch.device) -> list[_Call]:
     with trial_pass(device), ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
-        try:
-            # Without hooks that want more than this.
-            type(model).forward(model, input_ids=ids, use_cache=False)
-        except Exception as error:  # whatever a family's forward wants
-            raise UnknownEndError(
-                f"its layers cannot be followed ({type(error).__name__}: {error})"
-            ) from error
+        # Without hooks that want more than this.
+        type(model).forward(model, input_ids=ids, use_cache=False)
     return calls
 
 
