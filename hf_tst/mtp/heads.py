@@ -155,10 +155,9 @@ class MTPHeads(nn.Module):
 
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
         config, layer_class = model.config.get_text_config(), own_class(last_layer)
-        index = len(decoder_layers(model)) - 1
         try:
             # Of the kind of the last: layers of one model may differ.
-            layer = layer_class(config, layer_idx=index)
+            layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
         except Exception as error:  # whatever else a family's layer wants to be made of
             raise TSTError(
                 f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
