@@ -171,7 +171,13 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     from accelerate.utils import extract_model_from_parallel
 
     called = extract_model_from_parallel(model, keep_torch_compile=False)
-    core = _unwrap_peft(called)
+    core = called
+    if hasattr(called, "peft_config") and hasattr(called, "get_base_model"):
+        if any(getattr(config, "is_prompt_learning", False) for config in called.peft_config.values()):
+            raise TSTError(
+                "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
+            )
+        core = called.get_base_model()
     _check_model(core)
     return called, core
 
@@ -212,9 +218,8 @@ def _is_causal(model: nn.Module) -> bool:
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
     sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
-    if hasattr(inspect.getmodule(own_class(model)), sibling):
-        return bool(getattr(model.config, "is_decoder", False))
-    return True
+    has_sibling = hasattr(inspect.getmodule(own_class(model)), sibling)
+    return not has_sibling or bool(getattr(model.config, "is_decoder", False))
 
 
 @dataclass(eq=False)
@@ -296,14 +301,3 @@ def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
             f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
             f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
         )
-
-
-def _unwrap_peft(model: Any) -> Any:
-    """The Transformers model inside a PEFT wrapper, or the model itself."""
-    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
-        return model
-    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-        raise TSTError(
-            "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
-        )
-    return model.get_base_model()

@@ -40,22 +40,26 @@ def multi_hot_loss_and_gradient(
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     in_place = write_gradient and softcap is None and logits.dtype == torch.float32
+    changes = write_gradient or softcap is not None or logit_scale != 1
     rows = max(1, len(logits) if in_place else _TILE_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), rows):
         tile = logits[start : start + rows]
-        scaled = tile if in_place else tile.to(torch.float32, copy=True)
+        scaled = tile if in_place else tile.to(torch.float32, copy=changes)
         if logit_scale != 1:
             scaled *= logit_scale
         if softcap is not None:
             scaled.div_(softcap).tanh_()
-            slope = 1 - scaled.square()
+            slope = 1 - scaled.square() if write_gradient else 1.0
             scaled *= softcap
-        factor = gradient_scale * logit_scale if write_gradient else None
         part = slice(start, start + rows)
+        if not write_gradient:
+            losses[part] = _loss(scaled, labels[part], weights, ignore_index)
+            continue
+        factor = gradient_scale * logit_scale
         losses[part] = _loss_and_gradient(scaled, labels[part], weights, factor, ignore_index)
-        if write_gradient and softcap is not None:
+        if softcap is not None:
             scaled *= slope
-        if write_gradient and not in_place:
+        if not in_place:
             tile.copy_(scaled)
     if write_gradient:
         # A zero weight times what is not a number would be none either.
@@ -64,10 +68,18 @@ def multi_hot_loss_and_gradient(
     return losses
 
 
+def _loss(logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int) -> Tensor:
+    """Losses of float32 `logits`, which stay as they are."""
+    valid = labels != ignore_index
+    row_weights = weights * valid
+    cross_entropies = -logits.log_softmax(-1).gather(-1, labels.masked_fill(~valid, 0))
+    return torch.where(row_weights != 0, row_weights * cross_entropies, 0.0).sum(-1)
+
+
 def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, weights: Tensor, factor: Tensor | None, ignore_index: int
+    logits: Tensor, labels: Tensor, weights: Tensor, factor: Tensor, ignore_index: int
 ) -> Tensor:
-    """Losses of float32 `logits`, which are overwritten; with a `factor`, by the gradient of their sum times it."""
+    """Losses of float32 `logits`, which become the gradient of their sum times `factor`."""
     valid = labels != ignore_index
     row_weights = torch.where(valid, weights, 0.0)
     targets = labels.masked_fill(~valid, 0)
@@ -75,8 +87,7 @@ def _loss_and_gradient(
     target_logits = logits.gather(-1, targets) - largest
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
     cross_entropies = total.log() - target_logits
-    if factor is not None:
-        weight = row_weights.sum(-1, keepdim=True)
-        logits *= weight * factor / total
-        logits.scatter_add_(-1, targets, -factor * row_weights)
+    weight = row_weights.sum(-1, keepdim=True)
+    logits *= weight * factor / total
+    logits.scatter_add_(-1, targets, -factor * row_weights)
     return torch.where(row_weights != 0, row_weights * cross_entropies, 0.0).sum(-1)
