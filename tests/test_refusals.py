@@ -1,16 +1,19 @@
 """What TSTTrainer refuses, before the first step."""
 
 import copy
-from types import SimpleNamespace
+import math
+from types import MethodType, SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from conftest import VOCAB_SIZE, make_blocks
-from transformers import (
-    TrainingArguments,
-)
+from torch.nn.functional import cross_entropy
+from transformers import TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer
+from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, fused_next_token_loss, token_superposition
+from hf_tst.models.head import check_loss_is_replaceable
 from hf_tst.training.validation import check_arguments, check_trainer
 
 
@@ -131,3 +134,49 @@ def test_a_model_with_a_loss_of_its_own_is_refused_unless_training_is_plain(make
     with pytest.raises(ValueError, match="TrOCRForCausalLM computes its loss itself"):
         TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
     TSTTrainer(model, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4)).train()
+
+
+@pytest.mark.parametrize("patched", ["class", "instance"])
+def test_a_fused_loss_that_was_patched_in_for_training_is_refused(llama, make_args, patched):
+    """As Liger does: in training mode its forward takes the loss from hidden states and labels, and makes no logits."""
+    original = type(llama).forward
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        if not self.training or labels is None:
+            return original(self, input_ids=input_ids, labels=labels, **kwargs)
+        hidden = self.model(input_ids=input_ids).last_hidden_state[:, :-1]
+        logits = hidden @ self.lm_head.weight.T
+        return CausalLMOutputWithPast(loss=cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+    if patched == "class":
+        llama.__class__ = type("LlamaForCausalLM", (type(llama),), {"forward": forward})
+    else:
+        llama.forward = MethodType(forward, llama)
+    llama.model.train()
+    modes = [module.training for module in llama.modules()]
+    with pytest.raises(ValueError, match=r"computes its loss itself.*fused_linear_cross_entropy=False"):
+        TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="computes its loss itself"), token_superposition(llama, 4):
+        pass
+    assert [module.training for module in llama.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    with fused_next_token_loss(llama.train()):
+        outputs = llama(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+    assert outputs.logits is None
+    assert outputs.loss.item() == pytest.approx(math.log(VOCAB_SIZE), rel=0.02)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_comes_back_when_the_forward_pass_fails(llama, training):
+    original, modes = llama.forward, []
+
+    def forward(self, *args, **kwargs):
+        modes.append(self.training)
+        assert not self.training
+        return original(*args, **kwargs)
+
+    llama.train(training).forward = MethodType(forward, llama)
+    check_loss_is_replaceable(llama)
+    assert modes == [False, True]
+    assert llama.training is training

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ..errors import TSTError
 from .kernels import select_kernel
-from .multi_hot import check_labels, check_weights, count_target_bags, resolve_weights
+from .multi_hot import (
+    as_scalar,
+    check_labels,
+    check_shapes,
+    check_weights,
+    count_target_bags,
+    resolve_weights,
+)
 
 # Bytes of logits that are held at a time, at most. On a CPU more than these make nothing faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
@@ -67,12 +74,7 @@ def linear_multi_hot_cross_entropy(
 
     Source: arXiv 2605.06546, section 3.2, leaves this reuse of one logsumexp unexplored.
     """
-    bag_size = labels.shape[-1]
-    if hidden.shape[:-1] != labels.shape[:-1]:
-        raise TSTError(
-            f"labels of shape {tuple(labels.shape)} do not fit hidden of shape {tuple(hidden.shape)}: all dimensions "
-            "but the last must agree."
-        )
+    check_shapes(labels, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise TSTError(
             f"weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: give (V, d)."
@@ -91,9 +93,9 @@ def linear_multi_hot_cross_entropy(
         hidden.flatten(0, -2),
         weight,
         bias,
-        labels.reshape(-1, bag_size),
+        labels.flatten(0, -2),
         weights,
-        _as_scalar(num_items_in_batch, hidden.device),
+        as_scalar(num_items_in_batch, hidden.device),
         ignore_index,
         softcap,
         1.0 if logit_scale is None else float(logit_scale),
@@ -111,13 +113,6 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, devi
     """
     fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
     return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
-
-
-def _as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
-    """`number` as a float32 tensor; a Python number without waiting for the device, as a copy to it would."""
-    if isinstance(number, Tensor):
-        return number.to(device, torch.float32)
-    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -139,7 +134,7 @@ def _forward(
     logit_scale: float,
     matmul_dtype: torch.dtype,
     needs_grad: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Loss, and the gradients of hidden, weight and bias where needed (empty tensors elsewhere).
 
     The gradients are of the loss itself, except in float16, where they are of the loss times the divisor: divided,
@@ -149,6 +144,9 @@ def _forward(
     check_labels(labels, vocabulary, ignore_index)
     check_weights(weights)
     needs_hidden, needs_weight, needs_bias = needs_grad
+    gradients = _allocate_gradients(hidden, weight, bias, matmul_dtype, needs_grad)
+    hidden_gradient, weight_gradient, bias_gradient = gradients
+    bias_gradient.zero_()
     rows, device = hidden.shape[0], hidden.device
     reciprocal = _reciprocal(divisor)
     gradient_scale = torch.ones_like(reciprocal) if matmul_dtype == torch.float16 else reciprocal
@@ -156,20 +154,16 @@ def _forward(
 
     with torch.autocast(device.type, enabled=False):
         matrix = weight.to(matmul_dtype)
-        offset = None if bias is None else bias.to(matmul_dtype)
-        hidden_gradient = _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype))
-        weight_gradient = _allocate(needs_weight, weight, torch.float32)
-        bias_gradient = _allocate(needs_bias, bias, torch.float32).zero_()
         losses = torch.empty(rows, dtype=torch.float32, device=device)
         chunk = chunk_rows(rows, vocabulary, hidden_size, matmul_dtype.itemsize, device.type)
         buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
         for start in range(0, max(1, rows), chunk):  # without rows, too, the first chunk sets the gradient
             part = hidden[start : start + chunk].to(matmul_dtype)
             logits = buffer[: part.shape[0]]
-            if offset is None:
+            if bias is None:
                 torch.mm(part, matrix.t(), out=logits)
             else:
-                torch.addmm(offset, part, matrix.t(), out=logits)
+                torch.addmm(bias.to(matmul_dtype), part, matrix.t(), out=logits)
             losses[start : start + chunk] = kernel(
                 logits,
                 labels[start : start + chunk],
@@ -180,13 +174,15 @@ def _forward(
                 logit_scale=logit_scale,
                 write_gradient=any(needs_grad),
             )
-            if needs_hidden:
-                _multiply_into(hidden_gradient[start : start + chunk], logits, matrix)
+            if needs_hidden and hidden_gradient.dtype == matmul_dtype:
+                torch.mm(logits, matrix, out=hidden_gradient[start : start + chunk])
+            elif needs_hidden:
+                hidden_gradient[start : start + chunk] = torch.mm(logits, matrix)
             if needs_weight:
                 _accumulate_product(weight_gradient, logits, part, is_first=start == 0)
             if needs_bias:
                 bias_gradient += logits.sum(0, dtype=torch.float32)
-    return losses.sum() * reciprocal, hidden_gradient, weight_gradient, bias_gradient
+    return losses.sum() * reciprocal, *gradients
 
 
 def _reciprocal(divisor: Tensor) -> Tensor:
@@ -194,21 +190,18 @@ def _reciprocal(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0, torch.zeros_like(divisor), 1 / divisor)
 
 
-def _hidden_dtype(hidden: Tensor, matmul_dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
-
-
-def _allocate(needed: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if not needed or like is None:
-        return torch.empty(0)
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(torch.mm(left, right))
+def _allocate_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype, needs_grad: list[bool]
+) -> list[Tensor]:
+    """Room for the gradients of hidden, weight and bias: an empty tensor for one that is not needed."""
+    hidden_dtype = torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
+    dtypes = (hidden_dtype, torch.float32, torch.float32)
+    return [
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        if needed and x is not None
+        else torch.empty(0)
+        for x, dtype, needed in zip((hidden, weight, bias), dtypes, needs_grad, strict=True)
+    ]
 
 
 def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
@@ -246,26 +239,10 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    divisor: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    matmul_dtype: torch.dtype,
-    needs_grad: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = needs_grad
-    return (
-        torch.empty((), dtype=torch.float32, device=hidden.device),
-        _allocate(needs_hidden, hidden, _hidden_dtype(hidden, matmul_dtype)),
-        _allocate(needs_weight, weight, torch.float32),
-        _allocate(needs_bias, bias, torch.float32),
-    )
+def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    *_, matmul_dtype, needs_grad = options
+    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
+    return loss, *_allocate_gradients(hidden, weight, bias, matmul_dtype, needs_grad)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -47,11 +47,7 @@ def multi_hot_cross_entropy(
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
     """
-    if labels.shape[:-1] != logits.shape[:-1]:
-        raise TSTError(
-            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
-            "all dimensions but the last must agree."
-        )
+    check_shapes(labels, "logits", logits)
     weights = resolve_weights(weights, labels)
     check_labels(labels, logits.shape[-1], ignore_index)
     check_weights(weights)
@@ -61,12 +57,10 @@ def multi_hot_cross_entropy(
     weights = weights * valid
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
-    if num_items_in_batch is None:
-        return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    if isinstance(num_items_in_batch, Tensor):
-        count = num_items_in_batch.to(total.device)
-        return total / torch.where(count == 0, torch.ones_like(count), count)  # without targets the sum is 0
-    return total / (num_items_in_batch or 1)
+    divisor = as_scalar(weights.sum() if num_items_in_batch is None else num_items_in_batch, total.device)
+    return total / torch.where(
+        divisor == 0, torch.ones_like(divisor), divisor
+    )  # without targets the sum is 0
 
 
 def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -102,72 +96,80 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
 
 
+def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """`number` as a float32 tensor; a Python number without waiting for the device, as a copy to it would."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
+def check_shapes(labels: Tensor, name: str, states: Tensor) -> None:
+    """Raise `TSTError` unless there is a bag of labels for each of the states, which are called `name`."""
+    if labels.shape[:-1] != states.shape[:-1]:
+        raise TSTError(
+            f"labels of shape {tuple(labels.shape)} do not fit {name} of shape {tuple(states.shape)}: "
+            "all dimensions but the last must agree."
+        )
+
+
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
     """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if _holds_nowhere(wrong, "A label is outside the vocabulary."):
-        return
-    raise TSTError(
-        f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
-        f"{vocabulary - 1}, or {ignore_index} where there is no target."
-    )
+    if _holds_somewhere(wrong, "A label is outside the vocabulary."):
+        raise TSTError(
+            f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
+            f"{vocabulary - 1}, or {ignore_index} where there is no target."
+        )
 
 
 def check_weights(weights: Tensor) -> None:
     """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
-    if _holds_nowhere(wrong, "The offset weights are negative or all zero."):
-        return
-    raise TSTError(
-        f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
-    )
+    if _holds_somewhere(wrong, "The offset weights are negative or all zero."):
+        raise TSTError(
+            f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
+        )
 
 
 def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits at `targets`, of shape `(..., s)`.
+    """Logits at `targets`, of shape `(..., s)`."""
+    return _Take.apply(logits, targets) if torch.compiler.is_compiling() else logits.gather(-1, targets)
+
+
+class _Take(torch.autograd.Function):
+    """A `gather` whose gradient is made by an operator of its own.
 
     Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
     compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.hf_tst.take_targets(logits, targets)
-    return logits.gather(-1, targets)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.vocabulary = logits.shape[-1]
+        ctx.save_for_backward(targets)
+        return logits.gather(-1, targets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _spread(gradient, *ctx.saved_tensors, ctx.vocabulary), None
 
 
-def _take(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets)
-
-
+@torch.library.custom_op("hf_tst::spread_targets", mutates_args=())
 def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
     return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    logits, targets = inputs
-    ctx.vocabulary = logits.shape[-1]
-    ctx.save_for_backward(targets)
+@_spread.register_fake
+def _empty_gradient(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    return gradient.new_empty((*targets.shape[:-1], vocabulary))
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (targets,) = ctx.saved_tensors
-    return torch.ops.hf_tst.spread_targets(gradient, targets, ctx.vocabulary), None
-
-
-_take_operator = torch.library.custom_op("hf_tst::take_targets", _take, mutates_args=())
-_take_operator.register_fake(lambda logits, targets: logits.new_empty(targets.shape))
-_take_operator.register_autograd(_backward, setup_context=_remember)
-_spread_operator = torch.library.custom_op("hf_tst::spread_targets", _spread, mutates_args=())
-_spread_operator.register_fake(
-    lambda gradient, targets, vocabulary: gradient.new_empty((*targets.shape[:-1], vocabulary))
-)
-
-
-def _holds_nowhere(wrong: Tensor, message: str) -> bool:
-    """Whether `wrong` is false everywhere. On a device the answer is not waited for: the device asserts it."""
+def _holds_somewhere(wrong: Tensor, message: str) -> bool:
+    """Whether `wrong` is true anywhere. On a device the answer is not waited for: the device asserts that it is not."""
     if torch.compiler.is_compiling() or wrong.is_meta:
-        return True
+        return False
     if wrong.device.type == "cpu":
-        return not bool(wrong.any())
+        return bool(wrong.any())
     torch._assert_async(~wrong.any(), message)
-    return True
+    return False

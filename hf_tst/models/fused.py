@@ -1,8 +1,8 @@
 """The model's loss, fused with its head: the logits of a whole batch never exist.
 
 Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head
-computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole; inside
-[`fused_evaluation`], also in evaluation.
+computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole; with
+`TSTLoss.fuses_evaluation`, also in evaluation.
 In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
 between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
 (see [`inspect_head`]).
@@ -11,7 +11,7 @@ between head and loss it does to the empty tensor; a scale or a cap it would hav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +21,6 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
 from ..errors import TSTError
-from ..losses.linear import linear_multi_hot_cross_entropy
 from ..losses.multi_hot import multi_hot_cross_entropy
 from .head import LinearHead, UnfusableHeadError, inspect_head
 from .probing import own_class, replaced_attribute
@@ -55,93 +54,56 @@ def replaced_loss(
 
     Raises:
         TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
+        RuntimeError: If the model is inside such a context already.
     """
+    if isinstance(model.loss_function, TSTLoss):
+        raise RuntimeError(
+            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
+        )
     head = _choose_head(model, choice, next_token=weights is None)
     loss = TSTLoss(model.loss_function, weights, head)
-    with ExitStack() as stack:
+    with (
         # In front of FSDP's hook, which casts every float to the dtype of its mixed precision, divisors too.
-        handle = called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True)
-        stack.callback(handle.remove)
-        if head is not None:
-            stack.enter_context(replaced_attribute(head.module, "forward", loss.head_forward))
+        called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
+        nullcontext() if head is None else replaced_attribute(head.module, "forward", loss.head_forward),
         # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
-        after = called.register_forward_hook(loss.after_forward, always_call=True)
-        stack.callback(after.remove)
-        stack.enter_context(replaced_attribute(model, "_loss_function", loss))
-        yield
-
-
-@contextmanager
-def fused_evaluation(called: nn.Module, model: Any, choice: FusedLoss = "auto") -> Iterator[None]:
-    """Context in which forward passes in evaluation mode with labels compute the next-token loss and no logits.
-
-    Inside [`replaced_loss`] it goes by the head that was found there, if one was. A batch without targets has the loss NaN,
-    as the model's own loss has it, which Trainer leaves out of its mean.
-
-    Args:
-        called, model: See [`replaced_loss`].
-        choice (`str`, defaults to `"auto"`): `"off"` changes nothing; else as in [`replaced_loss`].
-
-    Raises:
-        TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
-    """
-    if choice == "off":
-        yield
-        return
-    with ExitStack() as stack:
-        if not isinstance(model.loss_function, TSTLoss):
-            stack.enter_context(replaced_loss(called, model, None, choice))
-        stack.enter_context(replaced_attribute(model.loss_function, "fuses_evaluation", True))
+        called.register_forward_hook(loss.after_forward, always_call=True),
+        replaced_attribute(model, "_loss_function", loss),
+    ):
         yield
 
 
 def check_fusable(model: Any, choice: FusedLoss) -> None:
     """Raise `TSTError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
     if choice == "on":
-        _find_head(model, choice, next_token=True)
+        _choose_head(model, choice, next_token=True)
 
 
 def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
     """The head to fuse the loss with, or `None`; says in the log which, and why."""
-    found = _find_head(model, choice, next_token)
-    phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
-    if isinstance(found, LinearHead):
-        logger.info(f"The {phase} loss of {name} is fused with its head{_describe(found)}.")
-        return found
-    # Who asked for nothing should know what it costs; who said "off" does.
-    level = logger.info if choice == "off" else logger.warning
-    level(f"The {phase} loss of {name} is computed from all logits, which takes more memory: {found}.")
-    return None
-
-
-def _find_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | str:
-    """The head to fuse the loss with, or the reason why not."""
     check_fused_loss(choice)
-    if choice == "off":
-        return "tst_fused_loss is 'off'"
+    phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     try:
+        if choice == "off":
+            raise UnfusableHeadError("tst_fused_loss is 'off'")
         if next_token and not _is_next_token_loss(model.loss_function):
             raise UnfusableHeadError("it has a loss function of its own")
-        return inspect_head(model)
+        head = inspect_head(model)
     except UnfusableHeadError as error:
         if choice == "on":
             raise TSTError(
-                f"tst_fused_loss='on', but {own_class(model).__name__} cannot be served: {error}. Set it to 'auto' or 'off'."
+                f"tst_fused_loss='on', but {name} cannot be served: {error}. Set it to 'auto' or 'off'."
             ) from error
-        return str(error)
+        # Who asked for nothing should know what it costs; who said "off" does.
+        level = logger.info if choice == "off" else logger.warning
+        level(f"The {phase} loss of {name} is computed from all logits, which takes more memory: {error}.")
+        return None
+    logger.info(f"The {phase} loss of {name} is fused with its head: {head}.")
+    return head
 
 
 def _is_next_token_loss(function: Any) -> bool:
     return function is LOSS_MAPPING["ForCausalLM"]
-
-
-def _describe(head: LinearHead) -> str:
-    parts = ["a linear layer" + (" with bias" if head.module.bias is not None else "")]
-    if head.logit_scale != 1:
-        parts.append(f"logits scaled by {head.logit_scale:g}")
-    if head.softcap is not None:
-        parts.append(f"logits capped at {head.softcap:g}")
-    return f" ({', '.join(parts)})"
 
 
 class TSTLoss:
@@ -149,8 +111,8 @@ class TSTLoss:
 
     A forward pass that is fused goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
     the hidden states and returns an empty tensor; the model calls this loss function with it, and gets the loss.
-    Fused are passes in training with the labels of the phase and, inside [`fused_evaluation`], passes in evaluation
-    with next-token labels. Other forward passes are as ever.
+    Fused are passes in training with the labels of the phase and, with `fuses_evaluation`, passes in evaluation with
+    next-token labels. Other forward passes are as ever.
 
     Args:
         own_loss: The model's own loss function.
@@ -172,6 +134,8 @@ class TSTLoss:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
+        names = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+        self._given = {name: kwargs[name] for name in names if name in kwargs}
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
         self._trains = module.training
@@ -180,11 +144,6 @@ class TSTLoss:
         else:
             fuses = self.fuses_evaluation and dimensions == 2 and _is_next_token_loss(self.own_loss)
         self._fuses = fuses and self.head is not None
-        self._given = {
-            name: kwargs[name]
-            for name in ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
-            if name in kwargs
-        }
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""
@@ -194,12 +153,12 @@ class TSTLoss:
         """The head's forward: logits, or an empty tensor in their place once the loss is computed."""
         assert self.head is not None
         module = self.head.module
-        if not self._fuses:
+        # A weight that is still split here is split by something that does not gather it for the forward pass.
+        if not self._fuses or isinstance(module.weight, DTensor):
             return type(module).forward(module, hidden)
         self._fuses = False
-        given = dict(self._given)
-        options = self._options(given.pop("labels"), given)
-        self._loss = self._fused_loss(hidden, **options)
+        options = self._options(**self._given)
+        self._loss = self.head.loss(hidden, **options)
         if not self._trains:
             has_targets = (options["labels"] != options["ignore_index"]).any().to(self._loss.device)
             self._loss = torch.where(has_targets, self._loss, torch.nan)
@@ -214,37 +173,31 @@ class TSTLoss:
             # The divisor as the trainer gave it: FSDP casts what a module is given, and bfloat16 rounds counts.
             divisor = {name: given for name, given in self._given.items() if name == "num_items_in_batch"}
             return self.own_loss(logits, labels, *args, **kwargs | divisor)
-        options = self._options(labels, kwargs | self._given)
+        options = self._options(**kwargs | self._given | {"labels": labels})
         return multi_hot_cross_entropy(logits, options.pop("labels").to(logits.device), **options)
 
-    def _options(self, labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def _options(
+        self,
+        labels: Tensor,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        **_: Any,
+    ) -> dict[str, Any]:
         """Arguments of the multi-hot loss, from what the model's forward or its loss function was given."""
-        ignore_index = given.get("ignore_index", -100)
         weights = None if labels.dim() == 2 else self.weights
-        if weights is None:
-            labels = _next_tokens(labels, given.get("shift_labels"), ignore_index)
+        if weights is None:  # next-token prediction, as bags of one
+            if shift_labels is None:
+                shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            labels = shift_labels.unsqueeze(-1)
         elif labels.shape[-1] != len(weights):
             raise TSTError(f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(weights)}.")
         return {
             "labels": labels,
             "weights": weights,
-            "num_items_in_batch": given.get("num_items_in_batch"),
+            "num_items_in_batch": num_items_in_batch,
             "ignore_index": ignore_index,
         }
-
-    def _fused_loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        assert self.head is not None
-        module, scale, softcap = self.head.module, self.head.logit_scale, self.head.softcap
-        if isinstance(
-            module.weight, DTensor
-        ):  # split by something that does not gather it for the forward pass
-            logits = type(module).forward(module, hidden).float() * scale
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
-        return linear_multi_hot_cross_entropy(
-            hidden, module.weight, labels, bias=module.bias, softcap=softcap, logit_scale=scale, **options
-        )
 
 
 class _NoLogits(torch.autograd.Function):
@@ -257,10 +210,3 @@ class _NoLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         return None
-
-
-def _next_tokens(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
-    """Targets of next-token prediction as bags of one, `(B, l, 1)`: position t is asked for token t + 1."""
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return shift_labels.unsqueeze(-1)

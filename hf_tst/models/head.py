@@ -8,8 +8,6 @@ replaced by stand-ins, on numbers whose fate tells what happens to logits on the
 from __future__ import annotations
 
 import inspect
-import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .probing import StandIn, own_class, replaced_attribute, replaced_module
+from ..losses.linear import linear_multi_hot_cross_entropy
+from .probing import StandIn, is_sharded, own_class, replaced_attribute, replaced_module, trial_pass
 
 _PROBE_ROWS = 3
+_PROBE_LOSS = 7.0
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +39,18 @@ class LinearHead:
     module: nn.Linear
     logit_scale: float
     softcap: float | None
+
+    def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """[`linear_multi_hot_cross_entropy`] of hidden states, with this head's weight as it is now."""
+        return linear_multi_hot_cross_entropy(
+            hidden,
+            self.module.weight,
+            labels,
+            bias=self.module.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            **options,
+        )
 
 
 class UnfusableHeadError(ValueError):
@@ -64,8 +76,7 @@ def inspect_head(model: Any) -> LinearHead:
         or "forward" in vars(head)
     ):
         raise UnfusableHeadError(f"its head is a {own_class(head).__name__}, not a plain nn.Linear")
-    is_sharded = own_class(head) is not type(head)
-    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded:
+    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded(head):
         raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
     if nn.utils.parametrize.is_parametrized(head):
         raise UnfusableHeadError("the weight of its head is parametrized")
@@ -83,7 +94,7 @@ def inspect_head(model: Any) -> LinearHead:
 
 
 def check_loss_is_replaceable(model: Any) -> None:
-    """Raise `TSTError` if a model computes its loss without calling its `loss_function`.
+    """Raise `TSTError` if a model computes its loss without calling its `loss_function`, in training or evaluation.
 
     Where the stand-ins cannot follow the forward pass to its loss, a warning says so, and nothing is raised.
 
@@ -94,19 +105,23 @@ def check_loss_is_replaceable(model: Any) -> None:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         return
-    try:
-        loss = _run_to_loss(model, head, _probe_values(weight.shape[0])).loss
-    except UnfusableHeadError as error:
-        logger.warning(
-            f"Whether {own_class(model).__name__} calls `loss_function` could not be checked: {error}. Compare the first "
-            "loss with the logarithm of the vocabulary's size."
-        )
-        return
-    if loss.logits is None:
-        raise TSTError(
-            f"{own_class(model).__name__} computes its loss itself, without `loss_function`, so superposition cannot put "
-            "its own in that place."
-        )
+    name, probe = own_class(model).__name__, _probe_values(weight.shape[0])
+    for training in (False, True):
+        try:
+            run = _run_to_loss(model, head, probe, training)
+        except UnfusableHeadError as error:
+            logger.warning(
+                f"Whether {name} calls `loss_function` could not be checked: {error}. Compare the first "
+                "loss with the logarithm of the vocabulary's size."
+            )
+            return
+        if run.given is None:
+            raise TSTError(
+                f"{name} computes its loss itself, without `loss_function`, so superposition cannot put its own in that "
+                "place. If a fused loss has been patched into its forward, turn it off: fused_linear_cross_entropy=False "
+                "(Liger), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl), "
+                "enable_liger_kernel: false (LLaMA-Factory)."
+            )
 
 
 def _probe_values(vocabulary: int) -> Tensor:
@@ -136,8 +151,6 @@ def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
 
 def _rounded(value: float) -> float:
     """`value` without the last bits of float32, where these hide a round number such as 1."""
-    if not math.isfinite(value):
-        return value
     rounded = float(f"{value:.6g}")
     return rounded if abs(rounded - value) <= 2e-7 * abs(value) else value
 
@@ -158,41 +171,34 @@ class _AnyOutput(ModelOutput):
         return self.get(name)
 
 
-class _ProbedLoss:
-    """Takes the place of the loss function: keeps what it is given, and answers with a number."""
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None
-        self.labels: Tensor | None = None
-        self.divisor: Any = None
-        self.answer = torch.tensor(7.0)
-
-    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.logits, self.labels, self.divisor = logits, labels, kwargs.get("num_items_in_batch")
-        return self.answer.to(logits.device)
-
-
 @dataclass
 class _Run:
-    """What became of a forward pass with stand-ins.
+    """A forward pass with stand-ins, and what became of it.
 
     Args:
         inputs (`dict`): Labels, and the divisor if the model takes one.
-        hidden (`torch.Tensor`): What the stand-in body returned.
+        hidden (`torch.Tensor`): What the stand-in body returns.
         head (`StandIn`): The stand-in head, with its calls.
-        loss (`_ProbedLoss`): The stand-in loss function, with what it was given.
+        given (`dict`, *optional*): What the loss function was given, if it was called.
         outputs: What forward returned.
     """
 
     inputs: dict[str, Any]
     hidden: Tensor
     head: StandIn
-    loss: _ProbedLoss
-    outputs: Any
+    given: dict[str, Any] | None = None
+    outputs: Any = None
+
+    def loss_function(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The stand-in loss function."""
+        self.given = {"num_items_in_batch": None, **kwargs, "logits": logits, "labels": labels}
+        return torch.tensor(_PROBE_LOSS, device=logits.device)
 
 
-def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
-    """Run the model's forward with a head that returns `returned`.
+def _run_to_loss(model: Any, head: Any, returned: Tensor, training: bool = True) -> _Run:
+    """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
+
+    The mode is that of the model's own forward alone: its modules, and so their dropout, keep theirs.
 
     Raises:
         UnfusableHeadError: If forward fails.
@@ -205,44 +211,41 @@ def _run_to_loss(model: Any, head: Any, returned: Tensor) -> _Run:
         inputs["output_router_logits"] = False
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
         inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
-    stand_in, loss = StandIn(head, returned.to(weight.device)), _ProbedLoss()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []))
-        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
-        stack.enter_context(replaced_attribute(model, "_loss_function", loss))
-        stack.enter_context(replaced_module(model, head, stand_in))
-        if model.base_model is not model:
-            body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
-            stack.enter_context(replaced_module(model, model.base_model, body))
+    run = _Run(inputs, hidden, StandIn(head, returned.to(weight.device)))
+    body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
+    with (
+        trial_pass(weight.device),
+        torch.autocast(weight.device.type, enabled=False),
+        replaced_attribute(model, "_loss_function", run.loss_function),
+        replaced_attribute(model, "training", training),
+        replaced_module(model, head, run.head),
+        replaced_module(model, model.base_model, body),
+    ):
         try:
-            outputs = type(model).forward(model, input_ids=ids, **inputs)
+            run.outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # whatever a family does with what the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
             ) from error
-    return _Run(inputs, hidden, stand_in, loss, outputs)
+    return run
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     """What the loss function is given when the head returns `returned`."""
     run = _run_to_loss(model, head, returned)
-    loss = run.loss
-    if loss.logits is None:
+    given, inputs = run.given, run.inputs
+    if given is None:
         raise UnfusableHeadError("its forward does not call loss_function")
     if len(run.head.calls) != 1 or getattr(run.head.calls[0], "shape", None) != run.hidden.shape:
         raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
-    if (
-        loss.labels is None
-        or not torch.equal(loss.labels, run.inputs["labels"])
-        or loss.divisor != run.inputs.get("num_items_in_batch")
-    ):
+    has_labels = isinstance(given["labels"], Tensor) and torch.equal(given["labels"], inputs["labels"])
+    if not has_labels or given["num_items_in_batch"] != inputs.get("num_items_in_batch"):
         raise UnfusableHeadError(
             "its forward does not hand labels and num_items_in_batch on to loss_function as they are"
         )
     total = run.outputs[0] if isinstance(run.outputs, tuple) else getattr(run.outputs, "loss", None)
-    if not isinstance(total, Tensor) or total.item() != loss.answer.item():
+    if not isinstance(total, Tensor) or total.item() != _PROBE_LOSS:
         raise UnfusableHeadError(
             "its forward adds something to what loss_function returns, such as a z-loss of the logits"
         )
-    return loss.logits
+    return given["logits"]

@@ -88,12 +88,9 @@ def experts_in_layer(config: Any) -> int | None:
 def _first_number(config: Any, names: Iterable[str]) -> int | None:
     """The first of some fields that a configuration, or its part for the feed-forward layers (DBRX), holds."""
     text_config = config.get_text_config()
-    for part in (text_config, getattr(text_config, "ffn_config", None)):
-        for name in names:
-            value = getattr(part, name, None)
-            if isinstance(value, int):
-                return value
-    return None
+    parts = (text_config, getattr(text_config, "ffn_config", None))
+    values = [getattr(part, name, None) for part in parts for name in names]
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def adds_to_loss(config: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -39,6 +40,13 @@ class StandIn(nn.Module):
 
 
 @contextmanager
+def trial_pass(device: torch.device) -> Iterator[None]:
+    """Context for a forward pass on trial: without gradients, and with the random state as before afterwards."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Context in which the instance `owner` has its own attribute `name`; afterwards it is as it was before."""
     attributes = vars(owner)
@@ -58,15 +66,15 @@ def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 def replaced_module(root: nn.Module, module: nn.Module, stand_in: nn.Module) -> Iterator[None]:
     """Context in which `stand_in` has the place of `module`, wherever that is inside `root`."""
     places = [
-        (parent, name)
+        (parent._modules, name)
         for parent in root.modules()
         for name, child in parent._modules.items()
         if child is module
     ]
-    for parent, name in places:
-        parent._modules[name] = stand_in
+    for modules, name in places:
+        modules[name] = stand_in
     try:
         yield
     finally:
-        for parent, name in places:
-            parent._modules[name] = module
+        for modules, name in places:
+            modules[name] = module

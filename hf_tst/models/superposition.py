@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,9 @@ from ..bags.folding import (
 )
 from ..bags.phases import TSTMode, check_bag_size, check_mode
 from ..errors import TSTError
-from .fused import FusedLoss, TSTLoss, fused_evaluation, replaced_loss
+from .fused import FusedLoss, TSTLoss, replaced_loss
 from .head import check_loss_is_replaceable
-from .probing import own_class
+from .probing import own_class, replaced_attribute
 
 
 @contextmanager
@@ -86,7 +86,6 @@ def token_superposition(
     check_document_boundaries(document_boundaries)
     weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
-    _refuse_nesting(core)
     check_loss_is_replaceable(core)
     device = next(core.parameters()).device
     averaged = None if input_weighting == "uniform" else input_weights(input_weighting, bag_size).to(device)
@@ -129,7 +128,6 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         ...     loss.backward()
     """
     called, core = find_language_model(model)
-    _refuse_nesting(core)
     with replaced_loss(called, core, None, fused_loss):
         yield model
 
@@ -152,15 +150,16 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     Raises:
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.
     """
-    with fused_evaluation(*find_language_model(model), fused_loss):
+    called, core = find_language_model(model)
+    if fused_loss == "off":
         yield model
-
-
-def _refuse_nesting(core: nn.Module) -> None:
-    if isinstance(vars(core).get("_loss_function"), TSTLoss):
-        raise RuntimeError(
-            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
-        )
+        return
+    is_replaced = isinstance(core.loss_function, TSTLoss)
+    with (
+        nullcontext() if is_replaced else replaced_loss(called, core, None, fused_loss),
+        replaced_attribute(core.loss_function, "fuses_evaluation", True),
+    ):
+        yield model
 
 
 def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -172,7 +171,13 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     from accelerate.utils import extract_model_from_parallel
 
     called = extract_model_from_parallel(model, keep_torch_compile=False)
-    core = _unwrap_peft(called)
+    core = called
+    if hasattr(called, "peft_config") and hasattr(called, "get_base_model"):
+        if any(getattr(config, "is_prompt_learning", False) for config in called.peft_config.values()):
+            raise TSTError(
+                "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
+            )
+        core = called.get_base_model()
     _check_model(core)
     return called, core
 
@@ -213,9 +218,8 @@ def _is_causal(model: nn.Module) -> bool:
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
     sibling = name.replace("LMHeadModel", "ForMaskedLM").replace("ForCausalLM", "ForMaskedLM")
-    if hasattr(inspect.getmodule(own_class(model)), sibling):
-        return bool(getattr(model.config, "is_decoder", False))
-    return True
+    has_sibling = hasattr(inspect.getmodule(own_class(model)), sibling)
+    return not has_sibling or bool(getattr(model.config, "is_decoder", False))
 
 
 @dataclass(eq=False)
@@ -297,14 +301,3 @@ def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
             f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
             f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
         )
-
-
-def _unwrap_peft(model: Any) -> Any:
-    """The Transformers model inside a PEFT wrapper, or the model itself."""
-    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
-        return model
-    if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-        raise TSTError(
-            "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
-        )
-    return model.get_base_model()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
-from ..models.probing import is_sharded, own_class
-from .last_layer import LayerCall, ModelEnd, UnknownEndError, decoder_layers, find_model_end
+from ..models.probing import is_sharded, own_class, trial_pass
+from .last_layer import LayerCall, ModelEnd, decoder_layers, find_model_end, unservable
 from .losses import ExtraLosses
 
 MTPKind = Literal["parallel", "sequential"]
@@ -51,10 +51,9 @@ def check_mtp(
         raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
     if loss_weight is None:
         return
-    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
-        raise TSTError(f"{prefix}loss_weight must be a number, but is {loss_weight!r}.")
-    if not math.isfinite(loss_weight) or loss_weight < 0:
-        raise TSTError(f"{prefix}loss_weight must be finite and at least 0, but is {loss_weight}.")
+    is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
+    if not is_number or not 0 <= loss_weight < math.inf:
+        raise TSTError(f"{prefix}loss_weight must be a finite number of at least 0, but is {loss_weight!r}.")
 
 
 class MTPHeads(nn.Module):
@@ -84,7 +83,7 @@ class MTPHeads(nn.Module):
         self._noted_loss: Tensor | None = None
         if any(is_sharded(module) for module in model.modules()):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
-        self._end = end = _find_end(model)
+        self._end = end = find_model_end(model)
         like = next(end.last_layer.parameters())
         with torch.random.fork_rng(
             [like.device] if like.device.type == "cuda" else [], enabled=seed is not None
@@ -121,7 +120,7 @@ class MTPHeads(nn.Module):
             TSTError: If the model cannot be served, or is sharded and these heads are not.
         """
         if not is_sharded(model):
-            self._end = _find_end(model)
+            self._end = find_model_end(model)
             return self._end
         for module in (model, *self.modules()):
             if is_sharded(module):
@@ -149,19 +148,16 @@ class MTPHeads(nn.Module):
         if self.kind == "parallel":
             return [call.of(layer, call.hidden) for layer in self.heads]
         heads: list[Any] = list(self.heads)
-        found, hidden = [], last_hidden
+        found = [last_hidden]
         for head, embedded in zip(heads, next_embeddings, strict=True):
-            hidden = call.of(head.layer, head.join(hidden, embedded))
-            found.append(hidden)
-        return found
+            found.append(call.of(head.layer, head.join(found[-1], embedded)))
+        return found[1:]
 
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
         config, layer_class = model.config.get_text_config(), own_class(last_layer)
-        index = len(decoder_layers(model)) - 1
         try:
-            layer = layer_class(
-                config, layer_idx=index
-            )  # of the kind of the last: layers of one model may differ
+            # Of the kind of the last: layers of one model may differ.
+            layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
         except Exception as error:  # whatever else a family's layer wants to be made of
             raise TSTError(
                 f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
@@ -178,16 +174,15 @@ class MTPHeads(nn.Module):
         """Raise `TSTError` unless the heads can be called as the last layer is called."""
         call, last_hidden = end.call, end.last_hidden
         embedded = [torch.zeros_like(last_hidden)] * len(self.heads)
-        device = last_hidden.device
         try:
-            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with trial_pass(last_hidden.device):
                 shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
         except Exception as error:  # whatever a layer of a family wants to be called with
-            raise _unservable(
+            raise unservable(
                 model, f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
             ) from error
         if shapes != {last_hidden.shape}:
-            raise _unservable(model, "a layer of it does not return hidden states when it is called apart")
+            raise unservable(model, "a layer of it does not return hidden states when it is called apart")
 
 
 class _SequentialHead(nn.Module):
@@ -259,15 +254,15 @@ def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
     if hasattr(model, ATTRIBUTE):
         raise RuntimeError("The model is inside multi_token_prediction already: leave that context first.")
     end = heads.end_of(model)
-    with ExitStack() as stack:
-        stack.callback(model._modules.pop, ATTRIBUTE, None)
-        model.add_module(ATTRIBUTE, heads)
-        for handle in (
+    model.add_module(ATTRIBUTE, heads)
+    try:
+        with (
             model.register_state_dict_post_hook(_leave_heads_out),
             model.register_load_state_dict_post_hook(_miss_no_heads),
         ):
-            stack.callback(handle.remove)
-        yield end
+            yield end
+    finally:
+        model._modules.pop(ATTRIBUTE, None)
 
 
 @contextmanager
@@ -276,8 +271,7 @@ def extra_losses(
 ) -> Iterator[None]:
     """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before."""
     weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
-    with ExitStack() as stack:
-        ExtraLosses(model, heads, end, weight).register(stack)
+    with ExtraLosses(model, heads, end, weight).hooked():
         yield
 
 
@@ -288,16 +282,3 @@ def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _miss_no_heads(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f"{ATTRIBUTE}." not in k]
-
-
-def _find_end(model: Any) -> ModelEnd:
-    try:
-        return find_model_end(model)
-    except UnknownEndError as error:
-        raise _unservable(model, str(error)) from error
-
-
-def _unservable(model: Any, reason: str) -> TSTError:
-    return TSTError(
-        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
-    )

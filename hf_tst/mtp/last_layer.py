@@ -9,19 +9,24 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TSTError
 from ..models.head import LinearHead, UnfusableHeadError, inspect_head
+from ..models.probing import own_class, trial_pass
 
 _POSITIONS = 3
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-class UnknownEndError(ValueError):
-    """The way from a model's last layer to its loss cannot be followed; the message says why."""
+def unservable(model: Any, reason: str) -> TSTError:
+    """The error of a model whose way from its last layer to its loss cannot be followed."""
+    return TSTError(
+        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
+    )
 
 
 @dataclass
@@ -90,79 +95,64 @@ def find_model_end(model: Any) -> ModelEnd:
         model (`PreTrainedModel`): A causal language model, not wrapped.
 
     Raises:
-        UnknownEndError: If it is something else, or its loss cannot be fused with its head, or something other than one
+        TSTError: If it is something else, or its loss cannot be fused with its head, or something other than one
             norm is between its last layer and its head.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise UnknownEndError("it is no causal language model of Transformers, or is wrapped")
+        raise unservable(model, "it is no causal language model of Transformers, or is wrapped")
     layers = decoder_layers(model)
     if not layers:
-        raise UnknownEndError("its decoder layers cannot be found")
+        raise unservable(model, "its decoder layers cannot be found")
     try:
         head = inspect_head(model)
     except UnfusableHeadError as error:
-        raise UnknownEndError(str(error)) from error
-    seen = _watch(model, layers, head.module)
-    around = [module for module in seen.called if any(inner is layers[-1] for inner in module.modules())]
-    bodies = [module for module in around if module is not layers[-1]]
-    if seen.call is None or not isinstance(seen.hidden, Tensor) or not bodies:
-        raise UnknownEndError("its last layer is not called with hidden states inside of a body")
-    norms = [module for module, output in seen.after if _is_same(output, seen.end)]
-    if not norms and not _is_same(seen.hidden, seen.end):
-        raise UnknownEndError("something other than one norm is between its last layer and its head")
-    return ModelEnd(bodies[-1], layers[-1], norms[0] if norms else None, head, seen.call, seen.hidden)
+        raise unservable(model, str(error)) from error
+    last_layer = layers[-1]
+    try:
+        calls = _watch(model, next(last_layer.parameters()).device)
+        called = {call.module: call for call in calls}
+        at_layer, at_head = called.get(last_layer), called.get(head.module)
+        layer_call = LayerCall.bind(last_layer, at_layer.args, at_layer.kwargs) if at_layer else None
+    except Exception as error:  # whatever a family's forward wants
+        reason = f"its layers cannot be followed ({type(error).__name__}: {error})"
+        raise unservable(model, reason) from error
+    hidden = hidden_states_of(at_layer.output) if at_layer else None
+    bodies = [module for module in called if module is not last_layer and last_layer in module.modules()]
+    if layer_call is None or not isinstance(hidden, Tensor) or not bodies:
+        raise unservable(model, "its last layer is not called with hidden states inside of a body")
+    end = at_head.args[0] if at_head and at_head.args else None
+    after = [call for call in calls if call.args and call.args[0] is hidden]
+    norms = [call.module for call in after if _is_same(call.output, end)]
+    if not norms and not _is_same(hidden, end):
+        raise unservable(model, "something other than one norm is between its last layer and its head")
+    return ModelEnd(bodies[-1], last_layer, norms[0] if norms else None, head, layer_call, hidden)
 
 
-class _Seen:
-    """What a forward pass shows of the last layer and of the modules that take what it returns."""
+class _Call(NamedTuple):
+    """A call of a module in a forward pass."""
 
-    def __init__(self) -> None:
-        self.call: LayerCall | None = None
-        self.hidden: Any = None
-        self.after: list[tuple[nn.Module, Any]] = []
-        self.end: Any = None
-        self.called: list[nn.Module] = []  # in the order in which they return: the outermost last
-
-    def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call = LayerCall.bind(module, args, kwargs)
-
-    def after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.hidden = hidden_states_of(output)
-
-    def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.end = args[0] if args else None
-
-    def after_any(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.called.append(module)
-        if self.hidden is not None and args and args[0] is self.hidden:
-            self.after.append((module, output))
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
-def _watch(model: Any, layers: list[nn.Module], head: nn.Module) -> _Seen:
-    seen, last_layer = _Seen(), layers[-1]
-    device = next(last_layer.parameters()).device
+def _watch(model: Any, device: torch.device) -> list[_Call]:
+    """The calls of all modules in a forward pass over a few tokens, in the order in which they return."""
+    calls: list[_Call] = []
+
+    def note(*call: Any) -> None:
+        calls.append(_Call(*call))
+
     ids = torch.zeros(1, _POSITIONS, dtype=torch.long, device=device)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        for handle in (
-            last_layer.register_forward_pre_hook(seen.before_layer, with_kwargs=True),
-            last_layer.register_forward_hook(seen.after_layer),
-            head.register_forward_pre_hook(seen.before_head),
-            *(module.register_forward_hook(seen.after_any) for module in model.modules()),
-        ):
-            stack.callback(handle.remove)
-        try:
-            type(model).forward(
-                model, input_ids=ids, use_cache=False
-            )  # without hooks that want more than this
-        except Exception as error:  # whatever a family's forward wants
-            raise UnknownEndError(
-                f"its layers cannot be followed ({type(error).__name__}: {error})"
-            ) from error
-    return seen
+    with trial_pass(device), ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        # Without hooks that want more than this.
+        type(model).forward(model, input_ids=ids, use_cache=False)
+    return calls
 
 
 def _is_same(one: Any, other: Any) -> bool:

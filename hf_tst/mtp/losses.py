@@ -10,7 +10,8 @@ opposite way, it has gathered the weight before it comes there, and sums gradien
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import TSTError
-from ..losses.linear import linear_multi_hot_cross_entropy
 from ..models.probing import is_sharded, own_class
 from .last_layer import LayerCall, ModelEnd, hidden_states_of
 
@@ -43,21 +43,22 @@ class ExtraLosses:
         self._at_head: RemovableHandle | None = None
         self._forget()
 
-    def register(self, stack: ExitStack) -> None:
-        """Put the hooks on, until `stack` closes. In front of FSDP's: it casts what is given, and takes weights away."""
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Context in which the hooks are on. They are in front of FSDP's: it casts what is given, and takes weights away."""
         model, end = self.model, self.end
-        for handle in (
+        with (
             model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
-            end.last_layer.register_forward_pre_hook(self.before_last_layer, with_kwargs=True),
-            end.last_layer.register_forward_hook(self.after_last_layer),
+            end.last_layer.register_forward_hook(self.after_last_layer, with_kwargs=True),
             end.body.register_forward_hook(self.after_body, prepend=True),
             # It runs when forward raises, too: nothing of a half-done forward pass is kept.
             model.register_forward_hook(self.after_model, prepend=True, always_call=True),
         ):
-            stack.callback(handle.remove)
+            yield
 
     def _forget(self) -> None:
-        self._given: dict[str, Any] = {}
+        self._given: dict[str, Any] = {}  # what next-token losses are computed from; nothing in other passes
+        self._superposed = False
         self._call: LayerCall | None = None
         self._last_hidden: Tensor | None = None
         self._states: Tensor | None = None
@@ -69,17 +70,16 @@ class ExtraLosses:
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: what the losses of this pass are computed from."""
         self._forget()
-        names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
-        if module.training and isinstance(given.get("labels"), Tensor):
+        labels = given.get("labels")
+        if not module.training or not isinstance(labels, Tensor):
+            return
+        self._superposed = labels.dim() == 3
+        if labels.dim() == 2:
+            names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
             self._given = {name: given.get(name) for name in names}
-        if self._predicts:
             self._check()
-
-    @property
-    def _predicts(self) -> bool:
-        return bool(self._given) and self._given["labels"].dim() == 2
 
     def _check(self) -> None:
         """Raise `TSTError` where the losses or their gradients would be wrong in silence."""
@@ -100,19 +100,17 @@ class ExtraLosses:
                 "extra heads: call it on the model last."
             )
 
-    def before_last_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the last layer: how it is called."""
-        if self._predicts:
+    def after_last_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook of the last layer: how it was called, and what it returned."""
+        if self._given:
             self._call = LayerCall.bind(module, args, kwargs)
-
-    def after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the last layer: what it returned."""
-        if self._predicts:
             self._last_hidden = hidden_states_of(output)
 
     def after_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the body: the extra heads, inside the model's forward, where autocast and DDP look."""
-        if not self._predicts:
+        if not self._given:
             return
         assert self._call is not None
         assert self._last_hidden is not None
@@ -138,20 +136,11 @@ class ExtraLosses:
         divisor = self._given["num_items_in_batch"]
         if divisor is None:
             divisor = (labels[:, 1:] != _IGNORED).sum()
-        self._loss = self.weight * linear_multi_hot_cross_entropy(
-            states,
-            head.module.weight,
-            targets.unsqueeze(-1),
-            bias=head.module.bias,
-            num_items_in_batch=divisor,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        self._loss = self.weight * head.loss(states, targets.unsqueeze(-1), num_items_in_batch=divisor)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""
-        extra, predicts = self._loss, self._predicts
-        superposed = bool(self._given) and self._given["labels"].dim() == 3
+        extra, predicts, superposed = self._loss, bool(self._given), self._superposed
         self._forget()
         if extra is not None:
             self.heads.note_loss(extra)

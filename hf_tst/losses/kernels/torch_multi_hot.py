@@ -47,21 +47,19 @@ def multi_hot_loss_and_gradient(
         scaled = tile if in_place else tile.to(torch.float32, copy=changes)
         if logit_scale != 1:
             scaled *= logit_scale
-        slope = None
         if softcap is not None:
-            tanh = scaled.div_(softcap).tanh_()
-            if write_gradient:
-                slope = 1 - tanh.square()
-            scaled = tanh.mul_(softcap)
-        targets = labels[start : start + rows]
+            scaled.div_(softcap).tanh_()
+            slope = 1 - scaled.square() if write_gradient else 1.0
+            scaled *= softcap
+        part = slice(start, start + rows)
+        if not write_gradient:
+            losses[part] = _loss(scaled, labels[part], weights, ignore_index)
+            continue
         factor = gradient_scale * logit_scale
-        if write_gradient:
-            losses[start : start + rows] = _loss_and_gradient(scaled, targets, weights, factor, ignore_index)
-        else:
-            losses[start : start + rows] = _loss(scaled, targets, weights, ignore_index)
-        if slope is not None:
+        losses[part] = _loss_and_gradient(scaled, labels[part], weights, factor, ignore_index)
+        if softcap is not None:
             scaled *= slope
-        if write_gradient and not in_place:
+        if not in_place:
             tile.copy_(scaled)
     if write_gradient:
         # A zero weight times what is not a number would be none either.

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import TSTError
-
 # Logits of a row that are worked on at a time, and the threads that do it: a larger block holds more registers than a
 # program has.
 _MAX_BLOCK = 8192
@@ -38,8 +36,6 @@ def multi_hot_loss_and_gradient(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return losses
-    if logits.stride(1) != 1:
-        raise TSTError(f"logits have stride {logits.stride(1)} in the vocabulary: make them contiguous.")
     with torch.cuda.device_of(logits):
         multi_hot_kernel[(rows,)](
             logits,
@@ -151,12 +147,8 @@ def multi_hot_kernel(
     total = 0.0
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
-        z = _transform(
-            tl.load(logits_pointer + start + columns, mask=inside, other=-float("inf")),
-            logit_scale,
-            softcap,
-            HAS_SOFTCAP,
-        )
+        logits = tl.load(logits_pointer + start + columns, mask=inside, other=-float("inf"))
+        z = _transform(logits, logit_scale, softcap, HAS_SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(z))
         # While every logit so far is -inf there is nothing to subtract.
@@ -164,9 +156,8 @@ def multi_hot_kernel(
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift))
         largest = new_largest
 
-    target_z = _transform(
-        tl.load(logits_pointer + targets, mask=counts, other=0.0), logit_scale, softcap, HAS_SOFTCAP
-    )
+    target_logits = tl.load(logits_pointer + targets, mask=counts, other=0.0)
+    target_z = _transform(target_logits, logit_scale, softcap, HAS_SOFTCAP)
     loss = tl.sum(tl.where(counts, weights * (tl.log(total) - (target_z - largest)), 0.0))
     tl.store(losses_pointer + row, loss)
 
@@ -182,19 +173,12 @@ def multi_hot_kernel(
         for step in range(0, vocabulary, BLOCK):
             start = last - step
             inside = start + columns < vocabulary
-            z = _transform(
-                tl.load(logits_pointer + start + columns, mask=inside, other=0.0),
-                logit_scale,
-                softcap,
-                HAS_SOFTCAP,
-            )
+            logits = tl.load(logits_pointer + start + columns, mask=inside, other=0.0)
+            z = _transform(logits, logit_scale, softcap, HAS_SOFTCAP)
             gradient = scale * row_weight / total * tl.exp(z - largest)
             gradient *= _slope(z, logit_scale, softcap, HAS_SOFTCAP)
-            tl.store(
-                logits_pointer + start + columns,
-                gradient.to(logits_pointer.dtype.element_ty),
-                mask=inside,
-            )
+            gradient = gradient.to(logits_pointer.dtype.element_ty)
+            tl.store(logits_pointer + start + columns, gradient, mask=inside)
         # The targets' gradients must come after the sweep's.
         tl.debug_barrier()
         tl.store(logits_pointer + targets, target_gradient.to(logits_pointer.dtype.element_ty), mask=counts)
