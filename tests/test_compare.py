@@ -17,7 +17,7 @@ from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
 from hf_tst.experiments import compare
 from hf_tst.experiments import queue as run_queue
-from hf_tst.experiments.compare import CompareArguments, choose_arms, main, plan_comparison
+from hf_tst.experiments.compare import CompareArguments, main, plan_comparison
 from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
 from hf_tst.experiments.queue import PlannedRun, run_all
 from hf_tst.experiments.timing import TimeLimit
@@ -26,7 +26,7 @@ from hf_tst.pretraining import run as pretrain
 
 def planned(recipe, *flags):
     values, args = parse_experiment([str(recipe), *flags], CompareArguments, "", None, "runs/compare")
-    return plan_comparison(open_experiment(values), args, choose_arms(args, values))
+    return plan_comparison(open_experiment(values), args)
 
 
 def differences(runs, arm):

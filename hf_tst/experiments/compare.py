@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..errors import TSTError
 from ..planning.flops import FORMULA
@@ -20,7 +19,7 @@ from .budget import (
     steps_within_budget,
     with_steps,
 )
-from .comparison import ArmPlan, Comparison, GridPoint, Outcome, compare_outcomes
+from .comparison import ArmPlan, Comparison, Outcome, compare_outcomes
 from .options import (
     EVERY_RUN,
     Experiment,
@@ -35,9 +34,6 @@ from .queue import PlannedRun, run_all_shown
 from .report import format_comparison, write_report
 from .timing import TimeLimit, calibrate, time_short_run
 
-# What each arm changes, by name.
-Arms = Mapping[str, Mapping[str, Any]]
-
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
 Takes a recipe and the flags of training, and those of the comparison, which are listed first. Every run is a process with a
@@ -50,9 +46,19 @@ folder of its own in output_dir. Started again, it does what is missing; half a 
 
 
 @dataclass
-class BudgetArguments(ExperimentArguments):
-    """What is equal, and how long it may take."""
+class CompareArguments(ExperimentArguments):
+    """What is compared."""
 
+    arms: str = field(
+        default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)} and those of more_arms."}
+    )
+    more_arms: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arms, a mapping in a file or JSON: names, each with the options of TST and MTP that it changes, "
+            "and its seeds where they are others."
+        },
+    )
     budget: Budget = field(
         default="flops",
         metadata={
@@ -89,38 +95,23 @@ class BudgetArguments(ExperimentArguments):
             )
 
 
-@dataclass
-class CompareArguments(BudgetArguments):
-    """What is compared."""
-
-    arms: str = field(
-        default="baseline,tst", metadata={"help": f"Arms, of {', '.join(ARMS)} and those of more_arms."}
-    )
-    more_arms: str | None = field(
-        default=None,
-        metadata={
-            "help": "Further arms, a mapping in a file or JSON: names, each with the options of TST and MTP that it changes, "
-            "and its seeds where they are others."
-        },
-    )
-
-
 def plan_comparison(
-    experiment: Experiment, args: BudgetArguments, arms: Arms, max_steps: int | None = None
+    experiment: Experiment, args: CompareArguments, max_steps: int | None = None
 ) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]]]:
     """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
 
     Args:
         experiment ([`Experiment`]): What the runs have in common.
-        args ([`BudgetArguments`]): What is equal.
-        arms (`dict`): What each arm changes, by name.
+        args ([`CompareArguments`]): What is compared.
         max_steps (`int`, *optional*): Steps in the place of those of the configuration, with which the data is not checked
             where they may be lowered.
 
     Raises:
         TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
     """
-    values = {name: arm_values(arms[name], experiment.values, fusable=experiment.fusable) for name in arms}
+    names = parse_list("arms", args.arms, str)
+    arms = define_arms(experiment.values, args.more_arms)
+    values = {name: arm_values(arms[name], experiment.values, fusable=experiment.fusable) for name in names}
     for arm in values.values():
         training_arguments(arm)
     default_rate = str(setting(experiment.values, "learning_rate"))
@@ -152,7 +143,7 @@ def plan_comparison(
         }
     steps = steps_within_budget(args.budget, costs, schedules)
     plans, runs = {}, []
-    for name in arms:
+    for name in names:
         schedule = arm_schedule(values[name], steps[name])
         if is_final:
             experiment.check_data(f"The arm {name}", schedule)
@@ -180,54 +171,23 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
         TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
+    began = time.monotonic()
     values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
-    return run_comparison(values, args, choose_arms(args, values), ["hf-tst", "compare", *argv])
-
-
-def choose_arms(args: CompareArguments, values: Mapping[str, Any]) -> Arms:
-    """What each arm of a comparison changes, by name.
-
-    Raises:
-        TSTError: If one does not exist, or cannot have what the configuration asks for.
-    """
     names = parse_list("arms", args.arms, str)
     arms = define_arms(values, args.more_arms)
     check_arms(names, arms, values)
-    return {name: arms[name] for name in names}
-
-
-def run_comparison(
-    values: Mapping[str, Any],
-    args: BudgetArguments,
-    arms: Arms,
-    command: Sequence[str],
-    grid: Mapping[str, GridPoint] | None = None,
-) -> Comparison:
-    """Do what is missing of a comparison, and write its report.
-
-    Args:
-        values (`dict`): The configuration that the arms change.
-        args ([`BudgetArguments`]): What is equal.
-        arms (`dict`): What each arm changes, by name.
-        command: The words of the command line.
-        grid (`dict`, *optional*): Where arms lie on a grid, by name.
-
-    Raises:
-        TSTError, SystemExit: See [`main`].
-    """
-    began = time.monotonic()
-    extra_heads = any(changes.get("mtp_num_heads", 1) > 1 for changes in arms.values())
+    extra_heads = any(arms[name].get("mtp_num_heads", 1) > 1 for name in names)
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
-    plans, runs, limit = _plan_within_limit(experiment, args, arms, began)
+    plans, runs, limit = _plan_within_limit(experiment, args, began)
     queue = [planned for _, planned in runs]
     until = math.inf if args.seconds is None else began + args.seconds
     failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher, until=until)
     outcomes = [
         Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
     ]
-    facts = describe_runs(command, experiment, args.processes, [run.result for run in outcomes])
-    facts |= _facts(values, arms, grid or {}, outcomes, limit)
-    comparison = compare_outcomes(args.budget, plans, outcomes, facts, _notes(args, outcomes), grid)
+    comparison = compare_outcomes(
+        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes, limit), _notes(args, outcomes)
+    )
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
         print(path)
@@ -239,19 +199,19 @@ def run_comparison(
 
 
 def _plan_within_limit(
-    experiment: Experiment, args: BudgetArguments, arms: Arms, began: float
+    experiment: Experiment, args: CompareArguments, began: float
 ) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]], TimeLimit | None]:
     """The plan, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one."""
     limit = TimeLimit.load(experiment.output_dir, experiment.values["max_steps"])
     if limit is None and args.seconds is None:
-        return *plan_comparison(experiment, args, arms), None
+        return *plan_comparison(experiment, args), None
     if limit is None:
         assert args.seconds is not None
-        plans, runs = plan_comparison(experiment, args, arms)
+        plans, runs = plan_comparison(experiment, args)
         queue = [(run.arm, planned) for run, planned in runs]
         limit = time_short_run(experiment, plans, queue, args.seconds, args.calibration_steps, args.launcher)
         limit = limit.lowered(plans, queue, began + args.seconds - time.monotonic())
-    plans, runs = plan_comparison(experiment, args, arms, limit.max_steps)
+    plans, runs = plan_comparison(experiment, args, limit.max_steps)
     limit.save(experiment.output_dir)
     print(limit.fact, flush=True)
     timed = [
@@ -262,29 +222,41 @@ def _plan_within_limit(
 
 
 def _facts(
-    values: Mapping[str, Any],
-    arms: Arms,
-    grid: Mapping[str, GridPoint],
+    argv: Sequence[str],
+    experiment: Experiment,
+    args: CompareArguments,
     outcomes: Sequence[Outcome],
     limit: TimeLimit | None,
 ) -> dict[str, str]:
-    """What a report says of the arms."""
-    facts = {}
-    if any(is_superposed({**values, **changes}) for changes in arms.values()) and not grid:
-        facts["superposition"] = (
-            f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
+    values = experiment.values
+    runs = describe_runs(
+        ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
+    )
+    superposition = f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
+    arms = define_arms(values, args.more_arms)
+    names = list(dict.fromkeys(run.arm for run in outcomes))
+    superposed = any(is_superposed({**values, **arms[name]}) for name in names)
+    further = {
+        f"arm {name}": ", ".join(
+            f"{option}={arms[name][option]}" for option in sorted(arms[name].keys() - {"seeds"})
         )
-    for name in arms.keys() - ARMS.keys() - grid.keys():
-        options = sorted(arms[name].items() - {("seeds", arms[name].get("seeds"))})
-        facts[f"arm {name}"] = ", ".join(f"{option}={value}" for option, value in options)
-    steps = {run.arm: run.result.steps for run in outcomes if run.result}
-    facts["steps"] = ", ".join(f"{name} {count:,}" for name, count in steps.items())
-    if limit is not None:
-        facts["time limit"] = limit.fact
-    return facts | {"FLOPs": FORMULA}
+        for name in names
+        if name not in ARMS
+    }
+    return {
+        **runs,
+        **({"superposition": superposition} if superposed else {}),
+        **further,
+        "steps": ", ".join(
+            f"{name} {count:,}"
+            for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
+        ),
+        **({} if limit is None else {"time limit": limit.fact}),
+        "FLOPs": FORMULA,
+    }
 
 
-def _notes(args: BudgetArguments, outcomes: Sequence[Outcome]) -> list[str]:
+def _notes(args: CompareArguments, outcomes: Sequence[Outcome]) -> list[str]:
     notes = []
     if args.processes > 1:
         notes.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -102,31 +102,14 @@ class ArmSummary:
 
 
 @dataclass(frozen=True)
-class GridPoint:
-    """Where an arm lies on a grid: its table, and there its row and column."""
-
-    table: str
-    bag_size: int
-    phase_ratio: float
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """All of it. `facts` says how it was done, `notes` what a reader must know, `grid` where arms lie on a grid, by name."""
+    """All of it. `facts` says how it was done, `notes` what a reader must know."""
 
     budget: str
     arms: list[ArmSummary]
     outcomes: list[Outcome]
     facts: dict[str, str]
     notes: list[str]
-    grid: dict[str, GridPoint] = field(default_factory=dict)
-
-    @property
-    def best_of_grid(self) -> RateSummary | None:
-        """The lowest mean loss on the grid, of the arms of which most runs ended well; `None` if there is none."""
-        rates = [arm.best for arm in self.arms if arm.arm in self.grid]
-        best = best_rate(rates) if rates else None
-        return None if best is None or best.mean_loss is None else best
 
 
 def compare_outcomes(
@@ -135,7 +118,6 @@ def compare_outcomes(
     outcomes: Sequence[Outcome],
     facts: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
-    grid: Mapping[str, GridPoint] | None = None,
 ) -> Comparison:
     """Put the runs together. Runs that diverged or are missing are named, and in no mean.
 
@@ -143,7 +125,7 @@ def compare_outcomes(
         budget (`str`): What is equal.
         plans (`dict[str, ArmPlan]`): The arms, in their order.
         outcomes: All planned runs.
-        facts, notes, grid: See [`Comparison`]; further notes are added.
+        facts, notes: See [`Comparison`]; further notes are added.
     """
     arms = []
     for name, plan in plans.items():
@@ -156,12 +138,7 @@ def compare_outcomes(
     baseline = next((arm.best for arm in arms if arm.arm == BASELINE), None)
     if baseline is not None:
         arms = [_beside(arm, baseline) for arm in arms]
-    comparison = Comparison(
-        budget, arms, list(outcomes), dict(facts or {}), [*notes, *_notes(arms)], dict(grid or {})
-    )
-    if (best := comparison.best_of_grid) is not None:
-        comparison.notes.insert(0, f"Lowest of the grid: {best.arm}, {best.mean_loss:.4f}.")
-    return comparison
+    return Comparison(budget, arms, list(outcomes), dict(facts or {}), [*notes, *_notes(arms)])
 
 
 def summarize_rate(runs: Sequence[Outcome]) -> RateSummary:
@@ -277,7 +254,6 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
         "budget": comparison.budget,
         "facts": comparison.facts,
         "notes": comparison.notes,
-        "grid": {name: asdict(point) for name, point in comparison.grid.items()},
         "arms": [
             {
                 "arm": arm.arm,

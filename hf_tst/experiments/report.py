@@ -118,53 +118,16 @@ def _duration(seconds: float) -> str:
 def format_comparison(comparison: Comparison) -> str:
     """The comparison as tables of text, for a terminal: one column an arm."""
     columns = [*zip(*table_rows(comparison), strict=True)]
-    tables = [f"{title}\n{format_columns(rows)}" for title, rows in grid_tables(comparison).items()]
     return "\n\n".join(
-        [format_columns(columns), *tables, format_columns(run_rows(comparison)), *comparison.notes]
+        [format_columns(columns), *([format_columns(run_rows(comparison))]), *comparison.notes]
     )
-
-
-def grid_tables(comparison: Comparison) -> dict[str, list[tuple[str, ...]]]:
-    """The losses of a grid by title of its tables: a row per bag size, a column per phase ratio, the header first."""
-    losses = {arm.arm: arm.best for arm in comparison.arms}
-    tables = {}
-    for title in dict.fromkeys(point.table for point in comparison.grid.values()):
-        cells, sizes, ratios = _cells(comparison, title)
-        rows = [("s \\ r", *(f"{ratio:g}" for ratio in ratios))]
-        for size in sizes:
-            names = [cells.get((size, ratio)) for ratio in ratios]
-            rows.append(
-                (str(size), *("-" if name is None else describe_loss(losses[name]) for name in names))
-            )
-        tables[title] = rows
-    return tables
-
-
-def _cells(comparison: Comparison, title: str) -> tuple[dict[tuple[int, float], str], list[int], list[float]]:
-    """Names of the arms of a table by bag size and phase ratio, and these in order."""
-    points = {name: point for name, point in comparison.grid.items() if point.table == title}
-    cells = {(point.bag_size, point.phase_ratio): name for name, point in points.items()}
-    return cells, sorted({size for size, _ in cells}), sorted({ratio for _, ratio in cells})
-
-
-def describe_loss(rate: RateSummary) -> str:
-    """Mean ± standard deviation over seeds, and how many diverged or are missing."""
-    if rate.mean_loss is None:
-        return _without_loss(rate)
-    left_out = _seeds(rate).split(", ")[1:]
-    return _with_sd(rate.mean_loss, rate.sd, ".4f") + (f" ({', '.join(left_out)})" if left_out else "")
 
 
 def format_comparison_markdown(comparison: Comparison, curves: str | None = None) -> str:
     """The comparison as a page of Markdown; `curves` names the picture beside it, if there is one."""
     parts = [f"# {TITLE}", markdown_table(table_rows(comparison)), *_captions(comparison)]
-    for title, rows in grid_tables(comparison).items():
-        parts += [f"## {title}", markdown_table(rows)]
     if curves:
-        shown = (
-            "by bag size and phase ratio" if comparison.grid else "over steps, FLOPs, raw tokens and seconds"
-        )
-        parts.append(f"![Evaluation loss {shown}]({curves})")
+        parts.append(f"![Evaluation loss over steps, FLOPs, raw tokens and seconds]({curves})")
     parts += ["## All runs", markdown_table(run_rows(comparison)), *markdown_facts(comparison.facts)]
     if comparison.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in comparison.notes)]
@@ -253,55 +216,18 @@ def _loss_after(curve: Sequence[CurvePoint], share: float) -> float | None:
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Draw the loss over steps, FLOPs, raw tokens and seconds, or that of a grid as heat maps, as a PNG.
+    """Draw the loss over steps, FLOPs, raw tokens and seconds as a PNG.
 
     Raises:
         ImportError: If matplotlib is not installed (extra `plot`).
     """
     from matplotlib.figure import Figure
 
-    if comparison.grid:
-        figure = draw_heat_maps(comparison)
-    else:
-        figure = Figure(figsize=(11, 8), layout="constrained")
-        for axes, axis in zip(figure.subplots(2, 2).flat, AXES, strict=True):
-            draw_curves(comparison, axes, axis)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axes, axis in zip(figure.subplots(2, 2).flat, AXES, strict=True):
+        draw_curves(comparison, axes, axis)
     figure.savefig(path, dpi=120)
     return Path(path)
-
-
-def draw_heat_maps(comparison: Comparison) -> Any:
-    """A figure with a heat map for each table of a grid, all on one scale of colors, the best cell framed."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    losses, best = {arm.arm: arm.best.mean_loss for arm in comparison.arms}, comparison.best_of_grid
-    known = {name: loss for name in comparison.grid if (loss := losses[name]) is not None}
-    low, high = min(known.values(), default=0.0), max(known.values(), default=1.0)
-    titles = list(dict.fromkeys(point.table for point in comparison.grid.values()))
-    maps = [_cells(comparison, title) for title in titles]
-    width, height = (max(len(table[side]) for table in maps) for side in (2, 1))
-    figure = Figure(figsize=((1.1 * width + 2) * len(maps) + 0.8, 0.6 * height + 1.8), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, title, (cells, sizes, ratios) in zip(panels, titles, maps, strict=True):
-        values = [
-            [known.get(cells.get((size, ratio), ""), float("nan")) for ratio in ratios] for size in sizes
-        ]
-        image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        for (size, ratio), name in cells.items():
-            x, y, loss = ratios.index(ratio), sizes.index(size), known.get(name)
-            dark = loss is not None and loss < (low + high) / 2
-            text = "-" if loss is None else f"{loss:.4f}"
-            axes.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
-            if best is not None and best.arm == name:
-                axes.add_patch(
-                    Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=2)
-                )
-        axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-        axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
-        axes.set(xlabel="phase ratio r", ylabel="bag size s", title=title)
-    figure.colorbar(image, ax=list(panels), label="final loss (nats)")
-    return figure
 
 
 def render_html(comparison: Comparison) -> str:
@@ -314,7 +240,6 @@ def render_html(comparison: Comparison) -> str:
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         title=TITLE, captions=_captions(comparison), header=header, rows=rows, run_header=run_header, runs=runs,
         facts=comparison.facts, notes=comparison.notes, pictures=_pictures(comparison),
-        grid=grid_tables(comparison).items(),
     )  # fmt: skip
 
 
@@ -324,17 +249,15 @@ def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    figures = {}
-    if comparison.grid:
-        figures["Evaluation loss by bag size and phase ratio"] = draw_heat_maps(comparison)
-    for axis in AXES if not comparison.grid else ():
-        figures[f"Evaluation loss over {axis[0]}"] = figure = Figure(figsize=(5, 3.6), layout="constrained")
-        draw_curves(comparison, figure.subplots(), axis)
     pictures = []
-    for label, figure in figures.items():
+    for axis in AXES:
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        draw_curves(comparison, figure.subplots(), axis)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=160, format="png")
-        pictures.append((label, base64.b64encode(buffer.getvalue()).decode("ascii")))
+        pictures.append(
+            (f"Evaluation loss over {axis[0]}", base64.b64encode(buffer.getvalue()).decode("ascii"))
+        )
     return pictures
 
 
