@@ -126,7 +126,8 @@ def run_all(
                 while waiting and places:
                     run = waiting.pop(0)
                     if time.monotonic() + run.seconds <= until:
-                        active[_start(run, command, places[0])] = run, places.pop(0)
+                        place = places.pop(0)
+                        active[_start(run, command, place)] = run, place
                 ended = [child for child in active if child.poll() is not None]
                 if not ended:
                     time.sleep(0.1)
