@@ -134,6 +134,16 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def poll(self) -> int:
+        return self.status
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs of a comparison in this process, which has all imported already; the folders of those started."""
@@ -142,16 +152,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     started: list[str] = []
 
-    def run(command: list[str], log: Any, *_: Any) -> int:
+    def run(command: list[str], log: Any, *_: Any) -> Ended:
         started.append(Path(command[-1]).parent.name)
         try:
             run_worker.main([command[-1]])
         except (ValueError, RuntimeError) as error:
             log.write(f"{error}\n".encode())
-            return 2 if isinstance(error, TSTError) else 1
-        return 0
+            return Ended(2 if isinstance(error, TSTError) else 1)
+        return Ended(0)
 
-    monkeypatch.setattr(run_queue, "run_process", run)
+    monkeypatch.setattr(run_queue, "start_process", run)
     return started
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from hf_tst.cli import main as cli
 from hf_tst.experiments.compare import CompareArguments, plan_comparison
 from hf_tst.experiments.options import open_experiment, parse_experiment
-from hf_tst.experiments.sweep import SweepArguments, plan_sweep
+from hf_tst.experiments.sweep import SweepArguments
 from hf_tst.pretraining.options import read_config
 
 # Lines that set an environment up. `.ci/run` runs them in a fresh one; the value is how it says so: `README` stands
@@ -188,7 +188,7 @@ def sweep(flags: Sequence[str]) -> str:
     """All runs are planned, and one bag size and ratio of them done."""
     argv = tiny(flags)
     values, args = parse_experiment(argv, SweepArguments, "", **TRAINING)
-    plan_sweep(open_experiment(values), args)
+    plan_comparison(open_experiment(values), args)
     one_cell = ["--bag_sizes", args.bag_sizes.split(",")[0], "--phase_ratios", "0.5"]
     out = hf_tst("sweep", *argv, *one_cell, "--processes", "1")
     assert "Lowest:" in out

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
+from conftest import Ended
 from filelock import FileLock
 
 from hf_tst.cli import main as cli
@@ -33,9 +34,9 @@ def differences(runs, arm):
     """Names of the settings, those of model and data included, that differ between an arm and the baseline, at one rate and
     seed: as they are given to a run, and as its training arguments come out of them."""
     first = {
-        run.arm: plan.settings | training_arguments(plan.settings).to_dict()
-        for run, plan in runs
-        if run.seed == 0
+        run.arm: run.settings | training_arguments(run.settings).to_dict()
+        for run in runs
+        if run.settings["seed"] == 0
     }
     names = first[arm].keys() | first["baseline"].keys()
     return {name for name in names if first[arm].get(name) != first["baseline"].get(name)}
@@ -57,7 +58,7 @@ def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
         "warmup_steps",
         "lr_scheduler_kwargs",
     }
-    settings = {run.arm: plan.settings for run, plan in runs}
+    settings = {run.arm: run.settings for run in runs}
     # 12 steps on bags of 4, and 28 more.
     assert settings["baseline"]["max_steps"] == 12 * 4 + 28
     assert settings["baseline"]["warmup_steps"] == round(4 * 76 / 40)
@@ -96,10 +97,10 @@ def test_further_arms_are_changes_of_options(tiny_recipe, tmp_path, in_process):
         )
     )
     plans, runs = planned(recipe)
-    assert [(run.arm, run.seed) for run, _ in runs] == [
+    assert [(run.arm, run.settings["seed"]) for run in runs] == [
         ("baseline", 0), ("tst", 0), ("tst-s2", 3), ("mtp-0.1", 0), ("baseline", 1), ("tst", 1), ("mtp-0.1", 1),
     ]  # fmt: skip
-    settings = {run.arm: plan.settings for run, plan in runs}
+    settings = {run.arm: run.settings for run in runs}
     changed = {"tst_phase_ratio", "tst_bag_size", "seed"}
     names = settings["tst"].keys() | settings["tst-s2"].keys()
     assert {n for n in names if settings["tst"].get(n) != settings["tst-s2"].get(n)} == changed
@@ -157,12 +158,14 @@ def test_a_limit_that_nothing_needs_changes_nothing(tiny_recipe, tmp_path, in_pr
 
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
     _, runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
-    names = [run.name for run, _ in runs]
+    names = [run.name for run in runs]
     assert names[:4] == [f"{arm}-lr{rate}-seed5" for arm in ("baseline", "tst") for rate in (0.001, 0.002)]
     assert len(names) == 8
-    for run, plan in runs:
-        assert (plan.settings["learning_rate"], plan.settings["seed"]) == (run.learning_rate, run.seed)
-        assert plan.folder.name == run.name
+    for run in runs:
+        settings = run.settings
+        assert (
+            run.name == f"{run.arm}-lr{settings['learning_rate']:g}-seed{settings['seed']}" == run.folder.name
+        )
 
 
 def test_runs_are_done_once_and_the_report_follows(tiny_recipe, tmp_path, in_process, capsys):
@@ -231,7 +234,7 @@ def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in
     folder = tmp_path / "tst-lr0.01-seed0"
     folder.mkdir()
     _, runs = planned(tiny_recipe)
-    (settings,) = [plan.settings for run, plan in runs if run.name == folder.name]
+    (settings,) = [run.settings for run in runs if run.name == folder.name]
     (folder / "arguments.yaml").write_text(yaml.safe_dump(settings | {"weight_decay": 0.25}))
     assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -307,13 +310,13 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
     }
     assert paces["baseline"].keys() == {"recovery"}
     assert paces["tst"].keys() == {"superposition", "recovery"}
-    steps = {run.arm: plan.settings["max_steps"] for run, plan in runs}
+    steps = {run.arm: run.settings["max_steps"] for run in runs}
     assert steps["baseline"] == 40
     switch = round(0.3 * steps["tst"])
     seconds = switch * paces["tst"]["superposition"] + (steps["tst"] - switch) * paces["tst"]["recovery"]
     assert seconds == pytest.approx(40 * paces["baseline"]["recovery"], rel=0.05)
     again = planned(tiny_recipe, *flags)[1]
-    assert [plan.settings for _, plan in again] == [plan.settings for _, plan in runs]
+    assert [run.settings for run in again] == [run.settings for run in runs]
     assert len(in_process) == 2
 
 
@@ -392,7 +395,7 @@ def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
         started.append(command[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_queue, "run_process", run)
+    monkeypatch.setattr(run_queue, "start_process", run)
     with pytest.raises(KeyboardInterrupt):
         run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
     assert len(started) == 1
@@ -412,9 +415,9 @@ def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
 
     def run(command, log, env, *_):
         seen.append((command[1], env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
-        return 1
+        return Ended(1)
 
-    monkeypatch.setattr(run_queue, "run_process", run)
+    monkeypatch.setattr(run_queue, "start_process", run)
     runs = [PlannedRun(name, tmp_path / name, {}) for name in "abcd"]
     failures = run_all(runs, processes=2)
     assert {place[1] for place in seen} <= {"3", "5"}

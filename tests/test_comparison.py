@@ -23,9 +23,7 @@ def outcome(arm, seed, final, rate=1e-3, middle=4.0):
     if final != "missing":
         losses = (7.0, middle, final)
         curve = [CurvePoint(50 * i, 1000 * i, 500 * i, 3.0 * i + seed, loss) for i, loss in enumerate(losses)]
-        result = RunResult(
-            100, 2000, 1000, 6.0, curve, {"recovery": 0.06}, 3 * 2**30 + seed, "GPU", 9, "Abacus", "torch 99"
-        )
+        result = RunResult(curve, {"recovery": 0.06}, 3 * 2**30 + seed, "GPU", 9, "Abacus", "torch 99")
     return Outcome(f"{arm}-lr{rate:g}-seed{seed}", arm, rate, seed, result)
 
 

@@ -41,13 +41,13 @@ def test_tokens_and_seconds_at_each_evaluation():
     # 20 s for the first two steps, 4 s for the next two, then 1 s a step, 0.5 s a step, and so on to the end.
     assert [point.seconds for point in result.curve] == pytest.approx([0, 25, 28])
     assert result.seconds_per_step == pytest.approx({"superposition": 2.0, "recovery": 0.5})
-    assert (result.steps, result.initial_eval_loss, result.final_eval_loss) == (10, 5.0, 3.0)
+    assert (result.curve[-1].step, result.initial_eval_loss, result.final_eval_loss) == (10, 5.0, 3.0)
 
 
 def test_tokens_that_were_left_out_at_document_ends_are_not_counted():
     entries = history(5.0, 4.0, 3.0)
     entries[2]["tst_tokens_left_out"] = 30
-    assert result_of_run(entries, SCHEDULE, 100, RUN).raw_tokens == 4 * 300 + 600 - 30
+    assert result_of_run(entries, SCHEDULE, 100, RUN).curve[-1].raw_tokens == 4 * 300 + 600 - 30
 
 
 def test_time_is_that_of_the_steps_whatever_the_length_of_rows():

@@ -1,113 +1,111 @@
-"""hf-tst sweep: the grid, that it is done once, and the tables and heat maps of its losses."""
+"""hf-tst sweep: a comparison whose arms are the cells of a grid, with tables and heat maps of their losses."""
 
 import json
 import shlex
-from importlib.metadata import version
 
 import pytest
+from test_comparison import outcome
 
+from hf_tst.bags.phases import PhaseSchedule
 from hf_tst.cli import main as cli
-from hf_tst.experiments.comparison import RateSummary
+from hf_tst.experiments.budget import StepCost
+from hf_tst.experiments.compare import plan_comparison
+from hf_tst.experiments.comparison import ArmPlan, compare_outcomes
 from hf_tst.experiments.options import open_experiment, parse_experiment
-from hf_tst.experiments.sweep import SweepArguments, main, plan_sweep
-from hf_tst.experiments.sweep_report import Cell, Sweep, format_sweep, panel_rows, write_sweep
+from hf_tst.experiments.report import format_comparison, pictures, tables, write_report
+from hf_tst.experiments.sweep import SweepArguments, main
 
 
 def planned(recipe, *flags):
     values, args = parse_experiment([str(recipe), *flags], SweepArguments, "", None, "runs/sweep")
-    return plan_sweep(open_experiment(values), args)
+    return plan_comparison(open_experiment(values), args)[1]
 
 
-def loss(mean=None, **options):
-    return RateSummary(
-        "x", 1e-3, {0: mean} if mean else {}, mean, None, **{"diverged": [], "missing": []} | options
-    )
+def sweep(losses, *seeds):
+    """A sweep with final losses by bag size and ratio, one for each seed; no bag size is the baseline."""
+    grid = {
+        f"s{size}-r{ratio:g}": {
+            "tst_bag_size": size, "tst_phase_ratio": ratio, "tst_offset_weighting": "uniform", "tst_mode": "full",
+        }
+        for size, ratio in losses if size
+    }  # fmt: skip
+    names = ["baseline"] * ((None, 0) in losses) + [*grid]
+    plans = {name: ArmPlan(PhaseSchedule(100, 0.5, 4), StepCost(6, 6)) for name in names}
+    runs = [
+        outcome(name, seed, loss)
+        for name, of_seeds in zip(names, losses.values(), strict=True)
+        for seed, loss in enumerate(of_seeds)
+    ]
+    return compare_outcomes("flops", plans, runs, grid=grid)
 
 
 def test_the_grid_is_every_combination_and_a_baseline(tiny_recipe):
-    grid = planned(tiny_recipe, "--bag_sizes", "2,4", "--phase_ratios", "0.2,0.5", "--weightings", "uniform,power_law",
+    runs = planned(tiny_recipe, "--bag_sizes", "2,4", "--phase_ratios", "0.2,0.5", "--weightings", "uniform,power_law",
                    "--modes", "full,output", "--seeds", "3,4")  # fmt: skip
-    (baseline, runs), *cells = grid
-    assert baseline.name == "baseline"
-    assert [run.settings["tst_phase_ratio"] for run in runs] == [0.0, 0.0]
-    assert len(cells) == 16
-    for cell, runs in cells:
-        for run, seed in zip(runs, (3, 4), strict=True):
-            settings = run.settings
-            assert (settings["tst_bag_size"], settings["tst_phase_ratio"]) == (
-                cell.bag_size,
-                cell.phase_ratio,
-            )
-            assert (settings["tst_offset_weighting"], settings["tst_mode"]) == (cell.weighting, cell.mode)
-            assert settings["seed"] == seed
-            assert settings["max_steps"] == 40
-    assert len({run.folder for _, runs in grid for run in runs}) == 34
+    names = ("tst_bag_size", "tst_phase_ratio", "tst_offset_weighting", "tst_mode")
+    cells = {tuple(run.settings[name] for name in names) for run in runs if run.arm != "baseline"}
+    assert cells == {
+        (s, r, w, m) for s in (2, 4) for r in (0.2, 0.5) for w in ("uniform", "power_law") for m in ("full", "output")
+    }  # fmt: skip
+    assert len({run.folder for run in runs}) == len(runs) == 34
+    assert {run.settings["seed"] for run in runs} == {3, 4}
+    assert {run.settings["max_steps"] for run in runs} == {40}
+    assert [run.settings["tst_phase_ratio"] for run in runs if run.arm == "baseline"] == [0.0, 0.0]
+    assert "s4-r0.5-power_law-output" in {run.arm for run in runs}
 
 
 def test_with_extra_heads_the_baseline_has_them_too(tiny_recipe):
-    (_, baseline), (_, cell) = planned(
-        tiny_recipe, "--mtp_num_heads", "2", "--bag_sizes", "2", "--phase_ratios", "0.2"
+    baseline, cell = planned(
+        tiny_recipe, "--mtp_num_heads", "2", "--max_steps", "200", "--bag_sizes", "2", "--phase_ratios", "0.2"
     )
-    assert [run.settings["mtp_num_heads"] for run in (*baseline, *cell)] == [2, 2]
+    assert [run.settings["mtp_num_heads"] for run in (baseline, cell)] == [2, 2]
+    # Heads train in recovery alone, so equal FLOPs are more steps.
+    assert cell.settings["max_steps"] > baseline.settings["max_steps"] == 200
 
 
 def test_a_sweep_is_done_once_and_grows(tiny_recipe, tmp_path, in_process):
     argv = [str(tiny_recipe), "--output_dir", str(tmp_path), "--phase_ratios", "0.2", "--bag_sizes"]
     main([*argv, "2"])
-    assert in_process == ["baseline-seed0", "s2-r0.2-uniform-full-seed0"]
-    sweep = main([*argv, "2,4"])
-    assert in_process[2:] == ["s4-r0.2-uniform-full-seed0"]
-    assert all(summary.mean_loss < 6 for summary in sweep.losses.values())
-    saved = json.loads((tmp_path / "sweep.json").read_text())
-    assert [cell["bag_size"] for cell in saved["cells"]] == [None, 2, 4]
+    assert in_process == ["baseline-lr0.01-seed0", "s2-r0.2-uniform-full-lr0.01-seed0"]
+    made = main([*argv, "2,4"])
+    assert in_process[2:] == ["s4-r0.2-uniform-full-lr0.01-seed0"]
+    assert all(arm.best.mean_loss < 6 for arm in made.arms)
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert [cell["tst_bag_size"] for cell in saved["grid"].values()] == [2, 4]
     assert saved["facts"]["command"] == "hf-tst sweep " + shlex.join([*argv, "2,4"])
-    assert f"torch {version('torch')}" in saved["facts"]["software"]
-    report = (tmp_path / "sweep.md").read_text()
-    assert "## How it was done" in report
+    report = (tmp_path / "comparison.md").read_text()
+    assert "| s \\\\ r | 0.2 |" in report
     assert saved["facts"]["hardware"] in report
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_has_a_row_a_bag_size_and_a_column_a_ratio(tmp_path):
-    losses = {Cell.of_baseline(): loss(3.0)}
-    for size in (4, 2):
-        for ratio in (0.3, 0.2):
-            losses[Cell(size, ratio, "uniform", "full")] = loss(size - ratio)
-    losses[Cell(4, 0.2, "uniform", "full")] = loss(diverged=[0])
-    losses[Cell(4, 0.3, "uniform", "full")] = loss(missing=[0])
-    sweep = Sweep(40, 1e-3, losses)
-    assert panel_rows(sweep, "uniform", "full") == [
+def test_the_table_has_a_row_per_bag_size_and_a_column_per_ratio(tmp_path):
+    made = sweep({
+        (None, 0): [3.0], (4, 0.3): ["missing"], (4, 0.2): [None], (2, 0.3): [1.7], (2, 0.2): [1.8],
+    })  # fmt: skip
+    assert tables(made)["uniform, full"] == [
         ("s \\ r", "0.2", "0.3"),
         ("2", "1.8000", "1.7000"),
         ("4", "diverged", "missing"),
     ]
-    text = format_sweep(sweep)
+    text = format_comparison(made)
     assert "Without superposition: 3.0000." in text
-    assert "Lowest: s2-r0.3-uniform-full, 1.7000." in text
-    write_sweep(sweep, tmp_path)
-    assert "![" in (tmp_path / "sweep.md").read_text()
+    assert "Lowest: s2-r0.3, 1.7000." in text
+    write_report(made, tmp_path)
+    assert "![Loss by bag size and phase ratio" in (tmp_path / "comparison.md").read_text()
+    assert '<td data-label="0.3">1.7000</td>' in (tmp_path / "comparison.html").read_text()
+    assert len(pictures(made)) == 1
 
 
 def test_the_best_cell_is_one_in_which_most_runs_ended_well():
-    cells = {Cell(4, 0.3, "uniform", "full"): {0: 3.0, 1: 3.02}, Cell(8, 0.3, "uniform", "full"): {0: 2.9}}
-    losses = {
-        cell: RateSummary(
-            "x",
-            1e-3,
-            by_seed,
-            sum(by_seed.values()) / len(by_seed),
-            None,
-            diverged=[1] * (2 - len(by_seed)),
-            missing=[],
-        )
-        for cell, by_seed in cells.items()
-    }
-    assert Sweep(40, 1e-3, losses).best == Cell(4, 0.3, "uniform", "full")
+    text = format_comparison(sweep({(4, 0.3): [3.0, 3.02], (8, 0.3): [2.9, None]}))
+    assert "Lowest: s4-r0.3, 3.0100 ± 0.0141." in text
+    assert "2.9000 (1 diverged)" in text
 
 
 def test_a_sweep_of_which_nothing_has_run(tmp_path):
-    write_sweep(Sweep(40, 1e-3, {Cell(2, 0.3, "uniform", "full"): loss(missing=[0])}), tmp_path)
-    assert "missing" in (tmp_path / "sweep.md").read_text()
+    write_report(sweep({(2, 0.3): ["missing"]}), tmp_path)
+    assert "| 2 | missing |" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(

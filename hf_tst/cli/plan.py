@@ -198,45 +198,24 @@ def format_plan(plan: RunPlan) -> str:
         traffic = ", ".join(f"{k} {_size(v)}" for k, v in plan.communication.items() if v)
         facts.append(("traffic", f"a GPU and step: {traffic}"))
     phases = [("phase", "steps", "raw tokens", "latent tokens", "FLOPs", "GPU-hours")]
-    first = 0
-    for phase in plan.phases:
-        steps = f"{first}-{first + phase.steps - 1}" if phase.steps else "-"
-        first += phase.steps
-        phases.append(
-            (
-                phase.phase,
-                steps,
-                f"{phase.raw_tokens:,}",
-                f"{phase.latent_tokens:,}",
-                f"{phase.flops:.3g}",
-                f"{phase.gpu_hours:,.1f}",
-            )
-        )
-    phases.append(
-        (
-            "whole run",
-            f"{plan.schedule.max_steps:,} steps",
-            f"{plan.raw_tokens:,}",
-            f"{plan.latent_tokens:,}",
-            f"{plan.flops:.3g}",
-            f"{plan.gpu_hours:,.1f}",
-        )
-    )
+    switch, end = plan.schedule.switch_step, plan.schedule.max_steps
+    superposition, recovery = plan.phases
+    for name, steps, cost in (
+        ("superposition", f"0-{switch - 1}" if switch else "-", superposition),
+        ("recovery", f"{switch}-{end - 1}" if switch < end else "-", recovery),
+        ("whole run", f"{end:,} steps", plan),
+    ):
+        tokens = (f"{cost.raw_tokens:,}", f"{cost.latent_tokens:,}")
+        phases.append((name, steps, *tokens, f"{cost.flops:.3g}", f"{cost.gpu_hours:,.1f}"))
     parts = [format_columns(facts), format_columns(phases)]
     if plan.alternatives:
-        rows = [("comparison", "steps", "raw tokens", "FLOPs", "GPU-hours", "loss", "source")]
+        formats = {"steps": ",", "raw_tokens": ",", "flops": ".3g", "gpu_hours": ",.1f", "loss": ".3f"}
+        rows: list[tuple[str, ...]] = [
+            ("comparison", "steps", "raw tokens", "FLOPs", "GPU-hours", "loss", "source")
+        ]
         for other in plan.alternatives:
-            rows.append(
-                (
-                    other.name,
-                    _number(other.steps, ","),
-                    _number(other.raw_tokens, ","),
-                    _number(other.flops, ".3g"),
-                    _number(other.gpu_hours, ",.1f"),
-                    _number(other.loss, ".3f"),
-                    other.source,
-                )
-            )
+            numbers = [_number(getattr(other, name), spec) for name, spec in formats.items()]
+            rows.append((other.name, *numbers, other.source))
         parts.append(format_columns(rows))
     parts += plan.notes
     parts.append(
@@ -248,29 +227,24 @@ def format_plan(plan: RunPlan) -> str:
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """The plan as plain values, with units in the names of what is not a count."""
     machines = plan.machines
+    totals = ("blocks", "raw_tokens", "latent_tokens", "flops", "gpu_hours", "mtp_parameters", "notes")
     return {
         "max_steps": plan.schedule.max_steps,
         "switch_step": plan.schedule.switch_step,
         "phases": [asdict(phase) for phase in plan.phases],
-        "blocks": plan.blocks,
-        "raw_tokens": plan.raw_tokens,
-        "latent_tokens": plan.latent_tokens,
+        **{name: getattr(plan, name) for name in totals},
         "latent_tokens_per_step": plan.layout.latent_tokens,
-        "flops": plan.flops,
         "gpu": machines.accelerator.name,
         "num_gpus": machines.count,
         "mfu": machines.mfu,
         "peak_tflops": machines.accelerator.tflops,
-        "gpu_hours": plan.gpu_hours,
         "model": asdict(plan.shape),
-        "mtp_parameters": plan.mtp_parameters,
         "layout": asdict(plan.layout),
         "memory_bytes": plan.memory,
         "usable_memory_bytes": int(plan.usable_memory),
         "communication_bytes_per_step": plan.communication,
         "checkpoint_bytes": plan.checkpoints,
         "comparison": [asdict(other) for other in plan.alternatives],
-        "notes": plan.notes,
     }
 
 

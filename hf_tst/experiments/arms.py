@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -29,8 +29,8 @@ ARM_PREFIXES = ("tst_", "mtp_")
 def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict[str, dict[str, Any]]:
     """What every arm changes, by name: the arms of [`ARMS`], and further ones.
 
-    `mtp_num_heads` of the configuration is how many tokens the arms of [`ARMS`] with multi-token prediction predict, in the
-    place of their 4; it is nothing to the others.
+    `mtp_num_heads` of the configuration replaces the 4 of the arms of [`ARMS`] with multi-token prediction. It does not
+    apply to the others.
 
     Args:
         values (`dict`): The configuration.
@@ -41,9 +41,9 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     """
     heads = setting(values, "mtp_num_heads")
     arms = {name: dict(changes) for name, changes in ARMS.items()}
-    for changes in arms.values():
-        if "mtp_num_heads" in changes and heads > 1:
-            changes["mtp_num_heads"] = heads
+    if heads > 1:
+        for changes in arms.values():
+            changes.update({"mtp_num_heads": heads} if "mtp_num_heads" in changes else {})
     try:
         further = json.loads(more_arms or "{}")
     except json.JSONDecodeError as error:
@@ -64,33 +64,24 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     return arms | further
 
 
-def check_arms(
-    names: Iterable[str], arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
-) -> None:
-    """Check that arms exist, and can have what the configuration asks for.
-
-    Args:
-        names: Names of arms.
-        arms (`dict`): What each changes, as [`define_arms`] returns it.
-        values (`dict`): The configuration that they change.
+def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
+    """Check that arms can have what the configuration `values` asks for.
 
     Raises:
         TSTError: If not, or for a TST arm without superposition.
     """
-    for name in names:
-        if name not in arms:
-            raise TSTError(f"arms must be of {', '.join(arms)}, but one is {name!r}.")
-        changed = {**values, **arms[name]}
-        if arms[name].get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
+    for name, changes in arms.items():
+        if changes.get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
             raise TSTError(
                 f"The arm {name} has extra heads, which LoRA does not go with: leave it, or lora_rank, out."
             )
-        if not is_superposed(changed) and setting(changed, "tst_document_boundaries") == "respect":
+        superposed = is_superposed({**values, **changes})
+        if not superposed and setting({**values, **changes}, "tst_document_boundaries") == "respect":
             raise TSTError(
                 f"The arm {name} has no superposition, which tst_document_boundaries='respect' is a part of, and would see "
                 "other documents than TST does: set it to 'ignore'."
             )
-        if name in ARMS and "tst_phase_ratio" not in ARMS[name] and not is_superposed(values):
+        if not superposed and name in ARMS and "tst_phase_ratio" not in changes:
             raise TSTError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="
                 f"{setting(values, 'tst_phase_ratio')} and tst_bag_size={setting(values, 'tst_bag_size')}: set both."

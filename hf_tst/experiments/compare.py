@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import TSTError
 from ..planning.flops import FORMULA
 from .arms import ARMS, arm_schedule, arm_values, check_arms, define_arms, is_superposed, setting
-from .budget import (
-    BUDGETS,
-    Budget,
-    StepCost,
-    flops_per_step,
-    raw_tokens_per_step,
-    steps_within_budget,
-    with_steps,
-)
-from .comparison import ArmPlan, Comparison, Outcome, compare_outcomes
+from .budget import StepCost, flops_per_step, raw_tokens_per_step, steps_within_budget, with_steps
+from .comparison import BASELINE, ArmPlan, Comparison, Outcome, compare_outcomes
 from .options import (
     EVERY_RUN,
     Experiment,
     ExperimentArguments,
-    describe_runs,
     open_experiment,
     parse_experiment,
     parse_list,
     training_arguments,
 )
-from .queue import PlannedRun, run_all_shown
+from .queue import PlannedRun, RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .timing import TimeLimit, calibrate, time_short_run
 
 DESCRIPTION = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
 
-Takes a recipe and the flags of training, and those of the comparison, which are listed first. Every run is a process with a
-folder of its own in output_dir. Started again, it does what is missing; half a run goes on from its last checkpoint.
-{EVERY_RUN}
+Takes a recipe and the flags of training, and those of the comparison, which are listed first. {EVERY_RUN}
 
   %(prog)s --output_dir runs/compare
   %(prog)s recipe.yaml --arms baseline,tst --seeds 0,1,2 --learning_rates 1e-3,2e-3 --budget data
@@ -59,109 +50,16 @@ class CompareArguments(ExperimentArguments):
             "and its seeds where they are others."
         },
     )
-    budget: Budget = field(
-        default="flops",
-        metadata={
-            "help": "What is equal: flops (max_steps of the baseline), data (raw tokens of the TST run of max_steps) or time "
-            "(measured, of the baseline's max_steps)."
-        },
-    )
-    learning_rates: str | None = field(
-        default=None, metadata={"help": "Learning rates, the same for each arm; learning_rate by default."}
-    )
-    calibration_steps: int = field(
-        default=20,
-        metadata={"help": "Steps that are timed in each phase for an equal time or a limit of seconds."},
-    )
-    seconds: float | None = field(
-        default=None,
-        metadata={
-            "help": "Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
-            "so when the comparison goes on. A run that would end later is not started. Needs processes=1."
-        },
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget not in BUDGETS:
-            raise TSTError(f"budget must be one of {', '.join(BUDGETS)}, but is {self.budget!r}.")
-        if self.calibration_steps < 4:
-            raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
-        if self.seconds is not None and self.seconds <= 0:
-            raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
-        if self.seconds is not None and self.processes > 1:
-            raise TSTError(
-                f"seconds={self.seconds:g} needs processes=1, not {self.processes}: runs at the same time slow each other down."
-            )
-
-
-def plan_comparison(
-    experiment: Experiment, args: CompareArguments, max_steps: int | None = None
-) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]]]:
-    """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
-
-    Args:
-        experiment ([`Experiment`]): What the runs have in common.
-        args ([`CompareArguments`]): What is compared.
-        max_steps (`int`, *optional*): Steps in the place of those of the configuration, with which the data is not checked
-            where they may be lowered.
-
-    Raises:
-        TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
-    """
-    names = parse_list("arms", args.arms, str)
-    arms = define_arms(experiment.values, args.more_arms)
-    values = {name: arm_values(arms[name], experiment.values, fusable=experiment.fusable) for name in names}
-    for arm in values.values():
-        training_arguments(arm)
-    default_rate = str(setting(experiment.values, "learning_rate"))
-    rates = parse_list("learning_rates", args.learning_rates or default_rate, float)
-    is_final = max_steps is not None or args.seconds is None
-    max_steps = max_steps or experiment.values["max_steps"]
-    schedules = {name: arm_schedule(arm, max_steps) for name, arm in values.items()}
-    if is_final:
-        for name, schedule in schedules.items():
-            experiment.check_data(f"The arm {name}", schedule)
-    tokens = experiment.latent_tokens_per_step
-    flops = {
-        name: flops_per_step(
-            experiment.shape,
-            experiment.block_size,
-            1,
-            setting(arm, "mtp_num_heads"),
-            setting(arm, "mtp_kind"),
-        )
-        for name, arm in values.items()
-    }
-    if args.budget == "time":
-        costs = calibrate(experiment, values, args.calibration_steps, args.launcher)
-    elif args.budget == "data":
-        costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
-    else:
-        costs = {
-            name: StepCost(tokens * arm.superposition, tokens * arm.recovery) for name, arm in flops.items()
-        }
-    steps = steps_within_budget(args.budget, costs, schedules)
-    plans, runs = {}, []
-    for name in names:
-        schedule = arm_schedule(values[name], steps[name])
-        if is_final:
-            experiment.check_data(f"The arm {name}", schedule)
-        plans[name] = ArmPlan(schedule, flops[name])
-        settings = with_steps(values[name], steps[name])
-        for rate in rates:
-            for turn, seed in enumerate(parse_list("seeds", arms[name].get("seeds", args.seeds), int)):
-                run = f"{name}-lr{rate:g}-seed{seed}"
-                planned = PlannedRun(
-                    run,
-                    experiment.output_dir / run,
-                    {**settings, "learning_rate": rate, "seed": seed},
-                    experiment.data,
-                )
-                runs.append((turn, (Outcome(run, name, rate, seed, None), planned)))
-    # A seed of every arm before the next seed: an interrupted comparison has pairs.
-    runs.sort(key=lambda run: run[0])
-    return plans, [run for _, run in runs]
+    def select_arms(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        known = define_arms(values, self.more_arms)
+        names = parse_list("arms", self.arms, str)
+        for name in names:
+            if name not in known:
+                raise TSTError(f"arms must be of {', '.join(known)}, but one is {name!r}.")
+        arms = {name: known[name] for name in names}
+        check_arms(arms, values)
+        return arms
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
@@ -171,23 +69,38 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
         TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
+    return run_comparison("compare", CompareArguments, DESCRIPTION, argv, prog)
+
+
+def run_comparison(
+    command: str, kind: type[ExperimentArguments], description: str, argv: Sequence[str], prog: str | None
+) -> Comparison:
+    """As [`main`], for the arms that the options of kind `kind` select. `command` names the default folder, too."""
     began = time.monotonic()
-    values, args = parse_experiment(argv, CompareArguments, DESCRIPTION, prog, "runs/compare")
-    names = parse_list("arms", args.arms, str)
-    arms = define_arms(values, args.more_arms)
-    check_arms(names, arms, values)
-    extra_heads = any(arms[name].get("mtp_num_heads", 1) > 1 for name in names)
+    values, args = parse_experiment(argv, kind, description, prog, f"runs/{command}")
+    arms = args.select_arms(values)
+    extra_heads = any(changes.get("mtp_num_heads", 1) > 1 for changes in arms.values())
     experiment = open_experiment(values, args.launcher, extra_heads=extra_heads)
     plans, runs, limit = _plan_within_limit(experiment, args, began)
-    queue = [planned for _, planned in runs]
     until = math.inf if args.seconds is None else began + args.seconds
-    failures, refusal = run_all_shown(queue, processes=args.processes, launcher=args.launcher, until=until)
+    failures, refusal = {}, None
+    try:
+        failures = run_all(runs, processes=args.processes, launcher=args.launcher, until=until)
+    except RunRefusedError as error:
+        if all(run.result is None for run in runs):
+            raise
+        refusal = error
     outcomes = [
-        Outcome(run.name, run.arm, run.learning_rate, run.seed, planned.result) for run, planned in runs
+        Outcome(run.name, run.arm, run.settings["learning_rate"], run.settings["seed"], run.result)
+        for run in runs
     ]
-    comparison = compare_outcomes(
-        args.budget, plans, outcomes, _facts(argv, experiment, args, outcomes, limit), _notes(args, outcomes)
-    )
+    facts = {
+        "command": shlex.join(["hf-tst", command, *argv]),
+        **_facts(experiment, args, arms, outcomes),
+        **({} if limit is None else {"time limit": limit.fact}),
+    }
+    grid = {name: arms[name] for name in arms if name != BASELINE} if args.is_grid else {}
+    comparison = compare_outcomes(args.budget, plans, outcomes, facts, _notes(args, outcomes), grid)
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
         print(path)
@@ -198,65 +111,131 @@ def main(argv: Sequence[str], prog: str | None = None) -> Comparison:
     return comparison
 
 
+def plan_comparison(
+    experiment: Experiment, args: ExperimentArguments, max_steps: int | None = None
+) -> tuple[dict[str, ArmPlan], list[PlannedRun]]:
+    """The arms, and all runs, in the order in which they are done. With an equal time, runs the calibration first.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        args ([`ExperimentArguments`]): What is compared.
+        max_steps (`int`, *optional*): Steps in the place of those of the configuration. Without it, the data is not checked
+            where a limit of seconds may lower the steps.
+
+    Raises:
+        TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
+    """
+    arms = args.select_arms(experiment.values)
+    values = {
+        name: arm_values(changes, experiment.values, fusable=experiment.fusable)
+        for name, changes in arms.items()
+    }
+    for arm in values.values():
+        training_arguments(arm)
+    rates = parse_list(
+        "learning_rates", args.learning_rates or setting(experiment.values, "learning_rate"), float
+    )
+    is_final = max_steps is not None or args.seconds is None
+    max_steps = max_steps or experiment.values["max_steps"]
+    schedules = {name: arm_schedule(arm, max_steps) for name, arm in values.items()}
+    if is_final:
+        experiment.check_data(schedules)
+    operations = {
+        name: flops_per_step(
+            experiment.shape,
+            experiment.block_size,
+            1,
+            setting(arm, "mtp_num_heads"),
+            setting(arm, "mtp_kind"),
+        )
+        for name, arm in values.items()
+    }
+    tokens = experiment.latent_tokens_per_step
+    if args.budget == "time":
+        costs = calibrate(experiment, values, args.calibration_steps, args.launcher)
+    elif args.budget == "data":
+        costs = {name: raw_tokens_per_step(schedule, tokens) for name, schedule in schedules.items()}
+    else:
+        costs = {
+            name: StepCost(tokens * cost.superposition, tokens * cost.recovery)
+            for name, cost in operations.items()
+        }
+    steps = steps_within_budget(args.budget, costs, schedules)
+    schedules = {name: arm_schedule(arm, steps[name]) for name, arm in values.items()}
+    if is_final:
+        experiment.check_data(schedules)
+    runs = []
+    for name, arm in values.items():
+        settings = with_steps(arm, steps[name])
+        for rate in rates:
+            for turn, seed in enumerate(parse_list("seeds", arms[name].get("seeds", args.seeds), int)):
+                run = f"{name}-lr{rate:g}-seed{seed}"
+                changed = {**settings, "learning_rate": rate, "seed": seed}
+                runs.append(
+                    (turn, PlannedRun(run, experiment.output_dir / run, changed, experiment.data, arm=name))
+                )
+    # A seed of every arm before the next seed: an interrupted comparison has pairs.
+    runs.sort(key=lambda run: run[0])
+    plans = {name: ArmPlan(schedules[name], operations[name]) for name in arms}
+    return plans, [run for _, run in runs]
+
+
 def _plan_within_limit(
-    experiment: Experiment, args: CompareArguments, began: float
-) -> tuple[dict[str, ArmPlan], list[tuple[Outcome, PlannedRun]], TimeLimit | None]:
+    experiment: Experiment, args: ExperimentArguments, began: float
+) -> tuple[dict[str, ArmPlan], list[PlannedRun], TimeLimit | None]:
     """The plan, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one."""
     limit = TimeLimit.load(experiment.output_dir, experiment.values["max_steps"])
-    if limit is None and args.seconds is None:
-        return *plan_comparison(experiment, args), None
     if limit is None:
-        assert args.seconds is not None
         plans, runs = plan_comparison(experiment, args)
-        queue = [(run.arm, planned) for run, planned in runs]
-        limit = time_short_run(experiment, plans, queue, args.seconds, args.calibration_steps, args.launcher)
-        limit = limit.lowered(plans, queue, began + args.seconds - time.monotonic())
+        if args.seconds is None:
+            return plans, runs, None
+        limit = time_short_run(experiment, plans, runs, args.seconds, args.calibration_steps, args.launcher)
+        limit = limit.lowered(plans, runs, began + args.seconds - time.monotonic())
     plans, runs = plan_comparison(experiment, args, limit.max_steps)
     limit.save(experiment.output_dir)
     print(limit.fact, flush=True)
-    timed = [
-        (run, replace(planned, seconds=limit.seconds_of(plans[run.arm], planned.settings)))
-        for run, planned in runs
-    ]
-    return plans, timed, limit
+    return (
+        plans,
+        [replace(run, seconds=limit.seconds_of(plans[run.arm], run.settings)) for run in runs],
+        limit,
+    )
 
 
 def _facts(
-    argv: Sequence[str],
     experiment: Experiment,
-    args: CompareArguments,
+    args: ExperimentArguments,
+    arms: Mapping[str, Mapping[str, Any]],
     outcomes: Sequence[Outcome],
-    limit: TimeLimit | None,
 ) -> dict[str, str]:
+    """With what, on what and how runs were done."""
     values = experiment.values
-    runs = describe_runs(
-        ["hf-tst", "compare", *argv], experiment, args.processes, [run.result for run in outcomes]
-    )
-    superposition = f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
-    arms = define_arms(values, args.more_arms)
-    names = list(dict.fromkeys(run.arm for run in outcomes))
-    superposed = any(is_superposed({**values, **arms[name]}) for name in names)
-    further = {
-        f"arm {name}": ", ".join(
-            f"{option}={arms[name][option]}" for option in sorted(arms[name].keys() - {"seeds"})
-        )
-        for name in names
-        if name not in ARMS
+    results = {run.arm: run.result for run in outcomes if run.result is not None}
+
+    def all_of(name: str) -> str:
+        found = dict.fromkeys(getattr(run.result, name) for run in outcomes if run.result is not None)
+        return "; ".join(found) or "nothing has run"
+
+    facts = {
+        "parameters": f"{experiment.shape.parameters:,}",
+        "runs at the same time": str(args.processes),
+        "hardware": all_of("hardware"),
+        "software": all_of("software"),
     }
-    return {
-        **runs,
-        **({"superposition": superposition} if superposed else {}),
-        **further,
-        "steps": ", ".join(
-            f"{name} {count:,}"
-            for name, count in {r.arm: r.result.steps for r in outcomes if r.result}.items()
-        ),
-        **({} if limit is None else {"time limit": limit.fact}),
-        "FLOPs": FORMULA,
-    }
+    if not args.is_grid:  # whose arms' names say it
+        if any(is_superposed({**values, **changes}) for changes in arms.values()):
+            facts["superposition"] = (
+                f"s = {setting(values, 'tst_bag_size')}, r = {setting(values, 'tst_phase_ratio')}"
+            )
+        for name, changes in arms.items():
+            changed = ", ".join(
+                f"{option}={changes[option]}" for option in sorted(changes.keys() - {"seeds"})
+            )
+            facts |= {} if name in ARMS else {f"arm {name}": changed}
+    facts["steps"] = ", ".join(f"{name} {result.curve[-1].step:,}" for name, result in results.items())
+    return facts | {"FLOPs": FORMULA}
 
 
-def _notes(args: CompareArguments, outcomes: Sequence[Outcome]) -> list[str]:
+def _notes(args: ExperimentArguments, outcomes: Sequence[Outcome]) -> list[str]:
     notes = []
     if args.processes > 1:
         notes.append(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
+from types import MappingProxyType
 from typing import Any
 
 from ..bags.phases import PhaseSchedule
@@ -61,17 +62,16 @@ class RateSummary:
     steps at which all were evaluated.
     """
 
-    arm: str
     learning_rate: float
     losses: dict[int, float]
     mean_loss: float | None
     sd: float | None
     diverged: list[int]
     missing: list[int]
-    curve: list[CurvePoint] = field(default_factory=list)
-    curves: list[list[CurvePoint]] = field(default_factory=list)
-    peak_memory_bytes: int | None = None
-    memory_of: str = ""
+    curve: list[CurvePoint]
+    curves: list[list[CurvePoint]]
+    peak_memory_bytes: int | None
+    memory_of: str
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class ArmSummary:
     plan: ArmPlan
     best: RateSummary
     rates: list[RateSummary]
-    reached: CurvePoint | None = None
-    difference: float | None = None
-    difference_sd: float | None = None
+    reached: CurvePoint | None
+    difference: float | None
+    difference_sd: float | None
 
     @property
     def is_evaluated_between(self) -> bool:
-        """Whether there are evaluations between the one before training and the one after it."""
+        """Whether there are evaluations between the start and the end of training."""
         return len(self.best.curve) > 2
 
     def flops(self, point: CurvePoint) -> float:
@@ -103,21 +103,26 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. `facts` says how it was done, `notes` what a reader must know."""
+    """All arms. `facts` says how the runs were done, `notes` what a reader must know.
+
+    `grid` has what the arms of a sweep change, by name; it is empty for other comparisons.
+    """
 
     budget: str
     arms: list[ArmSummary]
     outcomes: list[Outcome]
-    facts: dict[str, str]
+    facts: Mapping[str, str]
     notes: list[str]
+    grid: Mapping[str, Mapping[str, Any]]
 
 
 def compare_outcomes(
     budget: str,
     plans: Mapping[str, ArmPlan],
     outcomes: Sequence[Outcome],
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str] = MappingProxyType({}),
     notes: Sequence[str] = (),
+    grid: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Comparison:
     """Put the runs together. Runs that diverged or are missing are named, and in no mean.
 
@@ -125,34 +130,31 @@ def compare_outcomes(
         budget (`str`): What is equal.
         plans (`dict[str, ArmPlan]`): The arms, in their order.
         outcomes: All planned runs.
-        facts, notes: See [`Comparison`]; further notes are added.
+        facts, notes, grid: See [`Comparison`]; further notes are added.
     """
-    arms = []
-    for name, plan in plans.items():
-        runs = [outcome for outcome in outcomes if outcome.arm == name]
-        rates = [
-            summarize_rate([run for run in runs if run.learning_rate == rate])
-            for rate in dict.fromkeys(run.learning_rate for run in runs)
-        ]
-        arms.append(ArmSummary(name, plan, best_rate(rates), rates))
-    baseline = next((arm.best for arm in arms if arm.arm == BASELINE), None)
-    if baseline is not None:
-        arms = [_beside(arm, baseline) for arm in arms]
-    return Comparison(budget, arms, list(outcomes), dict(facts or {}), [*notes, *_notes(arms)])
+    rates: dict[str, list[RateSummary]] = {}
+    for name in plans:
+        by_rate: dict[float, list[Outcome]] = {}
+        for run in outcomes:
+            if run.arm == name:
+                by_rate.setdefault(run.learning_rate, []).append(run)
+        rates[name] = [summarize_rate(runs) for runs in by_rate.values()]
+    baseline = best_rate(rates[BASELINE]) if BASELINE in rates else None
+    arms = [_summarize_arm(name, plan, rates[name], baseline) for name, plan in plans.items()]
+    return Comparison(budget, arms, list(outcomes), facts, [*notes, *_notes(arms)], grid)
 
 
 def summarize_rate(runs: Sequence[Outcome]) -> RateSummary:
     """Runs of one arm and learning rate, over their seeds."""
     good = {run.seed: run.result for run in runs if run.status == "finished" and run.result is not None}
     losses = {seed: result.final_eval_loss or 0.0 for seed, result in good.items()}
-    values = list(losses.values())
+    mean_loss, sd = _mean_and_sd(list(losses.values()))
     curves = [result.curve for result in good.values()]
     return RateSummary(
-        arm=runs[0].arm,
         learning_rate=runs[0].learning_rate,
         losses=losses,
-        mean_loss=mean(values) if values else None,
-        sd=stdev(values) if len(values) > 1 else None,
+        mean_loss=mean_loss,
+        sd=sd,
         diverged=[run.seed for run in runs if run.status == "diverged"],
         missing=[run.seed for run in runs if run.status == "missing"],
         curve=mean_curve(curves),
@@ -191,51 +193,44 @@ def _mean_point(points: Sequence[CurvePoint]) -> CurvePoint:
     )
 
 
-def _beside(arm: ArmSummary, baseline: RateSummary) -> ArmSummary:
-    target = baseline.mean_loss
-    reached = None
-    if target is not None and arm.is_evaluated_between:
-        reached = next((p for p in arm.best.curve if p.eval_loss is not None and p.eval_loss <= target), None)
-    if arm.arm == BASELINE:
-        return replace(arm, reached=reached)
-    pairs = [
-        loss - baseline.losses[seed] for seed, loss in arm.best.losses.items() if seed in baseline.losses
-    ]
-    return replace(
-        arm,
-        reached=reached,
-        difference=mean(pairs) if pairs else None,
-        difference_sd=stdev(pairs) if len(pairs) > 1 else None,
-    )
+def _summarize_arm(
+    name: str, plan: ArmPlan, rates: list[RateSummary], baseline: RateSummary | None
+) -> ArmSummary:
+    best, reached, differences = best_rate(rates), None, []
+    target = baseline.mean_loss if baseline else None
+    if target is not None and len(best.curve) > 2:
+        reached = next((p for p in best.curve if p.eval_loss is not None and p.eval_loss <= target), None)
+    if baseline is not None and name != BASELINE:
+        seeds = best.losses.keys() & baseline.losses.keys()
+        differences = [best.losses[seed] - baseline.losses[seed] for seed in sorted(seeds)]
+    return ArmSummary(name, plan, best, rates, reached, *_mean_and_sd(differences))
+
+
+def _mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean, and standard deviation of a sample; `None` where there are too few."""
+    return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
 def _notes(arms: Sequence[ArmSummary]) -> list[str]:
     notes = []
     for arm in arms:
         tried = sorted(rate.learning_rate for rate in arm.rates)
-        if len(tried) > 1 and arm.best.mean_loss is not None:
-            edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(arm.best.learning_rate)
-            if edge:
-                notes.append(
-                    f"{arm.arm}: the best learning rate is the {edge} of those tried, so a better one may lie beyond it."
-                )
-        if arm.best.mean_loss is not None and len(arm.best.losses) == 1:
-            notes.append(f"{arm.arm}: one run only, so nothing is said about the spread between seeds.")
+        edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(arm.best.learning_rate)
+        if edge and len(tried) > 1 and arm.best.mean_loss is not None:
+            notes.append(
+                f"{arm.arm}: the best learning rate is the {edge} of those tried, so a better one may lie beyond it."
+            )
+    alone = [arm.arm for arm in arms if len(arm.best.losses) == 1]
+    if alone:
+        notes.append(f"{', '.join(alone)}: one run only, so nothing is said about the spread between seeds.")
     return notes
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain values, for JSON. Losses in nats a token, times in seconds, memory in bytes."""
+    """The comparison as plain values, for JSON. Losses in nats per token, times in seconds, memory in bytes."""
 
     def point(arm: ArmSummary, at: CurvePoint) -> dict[str, Any]:
-        return {
-            "step": at.step,
-            "flops": arm.flops(at),
-            "raw_tokens": at.raw_tokens,
-            "latent_tokens": at.latent_tokens,
-            "seconds": at.seconds,
-            "eval_loss": at.eval_loss,
-        }
+        return {**asdict(at), "flops": arm.flops(at)}
 
     def rate(arm: ArmSummary, at: RateSummary) -> dict[str, Any]:
         return {
@@ -250,33 +245,27 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
             "curve": [point(arm, p) for p in at.curve],
         }
 
+    of_run = ("name", "arm", "learning_rate", "seed", "status")
+    of_result = ("final_eval_loss", "initial_eval_loss", "hardware", "software")
     return {
         "budget": comparison.budget,
-        "facts": comparison.facts,
+        "facts": dict(comparison.facts),
         "notes": comparison.notes,
+        "grid": {name: dict(changes) for name, changes in comparison.grid.items()},
         "arms": [
             {
                 "arm": arm.arm,
                 "best": rate(arm, arm.best),
                 "difference_to_baseline": arm.difference,
                 "difference_to_baseline_sd": arm.difference_sd,
-                "reached_baseline_loss": None if arm.reached is None else point(arm, arm.reached),
+                "reached_baseline_loss": arm.reached and point(arm, arm.reached),
                 "learning_rates": [rate(arm, at) for at in arm.rates],
             }
             for arm in comparison.arms
         ],
         "runs": [
-            {
-                "name": run.name,
-                "arm": run.arm,
-                "learning_rate": run.learning_rate,
-                "seed": run.seed,
-                "status": run.status,
-                "final_eval_loss": run.result.final_eval_loss if run.result else None,
-                "initial_eval_loss": run.result.initial_eval_loss if run.result else None,
-                "hardware": run.result.hardware if run.result else None,
-                "software": run.result.software if run.result else None,
-            }
+            {name: getattr(run, name) for name in of_run}
+            | {name: getattr(run.result, name, None) for name in of_result}
             for run in comparison.outcomes
         ],
     }

@@ -1,14 +1,13 @@
-"""What a comparison and a sweep have in common: their options, and one configuration that all runs change."""
+"""Options that a comparison and a sweep have in common, and the one configuration that all runs change."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..bags.phases import PhaseSchedule
 from ..data.blocks import check_blocks
@@ -30,19 +29,32 @@ from ..pretraining.options import (
 from ..pretraining.run import prepare_run
 from ..training.arguments import TSTTrainingArguments
 from .arms import setting
-from .result import RunResult
+from .budget import Budget
 
 T = TypeVar("T")
 TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
-EVERY_RUN = """Every run is evaluated before training, too, goes on to its end if it diverges (tst_bad_loss=ignore), and has no
-progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where
-there are none (eval_strategy=no), come 20 times a run."""
+EVERY_RUN = """Every run is a process with
+a folder of its own in output_dir. Started again, the command does what is missing, and an interrupted run continues from its
+last checkpoint. Every run is evaluated before training, too, continues to its end if it diverges (tst_bad_loss=ignore), and
+has no progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where there are none
+(eval_strategy=no), come 20 times per run."""
 
 
 @dataclass
 class ExperimentArguments:
-    """How the runs are done."""
+    """How runs are planned and done. The arms of a grid are drawn as heat maps, others as curves."""
 
+    is_grid: ClassVar[bool] = False
+    budget: Budget = field(
+        default="flops",
+        metadata={
+            "help": "What is equal: flops (max_steps of the baseline), data (raw tokens of the arm that reads most in max_steps) "
+            "or time (measured, of the baseline's max_steps)."
+        },
+    )
+    learning_rates: str | None = field(
+        default=None, metadata={"help": "Learning rates, the same for each arm; learning_rate by default."}
+    )
     seeds: str = field(default="0,1,2", metadata={"help": "Seeds that every run is repeated with."})
     processes: int = field(
         default=1,
@@ -54,10 +66,37 @@ class ExperimentArguments:
             "help": "What starts a run instead of Python, for example 'accelerate launch --num_processes 8'."
         },
     )
+    calibration_steps: int = field(
+        default=20,
+        metadata={"help": "Steps that are timed in each phase for an equal time or a limit of seconds."},
+    )
+    seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
+            "so when the comparison continues. A run that would end later is not started. Needs processes=1."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise TSTError(f"processes must be at least 1, but is {self.processes}.")
+        if self.calibration_steps < 4:
+            raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
+        if self.seconds is not None and self.seconds <= 0:
+            raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
+        if self.seconds is not None and self.processes > 1:
+            raise TSTError(
+                f"seconds={self.seconds:g} needs processes=1, not {self.processes}: runs at the same time slow each other down."
+            )
+
+    def select_arms(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The arms that are compared, by name, with what each changes in the configuration `values`.
+
+        Raises:
+            TSTError: If an arm is unknown, or cannot have what the configuration asks for.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -93,20 +132,21 @@ class Experiment:
         rows = self.rows_per_step or setting(self.values, "per_device_train_batch_size")
         return rows * self.block_size
 
-    def check_data(self, name: str, schedule: PhaseSchedule) -> None:
-        """Check that a run fits into one pass over the data, so that none reads data twice.
+    def check_data(self, schedules: Mapping[str, PhaseSchedule]) -> None:
+        """Check that runs of these phases, by arm, fit into one pass over the data, so that none reads data twice.
 
         Raises:
-            TSTError: If it does not.
+            TSTError: If one does not.
         """
-        if self.blocks is None or self.rows_per_step is None:
-            return
-        needed = schedule.blocks_needed(self.rows_per_step)
-        if needed > self.blocks:
-            raise TSTError(
-                f"{name} reads {needed:,} blocks of {self.block_size} tokens in {schedule.max_steps} steps, but the data has "
-                f"{self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
-            )
+        for name, schedule in schedules.items():
+            if self.blocks is None or self.rows_per_step is None:
+                continue
+            needed = schedule.blocks_needed(self.rows_per_step)
+            if needed > self.blocks:
+                raise TSTError(
+                    f"The arm {name} reads {needed:,} blocks of {self.block_size} tokens in {schedule.max_steps} steps, but the "
+                    f"data has {self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
+                )
 
 
 def parse_experiment(
@@ -125,19 +165,16 @@ def parse_experiment(
     """
     namespace = parse_values(argv, [kind, *TRAINING], description, prog, {"output_dir": output_dir})
     values = given_values(namespace, TRAINING)
-    if isinstance(values.get("lr_scheduler_kwargs"), str):
-        try:
-            values["lr_scheduler_kwargs"] = json.loads(values["lr_scheduler_kwargs"])
-        except json.JSONDecodeError as error:
-            raise TSTError(
-                f"lr_scheduler_kwargs is not JSON: {error} in {values['lr_scheduler_kwargs']!r}; "
-                'write {"num_decay_steps": 100}.'
-            ) from error
-    if not isinstance(values.get("lr_scheduler_kwargs") or {}, dict):
+    schedule = values.get("lr_scheduler_kwargs") or {}
+    if isinstance(schedule, str):
+        with explained_arguments(values):
+            schedule = json.loads(schedule)
+    if not isinstance(schedule, dict):
         raise TSTError(
-            f"lr_scheduler_kwargs must be names and values, but is {values['lr_scheduler_kwargs']}: "
-            'write {"num_decay_steps": 100}.'
+            f'lr_scheduler_kwargs must be names and values, but is {schedule}: write {{"num_decay_steps": 100}}.'
         )
+    if schedule:
+        values["lr_scheduler_kwargs"] = schedule
     if namespace.max_steps <= 0:
         raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size"):
@@ -201,31 +238,6 @@ def open_experiment(
             if hasattr(blocks, "num_rows")
         },
     )
-
-
-def describe_runs(
-    command: Sequence[str], experiment: Experiment, processes: int, results: Iterable[RunResult | None]
-) -> dict[str, str]:
-    """With what, on what and how runs were done, for a report.
-
-    Args:
-        command: The words of the command line.
-        experiment ([`Experiment`]): What the runs have in common.
-        processes (`int`): Runs at the same time.
-        results: Of the runs; `None` for one that has none.
-    """
-    finished = [result for result in results if result is not None]
-
-    def all_of(name: str) -> str:
-        return "; ".join(dict.fromkeys(getattr(result, name) for result in finished)) or "nothing has run"
-
-    return {
-        "command": shlex.join(command),
-        "parameters": f"{experiment.shape.parameters:,}",
-        "runs at the same time": str(processes),
-        "hardware": all_of("hardware"),
-        "software": all_of("software"),
-    }
 
 
 def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:

@@ -1,4 +1,4 @@
-"""Runs of a comparison or a sweep: each a process with a folder of its own, some at a time, done once."""
+"""Runs of a comparison: each a process with a folder of its own, some at a time, done once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
 from typing import IO, Any
 
 import yaml
@@ -29,8 +26,6 @@ SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"
 LOG_FILE = "log.txt"
 REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
-# What may change before a run goes on: where it lies.
-FREE_SETTINGS = {"output_dir"}
 
 
 class RunRefusedError(TSTError):
@@ -47,6 +42,7 @@ class PlannedRun:
         settings (`dict`): Its arguments, as a configuration file holds them.
         data (`dict`): Fingerprints of its data by what it is for, as far as they are known.
         seconds (`float`): How long it takes, as far as that is known.
+        arm (`str`): The arm that it is a run of.
     """
 
     name: str
@@ -54,6 +50,7 @@ class PlannedRun:
     settings: Mapping[str, Any]
     data: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    arm: str = ""
 
     @property
     def result(self) -> RunResult | None:
@@ -70,7 +67,7 @@ class PlannedRun:
         if not path.is_file():
             return
         begun = read_settings(path)
-        for name in sorted((begun.keys() | self.settings.keys()) - FREE_SETTINGS):
+        for name in sorted((begun.keys() | self.settings.keys()) - {"output_dir"}):
             before, now = begun.get(name), self.settings.get(name)
             if before != now:
                 raise TSTError(
@@ -93,73 +90,74 @@ def run_all(
     launcher: str | None = None,
     until: float = math.inf,
 ) -> dict[str, str]:
-    """Do the runs that are not finished; those half done go on from their last complete checkpoint.
+    """Do the runs that are not finished. An interrupted run continues from its last complete checkpoint.
+
+    However this ends, by SIGTERM or SIGHUP too, no run continues without it.
 
     Args:
         runs: The runs.
-        processes (`int`, defaults to 1): How many at the same time. They share the processor's cores, and each has a GPU
-            of its own, in turn, where there are several and no `launcher`.
+        processes (`int`, defaults to 1): How many at the same time. They share the processor's cores. Where there are several
+            GPUs and no `launcher`, each run has one of them, in turn.
         launcher (`str`, *optional*): What starts a run in the place of this Python, for example
             `"accelerate launch --num_processes 8"`.
-        until (`float`, *optional*): A time of `time.monotonic`; a run that would end later is not started.
+        until (`float`, *optional*): A time of `time.monotonic`. A run that would end later is not started.
 
     Returns:
-        What went wrong, by name of the run, in a sentence; a run that failed does not stop the others.
-
-    However this ends, by SIGTERM or SIGHUP, too, no run goes on without it.
+        What went wrong, by name of the run, in a sentence. A run that failed does not stop the others.
 
     Raises:
-        TSTError: If the settings of one were others before, or there is no such launcher.
-        RunRefusedError: If the input of one is refused.
+        TSTError: If a run was begun with other settings, or there is no such launcher.
+        RunRefusedError: If the input of a run is refused. The runs under way end first.
     """
     for run in runs:
         run.check_settings()
-    if launcher is not None:
-        _check_launcher(launcher)
+    command = _start_command(launcher)
+    waiting = [run for run in runs if run.result is None]
+    count, done = len(waiting), 0
     failures: dict[str, str] = {}
     refusal: RunRefusedError | None = None
-    places, stopped, children = _places(processes, launcher), Event(), set[subprocess.Popen[bytes]]()
-
-    def do(run: PlannedRun) -> int | None:
-        if stopped.is_set() or time.monotonic() + run.seconds > until:
-            return None
-        environment = places.get()
-        status = 2
+    places = _places(processes, launcher)
+    active: dict[subprocess.Popen[bytes], tuple[PlannedRun, dict[str, str]]] = {}
+    with _noted_signals() as signals:
         try:
-            status = launch(run, launcher, environment, children)
+            while waiting or active:
+                if signals:
+                    raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+                while waiting and places:
+                    run = waiting.pop(0)
+                    if time.monotonic() + run.seconds <= until:
+                        place = places.pop(0)
+                        active[_start(run, command, place)] = run, place
+                ended = [child for child in active if child.poll() is not None]
+                if not ended:
+                    time.sleep(0.1)
+                for child in ended:
+                    run, place = active.pop(child)
+                    places.append(place)
+                    done += 1
+                    if child.poll() == 2 or (run.folder / REFUSAL_FILE).is_file():
+                        waiting.clear()  # the others would be refused as well
+                        refusal = refusal or RunRefusedError(
+                            f"The run {run.name} was refused: {_last_line(run)}"
+                        )
+                        continue
+                    if child.poll() or run.result is None:
+                        failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
+                    print(f"{done}/{count}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
         finally:
-            places.put(environment)
-            if status == 2:  # the others would be refused as well
-                stopped.set()
-        return status
-
-    with _signals_raise(), ThreadPoolExecutor(processes) as pool:
-        started = {pool.submit(do, run): run for run in runs if run.result is None}
-        try:
-            for number, future in enumerate(as_completed(started), 1):
-                run, status = started[future], future.result()
-                if status is None:  # not started
-                    continue
-                if status == 2:  # no further one is started, and those under way are let finish
-                    refusal = refusal or RunRefusedError(f"The run {run.name} was refused: {_last_line(run)}")
-                    continue
-                if status or run.result is None:
-                    failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
-                print(f"{number}/{len(started)}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
-        except BaseException:
-            stopped.set()
-            while wait(started, timeout=0.2).not_done:
-                for child in list(children):
-                    _terminate(child)
-            raise
-        finally:
-            stopped.set()  # nothing further is started
+            for child in active:
+                _terminate(child)
+            for child in active:
+                child.wait()
     if refusal is not None:
         raise refusal
     return failures
 
 
-def _check_launcher(launcher: str) -> None:
+def _start_command(launcher: str | None) -> list[str]:
+    """The words that start a run, checked."""
+    if launcher is None:
+        return [sys.executable]
     try:
         command = shlex.split(launcher)
     except ValueError as error:  # a quotation that is not closed
@@ -168,85 +166,57 @@ def _check_launcher(launcher: str) -> None:
         raise TSTError(f"launcher={launcher!r} names no command: leave it out, or name one.")
     if not shutil.which(command[0]):
         raise TSTError(f"launcher={launcher!r} cannot be started: there is no command {command[0]!r}.")
-
-
-def run_all_shown(
-    runs: Sequence[PlannedRun], **options: Any
-) -> tuple[dict[str, str], RunRefusedError | None]:
-    """As [`run_all`], but a refusal is returned where other runs are finished, which a report can show before it is raised."""
-    try:
-        return run_all(runs, **options), None
-    except RunRefusedError as error:
-        if all(run.result is None for run in runs):
-            raise
-        return {}, error
+    return command
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Context in which SIGTERM, and SIGHUP unless it is ignored, raise `SystemExit`, so that what was started is ended."""
+def _noted_signals() -> Iterator[list[int]]:
+    """Context in which SIGINT, SIGTERM and SIGHUP are noted in the list it gives, unless they are ignored.
 
-    def stop(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # signals can be caught there only
-        yield
-        return
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has the first
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
-    caught = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in caught:
-        signal.signal(number, stop)
+    A signal that raises could do so after a process was started, and before it is known to be there.
+    """
+    noted: list[int] = []
+    caught = {}
+    if threading.current_thread() is threading.main_thread():  # signals can be caught there only
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                caught[number] = signal.signal(number, lambda number, _: noted.append(number))
     try:
-        yield
+        yield noted
     finally:
         for number, handler in caught.items():
             signal.signal(number, handler)
 
 
-def launch(
-    run: PlannedRun,
-    launcher: str | None,
-    environment: Mapping[str, str],
-    children: set[subprocess.Popen[bytes]],
-) -> int:
-    """Start a run, wait for its end, and return its exit status, also where `launcher` ends with one of its own."""
+def _start(
+    run: PlannedRun, command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
-    refusal = run.folder / REFUSAL_FILE
-    refusal.unlink(missing_ok=True)
-    settings = {**run.settings, "output_dir": str(run.folder)}
+    (run.folder / REFUSAL_FILE).unlink(missing_ok=True)
     path = run.folder / SETTINGS_FILE
-    write_whole(path, yaml.safe_dump(settings))
+    write_whole(path, yaml.safe_dump({**run.settings, "output_dir": str(run.folder)}))
     write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
-    start = shlex.split(launcher) if launcher else [sys.executable]
-    command = [*start, "-m", "hf_tst.experiments.worker", str(path)]
     with open(run.folder / LOG_FILE, "ab") as log:
-        status = run_process(command, log, {**os.environ, **environment}, children)
-    return 2 if refusal.is_file() else status
+        return start_process(
+            [*command, "-m", "hf_tst.experiments.worker", str(path)], log, {**os.environ, **environment}
+        )
 
 
-def run_process(
-    command: Sequence[str],
-    log: IO[bytes],
-    environment: Mapping[str, str],
-    children: set[subprocess.Popen[bytes]],
-) -> int:
-    """Run a command, which writes into `log` and is among `children` as long as it lives; its exit status.
+def start_process(
+    command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a command that writes into `log`, in a process group of its own.
 
-    It has a process group of its own, by which [`_terminate`] reaches what a launcher has started, too.
+    By the group [`_terminate`] reaches what a launcher has started, too.
     """
-    with subprocess.Popen(
+    return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    ) as child:
-        children.add(child)
-        try:
-            return child.wait()
-        finally:
-            children.discard(child)
+    )
 
 
 def _terminate(child: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started: not every launcher passes a signal on."""
+    """Terminate a process and those that it started: not every launcher passes a signal on."""
     if not hasattr(os, "killpg"):  # Windows
         child.terminate()
     elif child.poll() is None:
@@ -254,15 +224,14 @@ def _terminate(child: subprocess.Popen[bytes]) -> None:
             os.killpg(child.pid, signal.SIGTERM)
 
 
-def _places(processes: int, launcher: str | None) -> SimpleQueue[dict[str, str]]:
-    """What the environment of a run holds, for as many as run at the same time."""
+def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
+    """What is added to the environment of a run, for as many as run at the same time."""
     cores = str(max(1, (os.cpu_count() or 1) // processes))
     common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
     gpus = [] if launcher else _visible_gpus()
-    places: SimpleQueue[dict[str, str]] = SimpleQueue()
-    for place in range(processes):
-        places.put(common | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}))
-    return places
+    if len(gpus) < 2:
+        return [common] * processes
+    return [common | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(processes)]
 
 
 def _visible_gpus() -> list[str]:

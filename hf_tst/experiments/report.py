@@ -6,14 +6,15 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..records.report import format_columns
-from .comparison import BASELINE, ArmSummary, Comparison, RateSummary, comparison_to_dict
-from .result import CurvePoint
+from .comparison import BASELINE, ArmSummary, Comparison, RateSummary, best_rate, comparison_to_dict
+from .result import CurvePoint, RunResult
 
 TITLE = "Comparison of training runs"
 COLUMNS = (
@@ -21,6 +22,8 @@ COLUMNS = (
     "time", "peak memory", "steps to baseline's loss", "FLOPs to it",
 )  # fmt: skip
 RUN_COLUMNS = ("arm", "learning rate", "seed", "initial eval loss", "final eval loss", "status")
+Rows = list[tuple[str, ...]]
+Panel = dict[tuple[int, float], RateSummary]  # by bag size and phase ratio
 Axis = tuple[str, Callable[[ArmSummary, CurvePoint], float]]
 AXES: tuple[Axis, ...] = (
     ("optimizer steps", lambda arm, point: point.step),
@@ -28,37 +31,50 @@ AXES: tuple[Axis, ...] = (
     ("raw tokens", lambda arm, point: point.raw_tokens),
     ("seconds of training", lambda arm, point: point.seconds),
 )
-# Told apart by those who do not see colours, too (Okabe and Ito).
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+# Told apart by those who do not see colors, too (Okabe and Ito).
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
-def table_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """The table of the arms, the header first."""
-    return [COLUMNS, *(_arm_row(arm) for arm in comparison.arms)]
+def tables(comparison: Comparison) -> dict[str, Rows]:
+    """Titles and rows, the header first: the panels of a grid, the arms, all runs."""
+    runs = [
+        (run.arm, f"{run.learning_rate:g}", str(run.seed), *_losses(run.result), run.status)
+        for run in comparison.outcomes
+    ]
+    return {
+        **{name: _panel_rows(panel) for name, panel in panels(comparison).items()},
+        "Arms": [COLUMNS, *(_arm_row(arm) for arm in comparison.arms)],
+        "All runs": [RUN_COLUMNS, *runs],
+    }
 
 
-def run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """The table of all runs, the header first."""
-    rows: list[tuple[str, ...]] = [RUN_COLUMNS]
-    for run in comparison.outcomes:
-        result = run.result
-        rows.append(
-            (
-                run.arm,
-                f"{run.learning_rate:g}",
-                str(run.seed),
-                _loss(result.initial_eval_loss) if result else "missing",
-                _loss(result.final_eval_loss) if result else "missing",
-                run.status,
-            )
-        )
-    return rows
+def panels(comparison: Comparison) -> dict[str, Panel]:
+    """The cells of a grid by bag size and phase ratio, one panel for each weighting and mode; of no grid, none."""
+    best = {arm.arm: arm.best for arm in comparison.arms}
+    found: dict[str, Panel] = {}
+    for name, cell in comparison.grid.items():
+        panel = found.setdefault(f"{cell['tst_offset_weighting']}, {cell['tst_mode']}", {})
+        panel[cell["tst_bag_size"], cell["tst_phase_ratio"]] = best[name]
+    return found
+
+
+def _axes_of(panel: Panel) -> tuple[list[int], list[float]]:
+    """Bag sizes and phase ratios, in order."""
+    return sorted({size for size, _ in panel}), sorted({ratio for _, ratio in panel})
+
+
+def _panel_rows(panel: Panel) -> Rows:
+    """A row per bag size, a column per phase ratio."""
+    sizes, ratios = _axes_of(panel)
+    body = [(str(size), *(describe_rate(panel[size, ratio]) for ratio in ratios)) for size in sizes]
+    return [("s \\ r", *(f"{ratio:g}" for ratio in ratios)), *body]
 
 
 def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     best = arm.best
+    seeds = ", ".join([str(len(best.losses)), *_left_out(best)])
     if best.mean_loss is None:
-        return (arm.arm, "-", _without_loss(best), "-", _seeds(best), *["-"] * 7)
+        return (arm.arm, "-", _loss_of(best), "-", seeds, *["-"] * 7)
     end = best.curve[-1]
     memory = "-" if best.peak_memory_bytes is None else f"{_bytes(best.peak_memory_bytes)} ({best.memory_of})"
     difference = "-" if arm.difference is None else _with_sd(arm.difference, arm.difference_sd, "+.4f")
@@ -68,9 +84,9 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     return (
         arm.arm,
         f"{best.learning_rate:g}",
-        _with_sd(best.mean_loss, best.sd, ".4f"),
+        _loss_of(best),
         "reference" if arm.arm == BASELINE else difference,
-        _seeds(best),
+        seeds,
         _count(end.raw_tokens),
         _count(end.latent_tokens),
         f"{arm.flops(end):.3g}",
@@ -80,23 +96,33 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     )
 
 
-def _without_loss(rate: RateSummary) -> str:
-    return "diverged" if rate.diverged else "missing"
+def describe_rate(rate: RateSummary) -> str:
+    """Mean ± standard deviation, and how many seeds diverged or are missing."""
+    left_out = _left_out(rate)
+    return _loss_of(rate) + (f" ({', '.join(left_out)})" if left_out and rate.losses else "")
 
 
-def _seeds(rate: RateSummary) -> str:
-    parts = [str(len(rate.losses))]
-    parts += [f"{len(rate.diverged)} diverged"] if rate.diverged else []
-    parts += [f"{len(rate.missing)} missing"] if rate.missing else []
-    return ", ".join(parts)
+def _loss_of(rate: RateSummary) -> str:
+    if rate.mean_loss is None:
+        return "diverged" if rate.diverged else "missing"
+    return _with_sd(rate.mean_loss, rate.sd, ".4f")
+
+
+def _left_out(rate: RateSummary) -> list[str]:
+    counts = {"diverged": len(rate.diverged), "missing": len(rate.missing)}
+    return [f"{count} {status}" for status, count in counts.items() if count]
 
 
 def _with_sd(value: float, sd: float | None, spec: str) -> str:
     return format(value, spec) + ("" if sd is None else f" ± {sd:.4f}")
 
 
-def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+def _losses(result: RunResult | None) -> list[str]:
+    """The first and the last loss of a run."""
+    if result is None:
+        return ["missing", "missing"]
+    losses = (result.initial_eval_loss, result.final_eval_loss)
+    return ["not finite" if loss is None else f"{loss:.4f}" for loss in losses]
 
 
 def _bytes(count: int) -> str:
@@ -116,30 +142,54 @@ def _duration(seconds: float) -> str:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The comparison as tables of text, for a terminal: one column an arm."""
-    columns = [*zip(*table_rows(comparison), strict=True)]
-    return "\n\n".join(
-        [format_columns(columns), *([format_columns(run_rows(comparison))]), *comparison.notes]
-    )
+    """The comparison as tables of text, for a terminal: arms in columns, or the panels of a grid."""
+    parts = tables(comparison)
+    arms = parts.pop("Arms")
+    texts = [f"{title}\n{format_columns(rows)}" for title, rows in parts.items()]
+    if not comparison.grid:
+        texts.insert(0, format_columns([*zip(*arms, strict=True)]))
+    return "\n\n".join([*texts, *_captions(comparison)[1:], *comparison.notes])
 
 
-def format_comparison_markdown(comparison: Comparison, curves: str | None = None) -> str:
-    """The comparison as a page of Markdown; `curves` names the picture beside it, if there is one."""
-    parts = [f"# {TITLE}", markdown_table(table_rows(comparison)), *_captions(comparison)]
-    if curves:
-        parts.append(f"![Evaluation loss over steps, FLOPs, raw tokens and seconds]({curves})")
-    parts += ["## All runs", markdown_table(run_rows(comparison)), *markdown_facts(comparison.facts)]
-    if comparison.notes:
-        parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in comparison.notes)]
+def format_comparison_markdown(comparison: Comparison, picture: str | None = None) -> str:
+    """The comparison as a page of Markdown; `picture` names the picture beside it, if there is one."""
+    parts = [f"# {TITLE}", *_captions(comparison)]
+    if picture:
+        parts.append(f"![{'; '.join(label for label, _ in pictures(comparison))}]({picture})")
+    for title, rows in tables(comparison).items():
+        parts += [f"## {title}", markdown_table(rows)]
+    facts = [
+        f"- {_escape(name)}: {_code(value) if name == 'command' else _escape(value)}"
+        for name, value in comparison.facts.items()
+    ]
+    for title, lines in (
+        ("How it was done", facts),
+        ("Notes", [f"- {_escape(note)}" for note in comparison.notes]),
+    ):
+        parts += [f"## {title}", "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
 def _captions(comparison: Comparison) -> list[str]:
     equal = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
-    return [
-        f"Equal {equal[comparison.budget]}. Loss: next-token, nats a token, at the end of training, mean ± standard deviation "
+    captions = [
+        f"Equal {equal[comparison.budget]}. Loss: next-token, nats per token, at the end of training, mean ± standard deviation "
         "over seeds; vs baseline: mean difference of runs with the same seed. Tokens, FLOPs and time are those of one run."
     ]
+    cells = {arm.arm: arm.best for arm in comparison.arms}
+    if BASELINE in cells and comparison.grid:
+        captions.append(f"Without superposition: {describe_rate(cells[BASELINE])}.")
+    for name in comparison.grid:
+        if cells[name] is lowest_cell(comparison):
+            captions.append(f"Lowest: {name}, {describe_rate(cells[name])}.")
+    return captions
+
+
+def lowest_cell(comparison: Comparison) -> RateSummary | None:
+    """The cell of a grid of the lowest mean loss, of those in which most runs ended well."""
+    cells = [cell for panel in panels(comparison).values() for cell in panel.values()]
+    best = best_rate(cells) if cells else None
+    return best if best and best.losses else None
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -148,15 +198,6 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(map(_escape, line))} |" for line in [header, ["---"] * len(header), *body]
     )
-
-
-def markdown_facts(facts: Mapping[str, str]) -> list[str]:
-    """The section that says how runs were done, with the command as code; nothing if nothing is known of it."""
-    lines = [
-        f"- {_escape(name)}: {_code(value) if name == 'command' else _escape(value)}"
-        for name, value in facts.items()
-    ]
-    return ["## How it was done", "\n".join(lines)] if lines else []
 
 
 def _escape(text: str) -> str:
@@ -175,7 +216,7 @@ def draw_curves(comparison: Comparison, axes: Any, axis: Axis) -> None:
     label, position = axis
     drawn = False
     for number, arm in enumerate(comparison.arms):
-        colour, style = COLOURS[number % len(COLOURS)], ("-", "--", "-.", ":")[number % 4]
+        color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
 
         def line(
             curve: Sequence[CurvePoint], arm: ArmSummary = arm
@@ -183,15 +224,15 @@ def draw_curves(comparison: Comparison, axes: Any, axis: Axis) -> None:
             return [position(arm, point) for point in curve], [point.eval_loss for point in curve]
 
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
-            axes.plot(*line(curve), color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(*line(curve), color=color, alpha=0.25, linewidth=0.8)
         if arm.best.curve:
             drawn = True
-            axes.plot(*line(arm.best.curve), style, color=colour, label=arm.arm, linewidth=1.8)
+            axes.plot(*line(arm.best.curve), style, color=color, label=arm.arm, linewidth=1.8)
             switch = arm.plan.schedule.switch_step
             at_switch = next((point for point in arm.best.curve if point.step >= switch > 0), None)
             if at_switch is not None:
                 x, y = line([at_switch])
-                axes.plot(x, y, "o", color=colour, markersize=5)
+                axes.plot(x, y, "o", color=color, markersize=5)
     baseline = next((arm.best.mean_loss for arm in comparison.arms if arm.arm == BASELINE), None)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle=":", linewidth=1)
@@ -215,17 +256,63 @@ def _loss_after(curve: Sequence[CurvePoint], share: float) -> float | None:
     return later[0].eval_loss if later else None
 
 
+def draw_heat_map(comparison: Comparison, axes: Any, name: str) -> None:
+    """Draw a panel of a grid, bag size s against phase ratio r as in table 4 of the paper, the lowest cell framed.
+
+    All panels have one scale of colors.
+    """
+    from matplotlib.patches import Rectangle
+
+    found = panels(comparison)
+    known = [cell.mean_loss for panel in found.values() for cell in panel.values() if cell.mean_loss] or [
+        0,
+        1,
+    ]
+    low, high = min(known), max(known)
+    panel, lowest = found[name], lowest_cell(comparison)
+    sizes, ratios = _axes_of(panel)
+    values = [[panel[size, ratio].mean_loss or float("nan") for ratio in ratios] for size in sizes]
+    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for (size, ratio), cell in panel.items():
+        x, y = ratios.index(ratio), sizes.index(size)
+        text = _loss_of(cell) if cell.mean_loss is None else f"{cell.mean_loss:.4f}"
+        color = "white" if (cell.mean_loss or high) < (low + high) / 2 else "black"
+        axes.text(x, y, text, ha="center", va="center", color=color)
+        if cell is lowest:
+            frame = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=2)
+            axes.add_patch(frame)
+    axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+    axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.set_xlabel("phase ratio r")
+    axes.set_ylabel("bag size s")
+    axes.set_title(name)
+    axes.figure.colorbar(image, ax=axes, label="final loss (nats)")
+
+
+def pictures(comparison: Comparison) -> list[tuple[str, Callable[[Any], None]]]:
+    """What each picture shows, and a function that draws it on axes of matplotlib: curves, or heat maps of a grid."""
+    if comparison.grid:
+        return [
+            (f"Loss by bag size and phase ratio, {name}", partial(draw_heat_map, comparison, name=name))
+            for name in panels(comparison)
+        ]
+    return [(f"Evaluation loss over {axis[0]}", partial(draw_curves, comparison, axis=axis)) for axis in AXES]
+
+
 def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Draw the loss over steps, FLOPs, raw tokens and seconds as a PNG.
+    """Draw all pictures as one PNG.
 
     Raises:
         ImportError: If matplotlib is not installed (extra `plot`).
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    for axes, axis in zip(figure.subplots(2, 2).flat, AXES, strict=True):
-        draw_curves(comparison, axes, axis)
+    drawn = pictures(comparison)
+    columns = 1 if len(drawn) % 2 else 2
+    rows = len(drawn) // columns
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    for axes, (_, draw) in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
+        draw(axes)
     figure.savefig(path, dpi=120)
     return Path(path)
 
@@ -235,45 +322,41 @@ def render_html(comparison: Comparison) -> str:
     from jinja2 import Environment
 
     template = files("hf_tst.records").joinpath("templates/comparison.html").read_text(encoding="utf-8")
-    header, *rows = table_rows(comparison)
-    run_header, *runs = run_rows(comparison)
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        title=TITLE, captions=_captions(comparison), header=header, rows=rows, run_header=run_header, runs=runs,
-        facts=comparison.facts, notes=comparison.notes, pictures=_pictures(comparison),
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    return page.render(
+        title=TITLE, captions=_captions(comparison), tables=tables(comparison), facts=comparison.facts,
+        notes=comparison.notes, pictures=_encoded_pictures(comparison), has_curves=not comparison.grid,
     )  # fmt: skip
 
 
-def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
-    """What each curve shows, and it, as base64 of a PNG; none without matplotlib."""
+def _encoded_pictures(comparison: Comparison) -> list[tuple[str, str]]:
+    """What each picture shows, and it, as base64 of a PNG; none without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    pictures = []
-    for axis in AXES:
+    encoded = []
+    for label, draw in pictures(comparison):
         figure = Figure(figsize=(5, 3.6), layout="constrained")
-        draw_curves(comparison, figure.subplots(), axis)
+        draw(figure.subplots())
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=160, format="png")
-        pictures.append(
-            (f"Evaluation loss over {axis[0]}", base64.b64encode(buffer.getvalue()).decode("ascii"))
-        )
-    return pictures
+        encoded.append((label, base64.b64encode(buffer.getvalue()).decode("ascii")))
+    return encoded
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Write `comparison.json`, `.md`, `.html` and, with matplotlib, `.png` into a folder, and return their paths."""
     folder = Path(folder)
-    written = [folder / f"comparison.{ending}" for ending in ("json", "md", "html")]
     try:
-        curves: Path | None = plot_comparison(comparison, folder / "comparison.png")
+        drawn = [plot_comparison(comparison, folder / "comparison.png")]
     except ImportError:
-        curves = None
-    pages = (
-        json.dumps(comparison_to_dict(comparison), indent=2) + "\n",
-        format_comparison_markdown(comparison, curves.name if curves else None),
-        render_html(comparison),
-    )
-    for path, text in zip(written, pages, strict=True):
-        path.write_text(text, encoding="utf-8")
-    return [*written, *([curves] if curves else [])]
+        drawn = []
+    pages = {
+        "json": json.dumps(comparison_to_dict(comparison), indent=2) + "\n",
+        "md": format_comparison_markdown(comparison, drawn[0].name if drawn else None),
+        "html": render_html(comparison),
+    }
+    for ending, text in pages.items():
+        (folder / f"comparison.{ending}").write_text(text, encoding="utf-8")
+    return [*(folder / f"comparison.{ending}" for ending in pages), *drawn]

@@ -35,9 +35,6 @@ class RunResult:
     """What came of one run.
 
     Args:
-        steps (`int`): Optimizer steps.
-        raw_tokens (`int`), latent_tokens (`int`): Tokens read, and positions computed.
-        seconds (`float`): Spent on training, without evaluation, saving and loading.
         curve (`list[CurvePoint]`): All evaluations, in order; the first before training, the last after it.
         seconds_per_step (`dict`): Median by phase.
         peak_memory_bytes (`int`, *optional*): Of the first device; of the process where there is no GPU.
@@ -45,10 +42,6 @@ class RunResult:
         parameters (`int`), hardware (`str`), software (`str`): As on record of the run.
     """
 
-    steps: int
-    raw_tokens: int
-    latent_tokens: int
-    seconds: float
     curve: list[CurvePoint]
     seconds_per_step: dict[str, float]
     peak_memory_bytes: int | None
@@ -96,7 +89,8 @@ class RunResult:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"curve": [CurvePoint(**point) for point in values["curve"]]})
+            values["curve"] = [CurvePoint(**point) for point in values["curve"]]
+            return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise TSTError(
                 f"The file {path} is damaged ({error}): remove it to have the run done again."
@@ -143,21 +137,13 @@ def result_of_run(
         )
     if not points:
         raise TSTError("The run was not evaluated: give it evaluation data.")
-    curve = [points[step] for step in sorted(points)]
     memory, memory_of = _peak_memory()
-    last = curve[-1]
     return RunResult(
-        steps=last.step,
-        raw_tokens=last.raw_tokens,
-        latent_tokens=last.latent_tokens,
-        seconds=last.seconds,
-        curve=curve,
+        curve=[points[step] for step in sorted(points)],
         seconds_per_step=_seconds_per_step(timed),
         peak_memory_bytes=memory,
         memory_of=memory_of,
-        parameters=run["parameters"],
-        hardware=run["hardware"],
-        software=run["software"],
+        **{name: run[name] for name in ("parameters", "hardware", "software")},
     )
 
 

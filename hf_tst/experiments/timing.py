@@ -134,21 +134,19 @@ class TimeLimit:
         between = round(1 / every) if every < 1 else settings["max_steps"] // every
         return self.start + (2 + between) * self.evaluation
 
-    def lowered(
-        self, plans: Mapping[str, ArmPlan], runs: Sequence[tuple[str, PlannedRun]], left: float
-    ) -> TimeLimit:
+    def lowered(self, plans: Mapping[str, ArmPlan], runs: Sequence[PlannedRun], left: float) -> TimeLimit:
         """The limit with the `max_steps` with which all runs, one after the other, end within `left` seconds.
 
         Args:
             plans (`dict[str, ArmPlan]`): The arms, for the configured steps.
-            runs: All runs with the name of their arm, for the configured steps.
+            runs: All runs, for the configured steps.
             left (`float`): Seconds that are left of the limit.
 
         Raises:
             TSTError: If no time is left for steps.
         """
-        fixed = sum(self.fixed_seconds(run.settings) for _, run in runs)
-        training = sum(self.seconds_of(plans[name], run.settings) for name, run in runs) - fixed
+        fixed = sum(self.fixed_seconds(run.settings) for run in runs)
+        training = sum(self.seconds_of(plans[run.arm], run.settings) for run in runs) - fixed
         chosen = int(self.configured_steps * (PLANNED_SHARE * left - fixed) / training)
         if chosen < FEWEST_STEPS:
             raise TSTError(
@@ -168,7 +166,7 @@ class TimeLimit:
 def time_short_run(
     experiment: Experiment,
     plans: Mapping[str, ArmPlan],
-    runs: Sequence[tuple[str, PlannedRun]],
+    runs: Sequence[PlannedRun],
     seconds: float,
     steps: int,
     launcher: str | None,
@@ -188,7 +186,7 @@ def time_short_run(
     Raises:
         TSTError: If the short run fails.
     """
-    arm, first = next(((name, run) for name, run in runs if is_superposed(run.settings)), runs[0])
+    first = next((run for run in runs if is_superposed(run.settings)), runs[0])
     folder = experiment.output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
     timed = PlannedRun("calibration", folder, _short_run(first.settings, steps), experiment.data)
@@ -201,5 +199,5 @@ def time_short_run(
     configured = experiment.values["max_steps"]
     return TimeLimit(
         configured, configured, seconds, max(0.0, whole - evaluation - training), evaluation, pace.superposition,
-        pace.recovery, plans[arm].operations.recovery,
+        pace.recovery, plans[first.arm].operations.recovery,
     )  # fmt: skip

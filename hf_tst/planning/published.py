@@ -49,27 +49,9 @@ PUBLISHED = (
 )
 
 
-def find_published(
-    hidden_size: int,
-    layers: int,
-    vocab_size: int,
-    steps: int,
-    tokens_per_step: int,
-    bag_size: int,
-    phase_ratio: float,
-) -> PublishedRun | None:
-    """The published run of exactly this model, length, batch, s and r; `None` for every other run."""
-    if vocab_size != 128_256:
-        return None
-    wanted = (hidden_size, layers, steps, tokens_per_step, bag_size, phase_ratio)
-    for run in PUBLISHED:
-        if wanted == (
-            run.hidden_size,
-            run.layers,
-            run.steps,
-            run.tokens_per_step,
-            run.bag_size,
-            run.phase_ratio,
-        ):
-            return run
-    return None
+def find_published(vocab_size: int, **settings: float) -> PublishedRun | None:
+    """The published run of exactly these `settings`, the fields of [`PublishedRun`] that tell runs apart; else `None`."""
+    matching = (
+        run for run in PUBLISHED if all(getattr(run, name) == value for name, value in settings.items())
+    )
+    return next(matching, None) if vocab_size == 128_256 else None

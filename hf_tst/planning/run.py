@@ -1,9 +1,9 @@
-"""What a run costs before it is started, and what it is compared with. Arithmetic on `plan.py` and the phases."""
+"""What a run costs before it is started, and what it is compared with. Arithmetic on the costs and the phases."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError
@@ -90,11 +90,11 @@ class RunPlan:
     layout: Layout
     machines: Machines
     phases: list[PhaseCost]
-    alternatives: list[Alternative]
     memory: dict[str, int]
     communication: dict[str, int]
     checkpoints: dict[str, int]
     mtp_parameters: int = 0  # of extra heads, which are there while it trains
+    alternatives: list[Alternative] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -179,20 +179,13 @@ def plan_run(
         flops = (end - first) * tokens * per_token
         return PhaseCost(phase, end - first, raw, (end - first) * tokens, flops, machines.gpu_hours(flops))
 
-    phases = [cost("superposition", 0, switch), cost("recovery", switch, steps)]
-    flops = sum(phase.flops for phase in phases)
-    alternatives, notes = (
-        _compare(schedule, shape, layout, machines, flops, mtp_num_heads) if switch else ([], [])
-    )
     checkpoints = checkpoint_bytes(training_shape, precision)
-    return RunPlan(
+    plan = RunPlan(
         schedule=schedule,
         shape=shape,
         layout=layout,
         machines=machines,
-        phases=phases,
-        alternatives=alternatives,
-        notes=notes,
+        phases=[cost("superposition", 0, switch), cost("recovery", switch, steps)],
         mtp_parameters=training_shape.parameters - shape.parameters,
         memory=memory_per_gpu(
             training_shape,
@@ -204,56 +197,45 @@ def plan_run(
         communication=communication_per_step(training_shape, layout, precision),
         checkpoints=checkpoints | {"model": checkpoint_bytes(shape, precision)["model"]},
     )
+    return _compare(plan, mtp_num_heads > 1) if switch else plan
 
 
-def _compare(
-    schedule: PhaseSchedule,
-    shape: ModelShape,
-    layout: Layout,
-    machines: Machines,
-    flops: int,
-    mtp_num_heads: int,
-) -> tuple[list[Alternative], list[str]]:
-    """The run beside baselines of equal FLOPs, equal data and equal loss, and what is said of them."""
-    tokens, steps = layout.latent_tokens, schedule.max_steps
-    raw_tokens = schedule.tokens_seen(steps, tokens)
+def _compare(plan: RunPlan, has_extra_heads: bool) -> RunPlan:
+    """The plan beside baselines of equal FLOPs, equal data and equal loss, and what is said of them."""
+    shape, schedule, tokens = plan.shape, plan.schedule, plan.layout.latent_tokens
     published = None
-    if mtp_num_heads == 1:
+    if not has_extra_heads:
         published = find_published(
-            shape.hidden_size, shape.layers, shape.vocab_size, steps, tokens, schedule.bag_size,
-            schedule.phase_ratio,
+            shape.vocab_size, hidden_size=shape.hidden_size, layers=shape.layers, steps=schedule.max_steps,
+            tokens_per_step=tokens, bag_size=schedule.bag_size, phase_ratio=schedule.phase_ratio,
         )  # fmt: skip
-    label = f"loss: published, {SOURCE}"
 
-    step_flops = tokens * flops_per_token(shape, layout.length)
+    def baseline(equal: str, steps: int, loss: float | None = None, said: str = "loss") -> Alternative:
+        flops = steps * tokens * flops_per_token(shape, plan.layout.length)
+        source = f"{said}: published, {SOURCE}" if loss else "computed"
+        hours = plan.machines.gpu_hours(flops)
+        return Alternative(f"baseline, equal {equal}", steps, steps * tokens, flops, hours, loss, source)
 
-    def row(
-        name: str, steps: int, raw: int, loss: float | None, source: str = label, flops: int | None = None
-    ) -> Alternative:
-        flops = steps * step_flops if flops is None else flops
-        hours = machines.gpu_hours(flops)
-        return Alternative(name, steps, raw, flops, hours, loss, source if loss else "computed")
-
-    this_run = "TST, this run" if mtp_num_heads == 1 else "TST and MTP, this run"
-    equal_flops = round(flops / step_flops)
-    equal_data = math.ceil(raw_tokens / tokens)
-    rows = [
-        row(this_run, steps, raw_tokens, published.loss if published else None, flops=flops),
-        row(
-            "baseline, equal FLOPs",
-            equal_flops,
-            equal_flops * tokens,
-            published.baseline_loss if published else None,
-        ),
-        row("baseline, equal data", equal_data, equal_data * tokens, None),
-    ]
+    this_run = Alternative(
+        "TST and MTP, this run" if has_extra_heads else "TST, this run",
+        schedule.max_steps,
+        plan.raw_tokens,
+        plan.flops,
+        plan.gpu_hours,
+        published.loss if published else None,
+        f"loss: published, {SOURCE}" if published else "computed",
+    )
+    equal_flops = round(plan.flops / (tokens * flops_per_token(shape, plan.layout.length)))
+    equal_loss = Alternative("baseline, equal loss", source="no published figure")
     if published and published.equal_loss_steps:
-        source = f"steps and loss: published, {SOURCE}"
-        length = published.equal_loss_steps
-        rows.append(row("baseline, equal loss", length, length * tokens, published.equal_loss, source))
-    else:
-        rows.append(Alternative("baseline, equal loss", source="no published figure"))
-    return rows, _notes(published, flops)
+        equal_loss = baseline("loss", published.equal_loss_steps, published.equal_loss, said="steps and loss")
+    alternatives = [
+        this_run,
+        baseline("FLOPs", equal_flops, published.baseline_loss if published else None),
+        baseline("data", math.ceil(plan.raw_tokens / tokens)),
+        equal_loss,
+    ]
+    return replace(plan, alternatives=alternatives, notes=_notes(published, plan.flops))
 
 
 def _notes(published: PublishedRun | None, flops: int) -> list[str]:
