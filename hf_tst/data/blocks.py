@@ -29,15 +29,15 @@ class BlockFacts:
     """What is known of the blocks of a data set before training.
 
     Args:
-        count (`int` or `None`): Blocks; `None` for a stream.
-        length (`int`): Tokens per block, L; 0 where a stream does not say.
-        fingerprint (`str`): Hash of the number of blocks and of up to 256 blocks spread over the data, which does not
+        num_blocks (`int` or `None`): Blocks; `None` for a stream.
+        block_length (`int`): Tokens per block, L; 0 where a stream does not say.
+        data (`str`): Fingerprint: hash of the number of blocks and of up to 256 blocks spread over the data, which does not
             depend on where or how the data is stored; for a stream, how it is cut into shards.
     """
 
-    count: int | None
-    length: int
-    fingerprint: str
+    num_blocks: int | None
+    block_length: int
+    data: str
 
 
 @dataclass(frozen=True)
