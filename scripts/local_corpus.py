@@ -13,13 +13,14 @@ import gzip
 import json
 import random
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_tst.data.quickstart import installed_package_files, standard_library_files, train_tokenizer
+from hf_tst.data.quickstart import standard_library_files, train_tokenizer
 
 # .dz, a dictionary's file, is gzip, too.
 TEXT_SUFFIXES = (".txt", ".rst", ".md", ".dict")
@@ -80,7 +81,8 @@ def documents(path: Path) -> Iterator[str]:
 
 def sources(packages: bool, seed: int) -> Iterator[str]:
     """The files of Python's standard library, and of installed packages, in shuffled order."""
-    files = standard_library_files() + (installed_package_files() if packages else [])
+    installed = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")) if packages else []
+    files = standard_library_files() + installed
     random.Random(seed).shuffle(files)
     return (read(file) for file in files)
 

@@ -148,13 +148,6 @@ def test_blocks_are_read_the_same_however_they_are_stored(source, tmp_path):
         assert again.read([5])[0]["input_ids"].tolist() == expected[5][0]
 
 
-def test_consecutive_blocks_of_a_table_are_not_copied():
-    reader = BlockReader(as_fixed_lists(make_blocks(50)), ["input_ids"])
-    first, second = (reader.read_joined(start, 3)["input_ids"] for start in (10, 11))
-    assert first.base is not None
-    assert np.shares_memory(first, second)
-
-
 def test_a_block_of_another_length_is_found_when_it_is_read():
     """Beyond the lengths that are looked at before training."""
     blocks = make_blocks(6)

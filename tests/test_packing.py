@@ -11,9 +11,9 @@ import torch
 from processes import Script
 from transformers import LlamaConfig
 
-from hf_tst.data.packing import BlockStream, cut_blocks, pack_blocks, tokenize_documents
+from hf_tst.data.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
-from hf_tst.data.text_files import check_utf8, load_text_file
+from hf_tst.data.text_files import load_text_file
 from hf_tst.pretraining.options import DataArguments, ModelArguments
 from hf_tst.pretraining.run import load_documents, load_model, prepare_blocks
 from hf_tst.records.run import loaded_from
@@ -44,12 +44,11 @@ def test_packing_keeps_every_token_in_order_but_the_last_remainder(tokenizer, bl
     assert np.array([block["input_ids"] for block in streamed]).ravel().tolist() == expected[:whole]
 
 
-def test_cutting_does_not_depend_on_where_documents_end():
-    tokens = np.arange(23, dtype=np.int32)
-    for pieces in ([tokens], np.split(tokens, [1, 1, 9, 20]), [tokens[i : i + 1] for i in range(23)]):
-        *blocks, rest = cut_blocks(pieces, 5)
-        assert np.concatenate(blocks).ravel().tolist() == list(range(20))
-        assert rest.tolist() == [20, 21, 22]
+@pytest.mark.parametrize("pieces", [[23], [1, 0, 8, 11, 3], [1] * 23])
+def test_cutting_does_not_depend_on_where_documents_end(pieces):
+    documents = np.split(np.arange(23, dtype=np.int32), np.cumsum(pieces)[:-1])
+    blocks = pack_blocks(datasets.Dataset.from_dict({"input_ids": documents}), 5)
+    assert np.array(blocks["input_ids"]).ravel().tolist() == list(range(20))
 
 
 def test_tokenised_data_is_left_alone(tokenizer):
@@ -210,12 +209,10 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path, name, streaming):
     assert "\n" not in str(error.value)
 
 
-def test_characters_across_the_pieces_of_a_check_are_no_error(tmp_path):
-    (tmp_path / "a.txt").write_text("x" + "é" * 10, encoding="utf-8")
-    check_utf8(str(tmp_path / "a.txt"), chunk_size=2)
-    (tmp_path / "b.txt").write_bytes(b"x" + "é".encode() * 4 + b"\xc3")
-    with pytest.raises(ValueError, match="byte 9 is 0xc3"):
-        check_utf8(str(tmp_path / "b.txt"), chunk_size=2)
+def test_a_character_that_is_cut_off_at_the_end_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x\n" + "é".encode() * 4 + b"\xc3")
+    with pytest.raises(ValueError, match="byte 10 is 0xc3"):
+        load_text_file(str(tmp_path / "a.txt"))
 
 
 def test_a_pattern_names_several_files_and_shards(tmp_path):

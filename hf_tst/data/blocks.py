@@ -29,15 +29,15 @@ class BlockFacts:
     """What is known of the blocks of a data set before training.
 
     Args:
-        count (`int` or `None`): Blocks; `None` for a stream.
-        length (`int`): Tokens per block, L; 0 where a stream does not say.
-        fingerprint (`str`): Hash of the number of blocks and of up to 256 blocks spread over the data, which does not
+        num_blocks (`int` or `None`): Blocks; `None` for a stream.
+        block_length (`int`): Tokens per block, L; 0 where a stream does not say.
+        data (`str`): Fingerprint: hash of the number of blocks and of up to 256 blocks spread over the data, which does not
             depend on where or how the data is stored; for a stream, how it is cut into shards.
     """
 
-    count: int | None
-    length: int
-    fingerprint: str
+    num_blocks: int | None
+    block_length: int
+    data: str
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,10 @@ def check_length(found: int, length: int, index: int) -> None:
         )
 
 
-def _check_stored_lengths(column: Any, length: int) -> None:
-    """The same for all blocks of an Arrow column of lists."""
+def _check_stored_lengths(column: Any, length: int, start: int = 0) -> None:
+    """The same for all blocks of an Arrow column of lists, from block `start` on."""
     import pyarrow.compute as pc
 
-    start = 0
     for chunk in column.chunks:
         lengths = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)
         if (differs := lengths != length).any():
@@ -195,26 +194,17 @@ class BlockReader:
     ) -> None:
         self.columns = list(columns)
         self.rules = rules
-        self._table = None
+        self._tables = None
         if hasattr(blocks, "select_columns"):
             blocks = blocks.select_columns(self.columns)
+            self._tables = blocks.with_format("arrow")
             if as_arrays:
                 blocks = blocks.with_format("numpy")
-                # A data set that was shuffled or selected from has an index in front of its table.
-                self._table = blocks.data if getattr(blocks, "_indices", self) is None else None
         self._blocks = blocks
-        self._views: dict[str, _ArrowColumn] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Views into memory-mapped files would be pickled as copies of the files: a worker makes its own.
-        return vars(self) | {"_views": None}
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """The columns of each of some blocks."""
-        found: list[Mapping[str, Any]]
-        if (views := self._open()) is not None:
-            found = [{name: view.read(i, 1) for name, view in views.items()} for i in indices]
-        elif hasattr(self._blocks, "__getitems__"):
+        if hasattr(self._blocks, "__getitems__"):
             found = self._blocks.__getitems__(list(indices))
         else:
             found = [self._blocks[i] for i in indices]
@@ -227,57 +217,20 @@ class BlockReader:
 
     def read_joined(self, start: int, count: int) -> dict[str, NDArray[Any]]:
         """The columns of `count` consecutive blocks, each joined to one array; full blocks, without padding."""
-        if (views := self._open()) is not None:
-            joined = {name: view.read(start, count) for name, view in views.items()}
-        else:
+        if self._tables is None:
             joined = join_blocks(self.read(range(start, start + count)))
+        else:
+            joined = {}
+            for name, column in zip(self.columns, self._tables[start : start + count].columns, strict=True):
+                joined[name] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                length = self.rules.length or len(column[0])
+                if len(joined[name]) != count * length:
+                    _check_stored_lengths(column, length, start)
         if "input_ids" in joined:
             self.rules.check_padding(joined["input_ids"], joined.get("attention_mask"), start)
         return joined
-
-    def _open(self) -> dict[str, _ArrowColumn] | None:
-        """The columns as views, or `None` if they cannot be viewed as they are."""
-        if self._views is None and self._table is not None:
-            columns = {name: self._table.column(name) for name in self.columns}
-            if all(map(_is_viewable, columns.values())):
-                self._views = {name: _ArrowColumn(column) for name, column in columns.items()}
-            else:
-                self._table = None
-        return self._views
 
 
 def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
     """The columns of consecutive blocks, each joined to one array."""
     return {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
-
-
-def _is_viewable(column: Any) -> bool:
-    """Whether an Arrow column holds lists of numbers and nothing else."""
-    import pyarrow as pa
-
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    number = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
-    return number and not column.null_count and not any(chunk.flatten().null_count for chunk in column.chunks)
-
-
-class _ArrowColumn:
-    """A column of lists of numbers, all of one length, as views into the table's buffers."""
-
-    def __init__(self, column: Any) -> None:
-        self.length = len(column[0])
-        _check_stored_lengths(column, self.length)
-        self.values = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-        # First block of each chunk.
-        self.starts = np.cumsum([0, *map(len, column.chunks)])
-
-    def read(self, start: int, count: int) -> NDArray[Any]:
-        """The values of `count` blocks from `start` on."""
-        pieces = []
-        stop = start + count
-        chunk = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while start < stop:
-            first, end = int(self.starts[chunk]), min(stop, int(self.starts[chunk + 1]))
-            pieces.append(self.values[chunk][(start - first) * self.length : (end - first) * self.length])
-            start, chunk = end, chunk + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -19,15 +19,12 @@ from ..errors import TSTError
 
 if TYPE_CHECKING:
     import datasets
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
 # Part of the name of a packed file: raise it when the same input would be packed differently.
 PACKING_VERSION = 1
-# Tokens that are joined and written at a time.
-CHUNK_TOKENS = 1 << 20
 
 
 def tokenize_documents(
@@ -106,7 +103,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         folder.mkdir(parents=True, exist_ok=True)
         # Written aside and then renamed: no process opens half-written files, and several may pack at once.
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            tokens = _write_blocks(_token_batches(documents), block_size, Path(unfinished, path.name))
+            tokens = _write_blocks(documents, block_size, Path(unfinished, path.name))
             Path(unfinished, facts.name).write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
             for file in (facts, path):
                 os.replace(Path(unfinished, file.name), file)
@@ -180,43 +177,26 @@ def _has_shuffle_buffer(stream: Any) -> bool:
     return False
 
 
-def cut_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int) -> Iterator[NDArray[np.int32]]:
-    """Cut joined arrays of tokens into blocks, some at a time: `(n, block_size)` each, then the remainder, `(m,)`."""
-    pending = [np.empty(0, dtype=np.int32)]
-    for array in chain(arrays, [None]):
-        if array is not None:
-            pending.append(array)
-            if sum(map(len, pending)) < max(block_size, CHUNK_TOKENS):
-                continue
-        joined = np.concatenate(pending)
-        whole = len(joined) - len(joined) % block_size
-        yield joined[:whole].reshape(-1, block_size)
-        pending = [joined[whole:]]
-    yield pending[0]
-
-
-def _write_blocks(arrays: Iterable[NDArray[np.int32]], block_size: int, path: Path) -> int:
-    """Write blocks to an Arrow file, and return how many tokens `arrays` hold."""
+def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> int:
+    """Write the blocks of tokenized documents to an Arrow file, and return how many tokens the documents hold."""
     import pyarrow as pa
 
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
-    tokens = 0
+    rest, tokens = np.empty(0, dtype=np.int32), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for piece in cut_blocks(arrays, block_size):
-            tokens += piece.size
-            if piece.ndim == 2 and len(piece):
-                column = pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), block_size)
-                writer.write_batch(pa.record_batch([column], schema=schema))
+        for table in documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+            for chunk in table["input_ids"].chunks:
+                found = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+                tokens += len(found)
+                joined = np.concatenate([rest, found])
+                whole = len(joined) - len(joined) % block_size
+                rest = joined[whole:]
+                if whole:
+                    column = pa.FixedSizeListArray.from_arrays(pa.array(joined[:whole]), block_size)
+                    writer.write_batch(pa.record_batch([column], schema=schema))
     if tokens < block_size:
         raise TSTError(
             f"The data holds {tokens} tokens, which do not fill one block of {block_size}: give more text or a "
             "smaller block_size."
         )
     return tokens
-
-
-def _token_batches(documents: datasets.Dataset) -> Iterator[NDArray[np.int32]]:
-    """The tokens of many documents at a time, as one array."""
-    for table in documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
-        for chunk in table["input_ids"].chunks:
-            yield chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)

@@ -7,6 +7,7 @@ superposition `blocks_per_row` consecutive blocks, in recovery one block. A *pas
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -189,13 +190,8 @@ def plan_for_passes(
             "give more data, a shorter block or a smaller tst_bag_size."
         )
     # A step more never reads less, so the number of steps that fit can be found by bisection.
-    fits, too_many = 0, budget // rows_per_step + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if plan(middle).blocks_consumed <= budget:
-            fits = middle
-        else:
-            too_many = middle
+    candidates = range(1, budget // rows_per_step + 1)
+    fits = bisect_right(candidates, budget, key=lambda steps: plan(steps).blocks_consumed)
     if not fits:
         raise TSTError(
             f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows "
@@ -215,12 +211,11 @@ def plan_for_steps(
     """
     needed = schedule.blocks_needed(rows_per_step)
     if needed > num_blocks:
-        superposed, recovery = schedule.switch_step, schedule.max_steps - schedule.switch_step
         affordable = int(num_blocks / max(1.0, needed / schedule.max_steps))
         raise TSTError(
-            f"The schedule needs {needed} blocks ({superposed} superposition steps of {rows_per_step} rows with "
-            f"{schedule.blocks_per_row} blocks each, {recovery} recovery steps of {rows_per_step} rows with one), but the "
-            f"training data has {num_blocks}: lower max_steps to about {affordable}, lower "
+            f"The schedule needs {needed} blocks ({schedule.switch_step} superposition steps of {rows_per_step} rows with "
+            f"{schedule.blocks_per_row} blocks each, {schedule.max_steps - schedule.switch_step} recovery steps of "
+            f"{rows_per_step} rows with one), but the training data has {num_blocks}: lower max_steps to about {affordable}, lower "
             "tst_phase_ratio, tst_bag_size or the batch size, give more data, or leave max_steps unset and say with "
             "num_train_epochs how often to read the data."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,17 +26,11 @@ def standard_library_files() -> list[Path]:
     )
 
 
-def installed_package_files() -> list[Path]:
-    """The source files of the packages that are installed beside this Python's standard library, in a fixed order."""
-    return sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
-
-
-def standard_library_documents(max_bytes: int = 16_000_000, seed: int = 0) -> datasets.Dataset:
+def standard_library_documents(max_bytes: int) -> datasets.Dataset:
     """Python's standard library as a data set of documents (column `text`), in shuffled order.
 
     Args:
-        max_bytes (`int`, defaults to 16 000 000): Stop after so many bytes.
-        seed (`int`, defaults to 0): Seed of the order.
+        max_bytes (`int`): Stop after so many bytes.
 
     Raises:
         TSTError: If this Python ships without the sources of its library.
@@ -48,18 +42,14 @@ def standard_library_documents(max_bytes: int = 16_000_000, seed: int = 0) -> da
         raise TSTError(
             "This Python ships no source files to train the quick start on: name data with --dataset_name or --train_file."
         )
-    documents = datasets.Dataset.from_dict({"path": [str(file) for file in files]}).shuffle(seed=seed)
-    return datasets.Dataset.from_dict({"text": list(_read(documents["path"], max_bytes))})
-
-
-def _read(paths: Iterable[str], max_bytes: int) -> Iterator[str]:
+    texts: list[str] = []
     size = 0
-    for path in paths:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-        size += len(text.encode())
-        yield text
+    for row in datasets.Dataset.from_dict({"path": [str(file) for file in files]}).shuffle(seed=0):
         if size >= max_bytes:
-            return
+            break
+        texts.append(Path(row["path"]).read_text(encoding="utf-8", errors="replace"))
+        size += len(texts[-1].encode())
+    return datasets.Dataset.from_dict({"text": texts})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from .token_files import TOKEN_FILE_SUFFIX, TokenFile
 FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_text_file(path: str, split: str = "train", streaming: bool = False) -> Any:
+def load_text_file(path: str, streaming: bool = False) -> Any:
     """A `datasets` data set of local text, JSON, CSV or Parquet files.
 
     Lines of a text file keep their line breaks, so that they join to the file's text again.
@@ -21,7 +20,6 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
     Args:
         path (`str`): The file, or a pattern such as `"corpus/*.jsonl"` for several of one kind, read in the order of
             their names; the ending says how to read them. A `.npy` file of token ids is a [`TokenFile`].
-        split (`str`, defaults to `"train"`): A slice of the file, such as `"train[:5%]"`.
         streaming (`bool`, defaults to `False`): Read the file as training goes on; every file is a shard.
 
     Raises:
@@ -46,18 +44,11 @@ def load_text_file(path: str, split: str = "train", streaming: bool = False) -> 
         _check_file(Path(file))
     loader = FILE_LOADERS[kinds.pop()]
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    if loader == "json" or (streaming and loader != "parquet"):
-        # A stream would come upon the bytes in the middle of training, and the JSON reader passes them on.
-        for file in files:
-            check_utf8(file)
     try:
         return datasets.load_dataset(
-            loader, data_files={"train": files}, split=split, streaming=streaming, **options
+            loader, data_files={"train": files}, split="train", streaming=streaming, **options
         )
     except Exception as error:
-        if loader != "parquet":
-            for file in files:
-                check_utf8(file)
         raise TSTError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
 
 
@@ -75,35 +66,22 @@ def _check_file(file: Path) -> None:
         raise TSTError(f"There is no file {file}.")
     if file.stat().st_size == 0:
         raise TSTError(f"The file {file} is empty: name one that holds text.")
-    if file.suffix == ".txt" and not _holds_text(file):
-        raise TSTError(f"The file {file} holds nothing but white space: name one that holds text.")
+    if file.suffix != ".parquet":
+        _check_text(file)
 
 
-def _holds_text(path: Path, chunk_size: int = 1 << 20) -> bool:
+def _check_text(path: Path) -> None:
+    """Read a file through: a stream would come upon bad bytes in the middle of training, and readers may pass them on."""
+    position, blank = 0, True
     with open(path, "rb") as file:
-        return any(chunk.strip() for chunk in iter(lambda: file.read(chunk_size), b""))
-
-
-def check_utf8(path: str, chunk_size: int = 1 << 20) -> None:
-    """Read a file through, `chunk_size` bytes at a time.
-
-    Raises:
-        TSTError: If it is not UTF-8 text; it names the first byte that is not.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    with open(path, "rb") as file:
-        while True:
-            chunk = file.read(chunk_size)
-            pending = len(decoder.getstate()[0])
+        while lines := file.read(1 << 20) + file.readline():
             try:
-                decoder.decode(chunk, final=not chunk)
+                blank &= lines.decode().isspace()
             except UnicodeDecodeError as error:
                 raise TSTError(
-                    f"The file {path} is not UTF-8 text: byte {position - pending + error.start} is "
-                    f"0x{error.object[error.start]:02x}; convert it, for example with "
-                    "`iconv -f latin1 -t utf-8`."
+                    f"The file {path} is not UTF-8 text: byte {position + error.start} is 0x{lines[error.start]:02x}; "
+                    "convert it, for example with `iconv -f latin1 -t utf-8`."
                 ) from None
-            if not chunk:
-                return
-            position += len(chunk)
+            position += len(lines)
+    if blank:
+        raise TSTError(f"The file {path} holds nothing but white space: name one that holds text.")

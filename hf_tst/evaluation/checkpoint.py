@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TSTError
 
@@ -146,22 +147,14 @@ def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]
 
 def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> float:
     """Sum of the negative log-likelihoods of the tokens of some windows that are predicted."""
-    width = max(len(ids) for ids, _ in windows) - 1
-    inputs = torch.full((len(windows), width), filler)
-    targets = torch.full((len(windows), width), IGNORED)
-    mask = torch.zeros((len(windows), width), dtype=torch.long)
+    tokens = pad_sequence([torch.tensor(ids) for ids, _ in windows], True, filler)
+    mask = pad_sequence([torch.ones(len(ids) - 1, dtype=torch.long) for ids, _ in windows], True)
+    targets = tokens[:, 1:].clone()
     for row, (ids, predicted) in enumerate(windows):
-        end = len(ids) - 1
-        inputs[row, :end] = torch.tensor(ids[:-1])
-        targets[row, end - predicted : end] = torch.tensor(ids[-predicted:])
-        mask[row, :end] = 1
-    logits = model(
-        input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-    ).logits.float()
-    loss = cross_entropy(
-        logits.flatten(0, 1), targets.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss.item()
+        targets[row, : len(ids) - 1 - predicted] = targets[row, len(ids) - 1 :] = IGNORED
+    logits = model(tokens[:, :-1].to(model.device), mask.to(model.device), use_cache=False).logits.float()
+    targets = targets.flatten().to(logits.device)
+    return cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum").item()
 
 
 def evaluate_tasks(

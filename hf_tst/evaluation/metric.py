@@ -11,28 +11,24 @@ import evaluate
 
 from hf_tst.evaluation.checkpoint import evaluate_checkpoint
 
-DESCRIPTION = (
-    "Next-token loss (nats a token), perplexity and bits per byte of a causal language model on texts."
-)
-INPUTS = """
-Args:
-    predictions (list of str): Texts to predict, each from its first token on.
-    model_id (str): Folder or Hub id of the model and its tokenizer.
-    max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
-Returns:
-    dict: loss, perplexity, bits_per_byte, tokens, bytes.
-"""
-
 
 class NextTokenMetric(evaluate.Metric):
-    """See the module."""
+    """Next-token loss (nats per token), perplexity and bits per byte of a causal language model on texts.
+
+    Args:
+        predictions (list of str): Texts to predict, each from its first token on.
+        model_id (str): Folder or Hub id of the model and its tokenizer.
+        max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
+
+    Returns:
+        dict: loss, perplexity, bits_per_byte, tokens, bytes.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             module_type="metric",
-            description=DESCRIPTION,
+            description=str(self.__doc__),
             citation="",
-            inputs_description=INPUTS,
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 

@@ -233,7 +233,7 @@ def open_experiment(
         blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
         fusable=fusable,
         data={
-            name: check_blocks(blocks).fingerprint
+            name: check_blocks(blocks).data
             for name, blocks in [("training", prepared.train_blocks), ("evaluation", prepared.eval_blocks)]
             if hasattr(blocks, "num_rows")
         },

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,13 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     else:
         import datasets
 
-        def load(split: str) -> Any:
-            return datasets.load_dataset(
-                args.dataset_name,
-                args.dataset_config_name,
-                split=split,
-                streaming=args.streaming,
-                cache_dir=model_args.cache_dir,
-            )
-
-        train = load("train")
+        source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
+        load = partial(datasets.load_dataset, *source, cache_dir=cache_dir, streaming=args.streaming)
+        train = load(split="train")
         if validation is None and "validation" in datasets.get_dataset_split_names(
-            args.dataset_name, args.dataset_config_name, cache_dir=model_args.cache_dir
+            *source, cache_dir=cache_dir
         ):
-            validation = load("validation")
+            validation = load(split="validation")
     if validation is not None or not share:
         return train, validation
     if args.streaming:
@@ -85,6 +79,15 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     return train.select(range(held_out, len(train))), train.select(range(held_out))
 
 
+def _hub_options(args: ModelArguments) -> dict[str, Any]:
+    """From where, and how, anything of a named model is loaded."""
+    return {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
 def load_tokenizer(
     args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]
 ) -> PreTrainedTokenizerBase | None:
@@ -97,12 +100,7 @@ def load_tokenizer(
     name = args.tokenizer_name or args.model_name_or_path or (None if packed else args.config_name)
     if name:
         with explained_loading(name):
-            return AutoTokenizer.from_pretrained(
-                name,
-                cache_dir=args.cache_dir,
-                revision=args.model_revision,
-                trust_remote_code=args.trust_remote_code,
-            )
+            return AutoTokenizer.from_pretrained(name, **_hub_options(args))
     if data_args.is_quick_start:
         return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
     if packed:
@@ -120,15 +118,10 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     Raises:
         TSTError: If no architecture is named, or it has no such field as `config_overrides` names.
     """
-    options = {
-        "cache_dir": args.cache_dir,
-        "revision": args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-    }
     name = args.model_name_or_path or args.config_name
     if name:
         with explained_loading(name):
-            config = AutoConfig.from_pretrained(name, **options)
+            config = AutoConfig.from_pretrained(name, **_hub_options(args))
     elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
@@ -185,9 +178,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) 
                 args.model_name_or_path,
                 dtype=args.torch_dtype() or "auto",
                 attn_implementation=args.attn_implementation,
-                cache_dir=args.cache_dir,
-                revision=args.model_revision,
-                trust_remote_code=args.trust_remote_code,
+                **_hub_options(args),
             )
         lora = args.lora_config()
         if lora is None:
@@ -227,15 +218,11 @@ def explained_loading(name: str) -> Iterator[None]:
     """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
     try:
         yield
-    except (OSError, ImportError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[0].rstrip(".:")
-        raise TSTError(f"Cannot load {name}: {reason}.") from error
     except TSTError:
         raise
-    except ValueError as error:
-        if "\n" not in str(error) and len(str(error)) < 500:
-            raise TSTError(str(error)) from error
-        raise TSTError(f"Cannot load {name}: {str(error).splitlines()[0][:300].rstrip('.:')}.") from error
+    except (OSError, ImportError, StrictDataclassError, ValueError) as error:
+        reason = str(error).splitlines()[0][:500].rstrip(".:")
+        raise TSTError(f"Cannot load {name}: {reason}.") from error
 
 
 def prepare_blocks(

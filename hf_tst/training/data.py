@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
+from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import NO_RULES, BlockRules, check_blocks
+from ..data.blocks import BlockRules, check_blocks
 from ..data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from ..data.position import DataPosition
 from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
 from ..data.stream import StreamedRows
 from ..errors import TSTError
+from ..losses.multi_hot import count_target_bags
+from ..models.superposition import find_language_model
 from .arguments import TSTTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -172,68 +176,84 @@ class RunData:
         return saved
 
 
-def open_run_data(
-    blocks: Any,
-    args: TSTTrainingArguments,
-    layout: BatchLayout,
-    rank: int,
-    *,
-    columns: Callable[[list[str] | None], Sequence[str] | None],
-    rules: BlockRules = NO_RULES,
-    as_arrays: bool = True,
-) -> RunData:
-    """Check the training data and plan the run over it.
+def open_run_data(trainer: Any) -> RunData:
+    """Check a trainer's training data, and plan the run over it.
 
     Args:
-        blocks: Map-style data set or stream of blocks.
-        args (`TSTTrainingArguments`): The run's arguments.
-        layout (`BatchLayout`), rank (`int`): How rows are dealt out to ranks, and which rank this is.
-        columns: Returns those of some columns (of all, for `None`) that the collator gets.
-        rules (`BlockRules`): What the blocks must keep to besides being of equal length.
-        as_arrays (`bool`, defaults to `True`): See [`PlannedRows`].
+        trainer (`TSTTrainer`): The trainer; its batch size may have been lowered by `auto_find_batch_size`.
 
     Raises:
         TSTError: If the data has no full blocks of equal length, or too few of them, or batches would not come in order.
     """
+    args, blocks = trainer.args, trainer.train_dataset
     streamed = isinstance(blocks, IterableDataset)
     _check_loader(args, streamed)
-    respect = args.tst_document_boundaries == "respect"
-    bag_columns = TOKEN_COLUMNS + (DOCUMENT_COLUMNS if respect else ())
+    batch_size, accumulation = trainer._train_batch_size, args.gradient_accumulation_steps
+    ranks = trainer.get_total_train_batch_size(args) // (batch_size * accumulation)
+    layout = BatchLayout(batch_size, accumulation, ranks)
+    embedding = find_language_model(trainer.model)[1].get_input_embeddings()
+    rules = BlockRules(
+        pad_token_id=_padding_token_id(trainer.processing_class),
+        vocab_size=getattr(embedding, "num_embeddings", None),
+    )
+    document_columns = DOCUMENT_COLUMNS if args.tst_document_boundaries == "respect" else ()
+    bag_columns = TOKEN_COLUMNS + document_columns
+    # Columns that reach the collator: all, or those that the model's forward takes.
+    used = None
+    if args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        used = [*trainer._signature_columns, *document_columns]
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
     if streamed:
         schedule = make_schedule(args, args.max_steps)
-        rows = StreamedRows(blocks, schedule, layout, workers, columns(None), bag_columns, rules)
+        rows = StreamedRows(blocks, schedule, layout, workers, used, bag_columns, rules)
         facts = rows.facts
     else:
         facts = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
-        rules = replace(rules, length=facts.length)
-        rows = PlannedRows(blocks, plan, columns(list(blocks[0])) or [], bag_columns, as_arrays, rules)
+        as_arrays = isinstance(trainer.data_collator.recovery, DataCollatorForTokenSuperposition)
+        columns = [name for name in blocks[0] if used is None or name in used]
+        rules = replace(rules, length=facts.block_length)
+        rows = PlannedRows(blocks, plan, columns, bag_columns, as_arrays, rules)
+    if schedule.switch_step == 0:
+        logger.warning(
+            f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there will be "
+            "no superposition."
+        )
     seed, shuffle = _order(args)
     start = DataPosition(
         step=0,
-        max_steps=schedule.max_steps,
-        phase_ratio=args.tst_phase_ratio,
-        bag_size=args.tst_bag_size,
-        mode=args.tst_mode,
+        **vars(schedule),
+        **vars(layout),
+        **vars(facts),
         offset_weighting=args.tst_offset_weighting,
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
         seed=seed,
         shuffle=shuffle and not streamed,
-        per_device_batch_size=layout.per_device_batch_size,
-        accumulation_steps=layout.accumulation_steps,
-        world_size=layout.world_size,
-        block_length=facts.length,
-        num_blocks=facts.count,
-        data=facts.fingerprint,
         split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
         stream_workers=workers,
     )
     epochs = 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
+    rank = args.process_index // (args.world_size // ranks)
     return RunData(rows, start, math.ceil(schedule.max_steps / epochs), rank)
+
+
+def make_loader(trainer: Any, data: RunData) -> DataLoader:
+    """The loader of a run's rows, from the step that training has reached."""
+    loader = trainer._get_dataloader(
+        dataset=data.rows,
+        description="Training",
+        batch_size=trainer._train_batch_size,
+        sampler_fn=lambda rows: data.sampler(lambda: trainer.state.global_step),
+        is_training=True,
+    )
+    # A loader draws a seed for its workers when it starts. It has a generator of its own, so that training draws the same
+    # numbers whether it was resumed or not.
+    loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)
+    return loader
 
 
 def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
@@ -247,6 +267,13 @@ def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
             "accelerator_config's dispatch_batches=True lets one process read for all, but each process reads its own rows of "
             "a stream: leave it out."
         )
+
+
+def _padding_token_id(tokenizer: Any) -> int | None:
+    """The tokenizer's padding token, if it stands for nothing but padding."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
+    return None if pad in others else pad
 
 
 def make_collators(
@@ -287,3 +314,18 @@ def make_collators(
 
 def _state_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"stream_state_{rank}.pt"
+
+
+def end_token_id(tokenizer: Any, model: Any) -> int | None:
+    """The token that ends a document: the tokenizer's, else the model's."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    return end[0] if isinstance(end, (list, tuple)) else end
+
+
+def count_targets(batches: Sequence[Any], args: TSTTrainingArguments) -> Tensor:
+    """Target bags of some batches of superposition, those that weigh less than a whole one in part."""
+    weighting = resolve_weighting(args.tst_mode, args.tst_offset_weighting)
+    weights = offset_weights(weighting, args.tst_bag_size)
+    return torch.stack([count_target_bags(batch["labels"], weights=weights) for batch in batches]).sum()

@@ -28,14 +28,13 @@ from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTTrainingArguments, changed_arguments
 from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
 from .checkpoints import STATE_FILE, check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
-from .data import RunData, make_collators
+from .data import RunData, count_targets, end_token_id, make_collators, make_loader, open_run_data
 from .document_attention import DocumentAttentionCallback
 from .fsdp import warn_of_missing_fsdp, weights_to_save
 from .mtp import MTPCallback
 from .non_finite import NonFiniteCallback
 from .preemption import PreemptionCallback
 from .renamed_weights import load_renamed_weights
-from .trainer_data import count_targets, end_token_id, make_loader, open_trainer_data
 from .validation import check_arguments, check_trainer
 
 
@@ -184,7 +183,7 @@ class TSTTrainer(Trainer):
         self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
-        self._data = data = open_trainer_data(self)
+        self._data = data = open_run_data(self)
         self._switch.schedule = self._meter.schedule = data.schedule
         self._meter.epoch = data.epoch
         self._expert_load.clear()
