@@ -349,7 +349,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--more_arms", '{"a/b": {}}'], "more_arms names an arm 'a/b'"),
         (["--more_arms", '{"a": {"max_steps": 5}}'], "An arm changes options of TST and MTP, but a has 'max_steps'"),
         (["--more_arms", '{"a": {"tst_bag_sise": 5}}'], "did you mean 'tst_bag_size'?"),
-        (["--more_arms", '{"a": {"tst_bag_size": 0}}', "--arms", "a"], "tst_bag_size must be at least 1, but is 0"),
+        (["--more_arms", '{"a": {"tst_bag_size": 0}}', "--arms", "a"], "tst_bag_size must be a whole number of at least 1, but is 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_before_any_run(
