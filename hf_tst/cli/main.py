@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 
 from ..version import __version__
 from .exits import run_command
@@ -55,47 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(f"hf-tst {command}", COMMANDS[command], [*before, *arguments[1:]])
 
 
-def train(argv: list[str]) -> None:
-    """`hf-tst train`: see [`hf_tst.pretraining.run.main`]."""
-    from ..pretraining.run import main as run
-
-    run(argv, prog="hf-tst train")
+def _run(command: str, module: str, argv: list[str]) -> None:
+    import_module(f"hf_tst.{module}").main(argv, prog=f"hf-tst {command}")
 
 
-def plan(argv: list[str]) -> None:
-    """`hf-tst plan`: see [`hf_tst.cli.plan.main`]."""
-    from .plan import main as run
-
-    run(argv, prog="hf-tst plan")
-
-
-def compare(argv: list[str]) -> None:
-    """`hf-tst compare`: see [`hf_tst.experiments.compare.main`]."""
-    from ..experiments.compare import main as run
-
-    run(argv, prog="hf-tst compare")
-
-
-def sweep(argv: list[str]) -> None:
-    """`hf-tst sweep`: see [`hf_tst.experiments.sweep.main`]."""
-    from ..experiments.sweep import main as run
-
-    run(argv, prog="hf-tst sweep")
-
-
-def card(argv: list[str]) -> None:
-    """`hf-tst card`: see [`hf_tst.cli.card.main`]."""
-    from .card import main as run
-
-    run(argv, prog="hf-tst card")
-
-
+# By command, what runs it: the function `main` of a module of the package.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "plan": plan,
-    "compare": compare,
-    "sweep": sweep,
-    "card": card,
+    "train": partial(_run, "train", "pretraining.run"),
+    "plan": partial(_run, "plan", "cli.plan"),
+    "compare": partial(_run, "compare", "experiments.compare"),
+    "sweep": partial(_run, "sweep", "experiments.sweep"),
+    "card": partial(_run, "card", "cli.card"),
 }
 
 

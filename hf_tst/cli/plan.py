@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..bags.phases import PhaseSchedule, check_bag_size, check_mode, check_phase_ratio
+from ..bags.phases import PhaseSchedule, check_bag_size, check_phase_ratio
 from ..errors import TSTError
-from ..models.fused import check_fused_loss
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.costs import Layout, Precision
@@ -77,8 +76,6 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
         )
     check_phase_ratio(values.tst_phase_ratio, "tst_phase_ratio")
     check_bag_size(values.tst_bag_size, "tst_bag_size")
-    check_mode(values.tst_mode, "tst_mode")
-    check_fused_loss(values.tst_fused_loss, "tst_fused_loss")
     check_mtp(values.mtp_num_heads, values.mtp_kind, prefix="mtp_")
     config = make_config(model_args, _vocabulary(model_args, data_args))
     shape = ModelShape.from_config(config, model_args.lora_config())

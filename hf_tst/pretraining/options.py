@@ -314,21 +314,25 @@ def parse_values(
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
         formatter_class=HelpFormatter,
     )
+    known = {entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)}
     values: dict[str, Any] = {}
+    of_file: list[str] = []
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         values, argv = read_config(argv[0]), argv[1:]
-    known = {entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)}
-    check_names(values, known, "The configuration file has no such argument as")
-    actions = {action.dest: action for action in parser._actions}
-    optional = {
-        name for kind in dataclass_types for name, hint in get_type_hints(kind).items() if _takes_none(hint)
-    } | {name for name, action in actions.items() if action.default is None}
-    values = {
-        name: None
-        if value is None and name in optional
-        else _as_flag_would_give(actions.get(name), name, value)
-        for name, value in values.items()
-    }
+        check_names(values, known, "The configuration file has no such argument as")
+        actions = {action.dest: action for action in parser._actions}
+        optional = {
+            name
+            for kind in dataclass_types
+            for name, hint in get_type_hints(kind).items()
+            if type(None) in get_args(hint)
+        }
+        for name, value in values.items():
+            if value is None and name not in optional:
+                raise TSTError(
+                    f"{name} in the configuration file has no value: give one, or leave the line out."
+                )
+            of_file += _as_flag(actions[name], value)
     flags = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
     names_data = any(values.get(name) or name in flags for name in ("dataset_name", "train_file"))
     names_model = bool(values.get("model_name_or_path")) or "model_name_or_path" in flags
@@ -337,7 +341,7 @@ def parse_values(
             "model_name_or_path goes on training a model: name its data with train_file or dataset_name."
         )
     parser.set_defaults(**({} if names_data else QUICK_START) | dict(defaults or {}) | values)
-    namespace, rest = parser.parse_known_args(list(argv))
+    namespace, rest = parser.parse_known_args([*of_file, *argv])
     unknown = [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in rest if flag.startswith("--")]
     check_names(unknown, known, "There is no flag")
     if rest:
@@ -413,23 +417,13 @@ def read_config(path: str) -> dict[str, Any]:
     }
 
 
-def _takes_none(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _as_flag_would_give(action: Any, name: str, value: Any) -> Any:
-    """A value from a file; YAML reads `on` and `off` as booleans, and whole numbers may be written `2e4`."""
-    where = f"{name} in the configuration file"
-    if value is None:
-        raise TSTError(f"{where} has no value: give one, or leave the line out.")
-    choices = [str(choice).lower() for choice in getattr(action, "choices", None) or ()]
-    if isinstance(value, bool) and {"on", "off"} <= set(choices):
-        return "on" if value else "off"
-    kind = getattr(action, "type", None)
-    if kind in (int, float) and not isinstance(value, str):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TSTError(f"{where} must be a number, but is {value}.")
-        if kind is int and int(value) != value:
-            raise TSTError(f"{where} must be a whole number, but is {value}.")
-        return kind(value)
-    return value
+def _as_flag(action: Any, value: Any) -> list[str]:
+    """The words that give an argument the value that a file has for it; none where no flag can say it."""
+    if isinstance(value, bool) and "on" in (action.choices or ()):  # YAML reads `on` and `off` as booleans
+        value = "on" if value else "off"
+    elif isinstance(value, float) and action.type is int and value.is_integer():  # such as 2.0e+4
+        value = int(value)
+    elif isinstance(value, list) and action.nargs == "+":
+        return [f"--{action.dest}", *map(str, value)]
+    is_default = value is None or (isinstance(value, list) and action.type is str)
+    return [] if is_default else [f"--{action.dest}={value}"]
