@@ -99,11 +99,18 @@ class DataCollatorForTokenSuperposition:
                 f"Rows of one batch must be of equal length, but have {lengths[0]} to {lengths[-1]} tokens: "
                 "pack the data into blocks."
             )
-        if self.document_boundaries == "respect":
-            return self._collate_documents(features)
-        if self.bag_size == 1:
+        if self.bag_size == 1 and self.document_boundaries == "ignore":
             return self._collate_tokens(features)
-        return self._collate_bags(features)
+        tokens, targets = _full_rows(features)
+        if self.document_boundaries == "respect":
+            return self._collate_documents(features, tokens, targets)
+        if self.mode == "output":
+            return {
+                "input_ids": tokens,
+                "labels": next_window_labels(targets, self.bag_size, self.ignore_index),
+            }
+        labels = next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index)
+        return {"input_ids": fold_into_bags(tokens, self.bag_size), "labels": labels}
 
     def _collate_tokens(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         from transformers import default_data_collator
@@ -113,25 +120,13 @@ class DataCollatorForTokenSuperposition:
         if "labels" in batch:
             batch["labels"] = batch["labels"].long()
         else:
-            batch["labels"] = batch["input_ids"].clone()
-            if "attention_mask" in batch:
-                batch["labels"][batch["attention_mask"] == 0] = self.ignore_index  # padding
+            padding = batch.get("attention_mask", torch.ones(())) == 0
+            batch["labels"] = batch["input_ids"].masked_fill(padding, self.ignore_index)
         return batch
 
-    def _collate_bags(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        tokens, targets = _full_rows(features)
-        if self.mode == "output":
-            return {
-                "input_ids": tokens,
-                "labels": next_window_labels(targets, self.bag_size, self.ignore_index),
-            }
-        return {
-            "input_ids": fold_into_bags(tokens, self.bag_size),
-            "labels": next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index),
-        }
-
-    def _collate_documents(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        tokens, targets = _full_rows(features)
+    def _collate_documents(
+        self, features: Sequence[Mapping[str, Any]], tokens: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
         starts = self._document_starts(features, tokens)
         if self.bag_size > 1 and self.mode != "output":
             fold_into_bags(tokens, self.bag_size)  # checks the row length
@@ -171,8 +166,4 @@ def _full_rows(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
 
 def _stack(features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
     """A column of all rows as int64, copied once."""
-    rows = [feature[column] for feature in features]
-    stacked = np.empty((len(rows), len(rows[0])), dtype=np.int64)
-    for i, row in enumerate(rows):
-        stacked[i] = row
-    return torch.from_numpy(stacked)
+    return torch.from_numpy(np.stack([feature[column] for feature in features], dtype=np.int64))

@@ -140,16 +140,13 @@ def resolve_weighting(
     """
     _check_weighting(weighting, OFFSET_WEIGHTINGS, f"{prefix}offset_weighting")
     _check_weighting(input_weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
+    useless = None
     if mode == "output" and input_weighting != "uniform":
+        useless = f"reads single tokens, so {prefix}input_weighting={input_weighting!r}"
+    if mode == "input" and weighting not in ("uniform", "first_token"):
+        useless = f"has a single target token, so {prefix}offset_weighting={weighting!r}"
+    if useless:
         raise TSTError(
-            f"{prefix}mode='output' reads single tokens, so {prefix}input_weighting={input_weighting!r} has nothing to "
-            f"weigh: leave it at 'uniform', or use {prefix}mode='full'."
+            f"{prefix}mode={mode!r} {useless} has nothing to weigh: leave it at 'uniform', or use {prefix}mode='full'."
         )
-    if mode != "input":
-        return weighting
-    if weighting not in ("uniform", "first_token"):
-        raise TSTError(
-            f"{prefix}mode='input' has a single target token, so {prefix}offset_weighting={weighting!r} has nothing "
-            f"to weigh: leave it at 'uniform', or use {prefix}mode='full'."
-        )
-    return "first_token"
+    return "first_token" if mode == "input" else weighting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,8 +80,8 @@ def tokenize_documents(
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
     """Join tokenized documents in their order and cut them into blocks; only the last remainder is dropped.
 
-    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents`: packing the
-    same documents again opens the file. How many tokens were kept and dropped is logged.
+    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents` and their number
+    of tokens: packing the same documents again opens the file. How many tokens were kept and dropped is logged.
 
     Args:
         documents (`datasets.Dataset`): Rows of `input_ids`, of any lengths.
@@ -98,17 +97,16 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
     name = datasets.fingerprint.Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst_blocks"
-    path, facts = folder / f"{name}.arrow", folder / f"{name}.json"
-    if not (path.is_file() and facts.is_file() and datasets.is_caching_enabled()):
+    packed = list(folder.glob(f"{name}-*.arrow")) if datasets.is_caching_enabled() else []
+    if not packed:
         folder.mkdir(parents=True, exist_ok=True)
         # Written aside and then renamed: no process opens half-written files, and several may pack at once.
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            tokens = _write_blocks(documents, block_size, Path(unfinished, path.name))
-            Path(unfinished, facts.name).write_text(json.dumps({"tokens": tokens}), encoding="utf-8")
-            for file in (facts, path):
-                os.replace(Path(unfinished, file.name), file)
-    blocks = datasets.Dataset.from_file(str(path))
-    tokens = json.loads(facts.read_text(encoding="utf-8"))["tokens"]
+            tokens = _write_blocks(documents, block_size, Path(unfinished, name))
+            packed = [folder / f"{name}-{tokens}.arrow"]
+            os.replace(Path(unfinished, name), packed[0])
+    blocks = datasets.Dataset.from_file(str(packed[0]))
+    tokens = int(packed[0].stem.rpartition("-")[2])
     logger.info(
         f"{len(documents)} documents of {tokens} tokens give {len(blocks)} blocks of {block_size}; the last "
         f"{tokens - len(blocks) * block_size} tokens are dropped."

@@ -59,7 +59,6 @@ class PlannedRows(Dataset[Row]):
         rules: BlockRules = NO_RULES,
     ) -> None:
         self.plan = plan
-        self.column_names = list(columns)
         self._first_blocks: dict[int, int] = {}
         self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns], rules=rules)
         self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays, rules=rules)

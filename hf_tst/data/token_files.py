@@ -46,10 +46,8 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         # A pickled memory map is a copy of the file: a loader process opens it anew.
         return type(self), (self.path, self.block_size, self.offset, self.indices)
 
-    @property
-    def num_rows(self) -> int:
-        """Blocks, as `datasets.Dataset` names it; a stream has no such number."""
-        return len(self)
+    # As `datasets.Dataset` names it; a stream has no such number.
+    num_rows = property(__len__)
 
     def select(self, rows: Sequence[int]) -> TokenFile:
         """Some of the blocks."""

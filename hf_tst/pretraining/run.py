@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     prepared = prepare_run(model_args, data_args, args)
     eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
     if args.should_log:
-        count = sum(parameter.numel() for parameter in prepared.model.parameters())
+        count = prepared.model.num_parameters()
         getLogger(__name__).info(f"The model is a {type(prepared.model).__name__} of {count:,} parameters.")
     if eval_blocks is None:
         args.eval_strategy = "no"

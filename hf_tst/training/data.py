@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -103,10 +103,10 @@ class RunData:
         if self.plan is None:
             return None
         count = self.start.rows_per_step
-        rows = np.arange(step * count, (step + 1) * count)
+        rows = range(step * count, (step + 1) * count)
         if micro_batch is not None:
-            rows = self.start.layout.rows(step, rank)[micro_batch]
-        return [block for row in rows.tolist() for block in self.plan.row_blocks(row)]
+            rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
+        return [block for row in rows for block in self.plan.row_blocks(row)]
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that training gets, without the state of the stream that comes with them."""
@@ -116,15 +116,11 @@ class RunData:
                 self.start = replace(self.start, block_length=state.values["block_length"])
             yield batch
 
-    def position(self, step: int, tokens_left_out: int = 0) -> DataPosition:
-        """What the run has trained on once `step` optimizer steps are done."""
-        return replace(self.start, step=step, tokens_left_out=tokens_left_out)
-
     def save(self, folder: str | Path, step: int, tokens_left_out: int, writes_position: bool) -> None:
         """Write the position, and this rank's state of a stream, into a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         if writes_position:
-            self.position(step, tokens_left_out).save(folder)
+            replace(self.start, step=step, tokens_left_out=tokens_left_out).save(folder)
         if self.plan is None:
             torch.save({"step": step, "workers": self._stream_states}, _state_file(folder, self.rank))
 
@@ -158,11 +154,8 @@ class RunData:
             if not allow_change:
                 raise
             logger.warning(f"tst_allow_data_change is set, so training continues. {error}")
-        same_readers = all(
-            getattr(saved, name) == getattr(self.start, name)
-            for name in ("split_by_rank", "data", "stream_workers")
-        )
-        if isinstance(self.rows, StreamedRows) and same_readers:
+        readers = attrgetter("split_by_rank", "data", "stream_workers")
+        if isinstance(self.rows, StreamedRows) and readers(saved) == readers(self.start):
             # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
             file = _state_file(folder, self.rank if saved.split_by_rank else 0)
             if not file.is_file():

@@ -19,6 +19,7 @@ from .fsdp import uses_fsdp1
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
 TRAINED = "trained"
+NO_HEADS = {"mtp_num_heads": "1"}
 
 
 class MTPCallback(TrainerCallback):
@@ -96,18 +97,15 @@ class MTPCallback(TrainerCallback):
         """
         loss = None if self._heads is None else self._heads.take_loss()
         trainer, args = self._trainer, self._trainer.args
-        steps, self._reported_step = (
-            trainer.state.global_step - self._reported_step,
-            trainer.state.global_step,
-        )
+        steps = trainer.state.global_step - self._reported_step
+        self._reported_step += steps
         if loss is None or steps < 1:
             return {}
-        divided = (
-            trainer.model_accepts_loss_kwargs
-        )  # by the targets of the step, else each by those of its micro-batch
-        summed = divided and args.average_tokens_across_devices
+        # Losses are divided by the targets of the step, else each by those of its micro-batch.
+        by_step = trainer.model_accepts_loss_kwargs
+        summed = by_step and args.average_tokens_across_devices
         total = trainer.accelerator.reduce(loss.float(), "sum" if summed else "mean").item()
-        return {"mtp_loss": round(total / steps / (1 if divided else args.gradient_accumulation_steps), 6)}
+        return {"mtp_loss": round(total / steps / (1 if by_step else args.gradient_accumulation_steps), 6)}
 
     def save(self, folder: str | Path) -> None:
         """Write the extra heads beside the model in a checkpoint. Every rank must take part."""
@@ -120,7 +118,7 @@ class MTPCallback(TrainerCallback):
 
         state = self._trainer.optimizer.state
         trained = any(parameter in state for parameter in self._heads.parameters())
-        description = (self._description() or {}) | {TRAINED: str(trained)}
+        description = self._description() | {TRAINED: str(trained)}
         Path(folder).mkdir(parents=True, exist_ok=True)  # where FSDP writes shards later
         save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / FILE_NAME, description)
 
@@ -130,22 +128,26 @@ class MTPCallback(TrainerCallback):
         Raises:
             TSTError: If the checkpoint has other heads than this run, or only one of the two has any.
         """
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
         path = Path(folder) / FILE_NAME
-        found = _description_in(path)
-        self._loaded_untrained = found is not None and found.pop(TRAINED, None) == "False"
+        found = dict(NO_HEADS)
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata()
+        self._loaded_untrained = found.pop(TRAINED, None) == "False"
         wanted = self._description()
         if found != wanted:
+            before, now = (", ".join(f"{k}={v}" for k, v in sorted(x.items())) for x in (found, wanted))
             raise TSTError(
-                f"{folder} was trained with {_in_words(found)}, but this run has {_in_words(wanted)}: set mtp_num_heads and "
-                "mtp_kind to what they were."
+                f"{folder} was trained with {before}, but this run has {now}: set mtp_num_heads and mtp_kind to what they were."
             )
         if self._heads is not None:
-            from safetensors.torch import load_file
-
-            if self._trainer.is_fsdp_enabled:
-                load_full_state_dict(self._heads, load_file(path))
-            else:
-                self._heads.load_state_dict(load_file(path))
+            load = (
+                load_full_state_dict if self._trainer.is_fsdp_enabled else type(self._heads).load_state_dict
+            )
+            load(self._heads, load_file(path))
 
     @contextmanager
     def loading_optimizer(self) -> Iterator[None]:
@@ -156,25 +158,11 @@ class MTPCallback(TrainerCallback):
         with left_out_of_optimizer(self._trainer.optimizer, self._heads.parameters()):
             yield
 
-    def _description(self) -> dict[str, str] | None:
+    def _description(self) -> dict[str, str]:
+        """What a file of the heads says of them."""
         if self._heads is None:
-            return None
-        return {"format": "pt", "mtp_num_heads": str(self._heads.num_heads), "mtp_kind": self._heads.kind}
-
-
-def _description_in(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def _in_words(description: dict[str, str] | None) -> str:
-    if description is None:
-        return "mtp_num_heads=1"
-    return ", ".join(f"{name}={value}" for name, value in sorted(description.items()) if name != "format")
+            return NO_HEADS
+        return {"mtp_kind": self._heads.kind, "mtp_num_heads": str(self._heads.num_heads)}
 
 
 def _check_trainer(trainer: Any) -> None:
