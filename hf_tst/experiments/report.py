@@ -208,46 +208,34 @@ def _code(text: str) -> str:
 def draw_curves(comparison: Comparison, axes: Any, axis: Axis) -> None:
     """Draw the mean curve of every arm over one axis, and each seed's thinly behind it."""
     label, position = axis
-    drawn = False
-    for number, arm in enumerate(comparison.arms):
+    shown: list[float] = []
+    for number, arm in enumerate(arm for arm in comparison.arms if arm.best.curve):
         color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
 
-        def line(
-            curve: Sequence[CurvePoint], arm: ArmSummary = arm
-        ) -> tuple[list[float], list[float | None]]:
-            return [position(arm, point) for point in curve], [point.eval_loss for point in curve]
+        def draw(points: Sequence[CurvePoint], *style: str, arm: ArmSummary = arm, **options: Any) -> None:
+            x, y = [position(arm, point) for point in points], [point.eval_loss for point in points]
+            axes.plot(x, y, *style, **options)
 
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
-            axes.plot(*line(curve), color=color, alpha=0.25, linewidth=0.8)
-        if arm.best.curve:
-            drawn = True
-            axes.plot(*line(arm.best.curve), style, color=color, label=arm.arm, linewidth=1.8)
-            switch = arm.plan.schedule.switch_step
-            at_switch = next((point for point in arm.best.curve if point.step >= switch > 0), None)
-            if at_switch is not None:
-                x, y = line([at_switch])
-                axes.plot(x, y, "o", color=color, markersize=5)
+            draw(curve, color=color, alpha=0.25, linewidth=0.8)
+        curve, switch = arm.best.curve, arm.plan.schedule.switch_step
+        draw(curve, style, color=color, label=arm.arm, linewidth=1.8)
+        draw([point for point in curve if point.step >= switch > 0][:1], "o", color=color, markersize=5)
+        # What is before the first tenth of a run is above the picture.
+        late = [point for point in curve if point.step >= 0.1 * curve[-1].step]
+        shown += [point.eval_loss for point in late if point.eval_loss is not None]
     baseline = next((arm.best.mean_loss for arm in comparison.arms if arm.arm == BASELINE), None)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle=":", linewidth=1)
-    tops = [loss for arm in comparison.arms if (loss := _loss_after(arm.best.curve, 0.1)) is not None]
-    if tops:
-        low = min(p.eval_loss or 0.0 for arm in comparison.arms for p in arm.best.curve)
-        margin = 0.05 * (max(tops) - low) or 0.1
-        axes.set_ylim(low - margin, max(tops) + margin)
+    if shown:
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        axes.legend()
     axes.locator_params(axis="x", nbins=6)
     axes.ticklabel_format(axis="x", scilimits=(-3, 5))
     axes.set_xlabel(label)
     axes.set_ylabel("evaluation loss (nats)")
     axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend()
-
-
-def _loss_after(curve: Sequence[CurvePoint], share: float) -> float | None:
-    """The loss at the first evaluation after a share of the run."""
-    later = [point for point in curve if point.step >= share * curve[-1].step and point.eval_loss is not None]
-    return later[0].eval_loss if later else None
 
 
 def draw_heat_map(comparison: Comparison, axes: Any, name: str) -> None:
