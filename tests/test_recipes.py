@@ -164,7 +164,7 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
     for text, message in (
         ("tst_bagsize: 6", "'tst_bagsize': did you mean 'tst_bag_size'?"),
         ("model_type: llama\nconfig_overrides: {hiden_size: 3}\nmax_steps: 3", "did you mean 'hidden_size'?"),
-        ("max_steps: 1.5", "max_steps: invalid int value: '1.5'"),
+        ("max_steps: 1.5", "--max_steps/--max-steps: invalid int value: '1.5'"),
         ("a: [", "is not YAML"),
         ("tokens_per_step: 100\nblock_size: 16\nper_device_train_batch_size: 2", "set it to 96"),
         ("tokens_per_step: 64", "is not a multiple of the 1024 tokens"),

@@ -99,8 +99,15 @@ def run_comparison(
         **_facts(experiment, args, arms, outcomes),
         **({} if limit is None else {"time limit": limit.fact}),
     }
+    notes = []
+    if args.processes > 1:
+        notes.append(
+            f"{args.processes} runs at the same time share the machine: times say little. Use --processes 1 to compare them."
+        )
+    if args.seconds is not None and any(run.status == "missing" for run in outcomes):
+        notes.append(f"A run that would have ended after the limit of {args.seconds:g} s was not started.")
     grid = {name: arms[name] for name in arms if name != BASELINE} if args.is_grid else {}
-    comparison = compare_outcomes(args.budget, plans, outcomes, facts, _notes(args, outcomes), grid)
+    comparison = compare_outcomes(args.budget, plans, outcomes, facts, notes, grid)
     print("\n" + format_comparison(comparison) + "\n")
     for path in write_report(comparison, experiment.output_dir):
         print(path)
@@ -233,20 +240,3 @@ def _facts(
             facts |= {} if name in ARMS else {f"arm {name}": changed}
     facts["steps"] = ", ".join(f"{name} {result.curve[-1].step:,}" for name, result in results.items())
     return facts | {"FLOPs": FORMULA}
-
-
-def _notes(args: ExperimentArguments, outcomes: Sequence[Outcome]) -> list[str]:
-    notes = []
-    if args.processes > 1:
-        notes.append(
-            f"{args.processes} runs at the same time share the machine: times say little. Use --processes 1 to compare them."
-        )
-    for status in ("diverged", "missing"):
-        names = [run.name for run in outcomes if run.status == status]
-        if names:
-            notes.append(f"{status}, and in no mean: {', '.join(names)}.")
-            if status == "missing" and args.seconds is not None:
-                notes.append(
-                    f"A run that would have ended after the limit of {args.seconds:g} s was not started."
-                )
-    return notes

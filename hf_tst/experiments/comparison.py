@@ -141,7 +141,7 @@ def compare_outcomes(
         rates[name] = [summarize_rate(runs) for runs in by_rate.values()]
     baseline = best_rate(rates[BASELINE]) if BASELINE in rates else None
     arms = [_summarize_arm(name, plan, rates[name], baseline) for name, plan in plans.items()]
-    return Comparison(budget, arms, list(outcomes), facts, [*notes, *_notes(arms)], grid)
+    return Comparison(budget, arms, list(outcomes), facts, [*notes, *_notes(arms, outcomes)], grid)
 
 
 def summarize_rate(runs: Sequence[Outcome]) -> RateSummary:
@@ -211,8 +211,12 @@ def _mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
-def _notes(arms: Sequence[ArmSummary]) -> list[str]:
+def _notes(arms: Sequence[ArmSummary], outcomes: Sequence[Outcome]) -> list[str]:
     notes = []
+    for status in ("diverged", "missing"):
+        names = [run.name for run in outcomes if run.status == status]
+        if names:
+            notes.append(f"{status}, and in no mean: {', '.join(names)}.")
     for arm in arms:
         tried = sorted(rate.learning_rate for rate in arm.rates)
         edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(arm.best.learning_rate)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..records.report import format_columns
+from ..records.report import escape_markdown, format_columns, markdown_table
 from .comparison import BASELINE, ArmSummary, Comparison, RateSummary, best_rate, comparison_to_dict
 from .result import CurvePoint, RunResult
 
@@ -23,7 +23,6 @@ COLUMNS = (
 )  # fmt: skip
 RUN_COLUMNS = ("arm", "learning rate", "seed", "initial eval loss", "final eval loss", "status")
 Rows = list[tuple[str, ...]]
-Panel = dict[tuple[int, float], RateSummary]  # by bag size and phase ratio
 Axis = tuple[str, Callable[[ArmSummary, CurvePoint], float]]
 AXES: tuple[Axis, ...] = (
     ("optimizer steps", lambda arm, point: point.step),
@@ -33,6 +32,14 @@ AXES: tuple[Axis, ...] = (
 )
 # Told apart by those who do not see colors, too (Okabe and Ito).
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+
+
+class Panel(NamedTuple):
+    """A part of a grid: `cells` has a row per bag size and a column per phase ratio."""
+
+    sizes: list[int]
+    ratios: list[float]
+    cells: list[list[RateSummary]]
 
 
 def tables(comparison: Comparison) -> dict[str, Rows]:
@@ -49,25 +56,24 @@ def tables(comparison: Comparison) -> dict[str, Rows]:
 
 
 def panels(comparison: Comparison) -> dict[str, Panel]:
-    """The cells of a grid by bag size and phase ratio, one panel for each weighting and mode; of no grid, none."""
+    """The cells of a grid, one panel for each weighting and mode; none if the comparison is no sweep."""
     best = {arm.arm: arm.best for arm in comparison.arms}
-    found: dict[str, Panel] = {}
+    found: dict[str, dict[tuple[int, float], RateSummary]] = {}
     for name, cell in comparison.grid.items():
-        panel = found.setdefault(f"{cell['tst_offset_weighting']}, {cell['tst_mode']}", {})
-        panel[cell["tst_bag_size"], cell["tst_phase_ratio"]] = best[name]
-    return found
-
-
-def _axes_of(panel: Panel) -> tuple[list[int], list[float]]:
-    """Bag sizes and phase ratios, in order."""
-    return sorted({size for size, _ in panel}), sorted({ratio for _, ratio in panel})
+        cells = found.setdefault(f"{cell['tst_offset_weighting']}, {cell['tst_mode']}", {})
+        cells[cell["tst_bag_size"], cell["tst_phase_ratio"]] = best[name]
+    made = {}
+    for name, cells in found.items():
+        sizes, ratios = (sorted(set(values)) for values in zip(*cells, strict=True))
+        made[name] = Panel(sizes, ratios, [[cells[size, ratio] for ratio in ratios] for size in sizes])
+    return made
 
 
 def _panel_rows(panel: Panel) -> Rows:
-    """A row per bag size, a column per phase ratio."""
-    sizes, ratios = _axes_of(panel)
-    body = [(str(size), *(describe_rate(panel[size, ratio]) for ratio in ratios)) for size in sizes]
-    return [("s \\ r", *(f"{ratio:g}" for ratio in ratios)), *body]
+    rows: Rows = [("s \\ r", *(f"{ratio:g}" for ratio in panel.ratios))]
+    for size, cells in zip(panel.sizes, panel.cells, strict=True):
+        rows.append((str(size), *map(describe_rate, cells)))
+    return rows
 
 
 def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
@@ -159,12 +165,12 @@ def format_comparison_markdown(comparison: Comparison, picture: str | None = Non
     for title, rows in tables(comparison).items():
         parts += [f"## {title}", markdown_table(rows)]
     facts = [
-        f"- {_escape(name)}: {_code(value) if name == 'command' else _escape(value)}"
+        f"- {escape_markdown(name)}: {_code(value) if name == 'command' else escape_markdown(value)}"
         for name, value in comparison.facts.items()
     ]
     for title, lines in (
         ("How it was done", facts),
-        ("Notes", [f"- {_escape(note)}" for note in comparison.notes]),
+        ("Notes", [f"- {escape_markdown(note)}" for note in comparison.notes]),
     ):
         parts += [f"## {title}", "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
@@ -187,21 +193,9 @@ def _captions(comparison: Comparison) -> list[str]:
 
 def lowest_cell(comparison: Comparison) -> RateSummary | None:
     """The cell of a grid of the lowest mean loss, of those in which most runs ended well."""
-    cells = [cell for panel in panels(comparison).values() for cell in panel.values()]
+    cells = [arm.best for arm in comparison.arms if arm.arm in comparison.grid]
     best = best_rate(cells) if cells else None
     return best if best and best.losses else None
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a table of Markdown, the header first; what Markdown or HTML would read is escaped."""
-    header, *body = rows
-    return "\n".join(
-        f"| {' | '.join(map(_escape, line))} |" for line in [header, ["---"] * len(header), *body]
-    )
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([\\|*])", r"\\\1", text).replace("<", "&lt;")
 
 
 def _code(text: str) -> str:
@@ -214,46 +208,34 @@ def _code(text: str) -> str:
 def draw_curves(comparison: Comparison, axes: Any, axis: Axis) -> None:
     """Draw the mean curve of every arm over one axis, and each seed's thinly behind it."""
     label, position = axis
-    drawn = False
-    for number, arm in enumerate(comparison.arms):
+    shown: list[float] = []
+    for number, arm in enumerate(arm for arm in comparison.arms if arm.best.curve):
         color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
 
-        def line(
-            curve: Sequence[CurvePoint], arm: ArmSummary = arm
-        ) -> tuple[list[float], list[float | None]]:
-            return [position(arm, point) for point in curve], [point.eval_loss for point in curve]
+        def draw(points: Sequence[CurvePoint], *style: str, arm: ArmSummary = arm, **options: Any) -> None:
+            x, y = [position(arm, point) for point in points], [point.eval_loss for point in points]
+            axes.plot(x, y, *style, **options)
 
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
-            axes.plot(*line(curve), color=color, alpha=0.25, linewidth=0.8)
-        if arm.best.curve:
-            drawn = True
-            axes.plot(*line(arm.best.curve), style, color=color, label=arm.arm, linewidth=1.8)
-            switch = arm.plan.schedule.switch_step
-            at_switch = next((point for point in arm.best.curve if point.step >= switch > 0), None)
-            if at_switch is not None:
-                x, y = line([at_switch])
-                axes.plot(x, y, "o", color=color, markersize=5)
+            draw(curve, color=color, alpha=0.25, linewidth=0.8)
+        curve, switch = arm.best.curve, arm.plan.schedule.switch_step
+        draw(curve, style, color=color, label=arm.arm, linewidth=1.8)
+        draw([point for point in curve if point.step >= switch > 0][:1], "o", color=color, markersize=5)
+        # What is before the first tenth of a run is above the picture.
+        late = [point for point in curve if point.step >= 0.1 * curve[-1].step]
+        shown += [point.eval_loss for point in late if point.eval_loss is not None]
     baseline = next((arm.best.mean_loss for arm in comparison.arms if arm.arm == BASELINE), None)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle=":", linewidth=1)
-    tops = [loss for arm in comparison.arms if (loss := _loss_after(arm.best.curve, 0.1)) is not None]
-    if tops:
-        low = min(p.eval_loss or 0.0 for arm in comparison.arms for p in arm.best.curve)
-        margin = 0.05 * (max(tops) - low) or 0.1
-        axes.set_ylim(low - margin, max(tops) + margin)
+    if shown:
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        axes.legend()
     axes.locator_params(axis="x", nbins=6)
     axes.ticklabel_format(axis="x", scilimits=(-3, 5))
     axes.set_xlabel(label)
     axes.set_ylabel("evaluation loss (nats)")
     axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend()
-
-
-def _loss_after(curve: Sequence[CurvePoint], share: float) -> float | None:
-    """The loss at the first evaluation after a share of the run."""
-    later = [point for point in curve if point.step >= share * curve[-1].step and point.eval_loss is not None]
-    return later[0].eval_loss if later else None
 
 
 def draw_heat_map(comparison: Comparison, axes: Any, name: str) -> None:
@@ -263,26 +245,22 @@ def draw_heat_map(comparison: Comparison, axes: Any, name: str) -> None:
     """
     from matplotlib.patches import Rectangle
 
-    found = panels(comparison)
-    known = [cell.mean_loss for panel in found.values() for cell in panel.values() if cell.mean_loss] or [
-        0,
-        1,
+    known = [
+        arm.best.mean_loss or 0.0 for arm in comparison.arms if arm.arm in comparison.grid and arm.best.losses
     ]
-    low, high = min(known), max(known)
-    panel, lowest = found[name], lowest_cell(comparison)
-    sizes, ratios = _axes_of(panel)
-    values = [[panel[size, ratio].mean_loss or float("nan") for ratio in ratios] for size in sizes]
-    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-    for (size, ratio), cell in panel.items():
-        x, y = ratios.index(ratio), sizes.index(size)
-        text = _loss_of(cell) if cell.mean_loss is None else f"{cell.mean_loss:.4f}"
-        color = "white" if (cell.mean_loss or high) < (low + high) / 2 else "black"
-        axes.text(x, y, text, ha="center", va="center", color=color)
-        if cell is lowest:
-            frame = Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=2)
-            axes.add_patch(frame)
-    axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-    axes.set_yticks(range(len(sizes)), [str(size) for size in sizes])
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    panel, lowest = panels(comparison)[name], lowest_cell(comparison)
+    losses = [[cell.mean_loss or float("nan") for cell in row] for row in panel.cells]
+    image = axes.imshow(losses, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for y, row in enumerate(panel.cells):
+        for x, cell in enumerate(row):
+            text = _loss_of(cell) if cell.mean_loss is None else f"{cell.mean_loss:.4f}"
+            color = "white" if losses[y][x] < (low + high) / 2 else "black"
+            axes.text(x, y, text, ha="center", va="center", color=color)
+            if cell is lowest:
+                axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", lw=2))
+    axes.set_xticks(range(len(panel.ratios)), [f"{ratio:g}" for ratio in panel.ratios])
+    axes.set_yticks(range(len(panel.sizes)), [str(size) for size in panel.sizes])
     axes.set_xlabel("phase ratio r")
     axes.set_ylabel("bag size s")
     axes.set_title(name)

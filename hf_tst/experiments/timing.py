@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FEWEST_STEPS = 10
 
 
 def calibrate(
-    experiment: Experiment, values: Mapping[str, Mapping[str, Any]], steps: int, launcher: str | None
+    experiment: Experiment, values: Mapping[str, dict[str, Any]], steps: int, launcher: str | None
 ) -> dict[str, StepCost]:
     """Seconds per step of each arm, by phase, from short runs one after the other; kept, and not measured again.
 
@@ -38,31 +38,30 @@ def calibrate(
     Raises:
         TSTError: If one fails.
     """
-    runs = {}
-    for name, arm in values.items():
-        data = dict(experiment.data)
-        evaluation = {"max_eval_samples": 1} if data.pop("evaluation", None) else {}  # a stream can't be cut
-        folder = experiment.output_dir / f"calibration-{name}"
-        runs[name] = PlannedRun(f"calibration of {name}", folder, _short_run(arm, steps) | evaluation, data)
-    _run(runs.values(), launcher)
-    return {name: _pace(run) for name, run in runs.items()}
-
-
-def _short_run(arm: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Settings of a run of `steps` steps in each phase of an arm, evaluated at its end only."""
-    superposed = is_superposed(arm)
+    # A stream can't be cut.
+    evaluation = {"max_eval_samples": 1} if "evaluation" in experiment.data else {}
     return {
+        name: _pace(_short_run(experiment, f"calibration-{name}", arm | evaluation, steps, launcher))
+        for name, arm in values.items()
+    }
+
+
+def _short_run(
+    experiment: Experiment, name: str, arm: Mapping[str, Any], steps: int, launcher: str | None
+) -> PlannedRun:
+    """A run, done, of `steps` steps in each phase of an arm, evaluated at its end only."""
+    superposed = is_superposed(arm)
+    settings = {
         **arm, "max_steps": steps * (2 if superposed else 1), "logging_strategy": "steps",
         "logging_steps": max(1, steps // 4), "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
         "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
         "report_to": "none", **({"tst_phase_ratio": 0.5} if superposed else {}),
     }  # fmt: skip
-
-
-def _run(runs: Iterable[PlannedRun], launcher: str | None) -> None:
-    failures = run_all(list(runs), launcher=launcher)
+    run = PlannedRun(name, experiment.output_dir / name, settings)
+    failures = run_all([run], launcher=launcher)
     if failures:
-        raise TSTError(next(iter(failures.values())))
+        raise TSTError(failures[name])
+    return run
 
 
 def _pace(run: PlannedRun) -> StepCost:
@@ -97,15 +96,12 @@ class TimeLimit:
     @property
     def fact(self) -> str:
         """What a report says of it."""
-        change = (
-            f"shortened from {self.configured_steps:,} to {self.max_steps:,}"
-            if self.max_steps < self.configured_steps
-            else f"{self.max_steps:,}, not shortened"
-        )
+        shortened = self.max_steps < self.configured_steps
+        before = f"shortened from {self.configured_steps:,} to" if shortened else "as configured,"
         return (
-            f"max_steps {change}, for a limit of {self.seconds:g} s; measured: {self.superposition:.4g} s per step of "
-            f"superposition, {self.recovery:.4g} s of recovery, {self.evaluation:.3g} s per evaluation, {self.start:.3g} s per "
-            "run besides"
+            f"max_steps {before} {self.max_steps:,}, for a limit of {self.seconds:g} s; measured: {self.superposition:.4g} s per "
+            f"step of superposition, {self.recovery:.4g} s of recovery, {self.evaluation:.3g} s per evaluation, "
+            f"{self.start:.3g} s per run besides"
         )
 
     def save(self, folder: Path) -> None:
@@ -189,9 +185,8 @@ def time_short_run(
     first = next((run for run in runs if is_superposed(run.settings)), runs[0])
     folder = experiment.output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
-    timed = PlannedRun("calibration", folder, _short_run(first.settings, steps), experiment.data)
     began = time.monotonic()
-    _run([timed], launcher)
+    timed = _short_run(experiment, folder.name, first.settings, steps, launcher)
     whole = time.monotonic() - began
     pace = _pace(timed)
     evaluation = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"]

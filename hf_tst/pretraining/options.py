@@ -321,14 +321,10 @@ def parse_values(
         values, argv = read_config(argv[0]), argv[1:]
         check_names(values, known, "The configuration file has no such argument as")
         actions = {action.dest: action for action in parser._actions}
-        optional = {
-            name
-            for kind in dataclass_types
-            for name, hint in get_type_hints(kind).items()
-            if type(None) in get_args(hint)
-        }
+        hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in values.items():
-            if value is None and name not in optional:
+            takes_none = type(None) in get_args(hints[name]) or actions[name].default is None
+            if value is None and not takes_none:
                 raise TSTError(
                     f"{name} in the configuration file has no value: give one, or leave the line out."
                 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from .report import format_phases_markdown, plot_loss_curve, summarize_phases
+from .report import markdown_table, phase_rows, plot_loss_curve, summarize_phases
 from .run import RunRecord, run_entry, timed_steps
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def make_model_card(
         input_weighting=arguments.get("tst_input_weighting", "uniform"),
         mtp_num_heads=arguments.get("mtp_num_heads", 1),
         mtp_kind=arguments.get("mtp_kind"),
-        phase_table=format_phases_markdown(summarize_phases(record.log_history)),
+        phase_table=markdown_table(phase_rows(summarize_phases(record.log_history))),
         curve=curve,
         facts=_facts(record),
         evaluation={name: f"{value:.4f}" for name, value in evaluation.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def format_phases(summaries: Sequence[PhaseSummary]) -> str:
-    """The summaries as a table of text; the load of experts, smallest and largest, where it was logged."""
-    return format_columns(_phase_rows(summaries))
+    """The summaries as a table of text."""
+    return format_columns(phase_rows(summaries))
 
 
 def format_columns(rows: Sequence[tuple[str, ...]]) -> str:
@@ -83,22 +84,22 @@ def format_columns(rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def format_phases_markdown(summaries: Sequence[PhaseSummary]) -> str:
-    """The summaries as a table of Markdown."""
-    header, *rows = _phase_rows(summaries)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
-
-
-def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
-    header: tuple[str, ...] = (
-        "phase",
-        "steps",
-        "raw tokens",
-        "latent tokens",
-        "loss first",
-        "loss last",
-        "eval loss",
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table of Markdown, the header first."""
+    header, *body = rows
+    return "\n".join(
+        f"| {' | '.join(map(escape_markdown, line))} |" for line in [header, ["---"] * len(header), *body]
     )
+
+
+def escape_markdown(text: str) -> str:
+    """Text in which Markdown and HTML read nothing."""
+    return re.sub(r"([\\|*])", r"\\\1", text).replace("<", "&lt;")
+
+
+def phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
+    """The table of the phases, the header first; with the load of experts, smallest and largest, where it was logged."""
+    header = ("phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss")
     rows: list[tuple[str, ...]] = [
         (
             summary.phase,
@@ -111,11 +112,11 @@ def _phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
         )
         for summary in summaries
     ]
-    if any(summary.first_expert_load for summary in summaries):
-        header += ("expert load first", "expert load last")
-        loads = [(summary.first_expert_load, summary.last_expert_load) for summary in summaries]
-        rows = [row + tuple(map(_format_load, load)) for row, load in zip(rows, loads, strict=True)]
-    return [header, *rows]
+    loads = [(summary.first_expert_load, summary.last_expert_load) for summary in summaries]
+    if not any(first for first, _ in loads):
+        return [header, *rows]
+    rows = [row + tuple(map(_format_load, load)) for row, load in zip(rows, loads, strict=True)]
+    return [(*header, "expert load first", "expert load last"), *rows]
 
 
 def _format_load(load: tuple[float, float] | None) -> str:
@@ -137,33 +138,18 @@ def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int 
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for phase, label in (
-        ("superposition", "training loss on bags"),
-        ("recovery", "training loss, next token"),
-    ):
-        points = [
-            (e["step"], _own_loss(e)) for e in log_history if "loss" in e and e.get("tst_phase") == phase
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
-    points = [(e["step"], e["eval_loss"]) for e in log_history if "eval_loss" in e]
-    if points:
-        axes.plot(
-            *zip(*points, strict=True),
-            "o--",
-            color="black",
-            markersize=4,
-            label="evaluation loss, next token",
-        )
+    labels = {"superposition": "training loss on bags", "recovery": "training loss, next token"}
+    for phase, label in labels.items():
+        trained = [e for e in log_history if "loss" in e and e.get("tst_phase") == phase]
+        if trained:
+            axes.plot([e["step"] for e in trained], [_own_loss(e) for e in trained], label=label)
+    evaluated = [e for e in log_history if "eval_loss" in e]
+    if evaluated:
+        steps, losses = [e["step"] for e in evaluated], [e["eval_loss"] for e in evaluated]
+        axes.plot(steps, losses, "o--", color="black", markersize=4, label="evaluation loss, next token")
     if switch_step:
         axes.axvline(switch_step, color="grey", linestyle=":")
-        axes.annotate(
-            "switch",
-            (switch_step, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -12),
-            textcoords="offset points",
-        )
+        axes.text(switch_step, 0.96, " switch", transform=axes.get_xaxis_transform(), va="top")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)
