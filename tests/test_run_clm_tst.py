@@ -142,7 +142,7 @@ def test_bad_input_is_one_sentence(workspace, tmp_path, flags, message):
 
 def test_the_standard_library_is_not_streamed(tmp_path):
     result = run("--streaming", "--output_dir", tmp_path / "run", cwd=tmp_path, fails=True)
-    assert "streaming reads data that is named" in result.stderr.splitlines()[-1]
+    assert "streaming need training data: name train_file or dataset_name" in result.stderr.splitlines()[-1]
 
 
 def test_unknown_names_in_a_file_are_refused(tmp_path):
