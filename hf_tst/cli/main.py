@@ -74,7 +74,7 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
         `int`: 0 done, 1 stopped by a [`RunError`], 2 bad input or refused by the Hub, 130 interrupted, 143 ended by SIGTERM.
         Errors of other kinds are ours, and are raised with their traceback.
     """
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments, ""][1:], strict=True)
     words = [word for word, following in pairs if word != "--debug" or following in TRAINER_DEBUG]
     try:
         command(words)
