@@ -5,85 +5,56 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .bags.collator import DataCollatorForTokenSuperposition
-    from .bags.folding import input_weights, offset_weights
-    from .bags.phases import PhaseSchedule
-    from .data.packing import BlockStream, pack_blocks, tokenize_documents
-    from .errors import PreemptedError, RunError, TSTError
-    from .evaluation.checkpoint import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
-    from .losses.linear import linear_multi_hot_cross_entropy
-    from .losses.multi_hot import count_target_bags, multi_hot_cross_entropy
-    from .models.sharding import full_state_dict, left_out_of_optimizer
-    from .models.superposition import fused_evaluation_loss, fused_next_token_loss, token_superposition
-    from .mtp.heads import MTPHeads, multi_token_prediction
-    from .planning.flops import step_flops
-    from .training.arguments import TSTTrainingArguments
-    from .training.trainer import TSTTrainer
+    from .bags.collator import DataCollatorForTokenSuperposition as DataCollatorForTokenSuperposition
+    from .bags.folding import input_weights as input_weights
+    from .bags.folding import offset_weights as offset_weights
+    from .bags.phases import PhaseSchedule as PhaseSchedule
+    from .data.packing import BlockStream as BlockStream
+    from .data.packing import pack_blocks as pack_blocks
+    from .data.packing import tokenize_documents as tokenize_documents
+    from .errors import PreemptedError as PreemptedError
+    from .errors import RunError as RunError
+    from .errors import TSTError as TSTError
+    from .evaluation.checkpoint import METRIC_FILE as METRIC_FILE
+    from .evaluation.checkpoint import evaluate_checkpoint as evaluate_checkpoint
+    from .evaluation.checkpoint import evaluate_tasks as evaluate_tasks
+    from .evaluation.checkpoint import score_texts as score_texts
+    from .losses.linear import linear_multi_hot_cross_entropy as linear_multi_hot_cross_entropy
+    from .losses.multi_hot import count_target_bags as count_target_bags
+    from .losses.multi_hot import multi_hot_cross_entropy as multi_hot_cross_entropy
+    from .models.sharding import full_state_dict as full_state_dict
+    from .models.sharding import left_out_of_optimizer as left_out_of_optimizer
+    from .models.superposition import fused_evaluation_loss as fused_evaluation_loss
+    from .models.superposition import fused_next_token_loss as fused_next_token_loss
+    from .models.superposition import token_superposition as token_superposition
+    from .mtp.heads import MTPHeads as MTPHeads
+    from .mtp.heads import multi_token_prediction as multi_token_prediction
+    from .planning.flops import step_flops as step_flops
+    from .training.arguments import TSTTrainingArguments as TSTTrainingArguments
+    from .training.trainer import TSTTrainer as TSTTrainer
 
-# Public name -> module. Modules are imported when a name is first used, so `import hf_tst` costs nothing.
-_MODULES = {
-    "BlockStream": "data.packing",
-    "DataCollatorForTokenSuperposition": "bags.collator",
-    "METRIC_FILE": "evaluation.checkpoint",
-    "MTPHeads": "mtp.heads",
-    "PhaseSchedule": "bags.phases",
-    "PreemptedError": "errors",
-    "RunError": "errors",
-    "TSTError": "errors",
-    "TSTTrainer": "training.trainer",
-    "TSTTrainingArguments": "training.arguments",
-    "count_target_bags": "losses.multi_hot",
-    "evaluate_checkpoint": "evaluation.checkpoint",
-    "evaluate_tasks": "evaluation.checkpoint",
-    "full_state_dict": "models.sharding",
-    "fused_evaluation_loss": "models.superposition",
-    "fused_next_token_loss": "models.superposition",
-    "input_weights": "bags.folding",
-    "left_out_of_optimizer": "models.sharding",
-    "linear_multi_hot_cross_entropy": "losses.linear",
-    "multi_hot_cross_entropy": "losses.multi_hot",
-    "multi_token_prediction": "mtp.heads",
-    "offset_weights": "bags.folding",
-    "pack_blocks": "data.packing",
-    "score_texts": "evaluation.checkpoint",
-    "step_flops": "planning.flops",
-    "token_superposition": "models.superposition",
-    "tokenize_documents": "data.packing",
+# Public names by module. A module is imported when one of its names is first used, so that `import hf_tst` costs nothing.
+_NAMES = {
+    "bags.collator": ["DataCollatorForTokenSuperposition"],
+    "bags.folding": ["input_weights", "offset_weights"],
+    "bags.phases": ["PhaseSchedule"],
+    "data.packing": ["BlockStream", "pack_blocks", "tokenize_documents"],
+    "errors": ["PreemptedError", "RunError", "TSTError"],
+    "evaluation.checkpoint": ["METRIC_FILE", "evaluate_checkpoint", "evaluate_tasks", "score_texts"],
+    "losses.linear": ["linear_multi_hot_cross_entropy"],
+    "losses.multi_hot": ["count_target_bags", "multi_hot_cross_entropy"],
+    "models.sharding": ["full_state_dict", "left_out_of_optimizer"],
+    "models.superposition": ["fused_evaluation_loss", "fused_next_token_loss", "token_superposition"],
+    "mtp.heads": ["MTPHeads", "multi_token_prediction"],
+    "planning.flops": ["step_flops"],
+    "training.arguments": ["TSTTrainingArguments"],
+    "training.trainer": ["TSTTrainer"],
 }
-
-__all__ = [
-    "METRIC_FILE",
-    "BlockStream",
-    "DataCollatorForTokenSuperposition",
-    "MTPHeads",
-    "PhaseSchedule",
-    "PreemptedError",
-    "RunError",
-    "TSTError",
-    "TSTTrainer",
-    "TSTTrainingArguments",
-    "__version__",
-    "count_target_bags",
-    "evaluate_checkpoint",
-    "evaluate_tasks",
-    "full_state_dict",
-    "fused_evaluation_loss",
-    "fused_next_token_loss",
-    "input_weights",
-    "left_out_of_optimizer",
-    "linear_multi_hot_cross_entropy",
-    "multi_hot_cross_entropy",
-    "multi_token_prediction",
-    "offset_weights",
-    "pack_blocks",
-    "score_texts",
-    "step_flops",
-    "token_superposition",
-    "tokenize_documents",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:

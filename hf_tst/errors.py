@@ -12,16 +12,16 @@ class TSTError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What stops a run whose input is right, such as a full disk or a loss that is not finite.
+    """Stops a run whose input is right, for example a full disk or a loss that is not finite.
 
-    The message says what happened, where, and what to go on from. `exit_status` is that of the console command.
+    The message says what happened, where, and how to continue. `exit_status` is that of the console command.
     """
 
     exit_status: ClassVar[int] = 1
 
 
 class PreemptedError(RunError):
-    """The process was told to end (SIGTERM), and the checkpoint to go on from is written.
+    """The process received SIGTERM, and has written the checkpoint to continue from.
 
     The console command raises it; [`TSTTrainer.train`] returns, with `trainer.preempted` set.
     """
@@ -29,19 +29,33 @@ class PreemptedError(RunError):
     exit_status: ClassVar[int] = 143  # 128 + SIGTERM, as shells and schedulers expect it
 
 
+def check_at_least(lowest: float, **values: float | None) -> None:
+    """Raise `TSTError` unless each argument in `values` that is not `None` is at least `lowest`."""
+    for name, value in values.items():
+        if value is not None and not value >= lowest:
+            raise TSTError(f"{name} must be at least {lowest}, but is {value}.")
+
+
 @contextmanager
-def bad_input() -> Iterator[None]:
-    """Context that turns a library's `ValueError` into a [`TSTError`] of one line."""
+def bad_input(
+    what: str = "", kinds: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
+    """Context that turns a library's error into a [`TSTError`] of one line.
+
+    Args:
+        what (`str`): The beginning of the sentence, for example `"Cannot read data.txt: "`.
+        kinds (defaults to `ValueError`): The class of the error, or several.
+    """
     try:
         yield
     except TSTError:
         raise
-    except ValueError as error:
-        raise TSTError(f"{one_line(error)}.") from error
+    except kinds as error:
+        raise TSTError(f"{what}{one_line(error)}.") from error
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, as the end of a sentence: of the cause it was raised from, if there is one, on one line."""
+    """The message of an error, or of the first error in its chain of causes: its last line, without the full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -15,17 +15,17 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 
 from hf_tst import TSTTrainingArguments
-from hf_tst.cli.exits import run_command
+from hf_tst.cli.main import run_command
 from hf_tst.data.position import DataPosition
 from hf_tst.errors import TSTError
 from hf_tst.experiments.options import parse_list
 from hf_tst.pretraining.options import (
-    QUICK_START,
     DataArguments,
     ModelArguments,
     micro_batches,
     parse_values,
     pick,
+    quick_start,
 )
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = [AuditArguments, ModelArguments, DataArguments, TSTTrainingArguments]
     # Trainer's own defaults, also where no data is named.
     defaults = {
-        entry.name: entry.default for kind in kinds for entry in fields(kind) if entry.name in QUICK_START
+        entry.name: entry.default for kind in kinds for entry in fields(kind) if entry.name in quick_start()
     }
     values = parse_values(argv, kinds, __doc__.split("\n")[0], defaults=defaults)
     audit = pick(values, AuditArguments)

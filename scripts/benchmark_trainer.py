@@ -43,7 +43,7 @@ from transformers import (
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.planning.flops import step_flops
-from hf_tst.planning.hardware import peak_tflops
+from hf_tst.planning.reference import peak_tflops
 
 RECIPE = Path(__file__).parent / "configs" / "recipes" / "270m-20k-tst.yaml"
 TINY = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from hf_tst.cli.exits import run_command
+from hf_tst.cli.main import run_command
 from hf_tst.experiments.compare import main
 
 if __name__ == "__main__":

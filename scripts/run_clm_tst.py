@@ -7,15 +7,15 @@
     accelerate launch scripts/run_clm_tst.py config.yaml             # several GPUs
 
 With neither --dataset_name nor --train_file it trains a small Llama on Python's standard library, with the
-arguments in hf_tst/pretraining/options.py's QUICK_START wherever a flag says nothing else. `hf-tst train` is the same.
+recipe hf_tst/pretraining/quick_start.yaml wherever a flag says nothing else. `hf-tst train` is the same.
 """
 
 from __future__ import annotations
 
 import sys
 
-from hf_tst.cli.exits import run_command
-from hf_tst.pretraining.run import main
+from hf_tst.cli.main import run_command
+from hf_tst.pretraining.pretrain import main
 
 if __name__ == "__main__":
     sys.exit(run_command("run_clm_tst.py", main, sys.argv[1:]))

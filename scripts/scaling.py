@@ -15,7 +15,7 @@ from hf_tst.planning.costs import (
 )
 from hf_tst.planning.flops import flops_per_token
 from hf_tst.pretraining.options import ModelArguments, read_config
-from hf_tst.pretraining.run import make_config
+from hf_tst.pretraining.pretrain import make_config
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12

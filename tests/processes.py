@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
-PRELOADED = ["conftest", "datasets", "matplotlib.pyplot", "hf_tst.pretraining.run"]
+PRELOADED = ["conftest", "datasets", "matplotlib.pyplot", "hf_tst.pretraining.pretrain"]
 
 
 def start_process(function: Callable[..., object], *arguments: object) -> Any:

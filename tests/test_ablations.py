@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.bags.phases import PhaseSchedule
-from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import (
     DataArguments,
     ModelArguments,

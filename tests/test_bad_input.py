@@ -8,7 +8,7 @@ from conftest import write_corpus
 from transformers import LlamaConfig
 
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.run import main, make_config
+from hf_tst.pretraining.pretrain import main, make_config
 
 OVERRIDES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -58,7 +58,7 @@ def values(folder, **changes):
         ({"learning_rate": "fast"}, "learning_rate.* invalid float value: 'fast'"),
         ({"lr_scheduler_kwargs": "{bad"}, "lr_scheduler_kwargs is not JSON"),
         ({"config_overrides": "hidden_size=abc"}, "config_overrides: invalid literal for int.* 'abc'"),
-        ({"config_overrides": "{bad"}, "config_overrides are not JSON"),
+        ({"config_overrides": "{bad"}, "config_overrides must be name=value,… or JSON"),
         ({"config_overrides": OVERRIDES | {"hidden_size": 15}}, "config_overrides make no llama: .* multiple"),
         ({"config_overrides": OVERRIDES | {"hidden_siz": 16}}, "did you mean 'hidden_size'"),
         ({"dtype": "bogus"}, "dtype must be auto, float32, bfloat16 or float16, but is 'bogus'"),

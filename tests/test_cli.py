@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_tst import PreemptedError, RunError
 from hf_tst.cli import main as cli
-from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining import pretrain
 from hf_tst.training.checkpoints import last_complete_checkpoint
 
 

@@ -17,7 +17,7 @@ from jinja2 import Template
 from safetensors.torch import load_file
 from tiny_recipes import RUN, SHAPE
 
-from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import parse_arguments
 from hf_tst.records.report import format_phases, summarize_phases
 

@@ -22,7 +22,7 @@ from hf_tst.experiments.compare import CompareArguments, main, plan_comparison
 from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
 from hf_tst.experiments.queue import PlannedRun, run_all
 from hf_tst.experiments.timing import TimeLimit
-from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining import pretrain
 
 
 def planned(recipe, *flags):
@@ -337,9 +337,9 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--push_to_hub"], "push_to_hub cannot go with several runs"),
         (["--auto_find_batch_size"], "auto_find_batch_size cannot go with several runs"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
-        (["--output_dir", "file/out"], "Cannot make output_dir=file/out: Not a directory"),
+        (["--output_dir", "file/out"], "Cannot make output_dir=file/out: "),
         (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
-        (["--deepspeed", "ds.json"], "The arguments need a package that is missing"),
+        (["--deepspeed", "ds.json"], "The arguments cannot be used: "),
         (["--launcher", " "], "launcher=' ' names no command"),
         (["--seconds", "0"], "seconds must be more than 0, but is 0"),
         (["--seconds", "9", "--processes", "2"], "seconds=9 needs processes=1, not 2"),

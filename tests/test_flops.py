@@ -17,7 +17,7 @@ from versions import fails_before, params
 from hf_tst import MTPHeads, TSTTrainer, token_superposition
 from hf_tst.mtp.heads import MTP_KINDS
 from hf_tst.planning.flops import step_flops
-from hf_tst.planning.hardware import peak_tflops
+from hf_tst.planning.reference import peak_tflops
 from hf_tst.training import callbacks
 
 SIZES = {

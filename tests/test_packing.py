@@ -15,7 +15,7 @@ from hf_tst.data.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
 from hf_tst.data.text_files import load_text_file
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.run import load_documents, load_model, prepare_blocks
+from hf_tst.pretraining.pretrain import load_documents, load_model, prepare_blocks
 from hf_tst.records.run import loaded_from
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
@@ -353,5 +353,5 @@ def test_a_new_model_is_float32_whatever_the_weights_of_the_configuration_were(
 
 def test_a_streamed_evaluation_is_not_cut(tokenizer):
     documents = datasets.Dataset.from_dict({"input_ids": [[1] * 4]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="A stream is read to its end, not max_eval_samples=3"):
+    with pytest.raises(ValueError, match="A stream has no number of blocks for max_eval_samples=3"):
         prepare_blocks(DataArguments(max_eval_samples=3), documents, tokenizer, 4, evaluation=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from tiny_recipes import shrink
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst import TSTTrainingArguments
-from hf_tst.cli.plan import plan_from_arguments, plan_to_dict
-from hf_tst.pretraining import run as pretrain
+from hf_tst.cli.plan import plan_from_arguments
+from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import (
     DataArguments,
     ModelArguments,
@@ -107,17 +108,17 @@ def test_the_model_has_the_size_of_its_name_and_the_run_fits(plan, recipe):
     made = plan(recipe)
     made.check_memory()
     kind, name = kind_and_name(recipe)
-    assert (made.schedule.switch_step > 0) == (kind == "tst")
+    assert (made.switch_step > 0) == (kind == "tst")
     if name == "lora-continued":
-        assert made.shape.trainable_parameters < 0.05 * made.shape.parameters
-        assert made.shape.parameters - made.shape.trainable_parameters == 134_515_008
+        assert made.model.trainable_parameters < 0.05 * made.model.parameters
+        assert made.model.parameters - made.model.trainable_parameters == 134_515_008
         return
     exact, named = SIZES[name]
-    assert made.shape.parameters == exact
+    assert made.model.parameters == exact
     assert exact == pytest.approx(named, rel=0.12)
     if name == "10b-a1b":
-        assert made.shape.active_parameters == pytest.approx(1e9, rel=0.05)
-    json.dumps(plan_to_dict(made))
+        assert made.model.active_parameters == pytest.approx(1e9, rel=0.05)
+    json.dumps(asdict(made))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_the_model_has_the_size_of_its_name_and_the_run_fits(plan, recipe):
 )
 def test_the_papers_runs_are_the_papers(plan, recipe, steps, switch, tokens_per_step, lr):
     made = plan(f"{recipe}.yaml")
-    assert (made.schedule.max_steps, made.schedule.switch_step) == (steps, switch)
+    assert (made.max_steps, made.switch_step) == (steps, switch)
     assert made.layout.latent_tokens == tokens_per_step
     values = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8"))
     assert (values["learning_rate"], values["adam_beta1"], values["adam_beta2"]) == (lr, 0.9, 0.95)

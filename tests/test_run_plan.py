@@ -8,9 +8,8 @@ import pytest
 from processes import run_script
 
 from hf_tst.cli.plan import format_plan, main, plan_from_arguments, plot_plan
-from hf_tst.planning.hardware import ACCELERATORS
-from hf_tst.planning.published import PUBLISHED
-from hf_tst.planning.run import GIB
+from hf_tst.planning.estimate import GIB
+from hf_tst.planning.reference import ACCELERATORS, PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "scripts" / "configs" / "recipes"
@@ -21,7 +20,7 @@ def plan(recipe, *flags):
 
 
 def alternatives(made):
-    return {other.name: other for other in made.alternatives}
+    return {other.name: other for other in made.comparison}
 
 
 def test_the_budgets_of_the_papers_270m_run():
@@ -74,7 +73,7 @@ def test_the_published_figures_are_the_papers():
 )
 def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
     made = plan("270m-20k-tst.yaml", "--num_gpus", 8, *flags)
-    assert all(other.loss is None for other in made.alternatives)
+    assert all(other.loss is None for other in made.comparison)
     assert alternatives(made)["baseline, equal loss"].source == "no published figure"
     assert alternatives(made)["baseline, equal loss"].steps is None
     text = format_plan(made)
@@ -84,7 +83,7 @@ def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
 
 def test_hours_follow_from_peak_and_utilisation():
     made = plan("100m-one-gpu-tst.yaml", "--gpu", "h100", "--mfu", 0.4)
-    per_token = 6 * made.shape.active_parameters + 12 * 14 * 512 * 1024
+    per_token = 6 * made.model.active_parameters + 12 * 14 * 512 * 1024
     assert made.flops == 5000 * 262_144 * per_token
     assert made.gpu_hours == pytest.approx(made.flops / (989e12 * 0.4) / 3600)
     assert made.gpu_hours < 1
@@ -97,7 +96,7 @@ def test_impossible_memory_is_said_with_by_how_much(capsys):
     gpus = ["--gpu", "l4", "--num_gpus", "8"]
     flags = [*gpus, "--gradient_checkpointing", "False"]
     made = plan("3b-20k-tst.yaml", *flags)
-    lacking = made.memory["peak"] / GIB - 23 * 0.94
+    lacking = made.memory_bytes["peak"] / GIB - 23 * 0.94
     with pytest.raises(ValueError, match=re.escape(f"{lacking:.1f} GiB more than")):
         main([str(RECIPES / "3b-20k-tst.yaml"), *flags])
     assert "memory" in capsys.readouterr().out  # the plan comes first
@@ -106,19 +105,19 @@ def test_impossible_memory_is_said_with_by_how_much(capsys):
 
 
 def test_more_gpus_hold_less_each_and_ddp_holds_all():
-    sizes = [plan("3b-20k-tst.yaml", "--num_gpus", n).memory["state"] for n in (1, 8, 64)]
+    sizes = [plan("3b-20k-tst.yaml", "--num_gpus", n).memory_bytes["state"] for n in (1, 8, 64)]
     assert sizes[0] == pytest.approx(8 * sizes[1], rel=1e-6)
     assert sizes[1] == pytest.approx(8 * sizes[2], rel=1e-6)
     ddp = plan("3b-20k-tst.yaml", "--num_gpus", 8, "--shard_size", 1)
-    assert ddp.memory["state"] == sizes[0]
-    assert ddp.communication["gather"] == 0 < ddp.communication["replicate"]
+    assert ddp.memory_bytes["state"] == sizes[0]
+    assert ddp.communication_bytes_per_step["gather"] == 0 < ddp.communication_bytes_per_step["replicate"]
 
 
 def test_superposition_alters_neither_flops_nor_peak_of_memory():
     tst, baseline = plan("270m-20k-tst.yaml"), plan("270m-20k-baseline.yaml")
     assert tst.flops == baseline.flops
-    assert tst.memory["peak"] == baseline.memory["peak"]
-    assert not baseline.alternatives
+    assert tst.memory_bytes["peak"] == baseline.memory_bytes["peak"]
+    assert not baseline.comparison
 
 
 @pytest.mark.parametrize(
@@ -178,18 +177,20 @@ def test_extra_heads_cost_in_recovery_only(kind):
     made = plan(recipe, *flags, "--mtp_num_heads", 3, "--mtp_kind", kind)
     superposition, recovery = made.phases
     assert superposition == plain.phases[0]
-    d, layer, head = 576, plain.shape.layer_parameters, 128_256 * 576
+    d, layer, head = 576, plain.model.layer_parameters, 128_256 * 576
     joined = 2 * d * d + 2 * d if kind == "sequential" else 0
     per_position = 6 * (layer + head + joined) + 12 * d * plain.layout.length
     assert recovery.flops == plain.phases[1].flops + 2 * per_position * recovery.latent_tokens
     assert made.mtp_parameters == 2 * (layer + joined)
-    assert made.checkpoints["model"] == plain.checkpoints["model"]
-    assert made.checkpoints["checkpoint"] == plain.checkpoints["checkpoint"] + 12 * made.mtp_parameters
-    assert made.memory["state"] == plain.memory["state"] + 2 * made.mtp_parameters
+    assert made.checkpoint_bytes["model"] == plain.checkpoint_bytes["model"]
+    assert (
+        made.checkpoint_bytes["checkpoint"] == plain.checkpoint_bytes["checkpoint"] + 12 * made.mtp_parameters
+    )
+    assert made.memory_bytes["state"] == plain.memory_bytes["state"] + 2 * made.mtp_parameters
     others = alternatives(made)
     assert others["TST and MTP, this run"].flops == made.flops
     assert others["baseline, equal FLOPs"].flops == pytest.approx(made.flops, rel=1e-4)
     assert others["baseline, equal data"].steps == 50_000
-    assert all(other.loss is None for other in made.alternatives)  # the paper has no such run
+    assert all(other.loss is None for other in made.comparison)  # the paper has no such run
     assert f"{made.mtp_parameters:,} more in extra heads" in format_plan(made)
     assert "extra heads" not in format_plan(plain)

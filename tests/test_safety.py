@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.data.quickstart import train_tokenizer
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.run import main
+from hf_tst.pretraining.pretrain import main
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*ROOT.glob("hf_tst/**/*.py"), *ROOT.glob("scripts/**/*.py")]

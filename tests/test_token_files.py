@@ -12,9 +12,9 @@ import yaml
 
 from hf_tst import TSTError
 from hf_tst.data.token_files import TokenFile
-from hf_tst.pretraining import run as pretrain
+from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.run import load_documents, prepare_blocks
+from hf_tst.pretraining.pretrain import load_documents, prepare_blocks
 
 ROOT = Path(__file__).parent.parent
 

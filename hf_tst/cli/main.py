@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
+from ..errors import RunError, TSTError
 from ..version import __version__
-from .exits import run_command
 
+# Values of Trainer's own flag `--debug`; without one of them, `--debug` asks for a traceback.
+TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
 
 commands:
   train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of a few minutes)
-  plan    say what a run costs before it is started: steps, tokens, GPU-hours, memory, and what it is compared with
+  plan    say what a run costs before it starts: steps, tokens, GPU-hours, memory, and what it is compared with
   compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
   sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
   card    write the model card of a finished run again, from its record
@@ -51,10 +54,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
-    before = ["--debug"] if arguments[0] == "--debug" else []
-    arguments = arguments[len(before) :]
+    if arguments[0] == "--debug":
+        arguments = [*arguments[1:], "--debug"]
     command = parser.parse_args(arguments[:1]).command
-    return run_command(f"hf-tst {command}", COMMANDS[command], [*before, *arguments[1:]])
+    return run_command(f"hf-tst {command}", COMMANDS[command], arguments[1:])
+
+
+def run_command(name: str, command: Callable[[list[str]], object], arguments: Sequence[str]) -> int:
+    """Run `command` with `arguments` and return its exit status; where it fails, print one sentence on stderr.
+
+    `--debug`, anywhere among the arguments, shows the traceback before the sentence.
+
+    Args:
+        name (`str`): What the sentence begins with.
+        command: Takes the arguments, without `--debug`.
+        arguments: The words of the command line.
+
+    Returns:
+        `int`: 0 done, 1 stopped by a [`RunError`], 2 bad input or refused by the Hub, 130 interrupted, 143 ended by SIGTERM.
+        Errors of other kinds are ours, and are raised with their traceback.
+    """
+    pairs = zip(arguments, [*arguments, ""][1:], strict=True)
+    words = [word for word, following in pairs if word != "--debug" or following in TRAINER_DEBUG]
+    try:
+        command(words)
+    except (TSTError, RunError) as error:
+        if len(words) < len(arguments):
+            traceback.print_exc()
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_status if isinstance(error, RunError) else 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _run(command: str, module: str, argv: list[str]) -> None:
@@ -63,7 +97,7 @@ def _run(command: str, module: str, argv: list[str]) -> None:
 
 # By command, what runs it: the function `main` of a module of the package.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": partial(_run, "train", "pretraining.run"),
+    "train": partial(_run, "train", "pretraining.pretrain"),
     "plan": partial(_run, "plan", "cli.plan"),
     "compare": partial(_run, "compare", "experiments.compare"),
     "sweep": partial(_run, "sweep", "experiments.sweep"),

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.hf_argparser import HfArg
+
 from ..bags.phases import PhaseSchedule, check_bag_size, check_phase_ratio
-from ..errors import TSTError
+from ..errors import TSTError, check_at_least
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.costs import Layout, Precision
+from ..planning.estimate import GIB, Alternative, RunPlan, plan_run
 from ..planning.flops import FORMULA
-from ..planning.hardware import ACCELERATORS, Accelerator
-from ..planning.run import GIB, Machines, RunPlan, plan_run
+from ..planning.reference import ACCELERATORS, Accelerator
 from ..pretraining.options import (
     DataArguments,
     ModelArguments,
     check_names,
+    choose_block_size,
     micro_batches,
     parse_values,
     pick,
 )
-from ..pretraining.run import QUICK_START_VOCABULARY, explained_loading, make_config
+from ..pretraining.pretrain import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.report import format_columns
 from ..training.arguments import TSTTrainingArguments
 
@@ -39,34 +41,50 @@ recipe names vocab_size.
 """
 
 
+# How figures of a plan are printed that are no counts.
+FORMATS = {"flops": ".3g", "gpu_hours": ",.1f", "loss": ".3f"}
+
+
 @dataclass
 class PlanArguments:
     """What a run is planned on, and where the plan goes."""
 
-    gpu: str = field(default="h100", metadata={"help": f"Accelerator: {', '.join(ACCELERATORS)}."})
-    num_gpus: int = field(default=1, metadata={"help": "How many of them."})
-    shard_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "GPUs that hold one copy of the model between them (FSDP); all by default, 1 for DDP."
-        },
+    gpu: str = HfArg(default="h100", help=f"Accelerator: {', '.join(ACCELERATORS)}.")
+    num_gpus: int = HfArg(default=1, help="Number of accelerators.")
+    shard_size: int | None = HfArg(
+        default=None, help="GPUs that share one copy of the model (FSDP); by default all, 1 for DDP."
     )
-    mfu: float = field(
-        default=0.4, metadata={"help": "Share of the peak that training reaches, from 0 to 1."}
-    )
-    gpu_memory_gib: float | None = field(default=None, metadata={"help": "Memory, instead of the GPU's."})
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
-    plot: str | None = field(default=None, metadata={"help": "Write a picture of the comparison here (PNG)."})
+    mfu: float = HfArg(default=0.4, help="Share of the peak that training reaches, from 0 to 1.")
+    gpu_memory_gib: float | None = HfArg(default=None, help="Memory, instead of the GPU's.")
+    json: bool = HfArg(default=False, help="Print JSON instead of tables.")
+    plot: str | None = HfArg(default=None, help="Write a picture of the comparison here (PNG).")
+
+    def __post_init__(self) -> None:
+        check_names([self.gpu], ACCELERATORS, f"gpu must be one of {', '.join(ACCELERATORS)}, not")
+        check_at_least(1, num_gpus=self.num_gpus, shard_size=self.shard_size)
+        if self.num_gpus % (self.shard_size or 1):
+            raise TSTError(f"shard_size={self.shard_size} must divide num_gpus={self.num_gpus}.")
+        if not 0 < self.mfu <= 1:
+            raise TSTError(f"mfu must be more than 0 and at most 1, but is {self.mfu}.")
+
+    def accelerator(self, peak_tflops: float | None) -> Accelerator:
+        """The accelerator, with the peak and the memory that are given instead of its own."""
+        found = ACCELERATORS[self.gpu]
+        if peak_tflops is not None:
+            found = replace(found, name=f"{peak_tflops:g} TFLOP/s", tflops=peak_tflops)
+        if self.gpu_memory_gib is not None:
+            found = replace(found, memory_gib=self.gpu_memory_gib)
+        return found
 
 
 def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[RunPlan, PlanArguments]:
     """The plan of a recipe and flags, as [`parse_arguments`] takes them, and of [`PlanArguments`].
 
     Raises:
-        TSTError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not told.
+        TSTError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not known.
     """
     types = [PlanArguments, ModelArguments, DataArguments, TSTTrainingArguments]
-    values = parse_values(argv, types, description=DESCRIPTION, prog=prog)
+    values = parse_values(argv, types, DESCRIPTION, prog)
     args: PlanArguments = pick(values, PlanArguments)
     model_args: ModelArguments = pick(values, ModelArguments)
     data_args: DataArguments = pick(values, DataArguments)
@@ -78,16 +96,26 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     check_bag_size(values.tst_bag_size, "tst_bag_size")
     check_mtp(values.mtp_num_heads, values.mtp_kind, prefix="mtp_")
     config = make_config(model_args, _vocabulary(model_args, data_args))
-    shape = ModelShape.from_config(config, model_args.lora_config())
-    schedule = PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode)
-    machines = Machines(_accelerator(args, values.tst_peak_tflops), args.num_gpus, args.mfu)
-    superposed = schedule.phase_ratio > 0 and schedule.bag_size > 1
+    shard_size = args.shard_size or args.num_gpus
+    # `activation_checkpointing` is the newer name.
+    recomputes = values.gradient_checkpointing or getattr(values, "activation_checkpointing", False)
+    layout = Layout(
+        shard_size=shard_size,
+        replicas=args.num_gpus // shard_size,
+        rows=values.per_device_train_batch_size,
+        length=choose_block_size(data_args, config),
+        micro_batches=micro_batches(values, args.num_gpus),
+        activation_checkpointing=bool(recomputes),
+    )
+    weights = 2 if model_args.dtype in ("bfloat16", "float16") else 4
+    superposed = values.tst_phase_ratio > 0 and values.tst_bag_size > 1
     plan = plan_run(
-        shape,
-        schedule,
-        _layout(values, args, config),
-        machines,
-        precision=_precision(values, model_args),
+        ModelShape.from_config(config, model_args.lora_config()),
+        PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode),
+        layout,
+        args.accelerator(values.tst_peak_tflops),
+        args.mfu,
+        precision=Precision(weights, compute=2 if values.bf16 or values.fp16 else weights),
         fused_loss=values.tst_fused_loss == "on" or (values.tst_fused_loss == "auto" and superposed),
         mtp_num_heads=values.mtp_num_heads,
         mtp_kind=values.mtp_kind,
@@ -102,7 +130,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> RunPlan:
         TSTError: As [`plan_from_arguments`], and if the run does not fit.
     """
     plan, args = plan_from_arguments(argv, prog)
-    print(json.dumps(plan_to_dict(plan), indent=2) if args.json else format_plan(plan))
+    print(json.dumps(asdict(plan), indent=2) if args.json else format_plan(plan))
     if args.plot:
         plot_plan(plan, args.plot)
     plan.check_memory()
@@ -113,63 +141,23 @@ def _vocabulary(args: ModelArguments, data_args: DataArguments) -> int | None:
     """Vocabulary of a new model whose configuration does not name one."""
     if args.model_name_or_path or args.config_name or "vocab_size" in (args.config_overrides or ""):
         return None
-    if not args.tokenizer_name:
-        if data_args.is_quick_start:
-            return QUICK_START_VOCABULARY
+    if data_args.is_quick_start and not args.tokenizer_name:
+        return QUICK_START_VOCABULARY
+    tokenizer = load_tokenizer(args, data_args, documents=[])
+    if tokenizer is None:
         raise TSTError(
-            "The size of the model follows from its vocabulary: set vocab_size in config_overrides, or tokenizer_name."
+            "The size of the vocabulary is unknown: set tokenizer_name, or vocab_size in config_overrides."
         )
-    from transformers import AutoTokenizer
-
-    with explained_loading(args.tokenizer_name):
-        return len(AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir))
-
-
-def _accelerator(args: PlanArguments, peak_tflops: float | None) -> Accelerator:
-    check_names([args.gpu], ACCELERATORS, f"gpu must be one of {', '.join(ACCELERATORS)}, not")
-    accelerator = ACCELERATORS[args.gpu]
-    if peak_tflops is not None:
-        accelerator = replace(accelerator, name=f"{peak_tflops:g} TFLOP/s", tflops=peak_tflops)
-    if args.gpu_memory_gib is not None:
-        accelerator = replace(accelerator, memory_gib=args.gpu_memory_gib)
-    return accelerator
-
-
-def _layout(values: Namespace, args: PlanArguments, config: Any) -> Layout:
-    length = values.block_size or min(1024, getattr(config, "max_position_embeddings", None) or 1024)
-    context = getattr(config, "max_position_embeddings", None)
-    if context and length > context:
-        raise TSTError(f"block_size={length} is more than the model's context of {context} tokens.")
-    shard_size = args.shard_size or args.num_gpus
-    if args.num_gpus < 1 or shard_size < 1 or args.num_gpus % shard_size:
-        raise TSTError(
-            f"shard_size={shard_size} must divide num_gpus={args.num_gpus}, and both must be at least 1."
-        )
-    return Layout(
-        shard_size=shard_size,
-        replicas=args.num_gpus // shard_size,
-        rows=values.per_device_train_batch_size,
-        length=length,
-        micro_batches=micro_batches(values, args.num_gpus),
-        activation_checkpointing=bool(
-            values.gradient_checkpointing or getattr(values, "activation_checkpointing", False)  # newer name
-        ),
-    )
-
-
-def _precision(values: Namespace, args: ModelArguments) -> Precision:
-    weights = 2 if args.dtype in ("bfloat16", "float16") else 4
-    return Precision(weights=weights, compute=2 if values.bf16 or values.fp16 or weights == 2 else 4)
+    return len(tokenizer)
 
 
 def format_plan(plan: RunPlan) -> str:
     """The plan as tables of text."""
-    shape, layout, machines = plan.shape, plan.layout, plan.machines
-    hours = plan.gpu_hours / machines.count
-    trained = "" if shape.trains_everything else f", {shape.trainable_parameters:,} of them trained"
+    model, layout, memory = plan.model, plan.layout, plan.memory_bytes
+    trained = "" if model.trains_everything else f", {model.trainable_parameters:,} of them trained"
     heads = f"; {plan.mtp_parameters:,} more in extra heads while it trains" if plan.mtp_parameters else ""
     facts = [
-        ("model", f"{shape.parameters:,} parameters{trained}; {shape.active_parameters:,} multiply a position's state{heads}"),
+        ("model", f"{model.parameters:,} parameters{trained}; {model.active_parameters:,} multiply a position's state{heads}"),
         (
             "step",
             f"{layout.rows_per_step:,} rows of {layout.length:,} = {layout.latent_tokens:,} latent tokens "
@@ -178,71 +166,38 @@ def format_plan(plan: RunPlan) -> str:
         ("data", f"{plan.blocks:,} blocks, {plan.raw_tokens:,} tokens, each read once"),
         (
             "time",
-            f"{plan.gpu_hours:,.1f} GPU-hours, {_duration(hours)} on {machines.count} x {machines.accelerator.name}, if "
-            f"{machines.mfu:.0%} of its peak of {machines.accelerator.tflops:g} TFLOP/s is reached",
+            f"{plan.gpu_hours:,.1f} GPU-hours, {_duration(plan.gpu_hours / plan.num_gpus)} on {plan.num_gpus} x {plan.gpu}, if "
+            f"{plan.mfu:.0%} of its peak of {plan.peak_tflops:g} TFLOP/s is reached",
         ),
-        (
-            "checkpoints",
-            f"model {_size(plan.checkpoints['model'])}, to resume from {_size(plan.checkpoints['checkpoint'])} each",
-        ),
+        ("checkpoints", "model {model}, to resume from {checkpoint} each".format(**_sizes(plan.checkpoint_bytes))),
         (
             "memory",
-            f"{_size(plan.memory['peak'])} a GPU at its peak, of {_size(plan.usable_memory)} usable: "
-            + ", ".join(f"{k} {_size(v)}" for k, v in plan.memory.items() if v and k != "peak"),
+            f"{_size(memory['peak'])} a GPU at its peak, of {_size(plan.usable_memory_bytes)} usable: "
+            + ", ".join(f"{name} {size}" for name, size in _sizes(memory).items() if name != "peak"),
         ),
     ]  # fmt: skip
-    if any(plan.communication.values()):
-        traffic = ", ".join(f"{k} {_size(v)}" for k, v in plan.communication.items() if v)
-        facts.append(("traffic", f"a GPU and step: {traffic}"))
-    phases = [("phase", "steps", "raw tokens", "latent tokens", "FLOPs", "GPU-hours")]
-    switch, end = plan.schedule.switch_step, plan.schedule.max_steps
+    if traffic := _sizes(plan.communication_bytes_per_step):
+        facts.append(("traffic", "a GPU and step: " + ", ".join(map(" ".join, traffic.items()))))
+    names = ["raw_tokens", "latent_tokens", "flops", "gpu_hours"]
+    switch, end = plan.switch_step, plan.max_steps
     superposition, recovery = plan.phases
-    for name, steps, cost in (
-        ("superposition", f"0-{switch - 1}" if switch else "-", superposition),
-        ("recovery", f"{switch}-{end - 1}" if switch < end else "-", recovery),
-        ("whole run", f"{end:,} steps", plan),
-    ):
-        tokens = (f"{cost.raw_tokens:,}", f"{cost.latent_tokens:,}")
-        phases.append((name, steps, *tokens, f"{cost.flops:.3g}", f"{cost.gpu_hours:,.1f}"))
+    phases = [
+        ("phase", "steps", "raw tokens", "latent tokens", "FLOPs", "GPU-hours"),
+        ("superposition", f"0-{switch - 1}" if switch else "-", *_figures(superposition, names)),
+        ("recovery", f"{switch}-{end - 1}" if switch < end else "-", *_figures(recovery, names)),
+        ("whole run", f"{end:,} steps", *_figures(plan, names)),
+    ]
     parts = [format_columns(facts), format_columns(phases)]
-    if plan.alternatives:
-        formats = {"steps": ",", "raw_tokens": ",", "flops": ".3g", "gpu_hours": ",.1f", "loss": ".3f"}
-        rows: list[tuple[str, ...]] = [
-            ("comparison", "steps", "raw tokens", "FLOPs", "GPU-hours", "loss", "source")
-        ]
-        for other in plan.alternatives:
-            numbers = [_number(getattr(other, name), spec) for name, spec in formats.items()]
-            rows.append((other.name, *numbers, other.source))
-        parts.append(format_columns(rows))
+    if plan.comparison:
+        names = ["steps", "raw_tokens", "flops", "gpu_hours", "loss"]
+        header = ("comparison", "steps", "raw tokens", "FLOPs", "GPU-hours", "loss", "source")
+        rows = [(other.name, *_figures(other, names), other.source) for other in plan.comparison]
+        parts.append(format_columns([header, *rows]))
     parts += plan.notes
     parts.append(
         f"FLOPs: {FORMULA}.\nWhat activation checkpointing computes twice is not counted. Memory is an estimate."
     )
     return "\n\n".join(parts)
-
-
-def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """The plan as plain values, with units in the names of what is not a count."""
-    machines = plan.machines
-    totals = ("blocks", "raw_tokens", "latent_tokens", "flops", "gpu_hours", "mtp_parameters", "notes")
-    return {
-        "max_steps": plan.schedule.max_steps,
-        "switch_step": plan.schedule.switch_step,
-        "phases": [asdict(phase) for phase in plan.phases],
-        **{name: getattr(plan, name) for name in totals},
-        "latent_tokens_per_step": plan.layout.latent_tokens,
-        "gpu": machines.accelerator.name,
-        "num_gpus": machines.count,
-        "mfu": machines.mfu,
-        "peak_tflops": machines.accelerator.tflops,
-        "model": asdict(plan.shape),
-        "layout": asdict(plan.layout),
-        "memory_bytes": plan.memory,
-        "usable_memory_bytes": int(plan.usable_memory),
-        "communication_bytes_per_step": plan.communication,
-        "checkpoint_bytes": plan.checkpoints,
-        "comparison": [asdict(other) for other in plan.alternatives],
-    }
 
 
 def plot_plan(plan: RunPlan, path: str | Path) -> Path:
@@ -253,16 +208,14 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    rows = [other for other in plan.alternatives if other.gpu_hours is not None]
-    names = [other.name for other in rows] or ["this run"]
-    hours = [other.gpu_hours for other in rows] or [plan.gpu_hours]
-    tokens = [(other.raw_tokens or 0) / 1e9 for other in rows] or [plan.raw_tokens / 1e9]
+    rows = [other for other in plan.comparison if other.gpu_hours is not None]
+    rows = rows or [Alternative("this run", raw_tokens=plan.raw_tokens, gpu_hours=plan.gpu_hours)]
+    names = [other.name for other in rows]
     figure = Figure(figsize=(9, 0.9 + 0.5 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    machines = plan.machines
-    left.barh(names, hours, color="tab:blue")
-    left.set_xlabel(f"GPU-hours ({machines.accelerator.name}, {machines.mfu:.0%} of peak)")
-    right.barh(names, tokens, color="tab:orange")
+    left.barh(names, [other.gpu_hours for other in rows], color="tab:blue")
+    left.set_xlabel(f"GPU-hours ({plan.gpu}, {plan.mfu:.0%} of peak)")
+    right.barh(names, [(other.raw_tokens or 0) / 1e9 for other in rows], color="tab:orange")
     right.set_xlabel("raw tokens (billions)")
     for index, other in enumerate(rows):
         if other.loss is not None:
@@ -272,8 +225,15 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
     return Path(path)
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def _figures(row: Any, names: Sequence[str]) -> list[str]:
+    """The figures of a row of the plan as text; `-` where there is none."""
+    values = {name: getattr(row, name) for name in names}
+    return ["-" if value is None else format(value, FORMATS.get(name, ",")) for name, value in values.items()]
+
+
+def _sizes(counts: dict[str, int]) -> dict[str, str]:
+    """Those of the numbers of bytes that are not 0, as text."""
+    return {name: _size(count) for name, count in counts.items() if count}
 
 
 def _size(count: float) -> str:

@@ -21,12 +21,11 @@ from ..pretraining.options import (
     ModelArguments,
     explained_arguments,
     given_values,
-    make_output_dir,
     micro_batches,
     parse_values,
     pick,
 )
-from ..pretraining.run import prepare_run
+from ..pretraining.pretrain import prepare_run
 from ..training.arguments import TSTTrainingArguments
 from .arms import setting
 from .budget import Budget
@@ -208,7 +207,6 @@ def open_experiment(
     """
     model_args = _make(ModelArguments, values)
     args = training_arguments(values)
-    make_output_dir(args.output_dir)
     prepared = prepare_run(model_args, _make(DataArguments, values), args)
     if prepared.eval_blocks is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")

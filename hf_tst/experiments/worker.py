@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from ..pretraining.run import main as train
+from ..pretraining.pretrain import main as train
 from ..records.run import run_entry
 from ..training.checkpoints import last_complete_checkpoint
 from .queue import REFUSAL_FILE, read_settings
@@ -21,7 +21,7 @@ WORLD_SIZE_FILE = "world_size.txt"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as [`hf_tst.pretraining.run.main`] does, on from the last complete checkpoint if there is one, and write `result.json`.
+    """Train as [`hf_tst.pretraining.pretrain.main`] does, on from the last complete checkpoint if there is one, and write `result.json`.
 
     Raises:
         TSTError: For bad input.

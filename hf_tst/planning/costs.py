@@ -8,19 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import TSTError
+from ..errors import check_at_least
 from ..losses.linear import chunk_rows
 from ..models.shape import ModelShape
-
-__all__ = [
-    "MIXED_PRECISION",
-    "Layout",
-    "ModelShape",
-    "Precision",
-    "checkpoint_bytes",
-    "communication_per_step",
-    "memory_per_gpu",
-]
 
 
 @dataclass(frozen=True)
@@ -48,8 +38,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "replicas", "rows", "length", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise TSTError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+            check_at_least(1, **{name: getattr(self, name)})
 
     @property
     def gpus(self) -> int:
@@ -110,9 +99,7 @@ def memory_per_gpu(
         averaged, gone before the first layer. `peak`: all of them, of activations with loss and embedding the larger.
     """
     positions, trained, byte = layout.rows * layout.length, shape.trainable_parameters, precision.compute
-    held = (
-        shape.parameters * precision.weights + trained * (1 + precision.optimizer_states) * precision.weights
-    )
+    held = precision.weights * (shape.parameters + trained * (1 + precision.optimizer_states))
     state = -(-held // layout.shard_size)
     if layout.shard_size > 1:
         gathered = byte * (3 * shape.layer_parameters + shape.embedding_parameters)
@@ -124,8 +111,7 @@ def memory_per_gpu(
     between = byte if layout.shard_size > 1 else precision.weights
     inside = _layer_activations(shape, between, byte) * positions
     states = between * positions * shape.hidden_size
-    activations = shape.layers * (states if layout.activation_checkpointing else inside)
-    activations += inside if layout.activation_checkpointing else 0
+    activations = shape.layers * states + inside if layout.activation_checkpointing else shape.layers * inside
     if fused_loss:
         rows = chunk_rows(positions, shape.vocab_size, shape.hidden_size, byte, "cuda")
         chunk = rows * shape.vocab_size * byte

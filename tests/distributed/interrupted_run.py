@@ -9,7 +9,7 @@ from conftest import make_blocks, make_model, set_dropout
 from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
-from hf_tst.cli.exits import run_command
+from hf_tst.cli.main import run_command
 
 
 class SignalOne(TrainerCallback):

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import TrainerCallback
 
 from hf_tst import PreemptedError, TSTTrainer, TSTTrainingArguments
-from hf_tst.cli.exits import run_command
+from hf_tst.cli.main import run_command
 
 BLOCKS = 300
 

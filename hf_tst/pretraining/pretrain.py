@@ -9,34 +9,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.text_files import load_text_file, matching_files
 from ..data.token_files import TokenFile
-from ..errors import PreemptedError, TSTError, one_line
+from ..errors import PreemptedError, TSTError, bad_input
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases
 from ..training.arguments import TSTTrainingArguments
 from ..training.reinitialize import ReinitializeCallback
 from ..training.trainer import TSTTrainer
-from .options import DataArguments, ModelArguments, check_names, make_output_dir, parse_arguments
+from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
 
 QUICK_START_BYTES = 6_000_000
 QUICK_START_VOCABULARY = 8192
@@ -58,23 +50,21 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         import datasets
 
         source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
-        load = partial(datasets.load_dataset, *source, cache_dir=cache_dir, streaming=args.streaming)
-        train = load(split="train")
-        if validation is None and "validation" in datasets.get_dataset_split_names(
-            *source, cache_dir=cache_dir
-        ):
-            validation = load(split="validation")
+        splits = datasets.load_dataset(*source, cache_dir=cache_dir, streaming=args.streaming)
+        if "train" not in splits:
+            raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
+        train = splits["train"]
+        if validation is None:
+            validation = splits.get("validation")
     if validation is not None or not share:
         return train, validation
     if args.streaming:
-        raise TSTError(
-            "A streamed data set cannot be split: give a validation_file, or set validation_split_percentage to 0."
-        )
+        raise TSTError("A stream cannot be split: give a validation_file, or validation_split_percentage=0.")
     held_out = round(len(train) * share / 100)
     if not 0 < held_out < len(train):
         raise TSTError(
-            f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: give more "
-            "text or a validation_file, or set it to 0."
+            f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: "
+            "give more text or a validation_file, or set it to 0."
         )
     return train.select(range(held_out, len(train))), train.select(range(held_out))
 
@@ -88,10 +78,8 @@ def _hub_options(args: ModelArguments) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(
-    args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the arguments name; the quick start's is made from its own text. Token files need none.
+def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]) -> Any:
+    """The tokenizer that the arguments name; the quick start's is made from its own text. `None` if token files need none.
 
     Raises:
         TSTError: If it cannot be loaded, or none is named.
@@ -126,8 +114,7 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
         config = CONFIG_MAPPING[args.model_type]()
     else:
         raise TSTError(
-            f"model_type is {args.model_type!r}: set it to an architecture such as llama, or set config_name or "
-            "model_name_or_path."
+            f"model_type is {args.model_type!r}: name an architecture such as llama, or set config_name or model_name_or_path."
         )
     if args.model_name_or_path:
         return config
@@ -137,41 +124,30 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     if args.config_name:
         config.update(changes)
         return config
-    try:
-        # Made anew, so that what follows from other fields (the head size of Llama) follows from the changed ones.
-        return type(config)(vocab_size=changes.pop("vocab_size", config.vocab_size), **changes)
-    except (StrictDataclassError, TypeError) as error:
-        raise TSTError(f"config_overrides make no {config.model_type}: {one_line(error)}.") from error
+    with bad_input(f"config_overrides make no {config.model_type}: ", (StrictDataclassError, TypeError)):
+        # A new object, so that fields which follow from others (the head size of Llama) follow from the changed ones.
+        return type(config)(**{"vocab_size": config.vocab_size} | changes)
 
 
 def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
     """The changes that `config_overrides` asks for, as JSON or `name=value,…` with the types of the fields."""
-    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
-    problem = f"config_overrides: {config.model_type} has no field"
-    if overrides.lstrip().startswith("{"):
-        try:
-            changes: dict[str, Any] = json.loads(overrides)
-        except json.JSONDecodeError as error:
-            raise TSTError(f"config_overrides are not JSON: {error}.") from error
-        check_names(changes, known, problem)
-        return changes
+    is_json = overrides.lstrip().startswith("{")
     pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
-    if not pairs:
-        return {}
-    if bad := [pair[0] for pair in pairs if len(pair) == 1]:
-        raise TSTError(f"config_overrides: {bad[0]!r} has no value: write {bad[0]}=value.")
-    check_names([name for name, _ in pairs], known, problem)
+    with bad_input(f"config_overrides must be name=value,… or JSON, but is {overrides!r}: "):
+        changes: dict[str, Any] = json.loads(overrides) if is_json else dict(pairs)
+    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
+    check_names(changes, known, f"config_overrides: {config.model_type} has no field")
+    if is_json or not changes:
+        return changes
     typed = copy.copy(config)
     typed.head_dim = getattr(config, "head_dim", None) or 0
-    try:
-        typed.update_from_string(overrides)
-    except ValueError as error:
-        raise TSTError(f"config_overrides: {one_line(error)}.") from error
-    return {name: getattr(typed, name) for name, _ in pairs}
+    with bad_input("config_overrides: ", (TypeError, ValueError)):
+        typed.update_from_string(",".join(map("=".join, pairs)))
+    return {name: getattr(typed, name) for name in changes}
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """A trained model to go on with, whole or with an adapter, or a new one whose vocabulary fits the tokenizer, if any."""
+def load_model(args: ModelArguments, tokenizer: Any) -> Any:
+    """The trained model to continue, whole or with an adapter; or a new one, whose vocabulary fits the tokenizer, if any."""
     if args.model_name_or_path:
         with explained_loading(args.model_name_or_path):
             model = AutoModelForCausalLM.from_pretrained(
@@ -180,23 +156,21 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) 
                 attn_implementation=args.attn_implementation,
                 **_hub_options(args),
             )
-        lora = args.lora_config()
-        if lora is None:
+        if args.lora_rank is None:
             return model
         from peft import get_peft_model
 
-        return get_peft_model(model, lora)
+        return get_peft_model(model, args.lora_config())
     config = make_config(args, None if tokenizer is None else len(tokenizer))
     if tokenizer is not None:
         if config.vocab_size < len(tokenizer):
             raise TSTError(
-                f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: "
-                "raise it."
+                f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
             )
         for name in ("bos", "eos", "pad"):
             setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    # Whatever the weights are stored in that the configuration is of, and for all alike: FSDP cannot shard what some models
-    # make in float32 with the rest.
+    # The same dtype for all weights, whatever the configuration says: FSDP cannot shard what some models make in float32
+    # with the rest.
     dtype = args.torch_dtype() or torch.float32
     with explained_loading(f"a model of type {config.model_type}"):
         model = AutoModelForCausalLM.from_config(
@@ -207,7 +181,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) 
         )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype  # older versions of Transformers leave what it was
+    model.config.dtype = dtype  # older versions of Transformers keep the configuration's
     # config_name is an architecture, not weights that a card could name as base model.
     model.config.name_or_path = ""
     return model
@@ -226,42 +200,32 @@ def explained_loading(name: str) -> Iterator[None]:
 
 
 def prepare_blocks(
-    args: DataArguments,
-    documents: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    block_size: int,
-    *,
-    evaluation: bool = False,
+    args: DataArguments, documents: Any, tokenizer: Any, block_size: int, *, evaluation: bool = False
 ) -> Any:
     """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
 
-    Of more blocks than `max_train_samples` the first ones are taken, and of more than `max_eval_samples` ones at equal
-    distances: neighbours are of the same few documents, and a loss on those says little of the rest.
+    `max_train_samples` takes the first blocks, and `max_eval_samples` blocks at equal distances: neighbours come from the
+    same few documents, and their loss says little of the rest.
     """
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
     if isinstance(documents, TokenFile):
-        return _spread(documents.cut(block_size), max_samples, evaluation)
-    assert tokenizer is not None
-    source = (args.validation_file if evaluation else None) or args.train_file
-    is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
-    tokenized = tokenize_documents(
-        documents,
-        tokenizer,
-        text_column=args.text_column,
-        append_eos=not is_text_file if args.append_eos is None else args.append_eos,
-        num_proc=args.preprocessing_num_workers,
-    )
-    if not hasattr(tokenized, "num_rows"):
-        if max_samples is not None:
-            end = "to its end" if evaluation else "until max_steps"
-            raise TSTError(f"A stream is read {end}, not {limit}={max_samples}: leave it out.")
-        return BlockStream(tokenized, block_size)
-    return _spread(pack_blocks(tokenized, block_size), max_samples, evaluation)
-
-
-def _spread(blocks: Any, max_samples: int | None, evaluation: bool) -> Any:
-    """At most `max_samples` blocks: the first ones, or for evaluation ones at equal distances."""
+        blocks: Any = documents.cut(block_size)
+    else:
+        source = (args.validation_file if evaluation else None) or args.train_file
+        is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
+        tokenized = tokenize_documents(
+            documents,
+            tokenizer,
+            text_column=args.text_column,
+            append_eos=not is_text_file if args.append_eos is None else args.append_eos,
+            num_proc=args.preprocessing_num_workers,
+        )
+        if not hasattr(tokenized, "num_rows"):
+            if max_samples is not None:
+                raise TSTError(f"A stream has no number of blocks for {limit}={max_samples}: leave it out.")
+            return BlockStream(tokenized, block_size)
+        blocks = pack_blocks(tokenized, block_size)
     if max_samples is None or max_samples >= len(blocks):
         return blocks
     return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
@@ -269,10 +233,14 @@ def _spread(blocks: Any, max_samples: int | None, evaluation: bool) -> Any:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a run starts from. `eval_blocks` is `None` without evaluation data; `block_size` is L, in tokens."""
+    """What a run starts from.
+
+    `tokenizer` is `None` where token files need none, and `eval_blocks` without evaluation data; `block_size` is L, in
+    tokens.
+    """
 
     model: Any
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Any
     train_blocks: Any
     eval_blocks: Any
     block_size: int
@@ -281,12 +249,14 @@ class PreparedRun:
 def prepare_run(
     model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
 ) -> PreparedRun:
-    """Model, tokenizer and packed data of a run.
+    """Model, tokenizer and packed data of a run, and the folder that it writes to.
 
     Raises:
-        TSTError: If one of them cannot be loaded, or the blocks are longer than the model's context.
+        TSTError: If one of them cannot be loaded or made, or the blocks are longer than the model's context.
     """
-    # The first process downloads and tokenises; the others read its cache.
+    with bad_input(f"Cannot make output_dir={args.output_dir}: ", OSError):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    # The first process downloads and tokenizes; the others read its cache.
     with args.main_process_first(desc="preparing the data"):
         with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
             train_documents, eval_documents = load_documents(data_args, model_args)
@@ -296,10 +266,7 @@ def prepare_run(
         for text in documents:
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)
-        context = getattr(model.config, "max_position_embeddings", None) or 1024
-        block_size = data_args.block_size or min(1024, context)
-        if block_size > context:
-            raise TSTError(f"block_size={block_size} is more than the model's context of {context} tokens.")
+        block_size = choose_block_size(data_args, model.config)
         train_blocks = prepare_blocks(data_args, train_documents, tokenizer, block_size)
         eval_blocks = None
         if eval_documents is not None:
@@ -309,20 +276,19 @@ def prepare_run(
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
     """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
-    history = trainer.state.log_history
     output = Path(trainer.args.output_dir)
     switch = trainer.schedule.switch_step if trainer.schedule else 0
-    print("\n" + format_phases(summarize_phases(history)))
+    print("\n" + format_phases(summarize_phases(trainer.state.log_history)))
     if final_eval:
         loss = final_eval["eval_loss"]
         print(f"\nfinal evaluation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}")
     print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
-    if switch and (output / f"checkpoint-{switch}").is_dir():
-        print(f"at switch   {output / f'checkpoint-{switch}'}")
+    at_switch = output / f"checkpoint-{switch}"
+    if switch and at_switch.is_dir():
+        print(f"at switch   {at_switch}")
     print(f"card        {output / 'README.md'}")
     curve = output / "loss_curve.png"
-    missing = "not drawn: pip install matplotlib"
-    print(f"loss curve  {curve if curve.is_file() else missing}")
+    print(f"loss curve  {curve if curve.is_file() else 'not drawn: pip install matplotlib'}")
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
@@ -338,29 +304,25 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         basicConfig(format="%(name)s: %(message)s")
         getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
-    make_output_dir(args.output_dir)
-
     prepared = prepare_run(model_args, data_args, args)
-    eval_blocks, block_size = prepared.eval_blocks, prepared.block_size
-    if args.should_log:
-        count = prepared.model.num_parameters()
-        getLogger(__name__).info(f"The model is a {type(prepared.model).__name__} of {count:,} parameters.")
-    if eval_blocks is None:
+    count = prepared.model.num_parameters()
+    getLogger(__name__).info(f"The model is a {type(prepared.model).__name__} of {count:,} parameters.")
+    if prepared.eval_blocks is None:
         args.eval_strategy = "no"
     trainer = TSTTrainer(
         model=prepared.model,
         args=args,
         train_dataset=prepared.train_blocks,
-        eval_dataset=eval_blocks,
+        eval_dataset=prepared.eval_blocks,
         processing_class=prepared.tokenizer,
     )
     if model_args.reinit_at_switch:
         trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
-    tokens = trainer.get_total_train_batch_size(args) * block_size
+    tokens = trainer.get_total_train_batch_size(args) * prepared.block_size
     if data_args.tokens_per_step not in (None, tokens):
         raise TSTError(
-            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}: processes share rows "
-            "(tensor parallelism); set gradient_accumulation_steps instead."
+            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, as processes share rows "
+            "(tensor parallelism): set gradient_accumulation_steps instead."
         )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.preempted:
@@ -371,7 +333,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    final_eval = trainer.evaluate() if eval_blocks is not None else None
+    final_eval = trainer.evaluate() if prepared.eval_blocks is not None else None
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()
