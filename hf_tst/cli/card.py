@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import TSTError
 from ..pretraining.options import ArgumentParser, HelpFormatter, check_names
 from ..records.card import write_model_card
-from ..records.run import RunRecord
+from ..records.run_record import RunRecord
 
 DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from trainer_state.json.
 
