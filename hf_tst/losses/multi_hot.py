@@ -109,9 +109,9 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> N
     """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if _holds_somewhere(wrong, "A label is outside the vocabulary."):
+        found = labels[wrong][0].item()
         raise TSTError(
-            f"labels must be from 0 to {vocabulary - 1}, or {ignore_index} where there is no target, but one is "
-            f"{labels[wrong][0].item()}."
+            f"labels must be from 0 to {vocabulary - 1}, or {ignore_index} for no target, but one is {found}."
         )
 
 

@@ -44,15 +44,8 @@ class LinearHead:
 
     def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """[`linear_multi_hot_cross_entropy`] of hidden states, with this head's weight as it is now."""
-        return linear_multi_hot_cross_entropy(
-            hidden,
-            self.module.weight,
-            labels,
-            bias=self.module.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            **options,
-        )
+        options |= {"bias": self.module.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return linear_multi_hot_cross_entropy(hidden, self.module.weight, labels, **options)
 
 
 class UnfusableHeadError(ValueError):

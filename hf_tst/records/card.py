@@ -86,6 +86,8 @@ def make_model_card(
 
     model_name, evaluation = repo_id.split("/")[-1], _evaluation(record.evaluation)
     method_tags = ["token-superposition"] if record.switch_step > 0 else []
+    source = ("text-generation", "evaluation-data", "evaluation data of the run")
+    results = [EvalResult(*source, name, value, metric_name=name) for name, value in evaluation.items()]
     data = ModelCardData(
         model_name=model_name,
         library_name=record.library_name,
@@ -95,21 +97,11 @@ def make_model_card(
         language=language or None,
         license=license,
         tags=list(dict.fromkeys([*_listed(tags), GENERATED_TAG, *method_tags])),
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="evaluation-data",
-                dataset_name="evaluation data of the run",
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in evaluation.items()
-        ]
-        or None,
+        eval_results=results or None,
     )
     timed = timed_steps(record.log_history)
     measured = [(part.seconds, part.utilization) for part in timed if part.utilization is not None]
+    used, seconds = sum(s * share for s, share in measured), sum(s for s, _ in measured)
     # The template also reads the metadata, such as `base_model`.
     return ModelCard.from_template(
         data,
@@ -120,9 +112,7 @@ def make_model_card(
         phase_table=markdown_table(phase_rows(summarize_phases(record.log_history))),
         curve=curve,
         seconds=sum(part.seconds for part in timed),
-        utilization=sum(s * share for s, share in measured) / sum(s for s, _ in measured)
-        if measured
-        else None,
+        utilization=used / seconds if measured else None,
         evaluation=evaluation,
     )
 
