@@ -325,10 +325,10 @@ def test_models_that_cannot_be_served_say_why():
             T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
         ),
         "causal language model": AutoModelForMaskedLM.from_config(BertConfig(**bert)),
-        "needs a causal": AutoModelForSequenceClassification.from_config(
+        "is no causal": AutoModelForSequenceClassification.from_config(
             LlamaConfig(**TINY["llama"], pad_token_id=0)
         ),
-        "but got BertLMHeadModel": AutoModelForCausalLM.from_config(BertConfig(**bert)),
+        "BertLMHeadModel is no causal language model": AutoModelForCausalLM.from_config(BertConfig(**bert)),
         "PreTrainedModel": torch.nn.Linear(2, 2),
     }
     for reason, model in models.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -100,6 +101,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     return head
 
 
+@dataclass(eq=False)
 class TSTLoss:
     """The loss function of a model in superposition, or with a fused next-token loss.
 
@@ -112,19 +114,17 @@ class TSTLoss:
         own_loss: The model's own loss function.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
         head (`LinearHead`, *optional*): The head to fuse the loss with.
+        fuses_evaluation (`bool`, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
-    fuses_evaluation = False
-
-    def __init__(
-        self, own_loss: Callable[..., Tensor], weights: Tensor | None, head: LinearHead | None
-    ) -> None:
-        self.own_loss = own_loss
-        self.weights = weights
-        self.head = head
-        self._given: dict[str, Any] = {}
-        self._fuses = self._trains = False
-        self._loss: Tensor | None = None
+    own_loss: Callable[..., Tensor]
+    weights: Tensor | None
+    head: LinearHead | None
+    fuses_evaluation: bool = False
+    _given: dict[str, Any] = field(default_factory=dict)
+    _fuses: bool = False
+    _trains: bool = False
+    _loss: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""

@@ -109,8 +109,8 @@ def check_loss_is_replaceable(model: Any) -> None:
             return
         if run.given is None:
             raise TSTError(
-                f"{name} computes its loss without `loss_function`, so superposition cannot replace it. If its forward is "
-                "patched with a fused loss, turn that off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
+                f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
+                "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
                 "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl)."
             )
 

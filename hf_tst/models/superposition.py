@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,14 +152,11 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.
     """
     called, core = find_language_model(model)
-    if fused_loss == "off":
-        yield model
-        return
-    is_replaced = isinstance(core.loss_function, TSTLoss)
-    with (
-        nullcontext() if is_replaced else replaced_loss(called, core, None, fused_loss),
-        replaced(vars(core.loss_function), "fuses_evaluation", True),
-    ):
+    with ExitStack() as stack:
+        if fused_loss != "off":
+            if not isinstance(core.loss_function, TSTLoss):
+                stack.enter_context(replaced_loss(called, core, None, fused_loss))
+            stack.enter_context(replaced(vars(core.loss_function), "fuses_evaluation", True))
         yield model
 
 
@@ -175,9 +172,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     core = called
     if hasattr(called, "peft_config") and hasattr(called, "get_base_model"):
         if any(getattr(config, "is_prompt_learning", False) for config in called.peft_config.values()):
-            raise TSTError(
-                "Token superposition cannot train PEFT prompt learning, which adds virtual tokens."
-            )
+            raise TSTError("Token superposition cannot train PEFT prompt learning: it adds virtual tokens.")
         core = called.get_base_model()
     _check_model(core)
     return called, core
@@ -191,9 +186,7 @@ def _check_model(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
-        raise TSTError(
-            f"Token superposition needs a causal language model (AutoModelForCausalLM), but got {name}."
-        )
+        raise TSTError(f"{name} is no causal language model: load the model with AutoModelForCausalLM.")
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())
     for part in model.modules():
@@ -203,9 +196,9 @@ def _check_model(model: Any) -> None:
         takes_ids = any(argument.endswith("input_ids") for argument in names) and part not in inside
         is_table_of_positions = isinstance(part, nn.Embedding) and "position_ids" in names
         if takes_ids and not is_table_of_positions and embedding not in part.modules():
+            taker = own_class(part).__name__
             raise TSTError(
-                f"{name} looks tokens up outside of its input embedding, too ({own_class(part).__name__} takes `input_ids`), "
-                "so superposition would not give it the whole bag."
+                f"{name} looks tokens up outside of its input embedding, too ({taker} takes `input_ids`), so bags do not reach it."
             )
 
 

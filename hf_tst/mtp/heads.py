@@ -110,7 +110,7 @@ class MTPHeads(nn.Module):
         self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
     def end_of(self, model: Any) -> ModelEnd:
-        """How `model` goes on from its last layer; of a sharded model it is remembered, as its layers cannot be tried.
+        """The model from its last layer on. For a sharded model, whose layers cannot be tried, it is the one found before.
 
         Raises:
             TSTError: If the model cannot be served, or is sharded and these heads are not.
@@ -123,8 +123,7 @@ class MTPHeads(nn.Module):
                 module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
         if not all(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise TSTError(
-                "The model is sharded, but its extra heads are not, so their gradients would differ between processes: call "
-                "fully_shard inside multi_token_prediction."
+                "The model is sharded, but its extra heads are not: call fully_shard inside multi_token_prediction."
             )
         if all(module is not self._end.last_layer for module in model.modules()):
             raise TSTError("These extra heads were made for another model.")
@@ -155,10 +154,10 @@ class MTPHeads(nn.Module):
             # Of the kind of the last: layers of one model may differ.
             layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
         except Exception as error:  # whatever else a family's layer wants to be made of
-            raise TSTError(
-                f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
-                f"({type(error).__name__}: {error}): set mtp_num_heads=1."
-            ) from error
+            reason = (
+                f"it cannot make a {layer_class.__name__} for the heads ({type(error).__name__}: {error})"
+            )
+            raise unservable(model, reason) from error
         layer.apply(model._init_weights)
         if self.kind == "parallel":
             return layer
@@ -174,9 +173,8 @@ class MTPHeads(nn.Module):
             with trial_pass(last_hidden.device):
                 shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
         except Exception as error:  # whatever a layer of a family wants to be called with
-            raise unservable(
-                model, f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
-            ) from error
+            reason = f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
+            raise unservable(model, reason) from error
         if shapes != {last_hidden.shape}:
             raise unservable(model, "a layer of it does not return hidden states when it is called apart")
 
@@ -241,7 +239,7 @@ def multi_token_prediction(
 def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
     """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
 
-    What makes an optimizer or wraps a model finds them; no loss changes. Yields how the model goes on from its last layer.
+    What makes an optimizer or wraps a model finds them; no loss changes. Yields the model from its last layer on.
 
     Raises:
         TSTError: If the model cannot be served, or is sharded and its heads are not.

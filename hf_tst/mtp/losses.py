@@ -90,13 +90,12 @@ class _ExtraLosses:
             )
         if is_sharded(self.end.body):
             raise TSTError(
-                f"fully_shard was called on the {own_class(self.end.body).__name__}, but the extra heads use its norm outside "
-                "of it: shard the layers and the model instead."
+                f"fully_shard was called on the {own_class(self.end.body).__name__}, whose norm the extra heads use: shard the "
+                "layers and the model instead."
             )
         if is_sharded(self.end.last_layer) and not is_sharded(self.model):
             raise TSTError(
-                "fully_shard was called on layers but not on the model, so nothing would add up the gradients of the extra "
-                "heads: call it on the model last."
+                "fully_shard was called on layers but not on the model, which the extra heads need: call it on the model last."
             )
 
     def after_last_layer(

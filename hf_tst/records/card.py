@@ -125,9 +125,9 @@ def write_card_of_trainer(trainer: Any, **metadata: Any) -> None:
     now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
     written = write_model_card(output_dir, RunRecord.from_state(vars(trainer.state), now), **metadata)
     if written is None:
+        path = output_dir / "README.md"
         logger.warning(
-            f"{output_dir / 'README.md'} is a card of your own and stays as it is: move it away to have one written "
-            "from the run."
+            f"{path} is a card of your own and stays as it is: move it away to get one of the run."
         )
     elif now["library_name"] == "peft":
         model.create_or_update_model_card(str(output_dir))

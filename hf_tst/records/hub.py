@@ -79,6 +79,5 @@ def check_repo_holds_no_other_model(
     ]
     if differences:
         raise HubError(
-            f"{repo_id} holds another model already ({'; '.join(differences)}): name another repository with "
-            "hub_model_id, or another branch with hub_revision."
+            f"{repo_id} holds another model already ({'; '.join(differences)}): set another hub_model_id or hub_revision."
         )
