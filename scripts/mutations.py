@@ -57,13 +57,13 @@ MUTATIONS = [
     Mutation("no token twice in a pass", "data/plan.py", "position[in_group] // size + self.used_groups", "position[in_group] // size", "data"),
     Mutation("a resumed run's place in the data", "training/data.py", "data.sampler(lambda: trainer.state.global_step)", "data.sampler(lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
-    Mutation("undo of the loss", "models/probing.py", "        if had_own:\n            attributes[name] = own", "        if had_own:\n            pass", "superposition fused"),
+    Mutation("undo of the loss", "models/head.py", "        if had_own:\n            entries[name] = own", "        if had_own:\n            pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
     Mutation("its scale by the caller's", "losses/linear.py", "torch.mul(gradient, scale, out=scaled)", "gradient.to(dtype)", "linear_loss fused"),
     Mutation("manifest, read at resume", "training/manifest.py", "if _hash(folder / name) != expected:", "if not _hash(folder / name):", "checkpoints"),
     Mutation("position that a checkpoint must be at", "training/checkpoints.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
-    Mutation("target of an extra head", "mtp/losses.py", "range(2, len(self.heads.heads) + 2)", "range(1, len(self.heads.heads) + 1)", "mtp"),
+    Mutation("target of an extra head", "mtp/losses.py", "range(2, count + 2)", "range(1, count + 1)", "mtp"),
 ]  # fmt: skip
 
 

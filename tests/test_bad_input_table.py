@@ -33,7 +33,7 @@ from hf_tst.data.plan import plan_for_passes, plan_for_steps
 from hf_tst.data.position import DataPosition
 from hf_tst.data.text_files import load_text_file
 from hf_tst.pretraining.pretrain import main
-from hf_tst.records.run import RunRecord
+from hf_tst.records.run_record import RunRecord
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position
 
 OVERRIDES = {

@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from test_report import HISTORY
 
 from hf_tst.records.card import RunRecord, make_model_card, write_model_card
-from hf_tst.records.run import RUN_ENTRY
+from hf_tst.records.run_record import RUN_ENTRY
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {

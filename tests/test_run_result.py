@@ -7,7 +7,7 @@ import pytest
 
 from hf_tst.bags.phases import PhaseSchedule
 from hf_tst.experiments.result import RunResult, result_of_run
-from hf_tst.records.run import timed_steps
+from hf_tst.records.run_record import timed_steps
 
 RUN = {"parameters": 7, "hardware": "1 x Abacus", "software": "torch 99"}
 SCHEDULE = PhaseSchedule(10, 0.4, 3)

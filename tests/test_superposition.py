@@ -279,9 +279,9 @@ def test_wrong_shapes_are_refused(llama):
     with token_superposition(llama, 3), pytest.raises(ValueError, match="input_ids hold bags of 4"):
         llama(input_ids=bags, labels=labels)
     with token_superposition(llama, 4):
-        with pytest.raises(ValueError, match="one entry a bag"):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 24\), but must have \(2, 6\)"):
             llama(input_ids=bags, labels=labels, attention_mask=torch.ones(2, 24))
-        with pytest.raises(ValueError, match="labels hold bags of 2"):
+        with pytest.raises(ValueError, match=r"labels has shape \(2, 6, 2\), but must have \(2, 6, 4\)"):
             llama(input_ids=bags, labels=labels[..., :2])
 
 
@@ -291,14 +291,14 @@ def test_labels_that_are_not_one_bag_a_position_are_refused(llama, fused_loss):
     llama.train()
     with token_superposition(llama, 4, fused_loss=fused_loss):
         for wrong, shape in ((labels[:, :5], "2, 5, 4"), (labels[:1], "1, 6, 4"), (labels[..., 0], "2, 6")):
-            message = rf"labels of shape \({shape}\) do not fit input_ids of shape \(2, 6, 4\)"
+            message = rf"labels has shape \({shape}\), but must have \(2, 6, 4\)"
             with pytest.raises(ValueError, match=message):
                 llama(input_ids=bags, labels=wrong)
             with pytest.raises(ValueError, match=message):
                 llama(bags, labels=wrong)
         assert llama(input_ids=bags, labels=labels).loss.isfinite()
     with token_superposition(llama, 4, mode="output", fused_loss=fused_loss):
-        with pytest.raises(ValueError, match=r"\(2, 6, 4\) do not fit input_ids of shape \(2, 24\)"):
+        with pytest.raises(ValueError, match=r"\(2, 6, 4\), but must have \(2, 24, 4\)"):
             llama(input_ids=bags.flatten(1), labels=labels)
         tokens = bags[..., 0]
         assert llama(input_ids=tokens, labels=tokens).loss.isfinite()
@@ -325,10 +325,10 @@ def test_models_that_cannot_be_served_say_why():
             T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
         ),
         "causal language model": AutoModelForMaskedLM.from_config(BertConfig(**bert)),
-        "needs a causal": AutoModelForSequenceClassification.from_config(
+        "is no causal": AutoModelForSequenceClassification.from_config(
             LlamaConfig(**TINY["llama"], pad_token_id=0)
         ),
-        "but BertLMHeadModel is none": AutoModelForCausalLM.from_config(BertConfig(**bert)),
+        "BertLMHeadModel is no causal language model": AutoModelForCausalLM.from_config(BertConfig(**bert)),
         "PreTrainedModel": torch.nn.Linear(2, 2),
     }
     for reason, model in models.items():

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from ..errors import TSTError
 from ..pretraining.options import ArgumentParser
 from ..records.card import write_model_card
-from ..records.run import RunRecord
+from ..records.run_record import RunRecord
 
 DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from trainer_state.json.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from ..records.run import TimedSteps, timed_steps
+from ..records.run_record import TimedSteps, timed_steps
 
 RESULT_FILE = "result.json"
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..pretraining.pretrain import main as train
-from ..records.run import run_entry
+from ..records.run_record import run_entry
 from ..training.checkpoints import last_complete_checkpoint
 from .queue import REFUSAL_FILE, read_settings
 from .result import result_of_run, write_whole

@@ -1,10 +1,10 @@
 """Linear layer and multi-hot cross entropy in one: the logits exist for a few rows at a time only.
 
-Shapes: N positions, d hidden size, V vocabulary, s tokens a target bag.
+Shapes: N positions, d hidden size, V vocabulary, s tokens per target bag.
 
-The rows are worked off in chunks. Each chunk's logits are turned into their own gradient where they lie, so that the
+The rows are processed in chunks. Each chunk's logits are turned into their own gradient in place, so that the
 gradients of the hidden states and of the weight are complete when the forward pass ends: three matrix products, as
-in an ordinary backward pass, and one logsumexp a position whatever s is. The work is one operator of PyTorch
+in an ordinary backward pass, and one logsumexp per position whatever s is. The work is one operator of PyTorch
 (`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so `torch.compile` takes it as it is, without a graph break.
 """
 
@@ -18,14 +18,7 @@ from torch import Tensor
 
 from ..errors import TSTError
 from .kernels import select_kernel
-from .multi_hot import (
-    as_scalar,
-    check_labels,
-    check_shapes,
-    check_weights,
-    count_target_bags,
-    resolve_weights,
-)
+from .multi_hot import as_scalar, check_labels, check_shape, check_weights, count_target_bags, resolve_weights
 
 # Bytes of logits that are held at a time, at most. On a CPU more than these make nothing faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
@@ -74,21 +67,20 @@ def linear_multi_hot_cross_entropy(
 
     Source: arXiv 2605.06546, section 3.2, leaves this reuse of one logsumexp unexplored.
     """
-    check_shapes(labels, "hidden", hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise TSTError(
-            f"weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: give (V, d)."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise TSTError(
-            f"bias of shape {tuple(bias.shape)} does not fit weight of shape {tuple(weight.shape)}: give (V,)."
-        )
+    check_shape("labels", labels, (*hidden.shape[:-1], *labels.shape[-1:]))
+    check_shape("weight", weight, (*weight.shape[:1], hidden.shape[-1]))
+    if bias is not None:
+        check_shape("bias", bias, (len(weight),))
     if softcap is not None and not softcap > 0:
-        raise TSTError(f"softcap must be more than 0, but is {softcap}: leave it out for no cap.")
-    labels = labels.to(hidden.device)
+        raise TSTError(f"softcap must be more than 0, or None for no cap, but is {softcap}.")
+    device_type, labels = hidden.device.type, labels.to(hidden.device)
     weights = resolve_weights(weights, labels)
     if num_items_in_batch is None:
         num_items_in_batch = count_target_bags(labels, weights=weights, ignore_index=ignore_index)
+    if torch.is_autocast_enabled(device_type):
+        matmul_dtype = torch.get_autocast_dtype(device_type)
+    else:
+        matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     loss, *_ = torch.ops.hf_tst.linear_multi_hot_cross_entropy(
         hidden.flatten(0, -2),
         weight,
@@ -99,7 +91,7 @@ def linear_multi_hot_cross_entropy(
         ignore_index,
         softcap,
         1.0 if logit_scale is None else float(logit_scale),
-        _matmul_dtype(hidden, weight),
+        matmul_dtype,
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)],
     )
     return loss
@@ -113,13 +105,6 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, devi
     """
     fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
     return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
-
-
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _forward(
@@ -187,7 +172,7 @@ def _forward(
 
 def _reciprocal(divisor: Tensor) -> Tensor:
     """1 / divisor; where there is nothing to predict, and the divisor is 0, the sum it divides is 0 too."""
-    return torch.where(divisor == 0, torch.zeros_like(divisor), 1 / divisor)
+    return torch.where(divisor == 0, 0.0, 1 / divisor)
 
 
 def _allocate_gradients(
@@ -197,9 +182,7 @@ def _allocate_gradients(
     hidden_dtype = torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
     dtypes = (hidden_dtype, torch.float32, torch.float32)
     return [
-        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        if needed and x is not None
-        else torch.empty(0)
+        x.new_empty(x.shape, dtype=dtype) if needed and x is not None else torch.empty(0)
         for x, dtype, needed in zip((hidden, weight, bias), dtypes, needs_grad, strict=True)
     ]
 
@@ -255,11 +238,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    # Gradients of the dtype of their input are scaled where they lie, others in one pass with their cast.
+    # Gradients of the dtype of their input are scaled in place, others in one pass with their cast.
     if ctx.spent:
         raise RuntimeError(
-            "backward has passed through linear_multi_hot_cross_entropy already: call the loss again instead of "
-            "using retain_graph."
+            "backward has passed through linear_multi_hot_cross_entropy already: compute the loss anew instead of using retain_graph."
         )
     gradients: list[Tensor | None] = [None, None, None]
     if loss_gradient is not None:

@@ -1,6 +1,6 @@
 """The multi-hot cross entropy of token superposition. A pure function of tensors.
 
-Shapes: V vocabulary, s tokens a target bag.
+Shapes: V vocabulary, s tokens per target bag.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def multi_hot_cross_entropy(
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
     """
-    check_shapes(labels, "logits", logits)
+    check_shape("labels", labels, (*logits.shape[:-1], *labels.shape[-1:]))
     weights = resolve_weights(weights, labels)
     check_labels(labels, logits.shape[-1], ignore_index)
     check_weights(weights)
@@ -58,9 +58,7 @@ def multi_hot_cross_entropy(
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
     divisor = as_scalar(weights.sum() if num_items_in_batch is None else num_items_in_batch, total.device)
-    return total / torch.where(
-        divisor == 0, torch.ones_like(divisor), divisor
-    )  # without targets the sum is 0
+    return total / torch.where(divisor == 0, 1.0, divisor)  # without targets the sum is 0
 
 
 def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -87,11 +85,7 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     bag_size = labels.shape[-1]
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
-    if weights.shape != (bag_size,):
-        raise TSTError(
-            f"weights of shape {tuple(weights.shape)} do not fit labels of shape {tuple(labels.shape)}: "
-            f"give one weight for each of the {bag_size} offsets."
-        )
+    check_shape("weights", weights, (bag_size,))
     # A copy from the host need not be waited for; one to it would be read before it is there.
     return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
 
@@ -103,12 +97,11 @@ def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
-def check_shapes(labels: Tensor, name: str, states: Tensor) -> None:
-    """Raise `TSTError` unless there is a bag of labels for each of the states, which are called `name`."""
-    if labels.shape[:-1] != states.shape[:-1]:
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `TSTError` unless the argument `name` has the shape that goes with the other arguments."""
+    if tensor.shape != shape:
         raise TSTError(
-            f"labels of shape {tuple(labels.shape)} do not fit {name} of shape {tuple(states.shape)}: "
-            "all dimensions but the last must agree."
+            f"{name} has shape {tuple(tensor.shape)}, but must have {shape} to fit the other arguments."
         )
 
 
@@ -116,9 +109,9 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> N
     """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if _holds_somewhere(wrong, "A label is outside the vocabulary."):
+        found = labels[wrong][0].item()
         raise TSTError(
-            f"Label {labels[wrong][0].item()} is outside the vocabulary of {vocabulary} tokens: give ids from 0 to "
-            f"{vocabulary - 1}, or {ignore_index} where there is no target."
+            f"labels must be from 0 to {vocabulary - 1}, or {ignore_index} for no target, but one is {found}."
         )
 
 
@@ -126,9 +119,7 @@ def check_weights(weights: Tensor) -> None:
     """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
     if _holds_somewhere(wrong, "The offset weights are negative or all zero."):
-        raise TSTError(
-            f"weights are {weights.tolist()}: give numbers of at least 0, and one above 0 (they weigh the offsets)."
-        )
+        raise TSTError(f"weights must be at least 0, and one of them above 0, but are {weights.tolist()}.")
 
 
 def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:

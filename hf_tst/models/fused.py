@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,21 +22,19 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
 from ..errors import TSTError
-from ..losses.multi_hot import multi_hot_cross_entropy
-from .head import LinearHead, UnfusableHeadError, inspect_head
-from .probing import own_class, replaced_attribute
+from ..losses.multi_hot import check_shape, multi_hot_cross_entropy
+from .head import LinearHead, UnfusableHeadError, inspect_head, replaced
+from .sharding import own_class
 
 FusedLoss = Literal["auto", "on", "off"]
-
-FUSED_LOSS_CHOICES: tuple[FusedLoss, ...] = get_args(FusedLoss)
 
 logger = logging.get_logger(__name__)
 
 
 def check_fused_loss(choice: str, name: str = "fused_loss") -> None:
-    """Raise `TSTError` unless the argument `name` is one of `FUSED_LOSS_CHOICES`."""
-    if choice not in FUSED_LOSS_CHOICES:
-        raise TSTError(f"{name} must be one of {', '.join(FUSED_LOSS_CHOICES)}, but is {choice!r}.")
+    """Raise `TSTError` unless the argument `name` is a [`FusedLoss`]."""
+    if choice not in get_args(FusedLoss):
+        raise TSTError(f"{name} must be one of {', '.join(get_args(FusedLoss))}, but is {choice!r}.")
 
 
 @contextmanager
@@ -65,10 +64,10 @@ def replaced_loss(
     with (
         # In front of FSDP's hook, which casts every float to the dtype of its mixed precision, divisors too.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
-        nullcontext() if head is None else replaced_attribute(head.module, "forward", loss.head_forward),
+        nullcontext() if head is None else replaced(vars(head.module), "forward", loss.head_forward),
         # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
         called.register_forward_hook(loss.after_forward, always_call=True),
-        replaced_attribute(model, "_loss_function", loss),
+        replaced(vars(model), "_loss_function", loss),
     ):
         yield
 
@@ -86,7 +85,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     try:
         if choice == "off":
             raise UnfusableHeadError("tst_fused_loss is 'off'")
-        if next_token and not _is_next_token_loss(model.loss_function):
+        if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
             raise UnfusableHeadError("it has a loss function of its own")
         head = inspect_head(model)
     except UnfusableHeadError as error:
@@ -102,47 +101,40 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     return head
 
 
-def _is_next_token_loss(function: Any) -> bool:
-    return function is LOSS_MAPPING["ForCausalLM"]
-
-
+@dataclass(eq=False)
 class TSTLoss:
     """The loss function of a model in superposition, or with a fused next-token loss.
 
     A forward pass that is fused goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
     the hidden states and returns an empty tensor; the model calls this loss function with it, and gets the loss.
-    Fused are passes in training with the labels of the phase and, with `fuses_evaluation`, passes in evaluation with
-    next-token labels. Other forward passes are as ever.
+    Training passes with the labels of the phase are fused and, with `fuses_evaluation`, evaluation passes with next-token
+    labels. Other forward passes do not change.
 
     Args:
         own_loss: The model's own loss function.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
         head (`LinearHead`, *optional*): The head to fuse the loss with.
+        fuses_evaluation (`bool`, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
-    fuses_evaluation = False
-
-    def __init__(
-        self, own_loss: Callable[..., Tensor], weights: Tensor | None, head: LinearHead | None
-    ) -> None:
-        self.own_loss = own_loss
-        self.weights = weights
-        self.head = head
-        self._given: dict[str, Any] = {}
-        self._fuses = self._trains = False
-        self._loss: Tensor | None = None
+    own_loss: Callable[..., Tensor]
+    weights: Tensor | None
+    head: LinearHead | None
+    fuses_evaluation: bool = False
+    _given: dict[str, Any] = field(default_factory=dict)
+    _fuses: bool = False
+    _trains: bool = False
+    _loss: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
-        names = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
-        self._given = {name: kwargs[name] for name in names if name in kwargs}
+        self._given, self._trains = kwargs, module.training
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
-        self._trains = module.training
         if self._trains:
             fuses = dimensions == (2 if self.weights is None else 3)
         else:
-            fuses = self.fuses_evaluation and dimensions == 2 and _is_next_token_loss(self.own_loss)
+            fuses = self.fuses_evaluation and dimensions == 2 and self.own_loss is LOSS_MAPPING["ForCausalLM"]
         self._fuses = fuses and self.head is not None
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -157,10 +149,10 @@ class TSTLoss:
         if not self._fuses or isinstance(module.weight, DTensor):
             return type(module).forward(module, hidden)
         self._fuses = False
-        options = self._options(**self._given)
-        self._loss = self.head.loss(hidden, **options)
+        labels, options = self._options(**self._given)
+        self._loss = self.head.loss(hidden, labels, **options)
         if not self._trains:
-            has_targets = (options["labels"] != options["ignore_index"]).any().to(self._loss.device)
+            has_targets = (labels != options["ignore_index"]).any().to(self._loss.device)
             self._loss = torch.where(has_targets, self._loss, torch.nan)
         return _NoLogits.apply(hidden)
 
@@ -171,10 +163,11 @@ class TSTLoss:
             return loss + logits.sum().to(loss.dtype)
         if self.weights is None or labels.dim() != 3:
             # The divisor as the trainer gave it: FSDP casts what a module is given, and bfloat16 rounds counts.
-            divisor = {name: given for name, given in self._given.items() if name == "num_items_in_batch"}
-            return self.own_loss(logits, labels, *args, **kwargs | divisor)
-        options = self._options(**kwargs | self._given | {"labels": labels})
-        return multi_hot_cross_entropy(logits, options.pop("labels").to(logits.device), **options)
+            if "num_items_in_batch" in self._given:
+                kwargs["num_items_in_batch"] = self._given["num_items_in_batch"]
+            return self.own_loss(logits, labels, *args, **kwargs)
+        labels, options = self._options(**kwargs | self._given | {"labels": labels})
+        return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
 
     def _options(
         self,
@@ -183,21 +176,17 @@ class TSTLoss:
         num_items_in_batch: Tensor | float | None = None,
         ignore_index: int = -100,
         **_: Any,
-    ) -> dict[str, Any]:
-        """Arguments of the multi-hot loss, from what the model's forward or its loss function was given."""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Labels and options of the multi-hot loss, from what the model's forward or its loss function was given."""
         weights = None if labels.dim() == 2 else self.weights
         if weights is None:  # next-token prediction, as bags of one
             if shift_labels is None:
                 shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
             labels = shift_labels.unsqueeze(-1)
-        elif labels.shape[-1] != len(weights):
-            raise TSTError(f"labels hold bags of {labels.shape[-1]} tokens, but bag_size is {len(weights)}.")
-        return {
-            "labels": labels,
-            "weights": weights,
-            "num_items_in_batch": num_items_in_batch,
-            "ignore_index": ignore_index,
-        }
+        else:
+            check_shape("labels", labels, (*labels.shape[:-1], len(weights)))
+        options = {"weights": weights, "num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+        return labels, options
 
 
 class _NoLogits(torch.autograd.Function):

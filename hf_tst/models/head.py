@@ -8,6 +8,8 @@ replaced by stand-ins, on numbers whose fate tells what happens to logits on the
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError
 from ..losses.linear import linear_multi_hot_cross_entropy
-from .probing import StandIn, is_sharded, own_class, replaced_attribute, replaced_module, trial_pass
+from .sharding import is_sharded, own_class
 
 _PROBE_ROWS = 3
 _PROBE_LOSS = 7.0
@@ -42,15 +44,8 @@ class LinearHead:
 
     def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """[`linear_multi_hot_cross_entropy`] of hidden states, with this head's weight as it is now."""
-        return linear_multi_hot_cross_entropy(
-            hidden,
-            self.module.weight,
-            labels,
-            bias=self.module.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            **options,
-        )
+        options |= {"bias": self.module.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return linear_multi_hot_cross_entropy(hidden, self.module.weight, labels, **options)
 
 
 class UnfusableHeadError(ValueError):
@@ -76,16 +71,14 @@ def inspect_head(model: Any) -> LinearHead:
         or "forward" in vars(head)
     ):
         raise UnfusableHeadError(f"its head is a {own_class(head).__name__}, not a plain nn.Linear")
-    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded(head):
-        raise UnfusableHeadError("its head has forward hooks, which would miss the logits")
-    if nn.utils.parametrize.is_parametrized(head):
-        raise UnfusableHeadError("the weight of its head is parametrized")
-    if hasattr(head.weight, "ds_id"):
-        raise UnfusableHeadError(
-            "its weight is partitioned by DeepSpeed ZeRO-3, with which fusing has not been tried"
-        )
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise UnfusableHeadError("its head is split by tensor parallelism")
+    has_hooks = (head._forward_hooks or head._forward_pre_hooks) and not is_sharded(head)
+    reasons = {
+        "its head has forward hooks, which would miss the logits": has_hooks,
+        "the weight of its head is parametrized": nn.utils.parametrize.is_parametrized(head),
+        "DeepSpeed ZeRO-3 partitions its weight, which has not been tried": hasattr(head.weight, "ds_id"),
+        "its head is split by tensor parallelism": (getattr(model, "_tp_size", None) or 1) > 1,
+    }
+    _refuse(reasons)
     probe = _probe_values(head.out_features)
     scale, softcap = _fit(probe, _logits_at_loss(model, head, probe))
     # What the fused path returns in place of logits must go through the rest of forward, too.
@@ -111,16 +104,14 @@ def check_loss_is_replaceable(model: Any) -> None:
             run = _run_to_loss(model, head, probe, training)
         except UnfusableHeadError as error:
             logger.warning(
-                f"Whether {name} calls `loss_function` could not be checked: {error}. Compare the first "
-                "loss with the logarithm of the vocabulary's size."
+                f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
             )
             return
         if run.given is None:
             raise TSTError(
-                f"{name} computes its loss itself, without `loss_function`, so superposition cannot put its own in that "
-                "place. If a fused loss has been patched into its forward, turn it off: fused_linear_cross_entropy=False "
-                "(Liger), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl), "
-                "enable_liger_kernel: false (LLaMA-Factory)."
+                f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
+                "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
+                "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl)."
             )
 
 
@@ -178,14 +169,14 @@ class _Run:
     Args:
         inputs (`dict`): Labels, and the divisor if the model takes one.
         hidden (`torch.Tensor`): What the stand-in body returns.
-        head (`StandIn`): The stand-in head, with its calls.
+        head (`_StandIn`): The stand-in head, with its calls.
         given (`dict`, *optional*): What the loss function was given, if it was called.
         outputs: What forward returned.
     """
 
     inputs: dict[str, Any]
     hidden: Tensor
-    head: StandIn
+    head: _StandIn
     given: dict[str, Any] | None = None
     outputs: Any = None
 
@@ -211,16 +202,18 @@ def _run_to_loss(model: Any, head: Any, returned: Tensor, training: bool = True)
         inputs["output_router_logits"] = False
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
         inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
-    run = _Run(inputs, hidden, StandIn(head, returned.to(weight.device)))
-    body = StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
-    with (
-        trial_pass(weight.device),
-        torch.autocast(weight.device.type, enabled=False),
-        replaced_attribute(model, "_loss_function", run.loss_function),
-        replaced_attribute(model, "training", training),
-        replaced_module(model, head, run.head),
-        replaced_module(model, model.base_model, body),
-    ):
+    run = _Run(inputs, hidden, _StandIn(head, returned.to(weight.device)))
+    body = _StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
+    stand_ins = {head: run.head, model.base_model: body}
+    with ExitStack() as stack:
+        stack.enter_context(trial_pass(weight.device))
+        stack.enter_context(torch.autocast(weight.device.type, enabled=False))
+        stack.enter_context(replaced(vars(model), "_loss_function", run.loss_function))
+        stack.enter_context(replaced(vars(model), "training", training))
+        for modules in [parent._modules for parent in model.modules()]:
+            for name, child in modules.items():
+                if child in stand_ins:
+                    stack.enter_context(replaced(modules, name, stand_ins[child]))
         try:
             run.outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # whatever a family does with what the stand-ins lack
@@ -236,16 +229,60 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     given, inputs = run.given, run.inputs
     if given is None:
         raise UnfusableHeadError("its forward does not call loss_function")
-    if len(run.head.calls) != 1 or getattr(run.head.calls[0], "shape", None) != run.hidden.shape:
-        raise UnfusableHeadError("its head is not applied once to the hidden states of all positions")
+    shapes = [getattr(call, "shape", None) for call in run.head.calls]
     has_labels = isinstance(given["labels"], Tensor) and torch.equal(given["labels"], inputs["labels"])
-    if not has_labels or given["num_items_in_batch"] != inputs.get("num_items_in_batch"):
-        raise UnfusableHeadError(
-            "its forward does not hand labels and num_items_in_batch on to loss_function as they are"
-        )
+    keeps_inputs = has_labels and given["num_items_in_batch"] == inputs.get("num_items_in_batch")
     total = run.outputs[0] if isinstance(run.outputs, tuple) else getattr(run.outputs, "loss", None)
-    if not isinstance(total, Tensor) or total.item() != _PROBE_LOSS:
-        raise UnfusableHeadError(
-            "its forward adds something to what loss_function returns, such as a z-loss of the logits"
-        )
+    is_total = isinstance(total, Tensor) and total.flatten().tolist() == [_PROBE_LOSS]
+    reasons = {
+        "its head is not applied once to the hidden states of all positions": shapes != [run.hidden.shape],
+        "its forward changes labels or num_items_in_batch before loss_function": not keeps_inputs,
+        "its forward adds something to what loss_function returns, such as a z-loss of the logits": not is_total,
+    }
+    _refuse(reasons)
     return given["logits"]
+
+
+def _refuse(reasons: dict[str, Any]) -> None:
+    """Raise [`UnfusableHeadError`] with the first reason that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnfusableHeadError(reason)
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a module: answers calls with `answer`, and anything else as the module would."""
+
+    def __init__(self, module: nn.Module, answer: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "module", module)
+        self.answer = answer
+        self.calls: list[Any] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(args[0] if args else None)
+        return self.answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "module"), name)
+
+
+@contextmanager
+def trial_pass(device: torch.device) -> Iterator[None]:
+    """Context for a forward pass on trial: without gradients, and with the random state as before afterwards."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def replaced(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Context in which `entries`, such as the attributes or modules of an object, hold `value` under `name`."""
+    had_own, own = name in entries, entries.get(name)
+    entries[name] = value
+    try:
+        yield
+    finally:
+        if had_own:
+            entries[name] = own
+        else:
+            entries.pop(name, None)

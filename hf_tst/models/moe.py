@@ -32,25 +32,18 @@ class ExpertLoadMeter:
         """Count the positions of one forward pass.
 
         Args:
-            router_logits: One tensor of shape `(B·l, E)` or `(B, l, E)` a layer; anything else counts nothing.
-            top_k (`int`, *optional*): Experts a position; without it nothing is counted.
+            router_logits: One tensor of shape `(B·l, E)` or `(B, l, E)` per layer; anything else counts nothing.
+            top_k (`int`, *optional*): Experts per position; without it nothing is counted.
             mask (`torch.Tensor` of shape `(B, l)`, *optional*): 0 for positions that do not count.
         """
-        layers = [
-            layer.flatten(0, -2)
-            for layer in router_logits or ()
-            if isinstance(layer, Tensor) and layer.dim() > 1
-        ]
+        layers = [x.flatten(0, -2) for x in router_logits or () if isinstance(x, Tensor) and x.dim() > 1]
         if not layers or not top_k or len({layer.shape for layer in layers}) > 1:
             return
-        logits = torch.stack([layer.detach() for layer in layers])
-        chosen = logits.topk(top_k, dim=-1).indices.flatten(1)
-        ones = torch.ones_like(chosen, dtype=torch.float32)
+        logits = torch.stack(layers)
+        sent = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.topk(top_k).indices, 1.0)
         if mask is not None and mask.dim() == 2 and mask.numel() == logits.shape[1]:
-            ones *= mask.reshape(1, -1, 1).expand(*logits.shape[:2], top_k).flatten(1)
-        counts = torch.zeros(logits.shape[0], logits.shape[-1], device=logits.device).scatter_add_(
-            1, chosen, ones
-        )
+            sent *= mask.reshape(1, -1, 1)
+        counts = sent.sum(1)
         self._counts = counts if self._counts is None else self._counts + counts
 
     def report(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
@@ -68,11 +61,12 @@ class ExpertLoadMeter:
             return {}
         counts, self._counts = total(self._counts), None
         load = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1) * counts.shape[-1]
-        values = torch.stack(
-            [load.amax(-1).mean(), load.amin(-1).mean(), (counts == 0).float().mean()]
-        ).tolist()
-        names = ("tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused")
-        return {name: round(value, 4) for name, value in zip(names, values, strict=True)}
+        values = {
+            "tst_expert_load_max": load.amax(-1).mean(),
+            "tst_expert_load_min": load.amin(-1).mean(),
+            "tst_experts_unused": (counts == 0).float().mean(),
+        }
+        return {name: round(value.item(), 4) for name, value in values.items()}
 
 
 def experts_per_position(config: Any) -> int | None:

@@ -87,15 +87,15 @@ class ModelShape:
             if name.endswith(".experts") or "Experts" in type(module).__name__
             for parameter in module.parameters()
         }
-        parameters, layers, idle = 0, Counter[int](), Counter[int]()
+        layers, idle = Counter[int](), Counter[int]()
         for name, parameter in model.named_parameters():
-            parameters += parameter.numel()
             layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
             index = int(layer[1]) if layer else -1
-            if layer:
-                layers[index] += parameter.numel()
+            layers[index] += parameter.numel()
             if experts and id(parameter) in of_experts:
                 idle[index] += parameter.numel() - parameter.numel() * top_k // experts
+        parameters = layers.total()
+        del layers[-1]
         last = max(layers, default=-1)
         width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         width = getattr(getattr(text, "ffn_config", None), "ffn_hidden_size", width)  # DBRX

@@ -1,10 +1,24 @@
-"""Models sharded by FSDP: their weights in one piece, and optimizers that do not know all of them."""
+"""Models sharded by FSDP: their classes, their weights in one piece, and optimizers that do not know all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on a module itself."""
+    return isinstance(module, FSDPModule)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before `fully_shard` put one of its own, of another name, in front."""
+    classes = type(module).__mro__
+    return classes[classes.index(FSDPModule) + 1] if FSDPModule in classes else type(module)
 
 
 def full_state_dict(model: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,10 @@ from ..bags.folding import (
 )
 from ..bags.phases import TSTMode, check_bag_size, check_mode
 from ..errors import TSTError
+from ..losses.multi_hot import check_shape
 from .fused import FusedLoss, TSTLoss, replaced_loss
-from .head import check_loss_is_replaceable
-from .probing import own_class, replaced_attribute
+from .head import check_loss_is_replaceable, replaced
+from .sharding import own_class
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def token_superposition(
     Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are `torch.LongTensor` of shape
     `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
-    Calls with ordinary 2-D ids and labels behave as ever. `loss` is in nats, float32, 0-dim: the mean over target bags; with
+    Calls with ordinary 2-D ids and labels do not change. `loss` is in nats, float32, 0-dim: the mean over target bags; with
     `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
     [`count_target_bags`]). After the context, also after an exception, the
     model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
@@ -57,7 +58,7 @@ def token_superposition(
 
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         offset_weighting (`str`, defaults to `"uniform"`): Weights of a target bag, see [`offset_weights`].
         input_weighting (`str`, defaults to `"uniform"`): Weights of the averaged embeddings, see [`input_weights`].
         mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
@@ -136,7 +137,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
     """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
 
-    `outputs.logits` of a forward pass with labels is empty, of one without labels as ever. The loss is the model's own up
+    `outputs.logits` of a forward pass with labels is empty, of one without labels it is not. The loss is the model's own up
     to rounding, NaN where there is no target. May be entered inside [`token_superposition`] and [`fused_next_token_loss`],
     where it fuses if they do.
 
@@ -151,14 +152,11 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         TSTError: If `fused_loss` is `"on"` and the model cannot be served.
     """
     called, core = find_language_model(model)
-    if fused_loss == "off":
-        yield model
-        return
-    is_replaced = isinstance(core.loss_function, TSTLoss)
-    with (
-        nullcontext() if is_replaced else replaced_loss(called, core, None, fused_loss),
-        replaced_attribute(core.loss_function, "fuses_evaluation", True),
-    ):
+    with ExitStack() as stack:
+        if fused_loss != "off":
+            if not isinstance(core.loss_function, TSTLoss):
+                stack.enter_context(replaced_loss(called, core, None, fused_loss))
+            stack.enter_context(replaced(vars(core.loss_function), "fuses_evaluation", True))
         yield model
 
 
@@ -174,9 +172,7 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     core = called
     if hasattr(called, "peft_config") and hasattr(called, "get_base_model"):
         if any(getattr(config, "is_prompt_learning", False) for config in called.peft_config.values()):
-            raise TSTError(
-                "Token superposition cannot train PEFT prompt-learning methods: they add virtual tokens."
-            )
+            raise TSTError("Token superposition cannot train PEFT prompt learning: it adds virtual tokens.")
         core = called.get_base_model()
     _check_model(core)
     return called, core
@@ -190,9 +186,7 @@ def _check_model(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
-        raise TSTError(
-            f"Token superposition needs a causal language model (AutoModelForCausalLM), but {name} is none."
-        )
+        raise TSTError(f"{name} is no causal language model: load the model with AutoModelForCausalLM.")
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())
     for part in model.modules():
@@ -202,9 +196,9 @@ def _check_model(model: Any) -> None:
         takes_ids = any(argument.endswith("input_ids") for argument in names) and part not in inside
         is_table_of_positions = isinstance(part, nn.Embedding) and "position_ids" in names
         if takes_ids and not is_table_of_positions and embedding not in part.modules():
+            taker = own_class(part).__name__
             raise TSTError(
-                f"{name} looks tokens up outside of its input embedding, too ({own_class(part).__name__} takes "
-                "`input_ids`), so averaging its input embeddings would not give it the whole bag."
+                f"{name} looks tokens up outside of its input embedding, too ({taker} takes `input_ids`), so bags do not reach it."
             )
 
 
@@ -233,7 +227,7 @@ class _BagInput:
     An object without the model in it: a deep copy of a hooked model has hooks of its own.
 
     Args:
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         mode (`str`): See [`token_superposition`].
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*), ignore_index (`int`, *optional*): See
             [`average_embeddings`].
@@ -250,26 +244,24 @@ class _BagInput:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: notes `input_ids` of shape `(B, l, s)`, and hands the model stand-ins of shape `(B, l)`."""
         input_ids = args[0] if args else kwargs.get("input_ids")
+        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if input_ids is None:
             return None
-        are_bags = input_ids.dim() == 3
+        are_bags, positions = input_ids.dim() == 3, tuple(input_ids.shape[:2])
         if are_bags and self.mode == "output":
             raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
-        _check_labels_fit(kwargs.get("labels"), input_ids)
-        if not are_bags:
-            return None
-        if input_ids.shape[-1] != self.bag_size:
+        if are_bags and input_ids.shape[-1] != self.bag_size:
             raise TSTError(
                 f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
             )
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() in (2, 3) and mask.shape != input_ids.shape[:2]:
-            raise TSTError(
-                f"attention_mask of shape {tuple(mask.shape)} does not fit {input_ids.shape[1]} bags a row: "
-                f"give one entry a bag, shape {tuple(input_ids.shape[:2])}, or none."
-            )
+        if isinstance(labels, Tensor) and (are_bags or labels.dim() == 3):
+            check_shape("labels", labels, (*positions, self.bag_size))
+        if not are_bags:
+            return None
+        if isinstance(mask, Tensor) and mask.dim() in (2, 3):
+            check_shape("attention_mask", mask, positions)
         self._bags = input_ids
-        stand_ins = input_ids.new_full(input_ids.shape[:2], -1, dtype=torch.int32)
+        stand_ins = input_ids.new_full(positions, -1, dtype=torch.int32)
         return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
 
     def before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -290,14 +282,3 @@ class _BagInput:
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""
         self._bags = None
-
-
-def _check_labels_fit(labels: Any, input_ids: Tensor) -> None:
-    """Raise `TSTError` unless labels, where either they or the ids are bags, have a bag for every position."""
-    if not isinstance(labels, Tensor) or max(labels.dim(), input_ids.dim()) != 3:
-        return
-    if labels.dim() != 3 or labels.shape[:2] != input_ids.shape[:2]:
-        raise TSTError(
-            f"labels of shape {tuple(labels.shape)} do not fit input_ids of shape {tuple(input_ids.shape)}: give a bag of "
-            f"labels for each position, shape {(*input_ids.shape[:2], 's')}, with -100 where there is no target."
-        )

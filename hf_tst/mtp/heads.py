@@ -12,7 +12,7 @@ model's own final norm and head. What is between last layer and head is found ou
 
 Memory: the paper works off head by head so that the logits of one are held at a time. Here there are none: the hidden
 states of all extra heads go through one fused loss, which holds a chunk of logits and one gradient of the model's head,
-whatever n is. What grows with n is one layer's activations a head.
+whatever n is. What grows with n is one layer's activations per head.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
-from ..models.probing import is_sharded, own_class, trial_pass
+from ..models.head import trial_pass
+from ..models.sharding import is_sharded, own_class
 from .last_layer import LayerCall, ModelEnd, decoder_layers, find_model_end, unservable
-from .losses import ExtraLosses
+from .losses import extra_losses
 
 MTPKind = Literal["parallel", "sequential"]
 
 MTP_KINDS: tuple[MTPKind, ...] = get_args(MTPKind)
-# DeepSeek-V3's weight for most of its training; the heads of arXiv 2404.19737 weigh what the next token weighs.
-DEFAULT_LOSS_WEIGHTS: dict[MTPKind, float] = {"parallel": 1.0, "sequential": 0.3}
 # The name of the heads among a model's modules.
 ATTRIBUTE = "mtp_heads"
 
@@ -49,15 +48,13 @@ def check_mtp(
         raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
     if kind not in MTP_KINDS:
         raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
-    if loss_weight is None:
-        return
     is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
-    if not is_number or not 0 <= loss_weight < math.inf:
+    if loss_weight is not None and not (is_number and 0 <= loss_weight < math.inf):
         raise TSTError(f"{prefix}loss_weight must be a finite number of at least 0, but is {loss_weight!r}.")
 
 
 class MTPHeads(nn.Module):
-    """The extra heads of a model, freshly initialised as the model initialises its own layers.
+    """The extra heads of a model, freshly initialized as the model initializes its own layers.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped. Nothing of it changes.
@@ -85,9 +82,8 @@ class MTPHeads(nn.Module):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
         self._end = end = find_model_end(model)
         like = next(end.last_layer.parameters())
-        with torch.random.fork_rng(
-            [like.device] if like.device.type == "cuda" else [], enabled=seed is not None
-        ):
+        devices = [like.device] if like.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             heads = [self._make_head(model, end.last_layer) for _ in range(num_heads - 1)]
@@ -114,7 +110,7 @@ class MTPHeads(nn.Module):
         self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
     def end_of(self, model: Any) -> ModelEnd:
-        """How `model` goes on from its last layer; of a sharded model it is remembered, as its layers cannot be tried.
+        """The model from its last layer on. For a sharded model, whose layers cannot be tried, it is the one found before.
 
         Raises:
             TSTError: If the model cannot be served, or is sharded and these heads are not.
@@ -127,8 +123,7 @@ class MTPHeads(nn.Module):
                 module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
         if not all(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise TSTError(
-                "The model is sharded, but its extra heads are not, and no process would learn of another's gradients: "
-                "call fully_shard inside multi_token_prediction."
+                "The model is sharded, but its extra heads are not: call fully_shard inside multi_token_prediction."
             )
         if all(module is not self._end.last_layer for module in model.modules()):
             raise TSTError("These extra heads were made for another model.")
@@ -159,10 +154,10 @@ class MTPHeads(nn.Module):
             # Of the kind of the last: layers of one model may differ.
             layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
         except Exception as error:  # whatever else a family's layer wants to be made of
-            raise TSTError(
-                f"Multi-token prediction cannot make a {layer_class.__name__} for its heads "
-                f"({type(error).__name__}: {error}): set mtp_num_heads=1."
-            ) from error
+            reason = (
+                f"it cannot make a {layer_class.__name__} for the heads ({type(error).__name__}: {error})"
+            )
+            raise unservable(model, reason) from error
         layer.apply(model._init_weights)
         if self.kind == "parallel":
             return layer
@@ -178,9 +173,8 @@ class MTPHeads(nn.Module):
             with trial_pass(last_hidden.device):
                 shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
         except Exception as error:  # whatever a layer of a family wants to be called with
-            raise unservable(
-                model, f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
-            ) from error
+            reason = f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
+            raise unservable(model, reason) from error
         if shapes != {last_hidden.shape}:
             raise unservable(model, "a layer of it does not return hidden states when it is called apart")
 
@@ -211,8 +205,8 @@ def multi_token_prediction(
     checkpointing find them; the model's state dict leaves them out. `model(input_ids=…, labels=…).loss` is the model's
     own loss plus `loss_weight` times the sum (sequential: the mean) of the cross entropies of the extra heads, all
     divided by the same number of targets: `num_items_in_batch`, or the next tokens in the batch. The logits of the extra
-    heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) are as
-    ever; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
+    heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) do not
+    change; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
     Where `position_ids` restart, no head looks past the end of its document. A mixture's auxiliary loss is that of the
     model's own layers. `fully_shard` is called inside the context, on the model last, and finds the heads, too; it may be
     left and entered again then. After the context, also after an exception, the model is what it was.
@@ -245,7 +239,7 @@ def multi_token_prediction(
 def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
     """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
 
-    What makes an optimizer or wraps a model finds them; no loss changes. Yields how the model goes on from its last layer.
+    What makes an optimizer or wraps a model finds them; no loss changes. Yields the model from its last layer on.
 
     Raises:
         TSTError: If the model cannot be served, or is sharded and its heads are not.
@@ -263,16 +257,6 @@ def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
             yield end
     finally:
         model._modules.pop(ATTRIBUTE, None)
-
-
-@contextmanager
-def extra_losses(
-    model: Any, heads: MTPHeads, end: ModelEnd, loss_weight: float | None = None
-) -> Iterator[None]:
-    """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before."""
-    weight = DEFAULT_LOSS_WEIGHTS[heads.kind] if loss_weight is None else float(loss_weight)
-    with ExtraLosses(model, heads, end, weight).hooked():
-        yield
 
 
 def _leave_heads_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TSTError
-from ..models.head import LinearHead, UnfusableHeadError, inspect_head
-from ..models.probing import own_class, trial_pass
+from ..models.head import LinearHead, UnfusableHeadError, inspect_head, trial_pass
+from ..models.sharding import own_class
 
 _POSITIONS = 3
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")

@@ -2,70 +2,66 @@
 
 Shapes: B rows, l positions, d hidden size, V vocabulary.
 
-The extra heads run after the model's body has, and their losses are taken at the beginning of the forward pass of the
-model's head. There FSDP has its weight whole, also where the head is sharded apart; in the backward pass, which takes the
-opposite way, it has gathered the weight before it comes there, and sums gradients over the processes afterwards.
+The extra heads run, and their losses are taken, at the beginning of the forward pass of the model's head. There FSDP has
+its weight whole, also where the head is sharded apart. In the backward pass, which takes the opposite way, FSDP has gathered
+the weight before, and sums gradients over the processes afterwards.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import TSTError
-from ..models.probing import is_sharded, own_class
+from ..models.sharding import is_sharded, own_class
 from .last_layer import LayerCall, ModelEnd, hidden_states_of
 
 _IGNORED = -100
 
 
-class ExtraLosses:
-    """What the hooks of a forward pass keep from the model's last layer to its loss.
+@contextmanager
+def extra_losses(model: Any, heads: Any, end: ModelEnd, loss_weight: float | None = None) -> Iterator[None]:
+    """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before.
 
     Args:
-        model (`PreTrainedModel`): The model, not wrapped.
-        heads (`MTPHeads`): Its extra heads.
-        end (`ModelEnd`): How it goes on from its last layer.
-        weight (`float`): Weight of the sum (sequential: the mean) of the losses of the extra heads.
+        model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As there.
+        end (`ModelEnd`): The model from its last layer on.
     """
+    losses = _ExtraLosses(model, heads, end, loss_weight)
+    with (
+        # Both are in front of FSDP's hooks: it casts what is given, and takes weights away.
+        model.register_forward_pre_hook(losses.before_model, with_kwargs=True, prepend=True),
+        # It runs when forward raises, too: nothing of a half-done forward pass is kept.
+        model.register_forward_hook(losses.after_model, prepend=True, always_call=True),
+    ):
+        yield
 
-    def __init__(self, model: Any, heads: Any, end: ModelEnd, weight: float) -> None:
+
+class _ExtraLosses:
+    """Hooks on a model and, in next-token training passes, on its last layer and its head."""
+
+    def __init__(self, model: Any, heads: Any, end: ModelEnd, loss_weight: float | None) -> None:
         self.model, self.heads, self.end = model, heads, end
-        self.weight = weight if heads.kind == "parallel" else weight / len(heads.heads)
+        # DeepSeek-V3's weight for most of its training; the heads of arXiv 2404.19737 weigh what the next token weighs.
+        weight, parts = (1.0, 1) if heads.kind == "parallel" else (0.3, len(heads.heads))
+        self.weight = (weight if loss_weight is None else float(loss_weight)) / parts
         self.signature = inspect.signature(type(model).forward)
-        self._at_head: RemovableHandle | None = None
+        self._hooks = ExitStack()
         self._forget()
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Context in which the hooks are on. They are in front of FSDP's: it casts what is given, and takes weights away."""
-        model, end = self.model, self.end
-        with (
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
-            end.last_layer.register_forward_hook(self.after_last_layer, with_kwargs=True),
-            end.body.register_forward_hook(self.after_body, prepend=True),
-            # It runs when forward raises, too: nothing of a half-done forward pass is kept.
-            model.register_forward_hook(self.after_model, prepend=True, always_call=True),
-        ):
-            yield
-
     def _forget(self) -> None:
+        self._hooks.close()
         self._given: dict[str, Any] = {}  # what next-token losses are computed from; nothing in other passes
         self._superposed = False
         self._call: LayerCall | None = None
         self._last_hidden: Tensor | None = None
-        self._states: Tensor | None = None
         self._loss: Tensor | None = None
-        if self._at_head is not None:
-            self._at_head.remove()
-            self._at_head = None
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: what the losses of this pass are computed from."""
@@ -80,59 +76,51 @@ class ExtraLosses:
             names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
             self._given = {name: given.get(name) for name in names}
             self._check()
+            layer, head = self.end.last_layer, self.end.head.module
+            self._hooks.enter_context(layer.register_forward_hook(self.after_last_layer, with_kwargs=True))
+            # Behind FSDP's hook, and in this pass only: a head with hooks cannot be fused with the model's loss.
+            self._hooks.enter_context(head.register_forward_pre_hook(self.before_head))
 
     def _check(self) -> None:
         """Raise `TSTError` where the losses or their gradients would be wrong in silence."""
         divisor = self._given["num_items_in_batch"]
         if isinstance(divisor, Tensor) and divisor.dtype in (torch.bfloat16, torch.float16):
             raise TSTError(
-                f"num_items_in_batch has come as {divisor.dtype}, which cannot count: give a whole number, which FSDP's "
-                "mixed precision leaves as it is."
+                f"num_items_in_batch has dtype {divisor.dtype}, which cannot count: give a whole number, which FSDP does not cast."
             )
         if is_sharded(self.end.body):
             raise TSTError(
-                f"fully_shard was called on the {own_class(self.end.body).__name__} inside of the model, whose norm the extra "
-                "heads use once more, outside of what FSDP gathers it for: shard layers and the model."
+                f"fully_shard was called on the {own_class(self.end.body).__name__}, whose norm the extra heads use: shard the "
+                "layers and the model instead."
             )
         if is_sharded(self.end.last_layer) and not is_sharded(self.model):
             raise TSTError(
-                "fully_shard was called on layers but not on the model, so nothing would add up the gradients of the "
-                "extra heads: call it on the model last."
+                "fully_shard was called on layers but not on the model, which the extra heads need: call it on the model last."
             )
 
     def after_last_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of the last layer: how it was called, and what it returned."""
-        if self._given:
-            self._call = LayerCall.bind(module, args, kwargs)
-            self._last_hidden = hidden_states_of(output)
-
-    def after_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the body: the extra heads, inside the model's forward, where autocast and DDP look."""
-        if not self._given:
-            return
-        assert self._call is not None
-        assert self._last_hidden is not None
-        hidden = self.heads(self._call, self._last_hidden, self._next_embeddings(len(self.heads.heads)))
-        self._call = self._last_hidden = None
-        norm = self.end.norm
-        self._states = torch.cat([h if norm is None else norm(h) for h in hidden])
-        # For this pass only: a head with hooks of others cannot be fused with the model's loss.
-        self._at_head = self.end.head.module.register_forward_pre_hook(self.before_head)
+        self._call, self._last_hidden = LayerCall.bind(module, args, kwargs), hidden_states_of(output)
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the model's head, behind FSDP's: the losses of the extra heads, with its weight."""
-        states, self._states = self._states, None
-        if states is None:
+        """Forward pre-hook of the model's head: runs the extra heads, and takes their losses with its weight.
+
+        It is inside the model's forward, where autocast and DDP look.
+        """
+        if self._call is None or self._last_hidden is None:
             return
-        head, labels = self.end.head, self._given["labels"].to(states.device)
+        head, norm, labels = self.end.head, self.end.norm, self._given["labels"].to(self._last_hidden.device)
         if isinstance(head.module.weight, DTensor):
             raise TSTError(
                 "The weight of the model's head is sharded and not gathered in its forward pass: shard it with fully_shard."
             )
-        ahead = range(2, len(self.heads.heads) + 2)
-        targets = torch.cat([_targets(labels, k, self._given["position_ids"]) for k in ahead])
+        count = len(self.heads.heads)
+        hidden = self.heads(self._call, self._last_hidden, self._next_embeddings(count))
+        self._call = self._last_hidden = None
+        states = torch.cat([h if norm is None else norm(h) for h in hidden])
+        targets = torch.cat([_targets(labels, k, self._given["position_ids"]) for k in range(2, count + 2)])
         divisor = self._given["num_items_in_batch"]
         if divisor is None:
             divisor = (labels[:, 1:] != _IGNORED).sum()

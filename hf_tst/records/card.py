@@ -1,4 +1,4 @@
-"""The model card of a run, written from the run's own record and from nothing else."""
+"""The model card of a run, written from the record of the run and nothing else; `templates/model_card.md` has its text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from .report import markdown_table, phase_rows, plot_loss_curve, summarize_phases
-from .run import RunRecord, run_entry, timed_steps
+from .run_record import RunRecord, run_entry, timed_steps
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -21,10 +21,6 @@ logger = logging.get_logger(__name__)
 CURVE_FILE = "loss_curve.png"
 # A card with this tag was written by a trainer, and may be written anew.
 GENERATED_TAG = "generated_from_trainer"
-LIMITS = (
-    "The figures above are this run's own log. Nothing else was evaluated: no downstream task, no bias, no safety. "
-    "Compare with a baseline of the same budget before concluding anything from them."
-)
 
 
 def write_model_card(
@@ -45,7 +41,11 @@ def write_model_card(
     path = folder / "README.md"
     if path.exists() and not _is_generated(path):
         return None
-    curve = _draw_curve(record, folder)
+    curve: str | None = CURVE_FILE
+    try:
+        plot_loss_curve(record.log_history, folder / CURVE_FILE, record.switch_step)
+    except ImportError:  # matplotlib is an extra
+        curve = None
     make_model_card(record, repo_id=repo_id or folder.absolute().name, curve=curve, **metadata).save(path)
     return path
 
@@ -84,57 +84,36 @@ def make_model_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    arguments, base_model = record.arguments, base_model or record.base_model
-    superposed = record.switch_step > 0
-    model_name = repo_id.split("/")[-1]
-    evaluation = _evaluation(record.evaluation)
+    model_name, evaluation = repo_id.split("/")[-1], _evaluation(record.evaluation)
+    method_tags = ["token-superposition"] if record.switch_step > 0 else []
+    source = ("text-generation", "evaluation-data", "evaluation data of the run")
+    results = [EvalResult(*source, name, value, metric_name=name) for name, value in evaluation.items()]
     data = ModelCardData(
         model_name=model_name,
         library_name=record.library_name,
         pipeline_tag="text-generation",
-        base_model=base_model,
+        base_model=base_model or record.base_model,
         datasets=_listed(datasets) or None,
         language=language or None,
         license=license,
-        tags=list(
-            dict.fromkeys([*_listed(tags), GENERATED_TAG, *(["token-superposition"] if superposed else [])])
-        ),
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="evaluation-data",
-                dataset_name="evaluation data of the run",
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in evaluation.items()
-        ]
-        or None,
+        tags=list(dict.fromkeys([*_listed(tags), GENERATED_TAG, *method_tags])),
+        eval_results=results or None,
     )
+    timed = timed_steps(record.log_history)
+    measured = [(part.seconds, part.utilization) for part in timed if part.utilization is not None]
+    used, seconds = sum(s * share for s, share in measured), sum(s for s, _ in measured)
+    # The template also reads the metadata, such as `base_model`.
     return ModelCard.from_template(
         data,
         template_str=files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         model_name=model_name,
         repo_id=repo_id,
-        library_name=record.library_name,
-        base_model=base_model,
-        superposed=superposed,
-        switch_step=record.switch_step,
-        max_steps=record.max_steps,
-        steps_done=record.max_steps if record.global_step is None else record.global_step,
-        phase_ratio=arguments.get("tst_phase_ratio"),
-        bag_size=arguments.get("tst_bag_size"),
-        mode=arguments.get("tst_mode"),
-        offset_weighting=arguments.get("tst_offset_weighting"),
-        input_weighting=arguments.get("tst_input_weighting", "uniform"),
-        mtp_num_heads=arguments.get("mtp_num_heads", 1),
-        mtp_kind=arguments.get("mtp_kind"),
+        record=record,
         phase_table=markdown_table(phase_rows(summarize_phases(record.log_history))),
         curve=curve,
-        facts=_facts(record),
-        evaluation={name: f"{value:.4f}" for name, value in evaluation.items()},
-        limits=LIMITS,
+        seconds=sum(part.seconds for part in timed),
+        utilization=used / seconds if measured else None,
+        evaluation=evaluation,
     )
 
 
@@ -146,9 +125,9 @@ def write_card_of_trainer(trainer: Any, **metadata: Any) -> None:
     now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
     written = write_model_card(output_dir, RunRecord.from_state(vars(trainer.state), now), **metadata)
     if written is None:
+        path = output_dir / "README.md"
         logger.warning(
-            f"{output_dir / 'README.md'} is a card of your own and stays as it is: move it away to have one written "
-            "from the run."
+            f"{path} is a card of your own and stays as it is: move it away to get one of the run."
         )
     elif now["library_name"] == "peft":
         model.create_or_update_model_card(str(output_dir))
@@ -169,36 +148,3 @@ def _evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
     if "loss" in found and found["loss"] < 700:
         found["perplexity"] = math.exp(found["loss"])
     return found
-
-
-def _facts(record: RunRecord) -> dict[str, str]:
-    arguments = record.arguments
-    facts = {
-        "parameters": f"{record.parameters:,}",
-        "rows an optimizer step": f"{record.rows_per_step:,}",
-        "optimizer": f"{arguments.get('optim')}, learning rate {arguments.get('learning_rate'):g}, "
-        f"schedule {arguments.get('lr_scheduler_type')}",
-        "seed": str(arguments.get("seed")),
-        "FLOPs": f"{record.total_flos:.3g}",
-        "hardware": record.hardware,
-        "software": record.software,
-    }
-    timed = timed_steps(record.log_history)
-    if timed:
-        facts["seconds of training, without evaluation"] = f"{sum(part.seconds for part in timed):.0f}"
-    measured = [part for part in timed if part.utilization is not None]
-    if measured:
-        seconds = sum(part.seconds for part in measured)
-        mean = sum(part.seconds * (part.utilization or 0) for part in measured) / seconds
-        facts["model FLOPs utilization"] = f"{mean:.1%} of {record.peak_tflops:g} TFLOP/s per device"
-    return facts
-
-
-def _draw_curve(record: RunRecord, folder: Path) -> str | None:
-    try:
-        plot_loss_curve(
-            [dict(entry) for entry in record.log_history], folder / CURVE_FILE, record.switch_step
-        )
-    except ImportError:  # matplotlib is an extra
-        return None
-    return CURVE_FILE

@@ -32,10 +32,7 @@ def explained_hub_errors(doing: str, kept: str) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (
-        errors.HTTPError,
-        OSError,
-    ) as error:  # the base of the client's errors, broken connections included
+    except (errors.HTTPError, OSError) as error:  # the base of the client's errors, and broken connections
         status = getattr(getattr(error, "response", None), "status_code", None)
         reasons = {
             401: "the token is wrong or missing (401): log in with `hf auth login`, or set HF_TOKEN",
@@ -82,6 +79,5 @@ def check_repo_holds_no_other_model(
     ]
     if differences:
         raise HubError(
-            f"{repo_id} holds another model already ({'; '.join(differences)}): name another repository with "
-            "hub_model_id, or another branch with hub_revision."
+            f"{repo_id} holds another model already ({'; '.join(differences)}): set another hub_model_id or hub_revision."
         )

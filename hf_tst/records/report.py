@@ -109,14 +109,13 @@ def phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
             f"{summary.first_loss:.3f}",
             f"{summary.last_loss:.3f}",
             "-" if summary.eval_loss is None else f"{summary.eval_loss:.3f}",
+            *map(_format_load, (summary.first_expert_load, summary.last_expert_load)),
         )
         for summary in summaries
     ]
-    loads = [(summary.first_expert_load, summary.last_expert_load) for summary in summaries]
-    if not any(first for first, _ in loads):
-        return [header, *rows]
-    rows = [row + tuple(map(_format_load, load)) for row, load in zip(rows, loads, strict=True)]
-    return [(*header, "expert load first", "expert load last"), *rows]
+    rows.insert(0, (*header, "expert load first", "expert load last"))
+    has_loads = any(summary.first_expert_load for summary in summaries)
+    return rows if has_loads else [row[: len(header)] for row in rows]
 
 
 def _format_load(load: tuple[float, float] | None) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..bags.phases import PhaseSchedule
 from ..models.superposition import fused_next_token_loss, token_superposition
 from ..planning.reference import peak_tflops
-from ..records.run import RUN_ENTRY, UTILIZATION, run_entry
+from ..records.run_record import RUN_ENTRY, UTILIZATION, run_entry
 from .arguments import TSTTrainingArguments
 
 logger = logging.get_logger(__name__)

@@ -53,5 +53,5 @@ def test_what_would_be_wrong_in_silence_is_refused(two):
     assert "make its extra heads before fully_shard" in before
     assert "call fully_shard inside multi_token_prediction" in unsharded
     assert "call it on the model last" in no_root
-    assert "called on the LlamaModel inside of the model" in body
-    assert "num_items_in_batch has come as torch.bfloat16" in rounded
+    assert "called on the LlamaModel" in body
+    assert "num_items_in_batch has dtype torch.bfloat16" in rounded

@@ -1,4 +1,4 @@
-"""What is on record of a run: the entries of `trainer_state.json`, one of which tells what it ran with and on."""
+"""The record of a run: the entries of `trainer_state.json`, one of which says what it ran with and on."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class RunRecord:
         max_steps (`int`): Optimizer steps of the run, N.
         switch_step (`int`): First step of recovery; 0 without superposition.
         arguments (`dict`): The training arguments, or those of them that a card tells.
-        rows_per_step (`int`): Rows an optimizer step, over all devices.
+        rows_per_step (`int`): Rows per optimizer step, over all devices.
         total_flos (`float`): FLOPs of the run, see [`step_flops`].
         parameters (`int`): Parameters of the model.
         hardware (`str`): Devices that it ran on.
         evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
-        software (`str`): Versions that it ran with; by default, those installed.
+        software (`str`): Versions that it ran with.
         base_model (`str`, *optional*): Hub id of the model that training started from.
         library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
         global_step (`int`, *optional*): Optimizer steps done; all of them by default.
@@ -83,7 +83,7 @@ class RunRecord:
     parameters: int
     hardware: str
     evaluation: Mapping[str, float] = field(default_factory=dict)
-    software: str = field(default_factory=lambda: describe_software())
+    software: str = ""
     base_model: str | None = None
     library_name: str = "transformers"
     global_step: int | None = None
@@ -105,22 +105,16 @@ class RunRecord:
         if not runs:
             raise TSTError("no run of TSTTrainer is on record in it")
         last = runs[-1]
+        # A run that was resumed elsewhere has several.
+        machines = {
+            name: "; then ".join(dict.fromkeys(run[name] for run in runs))
+            for name in ("hardware", "software")
+        }
         return cls(
             log_history=history,
-            max_steps=state["max_steps"],
-            switch_step=last["switch_step"],
-            arguments=last["arguments"],
-            rows_per_step=last["rows_per_step"],
-            total_flos=state["total_flos"],
-            parameters=last["parameters"],
-            # A run that was resumed elsewhere has several.
-            hardware="; then ".join(dict.fromkeys(run["hardware"] for run in runs)),
             evaluation=_evaluation_of_weights(state, bool(last["arguments"].get("load_best_model_at_end"))),
-            software="; then ".join(dict.fromkeys(run["software"] for run in runs)),
-            base_model=last["base_model"],
-            library_name=last["library_name"],
-            global_step=state["global_step"],
-            peak_tflops=last.get("peak_tflops"),
+            **{name: state[name] for name in ("max_steps", "total_flos", "global_step")},
+            **{**last, **machines},
         )
 
     @classmethod
@@ -191,11 +185,8 @@ def describe_hardware(world_size: int = 1) -> str:
 
 def describe_software() -> str:
     """The versions that are installed."""
-    packages = (
-        "transformers",
-        "torch",
-        "accelerate",
-    )  # this package may run from a checkout that is not installed
+    packages = ("transformers", "torch", "accelerate")
+    # This package may run from a checkout that is not installed.
     return ", ".join([f"hf-tst {__version__}", *(f"{package} {version(package)}" for package in packages)])
 
 
