@@ -22,9 +22,9 @@ from tiny_recipes import RUN, SHAPE, shrink, shrink_overrides
 from transformers import AutoModelForCausalLM
 
 from hf_tst.cli import main as cli
-from hf_tst.experiments.compare import CompareArguments, plan_comparison
+from hf_tst.experiments.budget import plan_comparison
+from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.experiments.options import open_experiment, parse_experiment
-from hf_tst.experiments.sweep import SweepArguments
 from hf_tst.pretraining.options import read_config
 
 # Lines that set an environment up. `.ci/run` runs them in a fresh one; the value is how it says so: `README` stands
@@ -60,7 +60,6 @@ SMALL_LLAMA = ",".join(
         "max_position_embeddings",
     )
 )  # fmt: skip
-TRAINING = {"prog": None, "output_dir": "unused"}
 
 
 class UnknownCommandError(Exception):
@@ -171,9 +170,10 @@ def compare(flags: Sequence[str]) -> str:
     argv = tiny(flags)
     if any("mtp" in flag for flag in flags):  # in so few steps, arms with extra heads are not equal in FLOPs
         argv += ["--budget", "data"]
-    values, args = parse_experiment(argv, CompareArguments, "", **TRAINING)
-    arms, runs = plan_comparison(open_experiment(values), args)
+    values, args = parse_experiment(argv, CompareArguments)
+    runs = plan_comparison(open_experiment(values, args))
     rates = (args.learning_rates or "1").split(",")
+    arms = {run.arm.name for run in runs}
     assert len(runs) == len(arms) * len(args.seeds.split(",")) * len(rates)
     first = ["--seeds", args.seeds.split(",")[0]] + (
         ["--learning_rates", rates[0]] if args.learning_rates else []
@@ -187,8 +187,8 @@ def compare(flags: Sequence[str]) -> str:
 def sweep(flags: Sequence[str]) -> str:
     """All runs are planned, and one bag size and ratio of them done."""
     argv = tiny(flags)
-    values, args = parse_experiment(argv, SweepArguments, "", **TRAINING)
-    plan_comparison(open_experiment(values), args)
+    values, args = parse_experiment(argv, SweepArguments)
+    plan_comparison(open_experiment(values, args))
     one_cell = ["--bag_sizes", args.bag_sizes.split(",")[0], "--phase_ratios", "0.5"]
     out = hf_tst("sweep", *argv, *one_cell, "--processes", "1")
     assert "Lowest:" in out
