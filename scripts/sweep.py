@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from hf_tst.cli.main import run_command
-from hf_tst.experiments.sweep import main
+from hf_tst.experiments.compare import sweep
 
 if __name__ == "__main__":
-    sys.exit(run_command("sweep.py", main, sys.argv[1:]))
+    sys.exit(run_command("sweep.py", sweep, sys.argv[1:]))

@@ -148,20 +148,20 @@ class Ended:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs of a comparison in this process, which has all imported already; the folders of those started."""
     from hf_tst.experiments import queue as run_queue
-    from hf_tst.experiments import worker as run_worker
+    from hf_tst.experiments import run as run_worker
 
     started: list[str] = []
 
-    def run(command: list[str], log: Any, *_: Any) -> Ended:
+    def run(command: list[str], stdout: Any, **_: Any) -> Ended:
         started.append(Path(command[-1]).parent.name)
         try:
             run_worker.main([command[-1]])
         except (ValueError, RuntimeError) as error:
-            log.write(f"{error}\n".encode())
+            stdout.write(f"{error}\n".encode())
             return Ended(2 if isinstance(error, TSTError) else 1)
         return Ended(0)
 
-    monkeypatch.setattr(run_queue, "start_process", run)
+    monkeypatch.setattr(run_queue, "Popen", run)
     return started
 
 

@@ -17,9 +17,8 @@ from code_blocks import ROOT
 from sphinx.cmd.build import get_parser as sphinx_parser
 
 from hf_tst.cli import main as cli
-from hf_tst.experiments.compare import CompareArguments
+from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.experiments.options import parse_experiment, parse_list
-from hf_tst.experiments.sweep import SweepArguments
 from hf_tst.pretraining.options import parse_arguments
 
 # Programs of others, which set an environment up, get text or look at the code.

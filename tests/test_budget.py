@@ -5,52 +5,60 @@ from conftest import DENSE
 from transformers import LlamaConfig
 
 from hf_tst.bags.phases import PhaseSchedule
-from hf_tst.experiments.arms import arm_values, check_arms, define_arms
-from hf_tst.experiments.budget import (
-    StepCost,
-    flops_per_step,
-    raw_tokens_per_step,
-    steps_within_budget,
-    with_steps,
-)
+from hf_tst.experiments.arms import Arm, StepCost, check_arms, define_arms, make_arm
+from hf_tst.experiments.budget import fit_to_budget, with_steps
 from hf_tst.models.shape import ModelShape
 from hf_tst.planning.flops import step_flops
 
+CONFIG = LlamaConfig(**DENSE)
+SHAPE = ModelShape.from_config(CONFIG)
 TST = PhaseSchedule(20_000, 0.3, 6)
 PLAIN = PhaseSchedule(20_000, 0, 6)
 
 
+def arm(schedule):
+    ratio, size, mode = schedule.phase_ratio, schedule.bag_size, schedule.mode
+    values = {
+        "max_steps": schedule.max_steps,
+        "tst_phase_ratio": ratio,
+        "tst_bag_size": size,
+        "tst_mode": mode,
+    }
+    return Arm("arm", {}, values, StepCost(1, 1))
+
+
+def steps_within_budget(budget, costs, **schedules):
+    return {name: found.max_steps for name, found in fit_to_budget(budget, costs, schedules).items()}
+
+
 def test_equal_data_gives_the_baseline_the_papers_steps():
-    schedules = {"baseline": PLAIN, "tst": TST}
-    costs = {name: raw_tokens_per_step(schedule, 2**21) for name, schedule in schedules.items()}
-    assert steps_within_budget("data", costs, schedules) == {"baseline": 50_000, "tst": 20_000}
+    costs = {"baseline": arm(PLAIN).tokens, "tst": arm(TST).tokens}
+    assert steps_within_budget("data", costs, baseline=PLAIN, tst=TST) == {"baseline": 50_000, "tst": 20_000}
 
 
 def test_data_of_an_arm_that_reads_single_tokens_is_that_of_the_baseline():
-    output = PhaseSchedule(20_000, 0.3, 6, "output")
-    assert raw_tokens_per_step(output, 7) == StepCost(7, 7)
+    assert arm(PhaseSchedule(20_000, 0.3, 6, "output")).tokens == StepCost(1, 1)
 
 
 def test_equal_flops_shorten_an_arm_whose_steps_cost_more():
     costs = {"baseline": StepCost(10, 10), "tst": StepCost(10, 10), "mtp": StepCost(13, 13)}
-    schedules = {"baseline": PLAIN, "tst": TST, "mtp": PLAIN}
-    steps = steps_within_budget("flops", costs, schedules)
+    steps = steps_within_budget("flops", costs, baseline=PLAIN, tst=TST, mtp=PLAIN)
     assert steps == {"baseline": 20_000, "tst": 20_000, "mtp": round(20_000 / 1.3)}
 
 
 def test_equal_time_counts_both_phases():
     costs = {"tst": StepCost(2.0, 1.0), "baseline": StepCost(9.0, 1.0)}
-    steps = steps_within_budget("time", costs, {"tst": TST, "baseline": PLAIN})
+    steps = steps_within_budget("time", costs, tst=TST, baseline=PLAIN)
     assert steps["baseline"] == 20_000
     assert costs["tst"].of_run(PhaseSchedule(steps["tst"], 0.3, 6)) == pytest.approx(20_000, abs=1.5)
 
 
 def test_arms_that_whole_steps_cannot_make_equal_are_refused():
-    schedules = {"baseline": PhaseSchedule(3, 0, 6), "mtp": PhaseSchedule(3, 0, 6)}
+    costs, three = {"baseline": StepCost(10, 10), "mtp": StepCost(13, 13)}, PhaseSchedule(3, 0, 6)
     with pytest.raises(
-        ValueError, match="mtp cannot be equal to baseline in FLOPs: 2 steps take 26, and the budget is 30"
+        ValueError, match=r"mtp cannot be equal to baseline in FLOPs: 2 steps are the nearest, and 13\.3% off"
     ):
-        steps_within_budget("flops", {"baseline": StepCost(10, 10), "mtp": StepCost(13, 13)}, schedules)  # fmt: skip
+        steps_within_budget("flops", costs, baseline=three, mtp=three)
 
 
 def test_stages_of_the_schedule_are_as_long_in_proportion():
@@ -69,7 +77,7 @@ def test_stages_of_the_schedule_are_as_long_in_proportion():
 
 
 def changed(name, values, **options):
-    return arm_values(define_arms(values)[name], values, **options)
+    return make_arm(name, define_arms(values)[name], values, SHAPE, 16, **options).values
 
 
 def test_an_arm_changes_what_the_table_says():
@@ -99,8 +107,7 @@ def test_tst_without_superposition_is_refused():
 
 
 def test_the_flops_of_an_arm_are_those_of_its_steps():
-    config = LlamaConfig(**DENSE)
-    shape = ModelShape.from_config(config)
-    cost = flops_per_step(shape, 16, 2 * 16, heads=3)
-    assert cost.superposition == step_flops(config, 2, 16, phase="superposition", mtp_num_heads=3)
-    assert cost.recovery == step_flops(config, 2, 16, mtp_num_heads=3) > cost.superposition
+    cost = make_arm("mtp", {"mtp_num_heads": 3}, {}, SHAPE, 16).flops
+    assert 2 * 16 * cost.superposition == step_flops(CONFIG, 2, 16, phase="superposition", mtp_num_heads=3)
+    assert 2 * 16 * cost.recovery == step_flops(CONFIG, 2, 16, mtp_num_heads=3)
+    assert cost.recovery > cost.superposition

@@ -16,25 +16,24 @@ from filelock import FileLock
 
 from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
-from hf_tst.experiments import compare
+from hf_tst.experiments import budget
 from hf_tst.experiments import queue as run_queue
-from hf_tst.experiments.compare import CompareArguments, main, plan_comparison
+from hf_tst.experiments.budget import TimeLimit, plan_comparison
+from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
 from hf_tst.experiments.queue import PlannedRun, run_all
-from hf_tst.experiments.timing import TimeLimit
 from hf_tst.pretraining import pretrain
 
 
 def planned(recipe, *flags):
-    values, args = parse_experiment([str(recipe), *flags], CompareArguments, "", None, "runs/compare")
-    return plan_comparison(open_experiment(values), args)
+    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], CompareArguments)))
 
 
 def differences(runs, arm):
     """Names of the settings, those of model and data included, that differ between an arm and the baseline, at one rate and
     seed: as they are given to a run, and as its training arguments come out of them."""
     first = {
-        run.arm: run.settings | training_arguments(run.settings).to_dict()
+        run.arm.name: run.settings | training_arguments(run.settings).to_dict()
         for run in runs
         if run.settings["seed"] == 0
     }
@@ -43,22 +42,22 @@ def differences(runs, arm):
 
 
 def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
-    _, runs = planned(tiny_recipe)
+    runs = planned(tiny_recipe)
     plain = {"tst_phase_ratio", "tst_fused_loss"}
     assert differences(runs, "tst") == plain
-    _, runs = planned(tiny_recipe, "--arms", "baseline,tst,mtp,tst+mtp")
+    runs = planned(tiny_recipe, "--arms", "baseline,tst,mtp,tst+mtp")
     steps = {"max_steps", "warmup_steps", "lr_scheduler_kwargs"}  # an extra head costs operations
     assert differences(runs, "tst") == plain
     assert differences(runs, "mtp") - steps == {"mtp_num_heads"}
     assert differences(runs, "tst+mtp") - steps == {"mtp_num_heads", *plain}
-    _, runs = planned(tiny_recipe, "--budget", "data")
+    runs = planned(tiny_recipe, "--budget", "data")
     assert differences(runs, "tst") == {
         *plain,
         "max_steps",
         "warmup_steps",
         "lr_scheduler_kwargs",
     }
-    settings = {run.arm: run.settings for run in runs}
+    settings = {run.arm.name: run.settings for run in runs}
     # 12 steps on bags of 4, and 28 more.
     assert settings["baseline"]["max_steps"] == 12 * 4 + 28
     assert settings["baseline"]["warmup_steps"] == round(4 * 76 / 40)
@@ -66,16 +65,19 @@ def test_arms_differ_in_what_the_table_says_and_in_nothing_else(tiny_recipe):
 
 
 def test_an_arm_with_extra_heads_takes_fewer_steps(tiny_recipe):
-    plans, _ = planned(tiny_recipe, "--arms", "baseline,mtp", "--max_steps", "200")
-    assert plans["mtp"].schedule.max_steps < plans["baseline"].schedule.max_steps
+    steps = {
+        run.arm.name: run.arm.schedule.max_steps
+        for run in planned(tiny_recipe, "--arms", "baseline,mtp", "--max_steps", "200")
+    }
+    assert steps["mtp"] < steps["baseline"]
 
 
 def test_arms_with_extra_heads_train(tiny_recipe, tmp_path, in_process):
     flags = ["--arms", "baseline,mtp,tst+mtp", "--budget", "data", "--seeds", "0"]
     comparison = main([str(tiny_recipe), *flags, "--output_dir", str(tmp_path)])
-    assert [run.status for run in comparison.outcomes] == ["finished"] * 3
+    assert [run.status for run in comparison.runs] == ["finished"] * 3
     assert len({arm.best.curve[-1].raw_tokens for arm in comparison.arms}) == 1
-    flops = {arm.arm: arm.flops(arm.best.curve[-1]) for arm in comparison.arms}
+    flops = {arm.arm: arm.best.curve[-1].flops for arm in comparison.arms}
     assert flops["mtp"] > flops["baseline"]
     for name in ("baseline", "mtp"):
         log = (tmp_path / f"{name}-lr0.01-seed0" / "arguments.yaml").read_text()
@@ -96,11 +98,11 @@ def test_further_arms_are_changes_of_options(tiny_recipe, tmp_path, in_process):
             | {"more_arms": MORE_ARMS, "arms": "baseline,tst,tst-s2,mtp-0.1", "seeds": "0,1", "max_steps": 80}
         )
     )
-    plans, runs = planned(recipe)
-    assert [(run.arm, run.settings["seed"]) for run in runs] == [
+    runs = planned(recipe)
+    assert [(run.arm.name, run.settings["seed"]) for run in runs] == [
         ("baseline", 0), ("tst", 0), ("tst-s2", 3), ("mtp-0.1", 0), ("baseline", 1), ("tst", 1), ("mtp-0.1", 1),
     ]  # fmt: skip
-    settings = {run.arm: run.settings for run in runs}
+    settings = {run.arm.name: run.settings for run in runs}
     changed = {"tst_phase_ratio", "tst_bag_size", "seed"}
     names = settings["tst"].keys() | settings["tst-s2"].keys()
     assert {n for n in names if settings["tst"].get(n) != settings["tst-s2"].get(n)} == changed
@@ -108,12 +110,12 @@ def test_further_arms_are_changes_of_options(tiny_recipe, tmp_path, in_process):
     # As of a built-in arm without superposition: fused, and as many operations in fewer steps.
     assert settings["mtp-0.1"]["tst_fused_loss"] == "on"
     assert (settings["mtp-0.1"]["mtp_num_heads"], settings["mtp-0.1"]["mtp_loss_weight"]) == (2, 0.1)
-    assert plans["mtp-0.1"].schedule.max_steps < 80 == plans["tst-s2"].schedule.max_steps
+    assert settings["mtp-0.1"]["max_steps"] < 80 == settings["tst-s2"]["max_steps"]
     flags = ["--arms", "baseline,tst-s2", "--seeds", "3", "--output_dir", str(tmp_path / "out")]
     comparison = main([str(recipe), *flags])
     assert comparison.facts["arm tst-s2"] == "tst_bag_size=2, tst_phase_ratio=0.2"
     assert comparison.arms[1].best.curve[-1].raw_tokens == (16 * 2 + 64) * 64
-    assert comparison.arms[1].difference is not None
+    assert comparison.arms[1].difference_to_baseline is not None
 
 
 def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_path, in_process, monkeypatch):
@@ -123,10 +125,10 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
         "--arms", "baseline,tst", "--output_dir", str(tmp_path), "--seeds",
     ]  # fmt: skip
 
-    def paced(experiment, plans, runs, seconds, *_):
-        return TimeLimit(4000, 4000, seconds, 10.0, 2.0, 1.0, 1.0, plans["tst"].operations.recovery)
+    def paced(experiment, runs):
+        return TimeLimit(4000, 4000, experiment.args.seconds, 10.0, 2.0, 1.0, 1.0, runs[0].arm.flops.recovery)
 
-    monkeypatch.setattr(compare, "time_short_run", paced)
+    monkeypatch.setattr(budget, "time_short_run", paced)
     comparison = main([*flags, "0,1", "--seconds", "1000"])
     chosen = json.loads((tmp_path / "time_limit.json").read_text())["max_steps"]
     # Four runs of a start, six evaluations (before it, four, and after it) and the steps.
@@ -143,7 +145,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     assert {arm.best.curve[-1].step for arm in again.arms} == {chosen}
     # A run that would end too late is not started, and the report is there.
     late = main([*flags, "0,9", "--seconds", "100"])
-    assert [run.status for run in late.outcomes] == ["finished", "finished", "missing", "missing"]
+    assert [run.status for run in late.runs] == ["finished", "finished", "missing", "missing"]
     shutil.rmtree(tmp_path)
     with pytest.raises(TSTError, match="too little for 4 runs: 0 s are gone, and they need 88 s besides"):
         main([*flags, "0,1", "--seconds", "80"])
@@ -157,14 +159,16 @@ def test_a_limit_that_nothing_needs_changes_nothing(tiny_recipe, tmp_path, in_pr
 
 
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
-    _, runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
+    runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
     names = [run.name for run in runs]
     assert names[:4] == [f"{arm}-lr{rate}-seed5" for arm in ("baseline", "tst") for rate in (0.001, 0.002)]
     assert len(names) == 8
     for run in runs:
         settings = run.settings
         assert (
-            run.name == f"{run.arm}-lr{settings['learning_rate']:g}-seed{settings['seed']}" == run.folder.name
+            run.name
+            == f"{run.arm.name}-lr{settings['learning_rate']:g}-seed{settings['seed']}"
+            == run.folder.name
         )
 
 
@@ -173,19 +177,19 @@ def test_runs_are_done_once_and_the_report_follows(tiny_recipe, tmp_path, in_pro
     comparison = main(argv)
     assert in_process == ["baseline-lr0.01-seed0", "tst-lr0.01-seed0"]
     baseline, tst = comparison.arms
-    assert baseline.best.mean_loss < 5 < baseline.best.curve[0].eval_loss
+    assert baseline.best.mean_final_eval_loss < 5 < baseline.best.curve[0].eval_loss
     assert [point.step for point in tst.best.curve] == [0, 10, 20, 30, 40]
     assert tst.best.curve[-1].raw_tokens == (12 * 4 + 28) * 64
     assert tst.best.curve[-1].latent_tokens == baseline.best.curve[-1].raw_tokens == 40 * 64
-    assert tst.flops(tst.best.curve[-1]) == baseline.flops(baseline.best.curve[-1])
+    assert tst.best.curve[-1].flops == baseline.best.curve[-1].flops
     assert tst.best.peak_memory_bytes > 2**20
-    assert f"{baseline.best.mean_loss:.4f}" in capsys.readouterr().out
+    assert f"{baseline.best.mean_final_eval_loss:.4f}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert saved["facts"]["command"].startswith("hf-tst compare ")
     assert (tmp_path / "tst-lr0.01-seed0" / "model.safetensors").is_file()
     again = main([*argv[:2], "0,1", *argv[3:], "--arms", "tst"])
     assert in_process[2:] == ["tst-lr0.01-seed1"]
-    assert again.arms[0].best.losses[0] == tst.best.losses[0]
+    assert again.arms[0].best.final_eval_losses[0] == tst.best.final_eval_losses[0]
 
 
 def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path, in_process, monkeypatch):
@@ -210,7 +214,7 @@ def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path
     assert "| missing |" in (tmp_path / "half" / "comparison.md").read_text()
     resumed = main([*argv, str(tmp_path / "half")])
     assert steps == [*range(26), *range(20, 40)]
-    assert resumed.arms[0].best.losses == whole.arms[0].best.losses
+    assert resumed.arms[0].best.final_eval_losses == whole.arms[0].best.final_eval_losses
     losses = [[point.eval_loss for point in made.arms[0].best.curve] for made in (whole, resumed)]
     assert losses[0] == losses[1]
     assert resumed.arms[0].best.curve[-1].raw_tokens == whole.arms[0].best.curve[-1].raw_tokens
@@ -224,7 +228,7 @@ def test_a_run_whose_result_was_not_written_takes_no_step_more(tiny_recipe, tmp_
     again = main(argv)
     assert len(in_process) == 4
     for before, after in zip(first.arms, again.arms, strict=True):
-        assert after.best.losses == before.best.losses
+        assert after.best.final_eval_losses == before.best.final_eval_losses
         assert [(p.step, p.eval_loss) for p in after.best.curve] == [
             (p.step, p.eval_loss) for p in before.best.curve
         ]
@@ -233,12 +237,12 @@ def test_a_run_whose_result_was_not_written_takes_no_step_more(tiny_recipe, tmp_
 def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in_process, capsys):
     folder = tmp_path / "tst-lr0.01-seed0"
     folder.mkdir()
-    _, runs = planned(tiny_recipe)
+    runs = planned(tiny_recipe)
     (settings,) = [run.settings for run in runs if run.name == folder.name]
     (folder / "arguments.yaml").write_text(yaml.safe_dump(settings | {"weight_decay": 0.25}))
     assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with weight_decay=0.25, but is to go on with weight_decay=0.0" in message
+    assert "was begun with weight_decay=0.25, but now has weight_decay=0.0" in message
     assert not in_process
 
 
@@ -253,7 +257,7 @@ def test_changed_data_is_refused(tiny_recipe, tmp_path, in_process, capsys):
     assert cli.main(["compare", *argv, "0,1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "The run baseline-lr0.01-seed0 in" in message
-    assert "was begun on other training data" in message
+    assert "was begun with training data=" in message
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
@@ -266,7 +270,7 @@ def test_another_number_of_processes_is_refused(tiny_recipe, tmp_path, in_proces
     note.write_text("2\n")
     assert cli.main(["compare", *argv, "0,1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"Runs in {tmp_path} were begun with a world size of 2, and are to go on with 1, which" in message
+    assert f"Runs in {tmp_path} were begun with a world size of 2, but this one has 1, so" in message
     assert not (tmp_path / "baseline-lr0.01-seed1" / "trainer_state.json").exists()
     in_tokens = [*argv[:-2], str(tmp_path / "b"), "--tokens_per_step", "64", "--seeds"]
     main([*in_tokens, "0"])
@@ -284,7 +288,7 @@ def test_another_batch_is_refused_by_its_name(tiny_recipe, tmp_path, in_process,
 @pytest.mark.parametrize("text", ["", "max_steps: [", "- 1"])
 def test_a_damaged_file_of_settings_is_named(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"arguments.yaml is damaged: name another output_dir"):
+    with pytest.raises(ValueError, match=r"arguments.yaml is damaged \(.*\): name another output_dir"):
         PlannedRun("a", tmp_path, {"max_steps": 4}).check_settings()
 
 
@@ -294,15 +298,15 @@ def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_
     ])  # fmt: skip
     (arm,) = comparison.arms
     assert arm.best.learning_rate == 1e-2
-    assert [run.status for run in comparison.outcomes] == ["finished", "diverged"]
-    assert arm.rates[1].mean_loss is None
+    assert [run.status for run in comparison.runs] == ["finished", "diverged"]
+    assert arm.learning_rates[1].mean_final_eval_loss is None
     assert "diverged, and in no mean: baseline-lr1e+09-seed0." in comparison.notes
 
 
 def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr("hf_tst.experiments.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
     flags = ("--budget", "time", "--calibration_steps", "8", "--output_dir", str(tmp_path))
-    _, runs = planned(tiny_recipe, *flags)
+    runs = planned(tiny_recipe, *flags)
     assert in_process == ["calibration-baseline", "calibration-tst"]
     paces = {
         arm: json.loads((tmp_path / f"calibration-{arm}" / "result.json").read_text())["seconds_per_step"]
@@ -310,12 +314,12 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
     }
     assert paces["baseline"].keys() == {"recovery"}
     assert paces["tst"].keys() == {"superposition", "recovery"}
-    steps = {run.arm: run.settings["max_steps"] for run in runs}
+    steps = {run.arm.name: run.settings["max_steps"] for run in runs}
     assert steps["baseline"] == 40
     switch = round(0.3 * steps["tst"])
     seconds = switch * paces["tst"]["superposition"] + (steps["tst"] - switch) * paces["tst"]["recovery"]
     assert seconds == pytest.approx(40 * paces["baseline"]["recovery"], rel=0.05)
-    again = planned(tiny_recipe, *flags)[1]
+    again = planned(tiny_recipe, *flags)
     assert [run.settings for run in again] == [run.settings for run in runs]
     assert len(in_process) == 2
 
@@ -340,7 +344,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--output_dir", "file/out"], "Cannot make output_dir=file/out: "),
         (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
         (["--deepspeed", "ds.json"], "The arguments cannot be used: "),
-        (["--launcher", " "], "launcher=' ' names no command"),
+        (["--launcher", " "], "launcher=' ' cannot be started"),
         (["--seconds", "0"], "seconds must be more than 0, but is 0"),
         (["--seconds", "9", "--processes", "2"], "seconds=9 needs processes=1, not 2"),
         (["--more_arms", "{a"], "more_arms is not JSON"),
@@ -391,11 +395,11 @@ def test_a_refusal_is_told_whatever_the_launcher_ends_with(tmp_path):
 def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
     started = []
 
-    def run(command, *_):
+    def run(command, **_):
         started.append(command[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_queue, "start_process", run)
+    monkeypatch.setattr(run_queue, "Popen", run)
     with pytest.raises(KeyboardInterrupt):
         run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
     assert len(started) == 1
@@ -413,11 +417,11 @@ def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     seen = []
 
-    def run(command, log, env, *_):
+    def run(command, env, **_):
         seen.append((command[1], env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
         return Ended(1)
 
-    monkeypatch.setattr(run_queue, "start_process", run)
+    monkeypatch.setattr(run_queue, "Popen", run)
     runs = [PlannedRun(name, tmp_path / name, {}) for name in "abcd"]
     failures = run_all(runs, processes=2)
     assert {place[1] for place in seen} <= {"3", "5"}
@@ -473,7 +477,7 @@ def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_
     (arm,) = main(
         [str(tmp_path / "recipe.yaml"), *flags, "--budget", "time", "--calibration_steps", "4"]
     ).arms
-    assert arm.best.mean_loss is not None
+    assert arm.best.mean_final_eval_loss is not None
 
 
 def test_a_launcher_that_is_not_there_is_refused(tmp_path):
@@ -519,7 +523,7 @@ def test_an_error_of_another_kind_is_a_failure_and_the_others_run(
 
 def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process):
     (folder := tmp_path / "tst-lr0.01-seed0").mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process is at work in"):
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process works in"):
         main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
     main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
 

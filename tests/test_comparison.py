@@ -3,32 +3,35 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from hf_tst.bags.phases import PhaseSchedule
-from hf_tst.experiments.budget import StepCost
-from hf_tst.experiments.comparison import ArmPlan, Outcome, compare_outcomes
-from hf_tst.experiments.report import format_comparison, format_comparison_markdown, render_html, write_report
-from hf_tst.experiments.result import CurvePoint, RunResult
+from hf_tst.experiments.arms import Arm, StepCost
+from hf_tst.experiments.budget import ArmRun
+from hf_tst.experiments.report import encode_pictures, format_comparison, render_page, write_report
+from hf_tst.experiments.run import CurvePoint, RunResult
+from hf_tst.experiments.summary import compare_runs
 
-PLANS = {
-    "baseline": ArmPlan(PhaseSchedule(100, 0, 4), StepCost(6, 6)),
-    "tst": ArmPlan(PhaseSchedule(100, 0.5, 4), StepCost(8, 6)),
+STEPS = {"max_steps": 100, "tst_bag_size": 4}
+ARMS = {
+    "baseline": Arm("baseline", {}, {**STEPS, "tst_phase_ratio": 0}, StepCost(6, 6)),
+    "tst": Arm("tst", {}, {**STEPS, "tst_phase_ratio": 0.5}, StepCost(8, 6)),
 }
 
 
-def outcome(arm, seed, final, rate=1e-3, middle=4.0):
+def outcome(name, seed, final, rate=1e-3, middle=4.0, arm=None):
     result = None
     if final != "missing":
         losses = (7.0, middle, final)
         curve = [CurvePoint(50 * i, 1000 * i, 500 * i, 3.0 * i + seed, loss) for i, loss in enumerate(losses)]
         result = RunResult(curve, {"recovery": 0.06}, 3 * 2**30 + seed, "GPU", 9, "Abacus", "torch 99")
-    return Outcome(f"{arm}-lr{rate:g}-seed{seed}", arm, rate, seed, result)
+    run, settings = f"{name}-lr{rate:g}-seed{seed}", {"learning_rate": rate, "seed": seed}
+    return ArmRun(run, Path(run), settings, result=result, arm=arm or ARMS[name])
 
 
 def compared(*outcomes, **options):
-    return compare_outcomes("flops", PLANS, outcomes, **options)
+    return compare_runs("flops", outcomes, **options)
 
 
 def arms(comparison):
@@ -43,10 +46,10 @@ def test_means_and_the_best_rate_of_each_arm():
     )  # fmt: skip
     baseline, tst = arms(comparison).values()
     assert (baseline.best.learning_rate, tst.best.learning_rate) == (1e-3, 2e-3)
-    assert baseline.best.mean_loss == pytest.approx(3.1)
-    assert baseline.best.sd == pytest.approx(0.1414, abs=1e-4)  # of a sample of two
-    assert tst.difference == pytest.approx((2.8 - 3.0 + 3.1 - 3.2) / 2)
-    assert len(baseline.rates) == 2
+    assert baseline.best.mean_final_eval_loss == pytest.approx(3.1)
+    assert baseline.best.sd_final_eval_loss == pytest.approx(0.1414, abs=1e-4)  # of a sample of two
+    assert tst.difference_to_baseline == pytest.approx((2.8 - 3.0 + 3.1 - 3.2) / 2)
+    assert len(baseline.learning_rates) == 2
     assert baseline.best.peak_memory_bytes == 3 * 2**30 + 1
     assert [point.seconds for point in baseline.best.curve] == [0.5, 3.5, 6.5]
     notes = " ".join(comparison.notes)
@@ -60,20 +63,18 @@ def test_runs_that_diverged_or_are_missing_are_in_no_mean():
         outcome("tst", 0, 7.5), outcome("tst", 1, "missing"),
     )  # fmt: skip
     baseline, tst = arms(comparison).values()
-    assert (baseline.best.mean_loss, baseline.best.sd, baseline.best.losses) == (3.0, None, {0: 3.0})
-    assert (baseline.best.diverged, baseline.best.missing) == ([1], [2])
-    assert tst.best.mean_loss is None
-    assert (tst.best.diverged, tst.best.missing, tst.reached) == ([0], [1], None)
+    assert (
+        baseline.best.mean_final_eval_loss,
+        baseline.best.sd_final_eval_loss,
+        baseline.best.final_eval_losses,
+    ) == (3.0, None, {0: 3.0})
+    assert (baseline.best.diverged_seeds, baseline.best.missing_seeds) == ([1], [2])
+    assert tst.best.mean_final_eval_loss is None
+    assert (tst.best.diverged_seeds, tst.best.missing_seeds, tst.reached_baseline_loss) == ([0], [1], None)
     text = format_comparison(comparison)
     assert "1, 1 diverged, 1 missing" in text
     assert "not finite" in text
-    assert "NaN" not in json.dumps(comparison_json(comparison))
-
-
-def comparison_json(comparison):
-    from hf_tst.experiments.comparison import comparison_to_dict
-
-    return comparison_to_dict(comparison)
+    assert "NaN" not in json.dumps(comparison.to_dict())
 
 
 def test_a_rate_at_which_a_run_diverged_is_not_the_best_if_there_is_another():
@@ -86,13 +87,13 @@ def test_a_rate_at_which_a_run_diverged_is_not_the_best_if_there_is_another():
 
 def test_the_first_evaluation_that_is_down_to_the_baselines_end():
     comparison = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5, middle=2.9))
-    reached = arms(comparison)["tst"].reached
+    reached = arms(comparison)["tst"].reached_baseline_loss
     assert reached.step == 50
     # 50 steps of 10 latent tokens, all superposed, at 8 operations each.
-    assert arms(comparison)["tst"].flops(reached) == 50 * 10 * 8
-    assert arms(comparison)["baseline"].reached.step == 100
+    assert reached.flops == 50 * 10 * 8
+    assert arms(comparison)["baseline"].reached_baseline_loss.step == 100
     comparison = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 3.1))
-    assert arms(comparison)["tst"].reached is None
+    assert arms(comparison)["tst"].reached_baseline_loss is None
     assert "not reached" in format_comparison(comparison)
 
 
@@ -101,14 +102,14 @@ def test_runs_evaluated_at_their_end_alone_do_not_say_when_they_reached_what():
     for run in ends:
         del run.result.curve[1]
     comparison = compared(*ends)
-    assert [arm.reached for arm in comparison.arms] == [None, None]
+    assert [arm.reached_baseline_loss for arm in comparison.arms] == [None, None]
     assert "not measured" in format_comparison(comparison)
     assert "not reached" not in format_comparison(comparison)
 
 
 def test_operations_of_both_phases():
-    assert PLANS["tst"].flops(100, 1000) == 50 * 10 * 8 + 50 * 10 * 6
-    assert PLANS["tst"].flops(0, 0) == 0
+    assert ARMS["tst"].flops_until(100, 1000) == 50 * 10 * 8 + 50 * 10 * 6
+    assert ARMS["tst"].flops_until(0, 0) == 0
 
 
 class Page(HTMLParser):
@@ -128,7 +129,7 @@ def test_the_page_holds_all_and_escapes_all():
     comparison = compared(
         outcome("baseline", 0, 3.0), outcome("tst", 0, "missing"), facts={"command": hostile, hostile: "x"}, notes=[hostile]
     )  # fmt: skip
-    html = render_html(comparison)
+    html = render_page(comparison, "comparison.html", encode_pictures(comparison))
     page = Page(html)
     assert "script" not in page.tags
     assert html.count("&lt;script&gt;alert(1)") == 3
@@ -138,14 +139,14 @@ def test_the_page_holds_all_and_escapes_all():
     assert ("content", "width=device-width, initial-scale=1") in page.attributes
     assert "@media print" in html
     assert not re.search(r"url\(|@import", html)
-    outside_of_code = format_comparison_markdown(comparison).replace(f"`{hostile}`", "")
+    outside_of_code = render_page(comparison, "comparison.md").replace(f"`{hostile}`", "")
     assert hostile not in outside_of_code
 
 
 def test_a_command_is_code_that_nothing_in_it_ends():
     command = "hf-tst compare --train_file 'a/*.jsonl' --validation_file 'b/*.jsonl' | tee `date`"
     runs = [outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5)]
-    text = format_comparison_markdown(compared(*runs, facts={"command": command}))
+    text = render_page(compared(*runs, facts={"command": command}), "comparison.md")
     assert f"- command: `` {command} ``\n" in text
 
 

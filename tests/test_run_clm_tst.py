@@ -128,7 +128,10 @@ def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path, data):
         (["--block_size", 64], "more than the model's context of 32"),
         (["--max_steps", 100_000], "lower max_steps to about"),
         (["--streaming"], "cannot be split"),
-        (["--streaming", "--validation_split_percentage", 0, "--max_train_samples", 9], "A stream has no number of blocks for max_train_samples=9"),
+        (
+            ["--streaming", "--validation_split_percentage", 0, "--max_train_samples", 9],
+            "A stream has no number of blocks for max_train_samples=9",
+        ),
         (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
         (["--model_type", "nonsense"], "model_type is 'nonsense'"),
         (["--dataset_name", "some/data"], "name one of them"),

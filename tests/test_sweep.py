@@ -6,19 +6,18 @@ import shlex
 import pytest
 from test_comparison import outcome
 
-from hf_tst.bags.phases import PhaseSchedule
 from hf_tst.cli import main as cli
-from hf_tst.experiments.budget import StepCost
-from hf_tst.experiments.compare import plan_comparison
-from hf_tst.experiments.comparison import ArmPlan, compare_outcomes
+from hf_tst.experiments.arms import Arm, StepCost
+from hf_tst.experiments.budget import plan_comparison
+from hf_tst.experiments.compare import SweepArguments
+from hf_tst.experiments.compare import sweep as main
 from hf_tst.experiments.options import open_experiment, parse_experiment
 from hf_tst.experiments.report import format_comparison, pictures, tables, write_report
-from hf_tst.experiments.sweep import SweepArguments, main
+from hf_tst.experiments.summary import compare_runs
 
 
 def planned(recipe, *flags):
-    values, args = parse_experiment([str(recipe), *flags], SweepArguments, "", None, "runs/sweep")
-    return plan_comparison(open_experiment(values), args)[1]
+    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], SweepArguments)))
 
 
 def sweep(losses, *seeds):
@@ -30,28 +29,28 @@ def sweep(losses, *seeds):
         for size, ratio in losses if size
     }  # fmt: skip
     names = ["baseline"] * ((None, 0) in losses) + [*grid]
-    plans = {name: ArmPlan(PhaseSchedule(100, 0.5, 4), StepCost(6, 6)) for name in names}
+    values = {"max_steps": 100, "tst_phase_ratio": 0.5, "tst_bag_size": 4}
     runs = [
-        outcome(name, seed, loss)
+        outcome(name, seed, loss, arm=Arm(name, {}, values, StepCost(6, 6)))
         for name, of_seeds in zip(names, losses.values(), strict=True)
         for seed, loss in enumerate(of_seeds)
     ]
-    return compare_outcomes("flops", plans, runs, grid=grid)
+    return compare_runs("flops", runs, grid=grid)
 
 
 def test_the_grid_is_every_combination_and_a_baseline(tiny_recipe):
     runs = planned(tiny_recipe, "--bag_sizes", "2,4", "--phase_ratios", "0.2,0.5", "--weightings", "uniform,power_law",
                    "--modes", "full,output", "--seeds", "3,4")  # fmt: skip
     names = ("tst_bag_size", "tst_phase_ratio", "tst_offset_weighting", "tst_mode")
-    cells = {tuple(run.settings[name] for name in names) for run in runs if run.arm != "baseline"}
+    cells = {tuple(run.settings[name] for name in names) for run in runs if run.arm.name != "baseline"}
     assert cells == {
         (s, r, w, m) for s in (2, 4) for r in (0.2, 0.5) for w in ("uniform", "power_law") for m in ("full", "output")
     }  # fmt: skip
     assert len({run.folder for run in runs}) == len(runs) == 34
     assert {run.settings["seed"] for run in runs} == {3, 4}
     assert {run.settings["max_steps"] for run in runs} == {40}
-    assert [run.settings["tst_phase_ratio"] for run in runs if run.arm == "baseline"] == [0.0, 0.0]
-    assert "s4-r0.5-power_law-output" in {run.arm for run in runs}
+    assert [run.settings["tst_phase_ratio"] for run in runs if run.arm.name == "baseline"] == [0.0, 0.0]
+    assert "s4-r0.5-power_law-output" in {run.arm.name for run in runs}
 
 
 def test_with_extra_heads_the_baseline_has_them_too(tiny_recipe):
@@ -69,7 +68,7 @@ def test_a_sweep_is_done_once_and_grows(tiny_recipe, tmp_path, in_process):
     assert in_process == ["baseline-lr0.01-seed0", "s2-r0.2-uniform-full-lr0.01-seed0"]
     made = main([*argv, "2,4"])
     assert in_process[2:] == ["s4-r0.2-uniform-full-lr0.01-seed0"]
-    assert all(arm.best.mean_loss < 6 for arm in made.arms)
+    assert all(arm.best.mean_final_eval_loss < 6 for arm in made.arms)
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert [cell["tst_bag_size"] for cell in saved["grid"].values()] == [2, 4]
     assert saved["facts"]["command"] == "hf-tst sweep " + shlex.join([*argv, "2,4"])

@@ -91,16 +91,16 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
     return 0
 
 
-def _run(command: str, module: str, argv: list[str]) -> None:
-    import_module(f"hf_tst.{module}").main(argv, prog=f"hf-tst {command}")
+def _run(command: str, module: str, argv: list[str], function: str = "main") -> None:
+    getattr(import_module(f"hf_tst.{module}"), function)(argv, prog=f"hf-tst {command}")
 
 
-# By command, what runs it: the function `main` of a module of the package.
+# By command, the function of a module of the package that runs it.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": partial(_run, "train", "pretraining.pretrain"),
     "plan": partial(_run, "plan", "cli.plan"),
     "compare": partial(_run, "compare", "experiments.compare"),
-    "sweep": partial(_run, "sweep", "experiments.sweep"),
+    "sweep": partial(_run, "sweep", "experiments.compare", function="sweep"),
     "card": partial(_run, "card", "cli.card"),
 }
 

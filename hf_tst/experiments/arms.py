@@ -5,29 +5,76 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from ..pretraining.options import check_names
+from ..models.shape import ModelShape
+from ..planning.flops import flops_per_token
+from ..pretraining.options import check_names, explained_arguments
 from ..training.arguments import TSTTrainingArguments
 
+BASELINE = "baseline"
 # What an arm changes in the configuration, and nothing else.
-ARMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "baseline": {"tst_phase_ratio": 0.0},
-        "tst": {},
-        "mtp": {"mtp_num_heads": 4, "tst_phase_ratio": 0.0},
-        "tst+mtp": {"mtp_num_heads": 4},
-    }
-)
-# What else than these an arm could change would make it another model, other data or another budget.
+ARMS: dict[str, dict[str, Any]] = {
+    BASELINE: {"tst_phase_ratio": 0.0},
+    "tst": {},
+    "mtp": {"mtp_num_heads": 4, "tst_phase_ratio": 0.0},
+    "tst+mtp": {"mtp_num_heads": 4},
+}
+# If an arm changed other options, it would be another model, other data or another budget.
 ARM_PREFIXES = ("tst_", "mtp_")
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """The cost of one optimizer step, by phase: FLOPs, tokens or seconds."""
+
+    superposition: float
+    recovery: float
+
+    def of_run(self, schedule: PhaseSchedule, steps: int | None = None) -> float:
+        """The cost of a run, or of its first `steps` steps."""
+        steps = schedule.max_steps if steps is None else steps
+        switch = min(steps, schedule.switch_step)
+        return switch * self.superposition + (steps - switch) * self.recovery
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of a comparison.
+
+    Args:
+        name (`str`): Its name.
+        changes (`dict`): What it changes in the configuration of all.
+        values (`dict`): Its configuration.
+        flops (`StepCost`): FLOPs per latent token, by phase.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    values: Mapping[str, Any]
+    flops: StepCost
+
+    @property
+    def schedule(self) -> PhaseSchedule:
+        """The phases of its runs."""
+        names = ("max_steps", "tst_phase_ratio", "tst_bag_size", "tst_mode")
+        return PhaseSchedule(*(setting(self.values, name) for name in names))
+
+    @property
+    def tokens(self) -> StepCost:
+        """Raw tokens per latent token, by phase."""
+        return StepCost(self.schedule.blocks_per_row, 1)
+
+    def flops_until(self, step: int, latent_tokens: int) -> float:
+        """FLOPs of the first `step` steps, which computed `latent_tokens` positions."""
+        return self.flops.of_run(self.schedule, step) * latent_tokens / step if step else 0.0
+
+
 def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict[str, dict[str, Any]]:
-    """What every arm changes, by name: the arms of [`ARMS`], and further ones.
+    """The changes of every arm, by name: the arms of [`ARMS`], and further ones.
 
     `mtp_num_heads` of the configuration replaces the 4 of the arms of [`ARMS`] with multi-token prediction. It does not
     apply to the others.
@@ -37,68 +84,73 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
         more_arms (`str`, *optional*): JSON of names with the options that each changes: `{"tst-s4": {"tst_bag_size": 4}}`.
 
     Raises:
-        TSTError: If these are no such names and options, or a name is taken.
+        TSTError: If `more_arms` has another form, an unknown option, or a name that is taken.
     """
     heads = setting(values, "mtp_num_heads")
     arms = {name: dict(changes) for name, changes in ARMS.items()}
-    if heads > 1:
-        for changes in arms.values():
-            changes.update({"mtp_num_heads": heads} if "mtp_num_heads" in changes else {})
-    try:
+    for changes in arms.values():
+        if heads > 1 and "mtp_num_heads" in changes:
+            changes["mtp_num_heads"] = heads
+    with explained_arguments({"more_arms": more_arms}):
         further = json.loads(more_arms or "{}")
-    except json.JSONDecodeError as error:
-        raise TSTError(f"more_arms is not JSON: {error} in {more_arms!r}.") from error
     if not isinstance(further, dict) or not all(isinstance(changes, dict) for changes in further.values()):
         raise TSTError(
-            f'more_arms must be names, each with the options that it changes, such as {{"tst-s4": {{"tst_bag_size": 4}}}}, '
-            f"but is {more_arms}."
+            f'more_arms must be names, each with the options that it changes, but is {more_arms}: {{"a": {{"tst_bag_size": 4}}}}.'
         )
     options = [name for name in TSTTrainingArguments.__dataclass_fields__ if name.startswith(ARM_PREFIXES)]
     for name, changes in further.items():
         if name in arms or not re.fullmatch(r"[\w.+=-]+", name):
             raise TSTError(
-                f"more_arms names an arm {name!r}: take a name of letters, digits and . + = - _ that is none of "
-                f"{', '.join(ARMS)}."
+                f"more_arms names an arm {name!r}: use letters, digits and . + = - _, and none of {', '.join(ARMS)}."
             )
         check_names(changes, ["seeds", *options], f"An arm changes options of TST and MTP, but {name} has")
     return arms | further
 
 
 def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> None:
-    """Check that arms can have what the configuration `values` asks for.
+    """Check that the arms fit the configuration `values`.
 
     Raises:
-        TSTError: If not, or for a TST arm without superposition.
+        TSTError: If one does not, or if a TST arm has no superposition.
     """
     for name, changes in arms.items():
+        changed = {**values, **changes}
         if changes.get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
             raise TSTError(
-                f"The arm {name} has extra heads, which LoRA does not go with: leave it, or lora_rank, out."
+                f"The arm {name} has extra heads, which LoRA cannot train: leave out it or lora_rank."
             )
-        superposed = is_superposed({**values, **changes})
-        if not superposed and setting({**values, **changes}, "tst_document_boundaries") == "respect":
+        if is_superposed(changed):
+            continue
+        if setting(changed, "tst_document_boundaries") == "respect":
             raise TSTError(
                 f"The arm {name} has no superposition, which tst_document_boundaries='respect' is a part of, and would see "
                 "other documents than TST does: set it to 'ignore'."
             )
-        if not superposed and name in ARMS and "tst_phase_ratio" not in changes:
+        if name in ARMS and "tst_phase_ratio" not in changes:
             raise TSTError(
                 f"The arm {name} needs superposition, but the configuration has tst_phase_ratio="
                 f"{setting(values, 'tst_phase_ratio')} and tst_bag_size={setting(values, 'tst_bag_size')}: set both."
             )
 
 
-def arm_values(
-    changes: Mapping[str, Any], values: Mapping[str, Any], *, fusable: bool = True
-) -> dict[str, Any]:
-    """The configuration `values` with the changes of an arm.
+def make_arm(
+    name: str,
+    changes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    shape: ModelShape,
+    length: int,
+    *,
+    fusable: bool = True,
+) -> Arm:
+    """An arm of the configuration `values`.
 
     An arm without superposition computes its loss as TST does, fused with the head, unless it says otherwise: so steps of all
     arms cost the same but for what an arm adds.
 
     Args:
-        changes (`dict`): What the arm changes, of [`define_arms`].
+        name (`str`), changes (`dict`): The arm, of [`define_arms`].
         values (`dict`): The configuration. Its `mtp_num_heads` are for arms that have any.
+        shape (`ModelShape`), length (`int`): The model, and latent positions per row.
         fusable (`bool`, defaults to `True`): Whether the model's loss can be fused with its head. Where it cannot, or
             `tst_fused_loss` of the configuration is `"off"`, no arm fuses it.
     """
@@ -110,18 +162,14 @@ def arm_values(
         changed["tst_fused_loss"] = "off"
     elif not is_superposed(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"
-    return changed
+    heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
+    flops = [flops_per_token(shape, length, phase, *heads) for phase in ("superposition", "recovery")]
+    return Arm(name, changes, changed, StepCost(*flops))
 
 
 def setting(values: Mapping[str, Any], name: str) -> Any:
-    """What a configuration gives a training argument: its value there, or else its default."""
+    """The value that a configuration gives a training argument, or the argument's default."""
     return values.get(name, TSTTrainingArguments.__dataclass_fields__[name].default)
-
-
-def arm_schedule(values: Mapping[str, Any], max_steps: int) -> PhaseSchedule:
-    """The phases of a run of `max_steps` optimizer steps with a configuration."""
-    ratio, size, mode = (setting(values, name) for name in ("tst_phase_ratio", "tst_bag_size", "tst_mode"))
-    return PhaseSchedule(max_steps, ratio, size, mode)
 
 
 def is_superposed(values: Mapping[str, Any]) -> bool:

@@ -1,96 +1,91 @@
-"""How many steps each arm takes within one budget: equal FLOPs, equal data or equal time. Pure arithmetic."""
+"""All runs of a comparison, planned: how many steps each arm takes, in an equal budget and within a limit of seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from ..models.shape import ModelShape
-from ..mtp.heads import MTPKind
-from ..planning.flops import flops_per_token
+from .arms import BASELINE, Arm, StepCost, is_superposed, setting
+from .options import UNITS, Experiment, parse_list
+from .queue import PlannedRun, run_all
+from .run import read_whole, write_whole
 
-Budget = Literal["flops", "data", "time"]
-BUDGETS: tuple[Budget, ...] = get_args(Budget)
-UNITS: Mapping[Budget, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "seconds"}
-# How far from the budget whole steps may lie.
+# How far from the budget whole steps may end.
 TOLERANCE = 0.01
+LIMIT_FILE = "time_limit.json"
+# Share of the limit that is planned: times of runs differ by some percent.
+PLANNED_SHARE = 0.95
+FEWEST_STEPS = 10
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one optimizer step takes of a budget, by phase: FLOPs, raw tokens, or seconds."""
+@dataclass
+class ArmRun(PlannedRun):
+    """A planned run of an arm."""
 
-    superposition: float
-    recovery: float
-
-    def of_run(self, schedule: PhaseSchedule) -> float:
-        """What a whole run takes."""
-        switch = schedule.switch_step
-        return switch * self.superposition + (schedule.max_steps - switch) * self.recovery
+    arm: Arm = field(kw_only=True)
 
 
-def flops_per_step(
-    shape: ModelShape, length: int, latent_tokens: int, heads: int = 1, kind: MTPKind = "parallel"
-) -> StepCost:
-    """FLOPs of a step of an arm, by phase, see [`step_flops`].
+def check_data(experiment: Experiment, schedules: Mapping[str, PhaseSchedule]) -> None:
+    """Check that runs of these phases, by arm, fit into one pass over the data, so that none reads data twice.
 
-    Args:
-        shape (`ModelShape`): The model.
-        length (`int`): Latent positions per row, l.
-        latent_tokens (`int`): Latent tokens per step, over all devices.
-        heads (`int`, defaults to 1), kind (`str`): Heads of multi-token prediction, which train in recovery only.
+    Raises:
+        TSTError: If one does not.
     """
-    return StepCost(
-        superposition=latent_tokens * flops_per_token(shape, length, "superposition"),
-        recovery=latent_tokens * flops_per_token(shape, length, "recovery", heads, kind),
-    )
+    if experiment.blocks is None or experiment.rows_per_step is None:
+        return
+    for name, schedule in schedules.items():
+        needed = schedule.blocks_needed(experiment.rows_per_step)
+        if needed > experiment.blocks:
+            raise TSTError(
+                f"The arm {name} reads {needed:,} blocks of {experiment.block_size} tokens in {schedule.max_steps} steps, but the "
+                f"data has {experiment.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
+            )
 
 
-def raw_tokens_per_step(schedule: PhaseSchedule, latent_tokens: int) -> StepCost:
-    """Raw tokens that a step reads, by phase, with `latent_tokens` latent tokens a step."""
-    return StepCost(latent_tokens * schedule.blocks_per_row, latent_tokens)
-
-
-def steps_within_budget(
-    budget: Budget, costs: Mapping[str, StepCost], schedules: Mapping[str, PhaseSchedule]
-) -> dict[str, int]:
-    """Optimizer steps of every arm that take as much of the budget.
+def fit_to_budget(
+    budget: str, costs: Mapping[str, StepCost], schedules: Mapping[str, PhaseSchedule]
+) -> dict[str, PhaseSchedule]:
+    """The phases of every arm, with the number of steps that uses up the budget.
 
     The configured number of steps is that of the baseline (the first arm, if there is none), and with equal data that of
     the arm that reads most in so many steps. The others take more or fewer.
 
     Args:
         budget (`str`): `"flops"`, `"data"` or `"time"`.
-        costs (`dict[str, StepCost]`): What a step takes of it, by arm.
+        costs (`dict[str, StepCost]`): What a step costs, by arm, in any unit.
         schedules (`dict[str, PhaseSchedule]`): The phases by arm, for the configured number of steps.
 
     Raises:
         TSTError: If whole steps of an arm cannot come within 1 % of the budget.
     """
     totals = {name: costs[name].of_run(schedule) for name, schedule in schedules.items()}
-    reference = "baseline" if "baseline" in totals else next(iter(totals))
+    reference = BASELINE if BASELINE in totals else next(iter(totals))
     if budget == "data":
-        reference = max(totals, key=lambda name: totals[name])
+        reference = max(totals, key=totals.__getitem__)
     target = totals[reference]
-    steps = {name: _nearest_steps(costs[name], schedule, target) for name, schedule in schedules.items()}
-    for name, count in steps.items():
-        total = costs[name].of_run(replace(schedules[name], max_steps=count))
-        if abs(total - target) > TOLERANCE * target:
+    found = {}
+    for name, schedule in schedules.items():
+        cost, ratio = costs[name], schedule.phase_ratio
+        about = round(target / (ratio * cost.superposition + (1 - ratio) * cost.recovery))
+        gaps = {
+            steps: abs(cost.of_run(replace(schedule, max_steps=steps)) - target)
+            for steps in range(max(1, about - 3), about + 4)
+        }
+        nearest = min(gaps, key=gaps.__getitem__)
+        if gaps[nearest] > TOLERANCE * target:
             raise TSTError(
-                f"The arm {name} cannot be equal to {reference} in {UNITS[budget]}: {count} steps take {total:.4g}, and the "
-                f"budget is {target:.4g}, more than {TOLERANCE:.0%} away. Raise max_steps, or leave the arm out."
+                f"The arm {name} cannot be equal to {reference} in {UNITS[budget]}: {nearest} steps are the nearest, and "
+                f"{gaps[nearest] / target:.1%} off, where {TOLERANCE:.0%} is allowed. Raise max_steps, or leave the arm out."
             )
-    return steps
-
-
-def _nearest_steps(cost: StepCost, schedule: PhaseSchedule, target: float) -> int:
-    ratio = schedule.phase_ratio
-    about = round(target / (ratio * cost.superposition + (1 - ratio) * cost.recovery))
-    near = [max(1, about + offset) for offset in range(-3, 4)]
-    return min(near, key=lambda count: abs(cost.of_run(replace(schedule, max_steps=count)) - target))
+        found[name] = replace(schedule, max_steps=nearest)
+    return found
 
 
 def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -115,3 +110,198 @@ def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
         for name, value in options.items()
     }
     return changed
+
+
+def calibrate(experiment: Experiment) -> dict[str, StepCost]:
+    """Seconds per step of each arm, by phase, from short runs one after the other; kept, and not measured again.
+
+    Raises:
+        TSTError: If one fails.
+    """
+    # A stream can't be cut.
+    evaluation = {"max_eval_samples": 1} if "evaluation" in experiment.data else {}
+    return {
+        arm.name: _pace(experiment, f"calibration-{arm.name}", {**arm.values, **evaluation})
+        for arm in experiment.arms
+    }
+
+
+def _pace(experiment: Experiment, name: str, values: Mapping[str, Any]) -> StepCost:
+    """Seconds per step, from a run of `calibration_steps` steps in each phase of an arm, evaluated at its end only."""
+    superposed, steps = is_superposed(values), experiment.args.calibration_steps
+    settings = {
+        **values, "max_steps": steps * (2 if superposed else 1), "logging_strategy": "steps",
+        "logging_steps": max(1, steps // 4), "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
+        "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
+        "report_to": "none", **({"tst_phase_ratio": 0.5} if superposed else {}),
+    }  # fmt: skip
+    run = PlannedRun(name, experiment.output_dir / name, settings)
+    failures = run_all([run], launcher=experiment.args.launcher)
+    if run.result is None:
+        raise TSTError(failures[name])
+    seconds = run.result.seconds_per_step
+    return StepCost(seconds.get("superposition", seconds["recovery"]), seconds["recovery"])
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The steps that a comparison takes because of a limit of seconds, and the measured times that they follow from.
+
+    Args:
+        configured_steps (`int`): `max_steps` of the configuration.
+        max_steps (`int`): Those that are taken in their place.
+        seconds (`float`): The limit that they were chosen for.
+        start (`float`): Seconds of a run for its start and its end.
+        evaluation (`float`): Seconds per evaluation.
+        superposition (`float`), recovery (`float`): Seconds per step.
+        operations (`float`): FLOPs per latent token of a recovery step of the arm that was timed.
+    """
+
+    configured_steps: int
+    max_steps: int
+    seconds: float
+    start: float
+    evaluation: float
+    superposition: float
+    recovery: float
+    operations: float
+
+    @property
+    def fact(self) -> str:
+        """What a report says of it."""
+        shortened = self.max_steps < self.configured_steps
+        before = f"shortened from {self.configured_steps:,} to" if shortened else "as configured,"
+        return (
+            f"max_steps {before} {self.max_steps:,}, for a limit of {self.seconds:g} s; measured: {self.superposition:.4g} s per "
+            f"step of superposition, {self.recovery:.4g} s of recovery, {self.evaluation:.3g} s per evaluation, "
+            f"{self.start:.3g} s per run besides"
+        )
+
+    @classmethod
+    def load(cls, experiment: Experiment) -> TimeLimit | None:
+        """The limit that a comparison was begun with, or `None` if none was, or for another `max_steps`.
+
+        Raises:
+            TSTError: If the file is damaged.
+        """
+        limit = read_whole(experiment.output_dir / LIMIT_FILE, lambda text: cls(**json.loads(text)))
+        return limit if limit and limit.configured_steps == experiment.values["max_steps"] else None
+
+    def seconds_of(self, run: ArmRun) -> tuple[float, float]:
+        """Seconds of a run for start, end and evaluations (before it, `eval_steps` apart and after it), and for its steps."""
+        every = run.settings.get("eval_steps") or setting(run.settings, "logging_steps")
+        between = round(1 / every) if every < 1 else run.settings["max_steps"] // every
+        more = run.arm.flops.recovery / self.operations  # of extra heads
+        steps = StepCost(self.superposition, self.recovery * more).of_run(run.arm.schedule)
+        return self.start + (2 + between) * self.evaluation, steps
+
+    def lowered(self, runs: Sequence[ArmRun], left: float) -> TimeLimit:
+        """The limit with the `max_steps` with which all runs, one after the other, end within `left` seconds.
+
+        Args:
+            runs: All runs, for the configured steps.
+            left (`float`): Seconds that are left of the limit.
+
+        Raises:
+            TSTError: If no time is left for steps.
+        """
+        fixed, training = map(sum, zip(*(self.seconds_of(run) for run in runs), strict=True))
+        chosen = int(self.configured_steps * (PLANNED_SHARE * left - fixed) / training)
+        if chosen < FEWEST_STEPS:
+            raise TSTError(
+                f"seconds={self.seconds:g} is too little for {len(runs)} runs: {self.seconds - left:.0f} s are gone, and they need "
+                f"{fixed:.0f} s besides their steps. Give more seconds, or fewer arms or seeds."
+            )
+        return replace(self, max_steps=min(self.configured_steps, chosen))
+
+
+def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
+    """The pace of runs, by a short one of the first arm with superposition, or else of the first arm.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        runs: All runs, for the configured steps.
+
+    Returns:
+        [`TimeLimit`], whose `max_steps` are still those of the configuration.
+
+    Raises:
+        TSTError: If the short run fails.
+    """
+    args = experiment.args
+    assert args.seconds is not None
+    first = next((run for run in runs if is_superposed(run.settings)), runs[0])
+    folder = experiment.output_dir / "calibration"
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    pace = _pace(experiment, folder.name, first.settings)
+    whole = time.monotonic() - began
+    evaluation = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"]
+    timed = pace.recovery + (pace.superposition if is_superposed(first.settings) else 0.0)
+    start = max(0.0, whole - evaluation - args.calibration_steps * timed)
+    steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
+    return TimeLimit(
+        steps, steps, args.seconds, start, evaluation, pace.superposition, pace.recovery, operations
+    )
+
+
+def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> list[ArmRun]:
+    """All runs, in the order in which they are done. With an equal time, runs the calibration first.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        max_steps (`int`, *optional*): Steps in the place of those of the configuration. Without it, the data is not checked
+            where a limit of seconds may lower the steps.
+
+    Raises:
+        TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
+    """
+    args, values, arms = experiment.args, experiment.values, experiment.arms
+    rates = parse_list("learning_rates", args.learning_rates or setting(values, "learning_rate"), float)
+    is_final = max_steps is not None or args.seconds is None
+    max_steps = max_steps or values["max_steps"]
+    schedules = {arm.name: replace(arm.schedule, max_steps=max_steps) for arm in arms}
+    if is_final:
+        check_data(experiment, schedules)
+    costs = {arm.name: arm.tokens if args.budget == "data" else arm.flops for arm in arms}
+    if args.budget == "time":
+        costs = calibrate(experiment)
+    schedules = fit_to_budget(args.budget, costs, schedules)
+    if is_final:
+        check_data(experiment, schedules)
+    runs = []
+    for arm in arms:
+        planned = replace(arm, values=with_steps(arm.values, schedules[arm.name].max_steps))
+        seeds = parse_list("seeds", arm.changes.get("seeds", args.seeds), int)
+        for rate, (turn, seed) in product(rates, enumerate(seeds)):
+            name = f"{arm.name}-lr{rate:g}-seed{seed}"
+            settings = {**planned.values, "learning_rate": rate, "seed": seed}
+            run = ArmRun(name, experiment.output_dir / name, settings, experiment.data, arm=planned)
+            runs.append((turn, run))
+    # A seed of every arm before the next seed: an interrupted comparison has pairs.
+    return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
+
+
+def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun], TimeLimit | None]:
+    """All runs, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one.
+
+    Args:
+        experiment ([`Experiment`]): What the runs have in common.
+        began (`float`): A time of `time.monotonic`, from which the limit counts.
+
+    Raises:
+        TSTError: As [`plan_comparison`] does, or if the limit leaves no time for steps.
+    """
+    limit, seconds = TimeLimit.load(experiment), experiment.args.seconds
+    if limit is None:
+        runs = plan_comparison(experiment)
+        if seconds is None:
+            return runs, None
+        limit = time_short_run(experiment, runs)
+        limit = limit.lowered(runs, began + seconds - time.monotonic())
+    runs = plan_comparison(experiment, limit.max_steps)
+    write_whole(experiment.output_dir / LIMIT_FILE, json.dumps(asdict(limit), indent=2) + "\n")
+    print(limit.fact, flush=True)
+    for run in runs:
+        run.seconds = sum(limit.seconds_of(run))
+    return runs, limit

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from ..bags.phases import PhaseSchedule
+from transformers.hf_argparser import HfArg
+
 from ..data.blocks import check_blocks
 from ..errors import TSTError
 from ..models.fused import check_fusable
@@ -27,10 +29,10 @@ from ..pretraining.options import (
 )
 from ..pretraining.pretrain import prepare_run
 from ..training.arguments import TSTTrainingArguments
-from .arms import setting
-from .budget import Budget
+from .arms import Arm, check_arms, make_arm, setting
 
 T = TypeVar("T")
+UNITS: Mapping[str, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
 TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
 EVERY_RUN = """Every run is a process with
 a folder of its own in output_dir. Started again, the command does what is missing, and an interrupted run continues from its
@@ -41,47 +43,42 @@ has no progress bar; its seed is of --seeds; logs that are too rare for a curve,
 
 @dataclass
 class ExperimentArguments:
-    """How runs are planned and done. The arms of a grid are drawn as heat maps, others as curves."""
+    """How runs are planned and done."""
 
+    # Of the command: its name, its `--help`, and whether its arms are a grid, drawn as heat maps instead of curves.
+    command: ClassVar[str]
+    description: ClassVar[str]
     is_grid: ClassVar[bool] = False
-    budget: Budget = field(
+
+    budget: Literal["flops", "data", "time"] = HfArg(
         default="flops",
-        metadata={
-            "help": "What is equal: flops (max_steps of the baseline), data (raw tokens of the arm that reads most in max_steps) "
-            "or time (measured, of the baseline's max_steps)."
-        },
+        help="What is equal: flops (max_steps of the baseline), data (raw tokens of the arm that reads most in max_steps) "
+        "or time (measured, of the baseline's max_steps).",
     )
-    learning_rates: str | None = field(
-        default=None, metadata={"help": "Learning rates, the same for each arm; learning_rate by default."}
+    learning_rates: str | None = HfArg(
+        default=None, help="Learning rates, the same for each arm; learning_rate by default."
     )
-    seeds: str = field(default="0,1,2", metadata={"help": "Seeds that every run is repeated with."})
-    processes: int = field(
-        default=1,
-        metadata={"help": "Runs at the same time. With more than 1, times are not comparable."},
+    seeds: str = HfArg(default="0,1,2", help="Seeds that every run is repeated with.")
+    processes: int = HfArg(
+        default=1, help="Runs at the same time. With more than 1, times are not comparable."
     )
-    launcher: str | None = field(
+    launcher: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "What starts a run instead of Python, for example 'accelerate launch --num_processes 8'."
-        },
+        help="What starts a run instead of Python, for example 'accelerate launch --num_processes 8'.",
     )
-    calibration_steps: int = field(
-        default=20,
-        metadata={"help": "Steps that are timed in each phase for an equal time or a limit of seconds."},
+    calibration_steps: int = HfArg(
+        default=20, help="Steps that are timed in each phase for an equal time or a limit of seconds."
     )
-    seconds: float | None = field(
+    seconds: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
-            "so when the comparison continues. A run that would end later is not started. Needs processes=1."
-        },
+        help="Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
+        "so when the comparison continues. A run that would end later is not started. Needs processes=1.",
     )
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise TSTError(f"processes must be at least 1, but is {self.processes}.")
-        if self.calibration_steps < 4:
-            raise TSTError(f"calibration_steps must be at least 4, but is {self.calibration_steps}.")
+        for name, least in (("processes", 1), ("calibration_steps", 4)):
+            if getattr(self, name) < least:
+                raise TSTError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
         if self.seconds is not None and self.seconds <= 0:
             raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
         if self.seconds is not None and self.processes > 1:
@@ -93,31 +90,33 @@ class ExperimentArguments:
         """The arms that are compared, by name, with what each changes in the configuration `values`.
 
         Raises:
-            TSTError: If an arm is unknown, or cannot have what the configuration asks for.
+            TSTError: If an arm is unknown.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One configuration, and what is known of it before any run.
+    """One configuration, its arms, and what is known of it before any run.
 
     Args:
+        args (`ExperimentArguments`): How runs are planned and done.
         values (`dict`): The configuration, as a file holds it: what is not in it has its default.
+        arms (`list[Arm]`): The arms.
         shape (`ModelShape`): The model.
-        block_size (`int`): Tokens a block, L.
+        block_size (`int`): Tokens per block, L.
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
-        fusable (`bool`): Whether the model's loss can be fused with its head.
         data (`dict`): Fingerprints of the blocks of `"training"` and `"evaluation"`; a stream has none.
     """
 
+    args: ExperimentArguments
     values: Mapping[str, Any]
+    arms: Sequence[Arm]
     shape: ModelShape
     block_size: int
     rows_per_step: int | None
     blocks: int | None
-    fusable: bool
     data: Mapping[str, str]
 
     @property
@@ -125,44 +124,22 @@ class Experiment:
         """Where the runs and the report go."""
         return Path(self.values["output_dir"])
 
-    @property
-    def latent_tokens_per_step(self) -> int:
-        """Latent tokens a step; those of one process where it is not known how many there are."""
-        rows = self.rows_per_step or setting(self.values, "per_device_train_batch_size")
-        return rows * self.block_size
-
-    def check_data(self, schedules: Mapping[str, PhaseSchedule]) -> None:
-        """Check that runs of these phases, by arm, fit into one pass over the data, so that none reads data twice.
-
-        Raises:
-            TSTError: If one does not.
-        """
-        for name, schedule in schedules.items():
-            if self.blocks is None or self.rows_per_step is None:
-                continue
-            needed = schedule.blocks_needed(self.rows_per_step)
-            if needed > self.blocks:
-                raise TSTError(
-                    f"The arm {name} reads {needed:,} blocks of {self.block_size} tokens in {schedule.max_steps} steps, but the "
-                    f"data has {self.blocks:,}: give more data, or lower max_steps, the batch or the bag size."
-                )
-
 
 def parse_experiment(
-    argv: Sequence[str], kind: type[T], description: str, prog: str | None, output_dir: str
-) -> tuple[dict[str, Any], T]:
+    argv: Sequence[str], kind: type[ExperimentArguments], prog: str | None = None
+) -> tuple[dict[str, Any], ExperimentArguments]:
     """The configuration of training, as a file would hold it, and the options of kind `kind`.
 
     Args:
         argv: A configuration file, if any, and flags.
         kind: Dataclass of the options.
-        description, prog: For `--help`.
-        output_dir (`str`): The default of `output_dir`.
+        prog: For `--help`.
 
     Raises:
         TSTError: For what cannot be understood, or cannot be part of a comparison.
     """
-    namespace = parse_values(argv, [kind, *TRAINING], description, prog, {"output_dir": output_dir})
+    defaults = {"output_dir": f"runs/{kind.command}"}
+    namespace = parse_values(argv, [kind, *TRAINING], kind.description, prog, defaults)
     values = given_values(namespace, TRAINING)
     schedule = values.get("lr_scheduler_kwargs") or {}
     if isinstance(schedule, str):
@@ -174,67 +151,61 @@ def parse_experiment(
         )
     if schedule:
         values["lr_scheduler_kwargs"] = schedule
-    if namespace.max_steps <= 0:
-        raise TSTError(f"max_steps is {namespace.max_steps}: set it, so that all runs have a known budget.")
+    steps = namespace.max_steps
+    if steps <= 0:
+        raise TSTError(f"max_steps is {steps}: set it, so that all runs have a known budget.")
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size"):
         if values.get(name):
             raise TSTError(
                 f"{name} cannot go with several runs that are compared after as many steps: leave it out."
             )
-    return values | _records(namespace), pick(namespace, kind)
-
-
-def _records(namespace: Namespace) -> dict[str, Any]:
-    """What every run does so that there are curves: log, evaluate also before training, and diverge to the end if it does."""
-    values: dict[str, Any] = {"eval_on_start": True, "disable_tqdm": True, "tst_bad_loss": "ignore"}
-    interval = max(1, namespace.max_steps // 20)
+    # So that there are curves, of runs that diverge, too.
+    values |= {"eval_on_start": True, "disable_tqdm": True, "tst_bad_loss": "ignore"}
+    interval = max(1, steps // 20)
     if str(namespace.eval_strategy) == "no":
         values |= {"eval_strategy": "steps", "eval_steps": interval}
-    if str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > namespace.max_steps:
+    if str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > steps:
         values |= {"logging_strategy": "steps", "logging_steps": interval}
-    return values
+    return values, pick(namespace, kind)
 
 
-def open_experiment(
-    values: Mapping[str, Any], launcher: str | None = None, *, extra_heads: bool = False
-) -> Experiment:
+def open_experiment(values: Mapping[str, Any], args: ExperimentArguments) -> Experiment:
     """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
-
-    `extra_heads` says that some run has multi-token prediction, which the model must be able to have.
 
     Raises:
         TSTError: If a run would be refused, or there is no data to evaluate on.
     """
-    model_args = _make(ModelArguments, values)
-    args = training_arguments(values)
-    prepared = prepare_run(model_args, _make(DataArguments, values), args)
+    changes = args.select_arms(values)
+    check_arms(changes, values)
+    model_args, training = _make(ModelArguments, values), training_arguments(values)
+    prepared = prepare_run(model_args, _make(DataArguments, values), training)
     if prepared.eval_blocks is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
-    _, model = find_language_model(prepared.model)
-    try:
-        check_fusable(model, "on")
+    fusable = False
+    with suppress(TSTError):
+        check_fusable(find_language_model(prepared.model)[1], "on")
         fusable = True
-    except TSTError:
-        fusable = False
-    if extra_heads:
-        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))  # says it if the model cannot have any
-    tokens = values.get("tokens_per_step")
-    rows = tokens // prepared.block_size if tokens else None
-    if rows is None and launcher is None:
-        batch = setting(values, "per_device_train_batch_size")
-        rows = batch * setting(values, "gradient_accumulation_steps")
+    if any(arm.get("mtp_num_heads", 1) > 1 for arm in changes.values()):
+        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))  # raises if the model cannot have any
+    shape = ModelShape.from_config(prepared.model.config, model_args.lora_config())
+    arms = [
+        make_arm(name, arm, values, shape, prepared.block_size, fusable=fusable)
+        for name, arm in changes.items()
+    ]
+    for arm in arms:
+        training_arguments(arm.values)
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    blocks = {"training": prepared.train_blocks, "evaluation": prepared.eval_blocks}
+    sized = {name: part for name, part in blocks.items() if hasattr(part, "num_rows")}
     return Experiment(
+        args=args,
         values=values,
-        shape=ModelShape.from_config(prepared.model.config, model_args.lora_config()),
+        arms=arms,
+        shape=shape,
         block_size=prepared.block_size,
-        rows_per_step=rows,
-        blocks=len(prepared.train_blocks) if hasattr(prepared.train_blocks, "num_rows") else None,
-        fusable=fusable,
-        data={
-            name: check_blocks(blocks).data
-            for name, blocks in [("training", prepared.train_blocks), ("evaluation", prepared.eval_blocks)]
-            if hasattr(blocks, "num_rows")
-        },
+        rows_per_step=rows if args.launcher is None or values.get("tokens_per_step") else None,
+        blocks=len(sized["training"]) if "training" in sized else None,
+        data={name: check_blocks(part).data for name, part in sized.items()},
     )
 
 

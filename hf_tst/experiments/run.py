@@ -1,0 +1,265 @@
+"""One run of a comparison, in a process of its own, and its result: `python -m hf_tst.experiments.run <folder>/arguments.yaml`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from ..bags.phases import PhaseSchedule
+from ..errors import TSTError, one_line
+from ..pretraining.pretrain import main as train
+from ..records.run_record import TimedSteps, run_entry, timed_steps
+from ..training.checkpoints import last_complete_checkpoint
+
+T = TypeVar("T")
+RESULT_FILE = "result.json"
+REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
+WORLD_SIZE_FILE = "world_size.txt"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """An evaluation. `eval_loss` in nats per token, `None` if it is not finite; `seconds` of training before it."""
+
+    step: int
+    raw_tokens: int
+    latent_tokens: int
+    seconds: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of one run, in `result.json` in its folder.
+
+    Args:
+        curve (`list[CurvePoint]`): All evaluations, in order; the first before training, the last after it.
+        seconds_per_step (`dict`): Median by phase.
+        peak_memory_bytes (`int`, *optional*): Of the first device; of the process where there is no GPU.
+        memory_of (`str`): `"GPU"` or `"process"`.
+        parameters (`int`), hardware (`str`), software (`str`): As on record of the run.
+    """
+
+    curve: list[CurvePoint]
+    seconds_per_step: dict[str, float]
+    peak_memory_bytes: int | None
+    memory_of: str
+    parameters: int
+    hardware: str
+    software: str
+
+    @property
+    def initial_eval_loss(self) -> float | None:
+        """Nats per token, before training."""
+        return self.curve[0].eval_loss
+
+    @property
+    def final_eval_loss(self) -> float | None:
+        """Nats per token, after training."""
+        return self.curve[-1].eval_loss
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the final loss is not finite, or the run has lost more than half of what it had gained at its best.
+
+        Less than 5 % of the first loss is never divergence: a trained model that continues has little to gain, and may end
+        a little above its best, or its start.
+        """
+        first, last = self.initial_eval_loss, self.final_eval_loss
+        if first is None or last is None:
+            return last is None
+        best = min(point.eval_loss for point in self.curve if point.eval_loss is not None)
+        return last - best > max((first - best) / 2, 0.05 * first)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `result.json`."""
+        write_whole(Path(folder) / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunResult | None:
+        """The result in a run's folder, or `None` if the run is not finished.
+
+        Raises:
+            TSTError: If the file is damaged.
+        """
+
+        def parse(text: str) -> RunResult:
+            values = json.loads(text)
+            return cls(**{**values, "curve": [CurvePoint(**point) for point in values["curve"]]})
+
+        return read_whole(Path(folder) / RESULT_FILE, parse)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_whole(path: Path, parse: Callable[[str], T], removed: str = "it") -> T | None:
+    """What `parse` makes of the text of a file; `None` if there is no such file.
+
+    Raises:
+        TSTError: If the file is damaged. The message proposes to remove `removed`.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise TSTError(
+            f"The file {path} is damaged ({one_line(error)}): name another output_dir, or remove {removed}."
+        ) from None
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The names and values in a YAML file of a run; `None` if there is no such file.
+
+    Raises:
+        TSTError: If it is damaged.
+    """
+    return read_whole(path, lambda text: dict(yaml.safe_load(text)), removed="its folder")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as [`hf_tst.pretraining.pretrain.main`] does, from the last complete checkpoint if there is one; write `result.json`.
+
+    Raises:
+        TSTError: For bad input.
+    """
+    config = Path(argv[0])
+    if int(os.environ.get("RANK", 0)):
+        _train(config)
+        return
+    try:
+        with FileLock(config.with_name(".lock"), timeout=0):
+            _check_processes(config)
+            _train(config)
+    except Timeout:
+        raise TSTError(f"Another process works in {config.parent}: wait for it, or end it.") from None
+
+
+def _check_processes(config: Path) -> None:
+    """Record the world size of the first run of a comparison, and check that the others have the same.
+
+    No setting of a run tells how large a launcher makes its steps, unless they are given in tokens.
+
+    Raises:
+        TSTError: If an earlier run had another number.
+    """
+    if (read_settings(config) or {}).get("tokens_per_step"):
+        return
+    now, note = os.environ.get("WORLD_SIZE", "1"), config.parent.parent / WORLD_SIZE_FILE
+    before = note.read_text(encoding="utf-8").strip() if note.is_file() else now
+    if before != now:
+        raise TSTError(
+            f"Runs in {note.parent} were begun with a world size of {before}, but this one has {now}, so its steps have "
+            "another size: start as many processes, or name another output_dir."
+        )
+    write_whole(note, f"{now}\n")
+
+
+def _train(config: Path) -> None:
+    checkpoint = last_complete_checkpoint(config.parent)
+    resume = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
+    trainer = train([str(config), *resume], prog="run_worker")
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    rows = trainer.get_total_train_batch_size(args)
+    schedule = trainer.schedule or PhaseSchedule(trainer.state.max_steps, 0, 1)
+    length = len(next(iter(trainer.eval_dataset))["input_ids"])
+    run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
+    result_of_run(trainer.state.log_history, schedule, rows * length, run).save(config.parent)
+
+
+def result_of_run(
+    log_history: Sequence[Mapping[str, Any]],
+    schedule: PhaseSchedule,
+    latent_tokens_per_step: int,
+    run: Mapping[str, Any],
+) -> RunResult:
+    """The result of a run, from its log history.
+
+    Args:
+        log_history: As in `TrainerState`.
+        schedule (`PhaseSchedule`): Its phases.
+        latent_tokens_per_step (`int`): Over all devices.
+        run (`dict`): What it ran with and on, as [`run_entry`] gives it.
+
+    Raises:
+        TSTError: If it was not evaluated.
+    """
+    timed = timed_steps(log_history)
+    left_out, points = 0, {}
+    for entry in log_history:
+        left_out = entry.get("tst_tokens_left_out", left_out)
+        if "eval_loss" not in entry:
+            continue
+        step, loss = entry["step"], float(entry["eval_loss"])
+        points[step] = CurvePoint(
+            step=step,
+            raw_tokens=max(0, schedule.tokens_seen(step, latent_tokens_per_step) - left_out),
+            latent_tokens=step * latent_tokens_per_step,
+            seconds=_seconds_at(step, timed),
+            eval_loss=loss if math.isfinite(loss) else None,
+        )
+    if not points:
+        raise TSTError("The run was not evaluated: give it evaluation data.")
+    memory, memory_of = _peak_memory()
+    return RunResult(
+        curve=[points[step] for step in sorted(points)],
+        seconds_per_step=_seconds_per_step(timed),
+        peak_memory_bytes=memory,
+        memory_of=memory_of,
+        **{name: run[name] for name in ("parameters", "hardware", "software")},
+    )
+
+
+def _seconds_per_step(timed: Sequence[TimedSteps]) -> dict[str, float]:
+    """Median by phase."""
+    paces: dict[str, list[float]] = {}
+    for steps in timed:
+        paces.setdefault(steps.phase, []).append(steps.seconds / (steps.end - steps.begin))
+    # The first interval of a phase holds what is done once, such as compiling.
+    return {phase: median(values[1:] or values) for phase, values in paces.items()}
+
+
+def _seconds_at(step: int, timed: Sequence[TimedSteps]) -> float:
+    """Seconds after `step` steps, between logs in proportion, after the last at its pace."""
+    seconds = 0.0
+    for steps in timed:
+        if step <= steps.end or steps is timed[-1]:
+            return seconds + (step - steps.begin) * steps.seconds / (steps.end - steps.begin)
+        seconds += steps.seconds
+    return 0.0
+
+
+def _peak_memory() -> tuple[int, str]:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), "GPU"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024, "process"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except TSTError as error:
+        # A launcher ends with a status and a last line of its own.
+        Path(sys.argv[1]).with_name(REFUSAL_FILE).write_text(f"{error}\n", encoding="utf-8")
+        print(error, file=sys.stderr)
+        sys.exit(2)
