@@ -9,11 +9,11 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bags.collator import DataCollatorForTokenSuperposition
-    from .bags.folding import input_weights, offset_weights
     from .bags.phases import PhaseSchedule
+    from .bags.weighting import input_weights, offset_weights
     from .data.packing import BlockStream, pack_blocks, tokenize_documents
     from .errors import PreemptedError, RunError, TSTError
-    from .evaluation.checkpoint import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
+    from .evaluation.scores import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
     from .losses.linear import linear_multi_hot_cross_entropy
     from .losses.multi_hot import count_target_bags, multi_hot_cross_entropy
     from .models.sharding import full_state_dict, left_out_of_optimizer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BlockStream": "data.packing",
     "DataCollatorForTokenSuperposition": "bags.collator",
-    "METRIC_FILE": "evaluation.checkpoint",
+    "METRIC_FILE": "evaluation.scores",
     "MTPHeads": "mtp.heads",
     "PhaseSchedule": "bags.phases",
     "PreemptedError": "errors",
@@ -36,19 +36,19 @@ _MODULES = {
     "TSTTrainer": "training.trainer",
     "TSTTrainingArguments": "training.arguments",
     "count_target_bags": "losses.multi_hot",
-    "evaluate_checkpoint": "evaluation.checkpoint",
-    "evaluate_tasks": "evaluation.checkpoint",
+    "evaluate_checkpoint": "evaluation.scores",
+    "evaluate_tasks": "evaluation.scores",
     "full_state_dict": "models.sharding",
     "fused_evaluation_loss": "models.superposition",
     "fused_next_token_loss": "models.superposition",
-    "input_weights": "bags.folding",
+    "input_weights": "bags.weighting",
     "left_out_of_optimizer": "models.sharding",
     "linear_multi_hot_cross_entropy": "losses.linear",
     "multi_hot_cross_entropy": "losses.multi_hot",
     "multi_token_prediction": "mtp.heads",
-    "offset_weights": "bags.folding",
+    "offset_weights": "bags.weighting",
     "pack_blocks": "data.packing",
-    "score_texts": "evaluation.checkpoint",
+    "score_texts": "evaluation.scores",
     "step_flops": "planning.flops",
     "token_superposition": "models.superposition",
     "tokenize_documents": "data.packing",

@@ -28,10 +28,10 @@ from hf_tst import (
 from hf_tst.bags.folding import fold_into_bags
 from hf_tst.cli import card as run_card
 from hf_tst.cli import plan as planning
+from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
-from hf_tst.data.plan import plan_for_passes, plan_for_steps
-from hf_tst.data.position import DataPosition
-from hf_tst.data.text_files import load_text_file
+from hf_tst.data.read_order import plan_for_passes, plan_for_steps
+from hf_tst.data.resume_position import DataPosition
 from hf_tst.pretraining.run import main
 from hf_tst.records.run import RunRecord
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position

@@ -11,8 +11,7 @@ from processes import run_script
 
 from hf_tst import PhaseSchedule
 from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks
-from hf_tst.data.permutation import Permutation
-from hf_tst.data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
+from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation, plan_for_passes, plan_for_steps
 from hf_tst.data.rows import EpochSampler, PlannedRows
 from hf_tst.data.stream import StreamedRows
 

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, token_superposition
-from hf_tst.bags.documents import document_bags, document_windows, starts_after_end_token
-from hf_tst.bags.folding import average_embeddings, fold_into_bags, next_bag_labels
+from hf_tst.bags.folding import (
+    average_embeddings,
+    document_bags,
+    document_windows,
+    fold_into_bags,
+    next_bag_labels,
+    starts_after_end_token,
+)
 from hf_tst.training.document_attention import check_document_attention
 
 EOS = VOCAB_SIZE - 1

@@ -11,9 +11,9 @@ import torch
 from processes import Script
 from transformers import LlamaConfig
 
+from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
-from hf_tst.data.text_files import load_text_file
 from hf_tst.pretraining.options import DataArguments, ModelArguments
 from hf_tst.pretraining.run import load_documents, load_model, prepare_blocks
 from hf_tst.records.run import loaded_from
@@ -105,7 +105,7 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
         "from transformers import AutoTokenizer\n"
         "from transformers.tokenization_utils_base import PreTrainedTokenizerBase\n"
         "from hf_tst.data.packing import pack_blocks, tokenize_documents\n"
-        "from hf_tst.data.text_files import load_text_file\n"
+        "from hf_tst.data.files import load_text_file\n"
         "tokenizer = AutoTokenizer.from_pretrained('tokenizer')\n"
         "documents = load_text_file('corpus.txt')\n"
         "tokenized = tokenize_documents(documents, tokenizer, num_proc=2)\n"

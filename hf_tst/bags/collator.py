@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from ..errors import TSTError
-from .documents import (
+from .folding import (
     DocumentBoundaries,
     check_document_boundaries,
     document_bags,
     document_windows,
+    fold_into_bags,
+    next_bag_labels,
+    next_window_labels,
     positions_in_documents,
     starts_after_end_token,
     starts_of_ids,
     starts_of_positions,
 )
-from .folding import fold_into_bags, next_bag_labels, next_window_labels
 from .phases import TSTMode, check_bag_size, check_mode
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from .blocks import NO_RULES, BlockReader, BlockRules
-from .plan import DataPlan
+from .read_order import DataPlan
 
 # What superposition reads of a block; recovery hands on whatever columns the model takes.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")

@@ -13,7 +13,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .blocks import NO_RULES, BlockFacts, BlockRules, join_blocks
 from .packing import BlockStream, stream_state
-from .plan import BatchLayout
+from .read_order import BatchLayout
 from .rows import TOKEN_COLUMNS, Row
 
 logger = logging.get_logger(__name__)

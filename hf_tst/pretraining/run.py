@@ -26,10 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
-from ..data.text_files import load_text_file, matching_files
-from ..data.token_files import TokenFile
 from ..errors import PreemptedError, TSTError, one_line
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import PhaseSchedule
+from ..bags.weighting import offset_weights, resolve_weighting
 from ..data.blocks import BlockRules, check_blocks
-from ..data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
-from ..data.position import DataPosition
+from ..data.read_order import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
+from ..data.resume_position import DataPosition
 from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
 from ..data.stream import StreamedRows
 from ..errors import TSTError

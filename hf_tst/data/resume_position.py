@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .plan import BatchLayout
+from .read_order import BatchLayout
 
 POSITION_FILE = "data_position.json"
 POSITION_VERSION = 1
