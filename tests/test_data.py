@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from processes import run_script
 
 from hf_tst import PhaseSchedule
-from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks
+from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks, join_blocks
 from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation, plan_for_passes, plan_for_steps
 from hf_tst.data.rows import EpochSampler, PlannedRows
 from hf_tst.data.stream import StreamedRows
@@ -141,7 +141,7 @@ def test_blocks_are_read_the_same_however_they_are_stored(source, tmp_path):
         found = [tuple(block[name].tolist() for name in reader.columns) for block in reader.read(numbers)]
         assert found == [expected[i] for i in numbers]
         for start in range(len(data) - 5):
-            joined = reader.read_joined(start, 5)
+            joined = join_blocks(reader.read(range(start, start + 5)))
             assert joined["input_ids"].tolist() == [t for ids, _ in expected[start : start + 5] for t in ids]
         again = pickle.loads(pickle.dumps(reader))
         assert again.read([5])[0]["input_ids"].tolist() == expected[5][0]
@@ -152,7 +152,7 @@ def test_a_block_of_another_length_is_found_when_it_is_read():
     blocks = make_blocks(6)
     blocks[3]["input_ids"] = blocks[3]["input_ids"][:-1]
     with pytest.raises(ValueError, match="block 3 has 11"):
-        BlockReader(datasets.Dataset.from_list(blocks), ["input_ids"]).read_joined(2, 3)
+        BlockReader(datasets.Dataset.from_list(blocks), ["input_ids"]).read([2, 3, 4])
 
 
 def test_starting_on_a_billion_tokens_takes_no_memory(tmp_path):

@@ -127,12 +127,19 @@ class DataPlan:
         blocks[~in_switch_pass] = self._permute(passes, position, self.num_blocks, "blocks")
         return blocks
 
+    def first_blocks(self, rows: Indices) -> Indices:
+        """First block of each row of either phase. `rows` and the result: `(n,)`."""
+        superposed = rows < self.superposed_rows
+        blocks = np.empty_like(rows)
+        blocks[superposed] = self.superposed_groups(rows[superposed])
+        blocks[~superposed] = self.recovery_blocks(rows[~superposed])
+        return blocks
+
     def row_blocks(self, row: int) -> list[int]:
         """Blocks that row `row` of the run reads, in order."""
-        if row < self.superposed_rows:
-            start = int(self.superposed_groups(np.array([row]))[0])
-            return list(range(start, start + self.schedule.blocks_per_row))
-        return self.recovery_blocks(np.array([row])).tolist()
+        first = int(self.first_blocks(np.array([row]))[0])
+        size = self.schedule.blocks_per_row if row < self.superposed_rows else 1
+        return list(range(first, first + size))
 
     def row_passes(self, rows: Indices) -> Indices:
         """Pass over the data, counted from 0, in which each row is read. `rows` and the result: `(n,)`."""

@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .blocks import NO_RULES, BlockReader, BlockRules
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockReader, BlockRules, join_blocks
 from .read_order import DataPlan
 
-# What superposition reads of a block; recovery hands on whatever columns the model takes.
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
-# Columns that say where documents end.
-DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 # Rows after the ones asked for that are looked up with them.
 _LOOK_AHEAD = 256
-
-
 # Under which name a batch of a stream holds its `StreamState`.
 STREAM_STATE = "tst_stream_state"
 
@@ -70,25 +64,28 @@ class PlannedRows(Dataset[Row]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
-        """Rows of one batch; a batch lies wholly in one phase."""
-        blocks = self._look_up(rows)
-        if rows[0] < self.plan.superposed_rows:
-            size = self.plan.schedule.blocks_per_row
-            return [Row(self._bags.read_joined(block, size), superposed=True) for block in blocks]
-        return [Row(columns, superposed=False) for columns in self._blocks.read(blocks)]
+        """Rows of one batch, which is wholly in one phase."""
+        first_blocks = self._look_up(rows)
+        if rows[0] >= self.plan.superposed_rows:
+            return [Row(columns, superposed=False) for columns in self._blocks.read(first_blocks)]
+        size = self.plan.schedule.blocks_per_row
+        indices = [first + i for first in first_blocks for i in range(size)]
+        blocks = self._bags.read(indices)
+        for index, block in zip(indices, blocks, strict=True):
+            self._bags.rules.check_padding(block, index)
+        return [Row(join_blocks(blocks[i : i + size]), superposed=True) for i in range(0, len(blocks), size)]
 
     def _look_up(self, rows: Sequence[int]) -> list[int]:
-        """First block of each of some rows of one phase.
+        """First block of each row.
 
         To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
         after these.
         """
         if not all(row in self._first_blocks for row in rows):
-            superposed = rows[0] < self.plan.superposed_rows
-            end = self.plan.superposed_rows if superposed else self.plan.total_rows
-            wanted = np.array([*rows, *range(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))])
-            find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
-            self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+            wanted = np.arange(min(rows), min(max(rows) + _LOOK_AHEAD, len(self)))
+            self._first_blocks = dict(
+                zip(wanted.tolist(), self.plan.first_blocks(wanted).tolist(), strict=True)
+            )
         return [self._first_blocks[row] for row in rows]
 
 

@@ -11,10 +11,10 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import NO_RULES, BlockFacts, BlockRules, join_blocks
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, join_blocks
 from .packing import BlockStream, stream_state
 from .read_order import BatchLayout
-from .rows import TOKEN_COLUMNS, Row
+from .rows import Row
 
 logger = logging.get_logger(__name__)
 

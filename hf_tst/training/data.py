@@ -18,10 +18,10 @@ from transformers.utils import logging
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..bags.weighting import offset_weights, resolve_weighting
-from ..data.blocks import BlockRules, check_blocks
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockRules, check_blocks
 from ..data.read_order import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
 from ..data.resume_position import DataPosition
-from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
+from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows
 from ..data.stream import StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
