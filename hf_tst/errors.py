@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -27,6 +27,12 @@ class PreemptedError(RunError):
     """
 
     exit_status: ClassVar[int] = 143  # 128 + SIGTERM, as shells and schedulers expect it
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `TSTError` unless the argument `name` is one of `choices`."""
+    if value not in choices:
+        raise TSTError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
 
 
 @contextmanager

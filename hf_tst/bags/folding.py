@@ -11,8 +11,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 
 DocumentBoundaries = Literal["ignore", "respect"]
 
@@ -21,8 +22,7 @@ DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundarie
 
 def check_document_boundaries(boundaries: str, name: str = "document_boundaries") -> None:
     """Raise `TSTError` unless the argument `name` is one of `DOCUMENT_BOUNDARIES`."""
-    if boundaries not in DOCUMENT_BOUNDARIES:
-        raise TSTError(f"{name} must be one of {', '.join(DOCUMENT_BOUNDARIES)}, but is {boundaries!r}.")
+    check_choice(name, boundaries, DOCUMENT_BOUNDARIES)
 
 
 def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
@@ -76,19 +76,9 @@ def average_embeddings(
     return (total / shares.sum(dim=2, keepdim=True).clamp_min(smallest)).to(embedded.dtype)
 
 
-def starts_after_end_token(tokens: Tensor, eos_token_id: int) -> Tensor:
-    """Where documents start, if each ends in `eos_token_id`. `(B, n) -> (B, n)`, bool; true at the row's start."""
-    return _with_row_start(tokens[:, :-1] == eos_token_id, tokens)
-
-
-def starts_of_ids(document_ids: Tensor) -> Tensor:
-    """Where documents start, from the number of each token's document. `(B, n) -> (B, n)`, bool."""
-    return _with_row_start(document_ids[:, 1:] != document_ids[:, :-1], document_ids)
-
-
-def starts_of_positions(position_ids: Tensor) -> Tensor:
-    """Where documents start, from positions that count up within each. `(B, n) -> (B, n)`, bool."""
-    return _with_row_start(position_ids[:, 1:] != position_ids[:, :-1] + 1, position_ids)
+def document_starts(starts_after_first: Tensor) -> Tensor:
+    """First tokens of documents, from those of all tokens but the row's first. `(B, n - 1) -> (B, n)`, bool."""
+    return pad(starts_after_first, (1, 0), value=True)
 
 
 def positions_in_documents(starts: Tensor) -> Tensor:
@@ -117,25 +107,20 @@ def document_bags(
         position t holds bag t + 1 if that is of the same document, else `ignore_index`; and `position_ids` of shape
         `(B, l)`, which count the bags of each document from 0.
     """
-    rows, length = tokens.shape
-    num_bags = length // bag_size
     positions = positions_in_documents(starts)
-    opens_bag = positions % bag_size == 0
-    bag = opens_bag.cumsum(dim=1) - 1
-    # One bag too many takes in all that finds no place, and is cut off.
-    place = bag.clamp_max(num_bags) * bag_size + torch.where(bag < num_bags, positions % bag_size, 0)
-    size = (rows, (num_bags + 1) * bag_size)
+    bag = (positions % bag_size == 0).cumsum(dim=1) - 1
+    # One place too many takes in all that finds no room, and is cut off.
+    length = tokens.shape[1]
+    place = (bag * bag_size + positions % bag_size).clamp_max(length)
 
     def fill(values: Tensor) -> Tensor:
-        filled = values.new_full(size, ignore_index).scatter(1, place, values)
-        return filled.unflatten(1, (-1, bag_size))[:, :num_bags]
+        empty = pad(torch.full_like(values, ignore_index), (0, 1))
+        return fold_into_bags(empty.scatter(1, place, values)[:, :length], bag_size)
 
-    input_ids, target_bags = fill(tokens), fill(targets)
     position_ids = fill(positions)[..., 0] // bag_size
-    continues = position_ids[:, 1:] > 0
-    labels = torch.full_like(target_bags, ignore_index)
-    labels[:, :-1] = target_bags[:, 1:].masked_fill(~continues[..., None], ignore_index)
-    return input_ids, labels, position_ids
+    # A bag that begins a document is no target.
+    target_bags = fill(targets).masked_fill((position_ids == 0)[..., None], ignore_index)
+    return fill(tokens), next_bag_labels(target_bags, ignore_index), position_ids
 
 
 def document_windows(targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
@@ -143,14 +128,7 @@ def document_windows(targets: Tensor, starts: Tensor, bag_size: int, ignore_inde
 
     `(B, n) -> (B, n, s)`; tokens of other documents and beyond the row are `ignore_index`.
     """
-    rows = targets.shape[0]
-    beyond = targets.new_full((rows, bag_size), ignore_index)
     document = starts.cumsum(dim=1)
-    windows = torch.cat([targets[:, 1:], beyond], dim=1).unfold(1, bag_size, 1)
-    documents = torch.cat([document[:, 1:], torch.zeros_like(beyond)], dim=1).unfold(1, bag_size, 1)
+    windows = next_window_labels(targets, bag_size, ignore_index)
+    documents = next_window_labels(document, bag_size, 0)
     return windows.masked_fill(documents != document[..., None], ignore_index)
-
-
-def _with_row_start(starts_after_first: Tensor, tokens: Tensor) -> Tensor:
-    first = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-    return torch.cat([first, starts_after_first], dim=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from .phases import check_bag_size
 
 OffsetWeighting = Literal["uniform", "power_law", "fitted_power_law", "exponential", "first_token"]
@@ -62,15 +62,10 @@ def input_weights(weighting: InputWeighting, bag_size: int) -> Tensor:
 
 
 def _weights(functions: Mapping[str, Callable[[Tensor], Tensor]], weighting: str, bag_size: int) -> Tensor:
-    _check_weighting(weighting, functions, "weighting")
+    check_choice("weighting", weighting, functions)
     check_bag_size(bag_size)
     weights = functions[weighting](torch.arange(1, bag_size + 1, dtype=torch.float64))
     return (weights / weights.sum()).float()
-
-
-def _check_weighting(weighting: str, known: Iterable[str], name: str) -> None:
-    if weighting not in known:
-        raise TSTError(f"{name} must be one of {', '.join(known)}, but is {weighting!r}.")
 
 
 def resolve_weighting(
@@ -83,15 +78,16 @@ def resolve_weighting(
     Raises:
         TSTError: If a weighting is unknown, or `mode` leaves it nothing to weigh.
     """
-    _check_weighting(weighting, OFFSET_WEIGHTINGS, f"{prefix}offset_weighting")
-    _check_weighting(input_weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
-    useless = None
-    if mode == "output" and input_weighting != "uniform":
-        useless = f"reads single tokens, so {prefix}input_weighting={input_weighting!r}"
-    if mode == "input" and weighting not in ("uniform", "first_token"):
-        useless = f"has a single target token, so {prefix}offset_weighting={weighting!r}"
-    if useless:
+    check_choice(f"{prefix}offset_weighting", weighting, OFFSET_WEIGHTINGS)
+    check_choice(f"{prefix}input_weighting", input_weighting, INPUT_WEIGHTINGS)
+    only_one = {
+        "output": ("reads single tokens", "input_weighting", input_weighting),
+        "input": ("has a single target token", "offset_weighting", weighting),
+    }
+    reason, name, value = only_one.get(mode, ("", "", "uniform"))
+    if value not in ("uniform", "first_token"):
         raise TSTError(
-            f"{prefix}mode={mode!r} {useless} has nothing to weigh: leave it at 'uniform', or use {prefix}mode='full'."
+            f"{prefix}mode={mode!r} {reason}, so {prefix}{name}={value!r} has nothing to weigh: leave it at 'uniform', or use "
+            f"{prefix}mode='full'."
         )
     return "first_token" if mode == "input" else weighting
