@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation("targets of a step, accumulated", "training/data.py", "for batch in batches]).sum()", "for batch in batches]).mean()", "trainer"),
     Mutation("order of the data, by seed", "data/read_order.py", "(self.seed, int(data_pass),", "(0, int(data_pass),", "data audit"),
     Mutation("order of the data, by step", "data/read_order.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
-    Mutation("no token twice in a pass", "data/read_order.py", "position[in_group] // size + self.used_groups", "position[in_group] // size", "data"),
+    Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
     Mutation("a resumed run's place in the data", "training/data.py", "data.sampler(lambda: trainer.state.global_step)", "data.sampler(lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
     Mutation("undo of the loss", "models/probing.py", "        if had_own:\n            attributes[name] = own", "        if had_own:\n            pass", "superposition fused"),

@@ -222,7 +222,7 @@ def test_a_pattern_names_several_files_and_shards(tmp_path):
     assert rows["text"][:] == ["file 0\n", "file 1\n", "file 2\n"]
     stream = load_text_file(str(tmp_path / "*.txt"), streaming=True)
     assert stream.num_shards == 3
-    with pytest.raises(ValueError, match="no file that fits"):
+    with pytest.raises(ValueError, match=r"There is no file .*\.jsonl"):
         load_text_file(str(tmp_path / "*.jsonl"))
     (tmp_path / "3.jsonl").touch()
     with pytest.raises(ValueError, match="files of one kind"):

@@ -30,7 +30,7 @@ class DataCollatorForTokenSuperposition:
     """Collates rows of l·s contiguous token ids into bags with bag-aligned labels.
 
     Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if there, are
-    the token each position holds as a target (`-100` where it is none), exactly as for an ordinary causal
+    the token each position holds as a target (`-100` where there is no target), exactly as for an ordinary causal
     model; by default they are the ids. `attention_mask` is accepted if it is all ones, and dropped: what the
     model sees is a full row of l bags.
 
@@ -50,7 +50,7 @@ class DataCollatorForTokenSuperposition:
     count up within a document), else by the end-of-sequence token that ends them.
 
     Args:
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
         ignore_index (`int`, defaults to -100): Label that is no target.
         document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
@@ -91,7 +91,7 @@ class DataCollatorForTokenSuperposition:
         for feature in features:
             if "input_ids" not in feature:
                 raise TSTError(
-                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data."
+                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenize the data."
                 )
         lengths = sorted({len(feature["input_ids"]) for feature in features})
         if len(lengths) > 1:
@@ -102,7 +102,8 @@ class DataCollatorForTokenSuperposition:
         if self.bag_size == 1 and self.document_boundaries == "ignore":
             return self._collate_tokens(features)
         for feature in features:
-            if not np.asarray(feature.get("attention_mask", True)).all():
+            mask = feature.get("attention_mask")
+            if mask is not None and not np.asarray(mask).all():
                 raise TSTError(
                     "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
                     "pack the data into full blocks."
@@ -122,12 +123,10 @@ class DataCollatorForTokenSuperposition:
 
         batch = default_data_collator(list(features))
         batch["input_ids"] = batch["input_ids"].long()
-        if "labels" in batch:
-            batch["labels"] = batch["labels"].long()
-        else:
+        if "labels" not in batch:
             padding = batch.get("attention_mask", torch.ones(())) == 0
             batch["labels"] = batch["input_ids"].masked_fill(padding, self.ignore_index)
-        return batch
+        return batch | {"labels": batch["labels"].long()}
 
     def _collate_documents(
         self, features: Sequence[Mapping[str, Any]], tokens: Tensor, targets: Tensor

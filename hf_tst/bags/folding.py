@@ -99,7 +99,7 @@ def document_bags(
         tokens (`torch.LongTensor` of shape `(B, n)`): Token ids; n is a multiple of `bag_size`.
         targets (`torch.LongTensor` of shape `(B, n)`): The token each position holds as a target, or `ignore_index`.
         starts (`torch.BoolTensor` of shape `(B, n)`): First tokens of documents.
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         ignore_index (`int`, defaults to -100): Fills empty places of a bag, and labels that are no target.
 
     Returns:

@@ -23,7 +23,7 @@ class PhaseSchedule:
     Args:
         max_steps (`int`): Optimizer steps of the whole run, N.
         phase_ratio (`float`): Fraction r of the steps that is superposition, in [0, 1].
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
 
     Raises:
@@ -69,7 +69,7 @@ class PhaseSchedule:
         """Blocks that the whole run reads.
 
         Args:
-            rows_per_step (`int`): Rows an optimizer step, over all devices and micro-batches.
+            rows_per_step (`int`): Rows per optimizer step, over all devices and micro-batches.
         """
         return self.tokens_seen(self.max_steps, rows_per_step)
 
@@ -78,7 +78,7 @@ class PhaseSchedule:
 
         Args:
             step (`int`): Optimizer steps done.
-            tokens_per_step (`int`): Latent tokens a step, that is rows a step times the block length. It is
+            tokens_per_step (`int`): Latent tokens per step: rows per step times the block length. It is
                 the same in both phases; a superposition step reads `blocks_per_row` times as many raw tokens.
         """
         superposition = min(step, self.switch_step)

@@ -40,7 +40,7 @@ def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
     Args:
         weighting: `"uniform"`, `"power_law"` (1/i), `"fitted_power_law"` (C0 + a·i^k with the paper's fit),
             `"exponential"` (exp(-i)) or `"first_token"` (only i = 1).
-        bag_size (`int`): Tokens a bag, s, at least 1.
+        bag_size (`int`): Tokens per bag, s, at least 1.
 
     Raises:
         TSTError: If `weighting` is unknown, or `bag_size` out of range.
@@ -53,7 +53,7 @@ def input_weights(weighting: InputWeighting, bag_size: int) -> Tensor:
 
     Args:
         weighting: `"uniform"` (the paper's mean), `"linear"` (i) or `"exponential"` (exp(i)): the last token heaviest.
-        bag_size (`int`): Tokens a bag, s, at least 1.
+        bag_size (`int`): Tokens per bag, s, at least 1.
 
     Raises:
         TSTError: If `weighting` is unknown, or `bag_size` out of range.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import TSTError
 
-# What superposition reads of a block; recovery hands on whatever columns the model takes.
+# What superposition reads of a block; recovery passes on all columns that the model takes.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 # Columns that say where documents end.
 DOCUMENT_COLUMNS = ("document_ids", "position_ids")
@@ -67,32 +67,28 @@ class BlockRules:
         if self.length is not None:
             check_length(len(tokens), self.length, index)
         if "labels" in block and len(block["labels"]) != len(tokens):
-            raise TSTError(
-                f"Block {index} of the training data has {len(tokens)} input_ids and {len(block['labels'])} labels: give "
-                "every token its label, or leave the labels out."
-            )
+            counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
+            raise _bad_block(index, f"has {counts}: give every token its label, or leave the labels out")
         size = self.vocab_size
         if (bad := (tokens < 0) | (tokens >= (size or np.iinfo(np.int64).max))).any():
             known = f"the model has embeddings for 0 to {size - 1}" if size else "ids are not negative"
-            raise TSTError(
-                f"Block {index} of the training data holds the id {tokens[bad.argmax()]}, but {known}: tokenize it with the "
-                "model's own tokenizer."
-            )
+            found = f"holds the id {tokens[bad.argmax()]}, but {known}"
+            raise _bad_block(index, f"{found}: tokenize it with the model's own tokenizer")
         self.check_padding(block, index)
         return tokens
 
-    def check_padding(self, block: Mapping[str, Any], index: int) -> None:
-        """Raise `TSTError` if block `index` is padded."""
-        if not np.asarray(block.get("attention_mask", True)).all():
-            found = "is padded (its attention_mask holds zeros)"
-        elif self.pad_token_id is not None and block["input_ids"][-1] == self.pad_token_id:
-            found = f"ends in the padding token {self.pad_token_id}"
+    def check_padding(self, row: Mapping[str, Any], index: int) -> None:
+        """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
+        length = self.length or len(row["input_ids"])
+        mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"])[length - 1 :: length]
+        if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
+            index, found = index + int(real.argmin()) // length, "is padded (its attention_mask holds zeros)"
+        elif self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
+            index, found = index + int(padded.argmax()), f"ends in the padding token {self.pad_token_id}"
         else:
             return
-        raise TSTError(
-            f"Block {index} of the training data {found}, and a bag would average padding with text: pack the data into full "
-            "blocks."
-        )
+        reason = "a bag would average padding with text"
+        raise _bad_block(index, f"{found}, and {reason}: pack the data into full blocks")
 
 
 NO_RULES = BlockRules()
@@ -140,11 +136,15 @@ def check_length(found: int, length: int, index: int) -> None:
         )
 
 
+def _bad_block(index: int, problem: str) -> TSTError:
+    return TSTError(f"Block {index} of the training data {problem}.")
+
+
 def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
     """The same for an Arrow column that holds a list for each of some blocks."""
     import pyarrow.compute as pc
 
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    lengths = np.asarray(pc.list_value_length(column))
     if (differs := lengths != length).any():
         check_length(int(lengths[differs.argmax()]), length, indices[differs.argmax()])
 
@@ -162,17 +162,15 @@ def _tokens(block: Any, index: int) -> NDArray[np.int64]:
     except (TypeError, ValueError) as error:
         tokens, found = np.empty(()), f"not ({error})"
     if tokens.ndim == 1 and not len(tokens):
-        raise TSTError(f"Block {index} of the training data holds no token: pack the data into blocks.")
+        raise _bad_block(index, "holds no token: pack the data into blocks")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise TSTError(
-            f"The input_ids of block {index} of the training data must be one row of whole numbers, but are {found}: "
-            "tokenize the data and pack it into blocks."
-        )
+        problem = f"has input_ids that must be one row of whole numbers, but are {found}"
+        raise _bad_block(index, f"{problem}: tokenize the data and pack it into blocks")
     return tokens.astype(np.int64, copy=False)
 
 
 class BlockReader:
-    """Reads the `columns` of blocks by number.
+    """Reads the `columns` of blocks by number, one block per row or several.
 
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
@@ -194,16 +192,17 @@ class BlockReader:
                 blocks = blocks.with_format("arrow" if self._is_table else "numpy")
         self._blocks = blocks
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The columns of each of some blocks.
+    def read(self, first_blocks: Sequence[int], size: int = 1) -> list[dict[str, Any]]:
+        """The columns of some rows, each of `size` consecutive blocks.
 
         Raises:
             TSTError: If a block is of another length.
         """
+        indices = [first + i for first in first_blocks for i in range(size)]
         if self._is_table:
-            return self._read_table(indices)
+            return self._read_table(indices, size)
         if hasattr(self._blocks, "__getitems__"):
-            found = self._blocks.__getitems__(list(indices))
+            found = self._blocks.__getitems__(indices)
         else:
             found = [self._blocks[i] for i in indices]
         found = [{name: block[name] for name in self.columns} for block in found]
@@ -211,17 +210,18 @@ class BlockReader:
             for index, block in zip(indices, found, strict=True):
                 for name in block.keys() & TOKEN_COLUMNS:
                     check_length(len(block[name]), self.rules.length, index)
-        return found
+        return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
-    def _read_table(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """All blocks at once, each a view of one array per column."""
+    def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
+        """All blocks at once, each row a view of one array per column."""
         arrays = []
-        for column in self._blocks[list(indices)].columns:
-            length = self.rules.length or len(column[0])
-            _check_stored_lengths(column, length, indices)
-            values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            arrays.append(values.astype(np.int64).reshape(-1, length))
-        return [dict(zip(self.columns, block, strict=True)) for block in zip(*arrays, strict=True)]
+        for column in self._blocks[indices].columns:
+            lists = column.combine_chunks()
+            length = self.rules.length or len(lists[0])
+            _check_stored_lengths(lists, length, indices)
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            arrays.append(values.astype(np.int64).reshape(-1, size * length))
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 
 
 def _holds_ids(blocks: Any) -> bool:

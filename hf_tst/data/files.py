@@ -26,7 +26,7 @@ def load_text_file(path: str, streaming: bool = False) -> Any:
     Args:
         path (`str`): The file, or a pattern such as `"corpus/*.jsonl"` for several of one kind, read in the order of
             their names; the ending says how to read them. A `.npy` file of token ids is a [`TokenFile`].
-        streaming (`bool`, defaults to `False`): Read the file as training goes on; every file is a shard.
+        streaming (`bool`, defaults to `False`): Read the files during training; each file is a shard.
 
     Raises:
         TSTError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
@@ -34,21 +34,23 @@ def load_text_file(path: str, streaming: bool = False) -> Any:
     """
     if path.endswith(TOKEN_FILE_SUFFIX):
         if streaming:
-            raise TSTError(f"{path} is read from the disk as training goes on, always: leave streaming out.")
+            raise TSTError(f"{path} is always read from disk during training: leave streaming out.")
         return TokenFile(path)
     import datasets
 
     files = matching_files(path)
-    if not files:
-        raise TSTError(f"There is no file that fits {path}.")
-    kinds = {Path(file).suffix for file in files}
+    kinds = sorted({Path(file).suffix for file in files})
     if len(kinds) > 1:
-        raise TSTError(
-            f"The files that fit {path} end in {', '.join(sorted(kinds))}: name files of one kind."
-        )
-    for file in files:
-        _check_file(Path(file))
-    loader = FILE_LOADERS[kinds.pop()]
+        raise TSTError(f"The files that fit {path} end in {', '.join(kinds)}: name files of one kind.")
+    if kinds and kinds[0] not in FILE_LOADERS:
+        endings = ", ".join([*FILE_LOADERS, TOKEN_FILE_SUFFIX])
+        raise TSTError(f"Cannot read {path}: its name must end in one of {endings}.")
+    if not files or not all(Path(file).is_file() for file in files):
+        raise TSTError(f"There is no file {path}.")
+    loader = FILE_LOADERS[kinds[0]]
+    if loader != "parquet":
+        for file in files:
+            _check_text(file)
     options = {"keep_linebreaks": True} if loader == "text" else {}
     try:
         return datasets.load_dataset(
@@ -63,20 +65,7 @@ def matching_files(path: str) -> list[str]:
     return sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
 
 
-def _check_file(file: Path) -> None:
-    if file.suffix not in FILE_LOADERS:
-        raise TSTError(
-            f"Cannot read {file}: its name must end in one of {', '.join([*FILE_LOADERS, TOKEN_FILE_SUFFIX])}."
-        )
-    if not file.is_file():
-        raise TSTError(f"There is no file {file}.")
-    if file.stat().st_size == 0:
-        raise TSTError(f"The file {file} is empty: name one that holds text.")
-    if file.suffix != ".parquet":
-        _check_text(file)
-
-
-def _check_text(path: Path) -> None:
+def _check_text(path: str) -> None:
     """Read a file through: a stream would come upon bad bytes in the middle of training, and readers may pass them on."""
     position, blank = 0, True
     with open(path, "rb") as file:
@@ -90,7 +79,8 @@ def _check_text(path: Path) -> None:
                 ) from None
             position += len(lines)
     if blank:
-        raise TSTError(f"The file {path} holds nothing but white space: name one that holds text.")
+        problem = "holds nothing but white space" if position else "is empty"
+        raise TSTError(f"The file {path} {problem}: name one that holds text.")
 
 
 class TokenFile(Dataset[dict[str, NDArray[Any]]]):
@@ -99,30 +89,27 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
     Args:
         path (`str`): A `.npy` file with one row of ids, `(n,)`, uint16 or uint32.
         block_size (`int`, defaults to 1): Tokens per block, L.
-        offset (`int`, defaults to 0): Tokens before the first block.
-        indices (`Sequence[int]`, *optional*): Blocks to take, counted from there; all by default.
+        starts (`Sequence[int]`, *optional*): First token of each block; by default the file is cut from its beginning.
 
     Raises:
         TSTError: If there is no such file, or it holds something else.
     """
 
-    def __init__(
-        self, path: str, block_size: int = 1, offset: int = 0, indices: Sequence[int] | None = None
-    ) -> None:
-        self.path, self.block_size, self.offset = path, block_size, offset
+    def __init__(self, path: str, block_size: int = 1, starts: Sequence[int] | None = None) -> None:
+        self.path, self.block_size = path, block_size
         self.ids = _open_ids(path)
-        self.indices = range((len(self.ids) - offset) // block_size) if indices is None else indices
+        self.starts = range(0, len(self.ids) - block_size + 1, block_size) if starts is None else starts
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
-        start = self.offset + self.indices[index] * self.block_size
+        start = self.starts[index]
         return {"input_ids": self.ids[start : start + self.block_size]}
 
     def __reduce__(self) -> Any:
         # A pickled memory map is a copy of the file: a loader process opens it anew.
-        return type(self), (self.path, self.block_size, self.offset, self.indices)
+        return type(self), (self.path, self.block_size, self.starts)
 
     # As `datasets.Dataset` names it; a stream has no such number.
     num_rows = property(__len__)
@@ -130,10 +117,10 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
     def select(self, rows: Sequence[int]) -> TokenFile:
         """Some of the blocks."""
         if isinstance(rows, range) and rows.step == 1:  # millions of them, before they are cut
-            indices: Sequence[int] = self.indices[rows.start : rows.stop]
+            starts: Sequence[int] = self.starts[rows.start : rows.stop]
         else:
-            indices = [self.indices[row] for row in rows]
-        return TokenFile(self.path, self.block_size, self.offset, indices)
+            starts = [self.starts[row] for row in rows]
+        return TokenFile(self.path, self.block_size, starts)
 
     def cut(self, block_size: int) -> TokenFile:
         """Single tokens that follow each other as blocks of `block_size`; the last remainder is dropped.
@@ -141,13 +128,13 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         Raises:
             TSTError: If they do not fill one block.
         """
-        count = len(self) // block_size
-        if not count:
+        starts = self.starts[: len(self) // block_size * block_size : block_size]
+        if not starts:
             raise TSTError(
                 f"The file {self.path} gives {len(self)} tokens, which do not fill one block of {block_size}: give more text "
                 "or a smaller block_size."
             )
-        return TokenFile(self.path, block_size, self.indices[0], range(count))
+        return TokenFile(self.path, block_size, starts)
 
     def check_ids(self, vocab_size: int) -> None:
         """Check that the model has an embedding for every id of the file, in one pass over it.

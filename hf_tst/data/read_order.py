@@ -96,20 +96,28 @@ class DataPlan:
         return math.ceil(self.superposed_rows / self.groups_per_pass) - 1
 
     @property
-    def used_groups(self) -> int:
-        """Rows of superposition in the pass in which it ends."""
-        return self.superposed_rows - self.switch_pass * self.groups_per_pass
-
-    @property
     def left_over(self) -> int:
         """Blocks of that pass that superposition leaves to recovery."""
-        return self.num_blocks - self.used_groups * self.schedule.blocks_per_row
+        used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
+        return self.num_blocks - used_groups * self.schedule.blocks_per_row
 
     @property
     def blocks_consumed(self) -> int:
         """Blocks from the start of the first pass to the end of the run; at most passes · `num_blocks`."""
         whole_passes = (self.switch_pass + 1) * self.num_blocks
         return whole_passes - self.left_over + self.total_rows - self.superposed_rows
+
+    def check_one_pass(self) -> None:
+        """Raise `TSTError` if the data has fewer blocks than the run reads."""
+        schedule, needed = self.schedule, self.schedule.blocks_needed(self.rows_per_step)
+        if needed > self.num_blocks:
+            affordable = int(self.num_blocks / max(1.0, needed / schedule.max_steps))
+            raise TSTError(
+                f"The schedule needs {needed} blocks ({schedule.max_steps} steps of {self.rows_per_step} rows, "
+                f"{schedule.switch_step} of them with {schedule.blocks_per_row} blocks per row), but the training data has "
+                f"{self.num_blocks}: lower max_steps to about {affordable}, lower tst_phase_ratio, tst_bag_size or the batch "
+                "size, give more data, or set num_train_epochs instead of max_steps to read the data several times."
+            )
 
     def superposed_groups(self, rows: Indices) -> Indices:
         """First block of the group that each superposition row reads. `rows` and the result: `(n,)`."""
@@ -118,13 +126,11 @@ class DataPlan:
 
     def recovery_blocks(self, rows: Indices) -> Indices:
         """Block that each recovery row reads. `rows` (at least `superposed_rows`) and the result: `(n,)`."""
-        position = rows - self.superposed_rows
-        in_switch_pass = position < self.left_over
-        blocks = np.empty_like(position)
-        blocks[in_switch_pass] = self._left_over_blocks(position[in_switch_pass])
-        passes, position = np.divmod(position[~in_switch_pass] - self.left_over, self.num_blocks)
-        passes += self.switch_pass + 1
-        blocks[~in_switch_pass] = self._permute(passes, position, self.num_blocks, "blocks")
+        passes, blocks = np.divmod(rows - self.superposed_rows - self.left_over, self.num_blocks)
+        whole = passes >= 0
+        passes = passes[whole] + self.switch_pass + 1
+        blocks[whole] = self._permute(passes, blocks[whole], self.num_blocks, "blocks")
+        blocks[~whole] = self._left_over_blocks(blocks[~whole])
         return blocks
 
     def first_blocks(self, rows: Indices) -> Indices:
@@ -143,21 +149,23 @@ class DataPlan:
 
     def row_passes(self, rows: Indices) -> Indices:
         """Pass over the data, counted from 0, in which each row is read. `rows` and the result: `(n,)`."""
-        later = np.maximum(0, (rows - self.superposed_rows - self.left_over) // self.num_blocks + 1)
+        later = (rows - self.superposed_rows - self.left_over) // self.num_blocks + 1
         superposed = rows // max(1, self.groups_per_pass)
         return np.where(rows < self.superposed_rows, superposed, self.switch_pass + later)
 
     def _left_over_blocks(self, position: Indices) -> Indices:
-        """Blocks of the switch pass that superposition did not use, in shuffled order."""
-        size = self.schedule.blocks_per_row
-        passes = np.full_like(position, self.switch_pass)
-        position = self._permute(passes, position, self.left_over, "left over")
-        group_blocks = (self.groups_per_pass - self.used_groups) * size
-        blocks = self.groups_per_pass * size + position - group_blocks  # the tail that fills no group
-        in_group = position < group_blocks
-        used = position[in_group] // size + self.used_groups
-        groups = self._permute(passes[in_group], used, self.groups_per_pass, "groups")
-        blocks[in_group] = groups * size + position[in_group] % size
+        """Blocks of the switch pass that superposition did not use, in shuffled order.
+
+        `position` counts the blocks of the pass as superposition reads them: group after group, then the tail that fills no
+        group.
+        """
+        size, passes = self.schedule.blocks_per_row, np.full_like(position, self.switch_pass)
+        used = self.num_blocks - self.left_over
+        blocks = used + self._permute(passes, position - used, self.left_over, "left over")
+        group, place = np.divmod(blocks, size)
+        in_group = group < self.groups_per_pass
+        groups = self._permute(passes[in_group], group[in_group], self.groups_per_pass, "groups")
+        blocks[in_group] = groups * size + place[in_group]
         return blocks
 
     def _permute(self, passes: Indices, position: Indices, size: int, stream: str) -> Indices:
@@ -171,67 +179,33 @@ class DataPlan:
         return result
 
 
-def plan_for_passes(
-    num_blocks: int,
-    passes: float,
-    make_schedule: Callable[[int], PhaseSchedule],
-    rows_per_step: int,
-    seed: int,
-    shuffle: bool = True,
-) -> DataPlan:
+def longest_plan(passes: float, make_plan: Callable[[int], DataPlan]) -> DataPlan:
     """The longest plan of whole optimizer steps that `passes` passes over the data give.
 
     Args:
-        num_blocks (`int`): Blocks in the data set.
         passes (`float`): Passes over the data (`num_train_epochs`).
-        make_schedule: Schedule of a run of so many steps.
-        rows_per_step, seed, shuffle: See [`DataPlan`].
+        make_plan: Plan of a run of so many steps.
 
     Raises:
         TSTError: If the data does not give a single step, or fill a single row of superposition.
     """
-    budget = math.floor(passes * num_blocks)
-
-    def plan(steps: int) -> DataPlan:
-        return DataPlan(num_blocks, make_schedule(steps), rows_per_step, seed, shuffle)
-
-    smallest = make_schedule(1)
-    if smallest.phase_ratio and num_blocks < smallest.blocks_per_row:
-        raise TSTError(
-            f"The training data has {num_blocks} blocks, too few for one row of superposition with {smallest.blocks_per_row}: "
-            "give more data, a shorter block or a smaller tst_bag_size."
-        )
-    # A step more never reads less, so the number of steps that fit can be found by bisection.
-    candidates = range(1, budget // rows_per_step + 1)
-    fits = bisect_right(candidates, budget, key=lambda steps: plan(steps).blocks_consumed)
+    smallest = make_plan(1)
+    num_blocks, rows_per_step, size = (
+        smallest.num_blocks,
+        smallest.rows_per_step,
+        smallest.schedule.blocks_per_row,
+    )
+    budget, fits = math.floor(passes * num_blocks), 0
+    if num_blocks >= size or not smallest.schedule.phase_ratio:
+        # A step more never reads less, so the number of steps that fit can be found by bisection.
+        candidates = range(1, budget // rows_per_step + 1)
+        fits = bisect_right(candidates, budget, key=lambda steps: make_plan(steps).blocks_consumed)
     if not fits:
         raise TSTError(
-            f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows "
-            f"with {smallest.blocks_per_row} blocks each: give more data, a smaller batch, a shorter block or a "
-            "smaller tst_bag_size."
+            f"The training data has {num_blocks} blocks, too few for one optimizer step of {rows_per_step} rows with {size} "
+            "blocks each: give more data, a smaller batch, a shorter block or a smaller tst_bag_size."
         )
-    return plan(fits)
-
-
-def plan_for_steps(
-    num_blocks: int, schedule: PhaseSchedule, rows_per_step: int, seed: int, shuffle: bool = True
-) -> DataPlan:
-    """The plan of `schedule.max_steps` steps within one pass over the data.
-
-    Raises:
-        TSTError: If the data has fewer blocks than the schedule needs.
-    """
-    needed = schedule.blocks_needed(rows_per_step)
-    if needed > num_blocks:
-        affordable = int(num_blocks / max(1.0, needed / schedule.max_steps))
-        raise TSTError(
-            f"The schedule needs {needed} blocks ({schedule.switch_step} superposition steps of {rows_per_step} rows with "
-            f"{schedule.blocks_per_row} blocks each, {schedule.max_steps - schedule.switch_step} recovery steps of "
-            f"{rows_per_step} rows with one), but the training data has {num_blocks}: lower max_steps to about {affordable}, lower "
-            "tst_phase_ratio, tst_bag_size or the batch size, give more data, or leave max_steps unset and say with "
-            "num_train_epochs how often to read the data."
-        )
-    return DataPlan(num_blocks, schedule, rows_per_step, seed, shuffle)
+    return make_plan(fits)
 
 
 class Permutation:
@@ -267,7 +241,7 @@ class Permutation:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words (the finaliser of SplitMix64)."""
+    """Scramble 64-bit words (the finalizer of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * _MULTIPLIERS[0]
     values = (values ^ (values >> np.uint64(27))) * _MULTIPLIERS[1]
     return values ^ (values >> np.uint64(31))
