@@ -9,19 +9,19 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .bags.collator import DataCollatorForTokenSuperposition as DataCollatorForTokenSuperposition
-    from .bags.folding import input_weights as input_weights
-    from .bags.folding import offset_weights as offset_weights
     from .bags.phases import PhaseSchedule as PhaseSchedule
+    from .bags.weighting import input_weights as input_weights
+    from .bags.weighting import offset_weights as offset_weights
     from .data.packing import BlockStream as BlockStream
     from .data.packing import pack_blocks as pack_blocks
     from .data.packing import tokenize_documents as tokenize_documents
     from .errors import PreemptedError as PreemptedError
     from .errors import RunError as RunError
     from .errors import TSTError as TSTError
-    from .evaluation.checkpoint import METRIC_FILE as METRIC_FILE
-    from .evaluation.checkpoint import evaluate_checkpoint as evaluate_checkpoint
-    from .evaluation.checkpoint import evaluate_tasks as evaluate_tasks
-    from .evaluation.checkpoint import score_texts as score_texts
+    from .evaluation.scores import METRIC_FILE as METRIC_FILE
+    from .evaluation.scores import evaluate_checkpoint as evaluate_checkpoint
+    from .evaluation.scores import evaluate_tasks as evaluate_tasks
+    from .evaluation.scores import score_texts as score_texts
     from .losses.linear import linear_multi_hot_cross_entropy as linear_multi_hot_cross_entropy
     from .losses.multi_hot import count_target_bags as count_target_bags
     from .losses.multi_hot import multi_hot_cross_entropy as multi_hot_cross_entropy
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 # Public names by module. A module is imported when one of its names is first used, so that `import hf_tst` costs nothing.
 _NAMES = {
     "bags.collator": ["DataCollatorForTokenSuperposition"],
-    "bags.folding": ["input_weights", "offset_weights"],
     "bags.phases": ["PhaseSchedule"],
+    "bags.weighting": ["input_weights", "offset_weights"],
     "data.packing": ["BlockStream", "pack_blocks", "tokenize_documents"],
     "errors": ["PreemptedError", "RunError", "TSTError"],
-    "evaluation.checkpoint": ["METRIC_FILE", "evaluate_checkpoint", "evaluate_tasks", "score_texts"],
+    "evaluation.scores": ["METRIC_FILE", "evaluate_checkpoint", "evaluate_tasks", "score_texts"],
     "losses.linear": ["linear_multi_hot_cross_entropy"],
     "losses.multi_hot": ["count_target_bags", "multi_hot_cross_entropy"],
     "models.sharding": ["full_state_dict", "left_out_of_optimizer"],

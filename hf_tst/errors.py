@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -34,6 +34,12 @@ def check_at_least(lowest: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= lowest:
             raise TSTError(f"{name} must be at least {lowest}, but is {value}.")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `TSTError` unless the argument `name` is one of `choices`."""
+    if value not in choices:
+        raise TSTError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
 
 
 @contextmanager

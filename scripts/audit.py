@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli.main import run_command
-from hf_tst.data.position import DataPosition
+from hf_tst.data.resume_position import DataPosition
 from hf_tst.errors import TSTError
 from hf_tst.experiments.options import parse_list
 from hf_tst.pretraining.options import (

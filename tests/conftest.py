@@ -22,6 +22,7 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_tst import TSTError, TSTTrainer, TSTTrainingArguments
+from hf_tst.data.read_order import DataPlan, longest_plan
 
 VOCAB_SIZE = 97
 BLOCK_LENGTH = 12
@@ -199,3 +200,17 @@ def train_to_be_best_at_step_4(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def plan_for_passes(num_blocks, passes, make_schedule, rows_per_step, seed, shuffle=True):
+    """The longest plan over so many passes, whatever the arguments of a trainer."""
+    return longest_plan(
+        passes, lambda steps: DataPlan(num_blocks, make_schedule(steps), rows_per_step, seed, shuffle)
+    )
+
+
+def plan_for_steps(num_blocks, schedule, rows_per_step, seed, shuffle=True):
+    """A plan within one pass, whatever the arguments of a trainer."""
+    plan = DataPlan(num_blocks, schedule, rows_per_step, seed, shuffle)
+    plan.check_one_pass()
+    return plan

@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_tst import TSTTrainingArguments
-from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 
 FIELDS = [
     field for field in dataclasses.fields(TSTTrainingArguments) if field.name.startswith(("tst_", "mtp_"))
@@ -117,6 +117,6 @@ def test_the_trainer_needs_neither_datasets_nor_evaluate_nor_peft():
         "import sys\n"
         "for name in ('datasets', 'pyarrow', 'evaluate', 'peft', 'matplotlib'): sys.modules[name] = None\n"
         "from hf_tst import *\n"
-        "import hf_tst.data.quickstart, hf_tst.data.text_files, hf_tst.records.report, hf_tst.training.audit\n"
+        "import hf_tst.data.quickstart, hf_tst.data.files, hf_tst.records.report, hf_tst.training.audit\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import BLOCK_LENGTH, make_blocks
+from conftest import BLOCK_LENGTH, make_blocks, plan_for_passes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from processes import Script, run_script
@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from hf_tst import PhaseSchedule, TSTTrainer, TSTTrainingArguments
 from hf_tst.data.packing import BlockStream
-from hf_tst.data.plan import BatchLayout, DataPlan, plan_for_passes
-from hf_tst.data.position import DataPosition
+from hf_tst.data.read_order import BatchLayout, DataPlan
+from hf_tst.data.resume_position import DataPosition
 from hf_tst.data.rows import EpochSampler, PlannedRows
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 

@@ -13,7 +13,15 @@ import datasets
 import pytest
 import torch
 import yaml
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model, write_corpus
+from conftest import (
+    BLOCK_LENGTH,
+    VOCAB_SIZE,
+    make_blocks,
+    make_model,
+    plan_for_passes,
+    plan_for_steps,
+    write_corpus,
+)
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from hf_tst import (
@@ -28,10 +36,9 @@ from hf_tst import (
 from hf_tst.bags.folding import fold_into_bags
 from hf_tst.cli import card as run_card
 from hf_tst.cli import plan as planning
+from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
-from hf_tst.data.plan import plan_for_passes, plan_for_steps
-from hf_tst.data.position import DataPosition
-from hf_tst.data.text_files import load_text_file
+from hf_tst.data.resume_position import DataPosition
 from hf_tst.pretraining.pretrain import main
 from hf_tst.records.run_record import RunRecord
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position

@@ -3,14 +3,11 @@ import math
 import pytest
 import torch
 
-from hf_tst.bags.folding import (
+from hf_tst.bags.folding import average_embeddings, fold_into_bags, next_bag_labels, next_window_labels
+from hf_tst.bags.weighting import (
     INPUT_WEIGHTINGS,
     OFFSET_WEIGHTINGS,
-    average_embeddings,
-    fold_into_bags,
     input_weights,
-    next_bag_labels,
-    next_window_labels,
     offset_weights,
     resolve_weighting,
 )

@@ -8,7 +8,8 @@ from test_superposition import make_bags
 from versions import fails_before
 
 from hf_tst import token_superposition
-from hf_tst.bags.folding import INPUT_WEIGHTINGS, next_window_labels
+from hf_tst.bags.folding import next_window_labels
+from hf_tst.bags.weighting import INPUT_WEIGHTINGS
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,15 +4,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, make_blocks
+from conftest import BLOCK_LENGTH, make_blocks, plan_for_passes, plan_for_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_script
 
 from hf_tst import PhaseSchedule
 from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks
-from hf_tst.data.permutation import Permutation
-from hf_tst.data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
+from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation
 from hf_tst.data.rows import EpochSampler, PlannedRows
 from hf_tst.data.stream import StreamedRows
 
@@ -101,7 +100,9 @@ def test_too_few_blocks_say_how_many_and_what_to_change():
     assert plan_for_steps(50, schedule, rows_per_step=2, seed=0).blocks_consumed == 50
     with pytest.raises(ValueError, match="too few for one optimizer step"):
         plan_for_passes(7, 1, lambda steps: PhaseSchedule(steps, 1, 4), rows_per_step=2, seed=0)
-    with pytest.raises(ValueError, match="3 blocks, too few for one row of superposition with 4"):
+    with pytest.raises(
+        ValueError, match="has 3 blocks, too few for one optimizer step of 2 rows with 4 blocks each"
+    ):
         plan_for_passes(3, 10, lambda steps: PhaseSchedule(steps, 0.3, 4), rows_per_step=2, seed=0)
 
 
@@ -142,7 +143,7 @@ def test_blocks_are_read_the_same_however_they_are_stored(source, tmp_path):
         found = [tuple(block[name].tolist() for name in reader.columns) for block in reader.read(numbers)]
         assert found == [expected[i] for i in numbers]
         for start in range(len(data) - 5):
-            joined = reader.read_joined(start, 5)
+            (joined,) = reader.read([start], 5)
             assert joined["input_ids"].tolist() == [t for ids, _ in expected[start : start + 5] for t in ids]
         again = pickle.loads(pickle.dumps(reader))
         assert again.read([5])[0]["input_ids"].tolist() == expected[5][0]
@@ -153,7 +154,7 @@ def test_a_block_of_another_length_is_found_when_it_is_read():
     blocks = make_blocks(6)
     blocks[3]["input_ids"] = blocks[3]["input_ids"][:-1]
     with pytest.raises(ValueError, match="block 3 has 11"):
-        BlockReader(datasets.Dataset.from_list(blocks), ["input_ids"]).read_joined(2, 3)
+        BlockReader(datasets.Dataset.from_list(blocks), ["input_ids"]).read([2], 3)
 
 
 def test_starting_on_a_billion_tokens_takes_no_memory(tmp_path):

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, token_superposition
-from hf_tst.bags.documents import document_bags, document_windows, starts_after_end_token
-from hf_tst.bags.folding import average_embeddings, fold_into_bags, next_bag_labels
+from hf_tst.bags.folding import (
+    average_embeddings,
+    document_bags,
+    document_starts,
+    document_windows,
+    fold_into_bags,
+    next_bag_labels,
+)
 from hf_tst.training.document_attention import check_document_attention
 
 EOS = VOCAB_SIZE - 1
@@ -56,7 +62,7 @@ def naive_bags(tokens, bag_size):
 def test_bags_end_where_documents_end(case):
     bag_size, tokens = case
     row = torch.tensor([tokens])
-    starts = starts_after_end_token(row, EOS)
+    starts = document_starts(row[:, :-1] == EOS)
     found = document_bags(row, row, starts, bag_size)
     assert [part[0].tolist() for part in found] == list(naive_bags(tokens, bag_size))
     left_out = len(tokens) - int((found[0] >= 0).sum())
@@ -65,7 +71,7 @@ def test_bags_end_where_documents_end(case):
 
 def test_without_an_end_in_the_row_bags_are_the_ordinary_ones():
     row = torch.arange(24).view(2, 12)
-    bags, labels, positions = document_bags(row, row, starts_after_end_token(row, EOS), 3)
+    bags, labels, positions = document_bags(row, row, document_starts(row[:, :-1] == EOS), 3)
     assert torch.equal(bags, fold_into_bags(row, 3))
     assert torch.equal(labels, next_bag_labels(fold_into_bags(row, 3)))
     assert positions.tolist() == [[0, 1, 2, 3]] * 2
@@ -73,7 +79,7 @@ def test_without_an_end_in_the_row_bags_are_the_ordinary_ones():
 
 def test_windows_stay_inside_documents():
     row = torch.tensor([[1, 2, EOS, 3, 4, 5]])
-    windows = document_windows(row, starts_after_end_token(row, EOS), 2)
+    windows = document_windows(row, document_starts(row[:, :-1] == EOS), 2)
     assert windows.tolist() == [
         [[2, EOS], [EOS, -100], [-100, -100], [4, 5], [5, -100], [-100, -100]],
     ]

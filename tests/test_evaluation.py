@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst.data.quickstart import train_tokenizer
-from hf_tst.evaluation.checkpoint import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
+from hf_tst.evaluation.scores import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
 
 TEXTS = [
     "line 7 of the text, which says 49\n",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_loss import naive_loss
 
 from hf_tst import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, offset_weights
-from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 from hf_tst.losses.linear import CHUNK_BYTES, chunk_rows
 
 

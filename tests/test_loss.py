@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_tst import multi_hot_cross_entropy, offset_weights
-from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 from hf_tst.losses.multi_hot import count_target_bags
 
 

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
 from hf_tst.data.packing import BlockStream
-from hf_tst.data.permutation import Permutation
-from hf_tst.data.position import DataPosition
+from hf_tst.data.read_order import Permutation
+from hf_tst.data.resume_position import DataPosition
 
 EOS = VOCAB_SIZE - 1
 

@@ -16,13 +16,8 @@ from transformers import (
 )
 
 from hf_tst import multi_hot_cross_entropy, offset_weights, token_superposition
-from hf_tst.bags.folding import (
-    INPUT_WEIGHTINGS,
-    OFFSET_WEIGHTINGS,
-    fold_into_bags,
-    next_bag_labels,
-    next_window_labels,
-)
+from hf_tst.bags.folding import fold_into_bags, next_bag_labels, next_window_labels
+from hf_tst.bags.weighting import INPUT_WEIGHTINGS, OFFSET_WEIGHTINGS
 
 
 def make_bags(bag_size=4, rows=2, length=6):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_tst import TSTError
-from hf_tst.data.token_files import TokenFile
+from hf_tst.data.files import TokenFile
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import DataArguments, ModelArguments
 from hf_tst.pretraining.pretrain import load_documents, prepare_blocks

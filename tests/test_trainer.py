@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy
-from hf_tst.bags.folding import OFFSET_WEIGHTINGS
+from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 from hf_tst.training import callbacks
 
 LOG_V = math.log(VOCAB_SIZE)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ..errors import TSTError
-from .documents import (
+from .folding import (
     DocumentBoundaries,
     check_document_boundaries,
     document_bags,
+    document_starts,
     document_windows,
+    fold_into_bags,
+    next_bag_labels,
+    next_window_labels,
     positions_in_documents,
-    starts_after_end_token,
-    starts_of_ids,
-    starts_of_positions,
 )
-from .folding import fold_into_bags, next_bag_labels, next_window_labels
 from .phases import TSTMode, check_bag_size, check_mode
 
 
@@ -30,7 +30,7 @@ class DataCollatorForTokenSuperposition:
     """Collates rows of l·s contiguous token ids into bags with bag-aligned labels.
 
     Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if there, are
-    the token each position holds as a target (`-100` where it is none), exactly as for an ordinary causal
+    the token each position holds as a target (`-100` where there is no target), exactly as for an ordinary causal
     model; by default they are the ids. `attention_mask` is accepted if it is all ones, and dropped: what the
     model sees is a full row of l bags.
 
@@ -50,7 +50,7 @@ class DataCollatorForTokenSuperposition:
     count up within a document), else by the end-of-sequence token that ends them.
 
     Args:
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
         ignore_index (`int`, defaults to -100): Label that is no target.
         document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
@@ -91,7 +91,7 @@ class DataCollatorForTokenSuperposition:
         for feature in features:
             if "input_ids" not in feature:
                 raise TSTError(
-                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenise the data."
+                    f"Rows need a column 'input_ids', but have {sorted(feature)}: tokenize the data."
                 )
         lengths = sorted({len(feature["input_ids"]) for feature in features})
         if len(lengths) > 1:
@@ -101,14 +101,20 @@ class DataCollatorForTokenSuperposition:
             )
         if self.bag_size == 1 and self.document_boundaries == "ignore":
             return self._collate_tokens(features)
-        tokens, targets = _full_rows(features)
+        for feature in features:
+            mask = feature.get("attention_mask")
+            if mask is not None and not np.asarray(mask).all():
+                raise TSTError(
+                    "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
+                    "pack the data into full blocks."
+                )
+        tokens = _stack(features, "input_ids")
+        targets = _stack(features, "labels") if "labels" in features[0] else tokens
         if self.document_boundaries == "respect":
             return self._collate_documents(features, tokens, targets)
         if self.mode == "output":
-            return {
-                "input_ids": tokens,
-                "labels": next_window_labels(targets, self.bag_size, self.ignore_index),
-            }
+            labels = next_window_labels(targets, self.bag_size, self.ignore_index)
+            return {"input_ids": tokens, "labels": labels}
         labels = next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index)
         return {"input_ids": fold_into_bags(tokens, self.bag_size), "labels": labels}
 
@@ -117,51 +123,38 @@ class DataCollatorForTokenSuperposition:
 
         batch = default_data_collator(list(features))
         batch["input_ids"] = batch["input_ids"].long()
-        if "labels" in batch:
-            batch["labels"] = batch["labels"].long()
-        else:
+        if "labels" not in batch:
             padding = batch.get("attention_mask", torch.ones(())) == 0
             batch["labels"] = batch["input_ids"].masked_fill(padding, self.ignore_index)
-        return batch
+        return batch | {"labels": batch["labels"].long()}
 
     def _collate_documents(
         self, features: Sequence[Mapping[str, Any]], tokens: Tensor, targets: Tensor
     ) -> dict[str, Tensor]:
-        starts = self._document_starts(features, tokens)
+        starts = document_starts(self._follows_an_end(features, tokens))
         if self.bag_size > 1 and self.mode != "output":
-            fold_into_bags(tokens, self.bag_size)  # checks the row length
-            bags = document_bags(tokens, targets, starts, self.bag_size, self.ignore_index)
-            return dict(zip(("input_ids", "labels", "position_ids"), bags, strict=True))
-        if self.bag_size == 1:
-            labels = targets.masked_fill(starts, self.ignore_index)
+            tokens, labels, positions = document_bags(
+                tokens, targets, starts, self.bag_size, self.ignore_index
+            )
         else:
-            labels = document_windows(targets, starts, self.bag_size, self.ignore_index)
-        return {"input_ids": tokens, "labels": labels, "position_ids": positions_in_documents(starts)}
+            positions = positions_in_documents(starts)
+            labels = targets.masked_fill(starts, self.ignore_index)
+            if self.bag_size > 1:
+                labels = document_windows(targets, starts, self.bag_size, self.ignore_index)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
-    def _document_starts(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
+    def _follows_an_end(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
+        """Whether each token but the row's first is the first one of a document, `(B, n - 1)`."""
         if "document_ids" in features[0]:
-            return starts_of_ids(_stack(features, "document_ids"))
+            return _stack(features, "document_ids").diff() != 0
         if "position_ids" in features[0]:
-            return starts_of_positions(_stack(features, "position_ids"))
+            return _stack(features, "position_ids").diff() != 1
         if self.eos_token_id is None:
             raise TSTError(
                 "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
                 "a column 'document_ids', or set tst_document_boundaries='ignore'."
             )
-        return starts_after_end_token(tokens, self.eos_token_id)
-
-
-def _full_rows(features: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Token ids and targets of rows without padding, `(B, n)` each."""
-    for feature in features:
-        mask = feature.get("attention_mask")
-        if mask is not None and not torch.as_tensor(mask).all():
-            raise TSTError(
-                "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
-                "pack the data into full blocks."
-            )
-    tokens = _stack(features, "input_ids")
-    return tokens, _stack(features, "labels") if "labels" in features[0] else tokens
+        return tokens[:, :-1] == self.eos_token_id
 
 
 def _stack(features: Sequence[Mapping[str, Any]], column: str) -> Tensor:

@@ -1,41 +1,28 @@
-"""Bags of tokens as tensors: folding, targets, averaged embeddings, weights of the offsets. Pure functions.
+"""Rows of tokens as bags, their targets, and averaged embeddings; also where documents end in a row. Pure functions.
 
-Shapes: B rows, l latent positions, s tokens a bag, L block length, d hidden size. A superposition row holds
-l·s contiguous tokens.
+Shapes: B rows, n tokens per row, l latent positions, s tokens per bag, L block length, d hidden size. A superposition row
+holds l·s contiguous tokens. Rows may begin and end inside a document; what a row holds of one document is treated as a
+document of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..errors import TSTError
-from .phases import check_bag_size
+from ..errors import TSTError, check_choice
 
-OffsetWeighting = Literal["uniform", "power_law", "fitted_power_law", "exponential", "first_token"]
+DocumentBoundaries = Literal["ignore", "respect"]
 
-InputWeighting = Literal["uniform", "linear", "exponential"]
+DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
 
-OFFSET_WEIGHTINGS: tuple[OffsetWeighting, ...] = get_args(OffsetWeighting)
-INPUT_WEIGHTINGS: tuple[InputWeighting, ...] = get_args(InputWeighting)
 
-# Of the offsets 1 … s, before they are divided by their sum. The fitted power law C0 + a·i^k is the paper's, to the
-# information that an earlier token carries about a later one.
-_OFFSET_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": torch.ones_like,
-    "power_law": torch.reciprocal,
-    "fitted_power_law": lambda offset: 3.63 + 1.35 * offset**-1.25,
-    "exponential": lambda offset: torch.exp(-offset),
-    "first_token": lambda offset: (offset == 1).double(),
-}
-_INPUT_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": torch.ones_like,
-    "linear": torch.clone,
-    "exponential": lambda offset: torch.exp(offset - offset[-1]),
-}
+def check_document_boundaries(boundaries: str, name: str = "document_boundaries") -> None:
+    """Raise `TSTError` unless the argument `name` is one of `DOCUMENT_BOUNDARIES`."""
+    check_choice(name, boundaries, DOCUMENT_BOUNDARIES)
 
 
 def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
@@ -89,64 +76,59 @@ def average_embeddings(
     return (total / shares.sum(dim=2, keepdim=True).clamp_min(smallest)).to(embedded.dtype)
 
 
-def offset_weights(weighting: OffsetWeighting, bag_size: int) -> Tensor:
-    """Weight of each token in a target bag by its offset i = 1 … s, float32 of shape `(s,)`, summing to 1.
+def document_starts(starts_after_first: Tensor) -> Tensor:
+    """First tokens of documents, from those of all tokens but the row's first. `(B, n - 1) -> (B, n)`, bool."""
+    return pad(starts_after_first, (1, 0), value=True)
+
+
+def positions_in_documents(starts: Tensor) -> Tensor:
+    """Position of each element in its document, from 0. `(B, n) -> (B, n)`, int64."""
+    index = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    return index - index.masked_fill(~starts, 0).cummax(dim=1).values
+
+
+def document_bags(
+    tokens: Tensor, targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bags that are cut at the end of each document, and their targets.
+
+    A document of m tokens fills ⌈m / s⌉ bags, the last one perhaps not wholly. A row keeps its first n / s bags, so
+    for every token of room that short bags leave, a token at the row's end is left out.
 
     Args:
-        weighting: `"uniform"`, `"power_law"` (1/i), `"fitted_power_law"` (C0 + a·i^k with the paper's fit),
-            `"exponential"` (exp(-i)) or `"first_token"` (only i = 1).
-        bag_size (`int`): Tokens a bag, s, at least 1.
+        tokens (`torch.LongTensor` of shape `(B, n)`): Token ids; n is a multiple of `bag_size`.
+        targets (`torch.LongTensor` of shape `(B, n)`): The token each position holds as a target, or `ignore_index`.
+        starts (`torch.BoolTensor` of shape `(B, n)`): First tokens of documents.
+        bag_size (`int`): Tokens per bag, s.
+        ignore_index (`int`, defaults to -100): Fills empty places of a bag, and labels that are no target.
 
-    Raises:
-        TSTError: If `weighting` is unknown, or `bag_size` out of range.
+    Returns:
+        `input_ids` of shape `(B, l, s)` with `ignore_index` in empty places; `labels` of shape `(B, l, s)`, where
+        position t holds bag t + 1 if that is of the same document, else `ignore_index`; and `position_ids` of shape
+        `(B, l)`, which count the bags of each document from 0.
     """
-    return _weights(_OFFSET_WEIGHTS, weighting, bag_size)
+    positions = positions_in_documents(starts)
+    bag = (positions % bag_size == 0).cumsum(dim=1) - 1
+    # One place too many takes in all that finds no room, and is cut off.
+    length = tokens.shape[1]
+    place = (bag * bag_size + positions % bag_size).clamp_max(length)
+
+    def fill(values: Tensor) -> Tensor:
+        empty = pad(torch.full_like(values, ignore_index), (0, 1))
+        return fold_into_bags(empty.scatter(1, place, values)[:, :length], bag_size)
+
+    position_ids = fill(positions)[..., 0] // bag_size
+    # A bag that begins a document is no target.
+    target_bags = fill(targets).masked_fill((position_ids == 0)[..., None], ignore_index)
+    return fill(tokens), next_bag_labels(target_bags, ignore_index), position_ids
 
 
-def input_weights(weighting: InputWeighting, bag_size: int) -> Tensor:
-    """Weight of each embedding in the mean of a bag by its offset i = 1 … s, float32 of shape `(s,)`, summing to 1.
+def document_windows(targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
+    """Targets of output-only superposition inside documents: position t is asked for tokens t+1 … t+s of its own.
 
-    Args:
-        weighting: `"uniform"` (the paper's mean), `"linear"` (i) or `"exponential"` (exp(i)): the last token heaviest.
-        bag_size (`int`): Tokens a bag, s, at least 1.
-
-    Raises:
-        TSTError: If `weighting` is unknown, or `bag_size` out of range.
+    `(B, n) -> (B, n, s)`; tokens of other documents and beyond the row are `ignore_index`.
     """
-    return _weights(_INPUT_WEIGHTS, weighting, bag_size)
-
-
-def _weights(functions: Mapping[str, Callable[[Tensor], Tensor]], weighting: str, bag_size: int) -> Tensor:
-    _check_weighting(weighting, functions, "weighting")
-    check_bag_size(bag_size)
-    weights = functions[weighting](torch.arange(1, bag_size + 1, dtype=torch.float64))
-    return (weights / weights.sum()).float()
-
-
-def _check_weighting(weighting: str, known: Iterable[str], name: str) -> None:
-    if weighting not in known:
-        raise TSTError(f"{name} must be one of {', '.join(known)}, but is {weighting!r}.")
-
-
-def resolve_weighting(
-    mode: str, weighting: OffsetWeighting, input_weighting: InputWeighting = "uniform", prefix: str = ""
-) -> OffsetWeighting:
-    """The offset weighting that `mode` trains with: input-only superposition has one target, the first token.
-
-    `prefix` is what the names of the arguments begin with, for messages.
-
-    Raises:
-        TSTError: If a weighting is unknown, or `mode` leaves it nothing to weigh.
-    """
-    _check_weighting(weighting, OFFSET_WEIGHTINGS, f"{prefix}offset_weighting")
-    _check_weighting(input_weighting, INPUT_WEIGHTINGS, f"{prefix}input_weighting")
-    useless = None
-    if mode == "output" and input_weighting != "uniform":
-        useless = f"reads single tokens, so {prefix}input_weighting={input_weighting!r}"
-    if mode == "input" and weighting not in ("uniform", "first_token"):
-        useless = f"has a single target token, so {prefix}offset_weighting={weighting!r}"
-    if useless:
-        raise TSTError(
-            f"{prefix}mode={mode!r} {useless} has nothing to weigh: leave it at 'uniform', or use {prefix}mode='full'."
-        )
-    return "first_token" if mode == "input" else weighting
+    document = starts.cumsum(dim=1)
+    windows = next_window_labels(targets, bag_size, ignore_index)
+    documents = next_window_labels(document, bag_size, 0)
+    return windows.masked_fill(documents != document[..., None], ignore_index)

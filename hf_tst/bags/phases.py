@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 
 Phase = Literal["superposition", "recovery"]
 TSTMode = Literal["full", "input", "output"]
@@ -24,7 +23,7 @@ class PhaseSchedule:
     Args:
         max_steps (`int`): Optimizer steps of the whole run, N.
         phase_ratio (`float`): Fraction r of the steps that is superposition, in [0, 1].
-        bag_size (`int`): Tokens a bag, s.
+        bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
 
     Raises:
@@ -70,17 +69,16 @@ class PhaseSchedule:
         """Blocks that the whole run reads.
 
         Args:
-            rows_per_step (`int`): Rows an optimizer step, over all devices and micro-batches.
+            rows_per_step (`int`): Rows per optimizer step, over all devices and micro-batches.
         """
-        superposition, recovery = self.switch_step, self.max_steps - self.switch_step
-        return rows_per_step * (superposition * self.blocks_per_row + recovery)
+        return self.tokens_seen(self.max_steps, rows_per_step)
 
     def tokens_seen(self, step: int, tokens_per_step: int) -> int:
         """Raw tokens read once `step` optimizer steps are done.
 
         Args:
             step (`int`): Optimizer steps done.
-            tokens_per_step (`int`): Latent tokens a step, that is rows a step times the block length. It is
+            tokens_per_step (`int`): Latent tokens per step: rows per step times the block length. It is
                 the same in both phases; a superposition step reads `blocks_per_row` times as many raw tokens.
         """
         superposition = min(step, self.switch_step)
@@ -90,10 +88,9 @@ class PhaseSchedule:
 
 def check_phase_ratio(phase_ratio: float, name: str = "phase_ratio") -> None:
     """Raise `TSTError` unless the argument `name` is a number in [0, 1]."""
-    if isinstance(phase_ratio, bool) or not isinstance(phase_ratio, (int, float)):
-        raise TSTError(f"{name} must be a number from 0 to 1, but is {phase_ratio!r}.")
-    if not math.isfinite(phase_ratio) or not 0 <= phase_ratio <= 1:
-        raise TSTError(f"{name} must be from 0 to 1, but is {phase_ratio}.")
+    is_number = isinstance(phase_ratio, (int, float)) and not isinstance(phase_ratio, bool)
+    if not is_number or not 0 <= phase_ratio <= 1:  # nor nan, which no comparison holds for
+        raise TSTError(f"{name} must be from 0 to 1, but is {phase_ratio!r}.")
 
 
 def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
@@ -104,5 +101,4 @@ def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
 
 def check_mode(mode: str, name: str = "mode") -> None:
     """Raise `TSTError` unless the argument `name` is one of `MODES`."""
-    if mode not in MODES:
-        raise TSTError(f"{name} must be one of {', '.join(MODES)}, but is {mode!r}.")
+    check_choice(name, mode, MODES)

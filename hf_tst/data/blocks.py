@@ -1,7 +1,7 @@
 """Blocks of a map-style data set: full rows of tokens, all of one length. Checking that they are, and reading them.
 
-A `datasets.Dataset` is read as slices of its memory-mapped Arrow table: consecutive blocks are one slice of one
-buffer, and nothing is turned into Python objects on the way.
+Token columns of a `datasets.Dataset` are taken out of its memory-mapped Arrow table, all blocks of a batch at once, and
+nothing is turned into Python objects on the way.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ..errors import TSTError
 
-# Columns with one value a token.
-PER_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask"}
+# What superposition reads of a block; recovery passes on all columns that the model takes.
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+# Columns that say where documents end.
+DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
 # Stored lengths that are looked at before training starts.
@@ -65,35 +67,28 @@ class BlockRules:
         if self.length is not None:
             check_length(len(tokens), self.length, index)
         if "labels" in block and len(block["labels"]) != len(tokens):
-            raise TSTError(
-                f"Block {index} of the training data has {len(tokens)} input_ids and {len(block['labels'])} labels: give "
-                "every token its label, or leave the labels out."
-            )
+            counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
+            raise _bad_block(index, f"has {counts}: give every token its label, or leave the labels out")
         size = self.vocab_size
         if (bad := (tokens < 0) | (tokens >= (size or np.iinfo(np.int64).max))).any():
             known = f"the model has embeddings for 0 to {size - 1}" if size else "ids are not negative"
-            raise TSTError(
-                f"Block {index} of the training data holds the id {tokens[bad.argmax()]}, but {known}: tokenize it with the "
-                "model's own tokenizer."
-            )
-        self.check_padding(tokens, block.get("attention_mask"), index)
+            found = f"holds the id {tokens[bad.argmax()]}, but {known}"
+            raise _bad_block(index, f"{found}: tokenize it with the model's own tokenizer")
+        self.check_padding(block, index)
         return tokens
 
-    def check_padding(self, tokens: NDArray[Any], attention_mask: Any, index: int) -> None:
-        """Raise `TSTError` if the blocks from `index` on, joined to one row, are padded."""
-        length = self.length or len(tokens)
-        found = None
-        if attention_mask is not None and not (real := np.asarray(attention_mask).astype(bool)).all():
-            found = index + int(real.argmin()) // length, "is padded (its attention_mask holds zeros)"
-        elif self.pad_token_id is not None:
-            ends = tokens[length - 1 :: length] == self.pad_token_id
-            if ends.any():
-                found = index + int(ends.argmax()), f"ends in the padding token {self.pad_token_id}"
-        if found is not None:
-            raise TSTError(
-                f"Block {found[0]} of the training data {found[1]}, and a bag would average padding with text: pack the "
-                "data into full blocks."
-            )
+    def check_padding(self, row: Mapping[str, Any], index: int) -> None:
+        """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
+        length = self.length or len(row["input_ids"])
+        mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"])[length - 1 :: length]
+        if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
+            index, found = index + int(real.argmin()) // length, "is padded (its attention_mask holds zeros)"
+        elif self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
+            index, found = index + int(padded.argmax()), f"ends in the padding token {self.pad_token_id}"
+        else:
+            return
+        reason = "a bag would average padding with text"
+        raise _bad_block(index, f"{found}, and {reason}: pack the data into full blocks")
 
 
 NO_RULES = BlockRules()
@@ -125,10 +120,10 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
         digest.update(rules.check(blocks[index], index).tobytes())
     if isinstance(blocks, (list, tuple)):
         for index, block in enumerate(blocks):
-            check_length(len(block["input_ids"]) if "input_ids" in block else 0, length, index)
+            check_length(len(block.get("input_ids", ())), length, index)
     elif is_dataset:
         stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
-        _check_stored_lengths(stored["input_ids"], length)
+        _check_stored_lengths(stored["input_ids"], length, range(len(stored)))
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
 
 
@@ -141,15 +136,17 @@ def check_length(found: int, length: int, index: int) -> None:
         )
 
 
-def _check_stored_lengths(column: Any, length: int, start: int = 0) -> None:
-    """The same for all blocks of an Arrow column of lists, from block `start` on."""
+def _bad_block(index: int, problem: str) -> TSTError:
+    return TSTError(f"Block {index} of the training data {problem}.")
+
+
+def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
+    """The same for an Arrow column that holds a list for each of some blocks."""
     import pyarrow.compute as pc
 
-    for chunk in column.chunks:
-        lengths = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)
-        if (differs := lengths != length).any():
-            check_length(int(lengths[differs.argmax()]), length, start + int(differs.argmax()))
-        start += len(chunk)
+    lengths = np.asarray(pc.list_value_length(column))
+    if (differs := lengths != length).any():
+        check_length(int(lengths[differs.argmax()]), length, indices[differs.argmax()])
 
 
 def _tokens(block: Any, index: int) -> NDArray[np.int64]:
@@ -161,32 +158,25 @@ def _tokens(block: Any, index: int) -> NDArray[np.int64]:
         )
     try:
         tokens = np.asarray(block["input_ids"])
-    except (TypeError, ValueError) as error:
-        raise TSTError(
-            f"The input_ids of block {index} of the training data are not one row of token ids: {error}."
-        ) from None
-    if tokens.ndim == 1 and not len(tokens):
-        raise TSTError(f"Block {index} of the training data holds no token: pack the data into blocks.")
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = f"an array of shape {tokens.shape} and type {tokens.dtype}" if tokens.ndim else "text"
-        raise TSTError(
-            f"The input_ids of block {index} of the training data must be one row of whole numbers, but are {found}: "
-            "tokenize the data and pack it into blocks."
-        )
+    except (TypeError, ValueError) as error:
+        tokens, found = np.empty(()), f"not ({error})"
+    if tokens.ndim == 1 and not len(tokens):
+        raise _bad_block(index, "holds no token: pack the data into blocks")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        problem = f"has input_ids that must be one row of whole numbers, but are {found}"
+        raise _bad_block(index, f"{problem}: tokenize the data and pack it into blocks")
     return tokens.astype(np.int64, copy=False)
 
 
 class BlockReader:
-    """Reads the `columns` of blocks by number.
+    """Reads the `columns` of blocks by number, one block per row or several.
 
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
         as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format.
         rules (`BlockRules`): What the blocks must keep to; by default nothing but one length per column.
-
-    Raises:
-        TSTError: In reading, if a block breaks the rules.
     """
 
     def __init__(
@@ -194,41 +184,55 @@ class BlockReader:
     ) -> None:
         self.columns = list(columns)
         self.rules = rules
-        self._tables = None
+        self._is_table = False
         if hasattr(blocks, "select_columns"):
             blocks = blocks.select_columns(self.columns)
-            self._tables = blocks.with_format("arrow")
             if as_arrays:
-                blocks = blocks.with_format("numpy")
+                self._is_table = _holds_ids(blocks)
+                blocks = blocks.with_format("arrow" if self._is_table else "numpy")
         self._blocks = blocks
 
-    def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        """The columns of each of some blocks."""
+    def read(self, first_blocks: Sequence[int], size: int = 1) -> list[dict[str, Any]]:
+        """The columns of some rows, each of `size` consecutive blocks.
+
+        Raises:
+            TSTError: If a block is of another length.
+        """
+        indices = [first + i for first in first_blocks for i in range(size)]
+        if self._is_table:
+            return self._read_table(indices, size)
         if hasattr(self._blocks, "__getitems__"):
-            found = self._blocks.__getitems__(list(indices))
+            found = self._blocks.__getitems__(indices)
         else:
             found = [self._blocks[i] for i in indices]
         found = [{name: block[name] for name in self.columns} for block in found]
         if self.rules.length is not None:
             for index, block in zip(indices, found, strict=True):
-                for name in PER_TOKEN_COLUMNS & block.keys():
+                for name in block.keys() & TOKEN_COLUMNS:
                     check_length(len(block[name]), self.rules.length, index)
-        return found
+        return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
-    def read_joined(self, start: int, count: int) -> dict[str, NDArray[Any]]:
-        """The columns of `count` consecutive blocks, each joined to one array; full blocks, without padding."""
-        if self._tables is None:
-            joined = join_blocks(self.read(range(start, start + count)))
-        else:
-            joined = {}
-            for name, column in zip(self.columns, self._tables[start : start + count].columns, strict=True):
-                joined[name] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                length = self.rules.length or len(column[0])
-                if len(joined[name]) != count * length:
-                    _check_stored_lengths(column, length, start)
-        if "input_ids" in joined:
-            self.rules.check_padding(joined["input_ids"], joined.get("attention_mask"), start)
-        return joined
+    def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
+        """All blocks at once, each row a view of one array per column."""
+        arrays = []
+        for column in self._blocks[indices].columns:
+            lists = column.combine_chunks()
+            length = self.rules.length or len(lists[0])
+            _check_stored_lengths(lists, length, indices)
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            arrays.append(values.astype(np.int64).reshape(-1, size * length))
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
+
+
+def _holds_ids(blocks: Any) -> bool:
+    """Whether a `datasets.Dataset` has only columns with one whole number per token."""
+    import pyarrow as pa
+
+    known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS}
+    return all(
+        column.name in known and pa.types.is_integer(getattr(column.type, "value_type", pa.null()))
+        for column in blocks.data.schema
+    )
 
 
 def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:

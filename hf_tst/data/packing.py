@@ -51,15 +51,11 @@ def tokenize_documents(
     if "input_ids" in columns:
         return documents
     column = text_column or ("text" if "text" in columns else columns[0])
-    if column not in columns:
-        raise TSTError(
-            f"The data has no column {column!r}, only {', '.join(columns)}: set text_column to one of these."
-        )
     kind = getattr((documents.features or {}).get(column), "dtype", "string")
-    if kind not in ("string", "large_string", "null"):
+    if column not in columns or kind not in ("string", "large_string", "null"):
+        problem = f"holds {kind}, not text" if column in columns else "does not exist"
         raise TSTError(
-            f"The column {column!r} of the data holds {kind}, not text: set text_column to one that does, of "
-            f"{', '.join(columns)}."
+            f"The column {column!r} of the data {problem}: set text_column to one that holds text, of {', '.join(columns)}."
         )
     eos = tokenizer.eos_token_id
     if append_eos and eos is None:
@@ -115,7 +111,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
 
 class BlockStream(IterableDataset[dict[str, Any]]):
-    """Blocks of a stream of tokenized documents, cut as training goes on.
+    """Blocks of a stream of tokenized documents, cut during training.
 
     Args:
         documents: Iterable of rows with `input_ids`, of any lengths.
@@ -159,20 +155,17 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
         return None
     import datasets
 
-    if isinstance(stream, datasets.IterableDataset) and _has_shuffle_buffer(stream):
-        return None
-    return stream.state_dict()
+    is_shuffled = isinstance(stream, datasets.IterableDataset) and _has_shuffle_buffer(
+        getattr(stream, "_ex_iterable", None)
+    )
+    return None if is_shuffled else stream.state_dict()
 
 
-def _has_shuffle_buffer(stream: Any) -> bool:
-    """Whether a stream of `datasets` goes through a shuffle buffer, which nothing public says; true if it cannot be told."""
-    nodes = [getattr(stream, "_ex_iterable", None)]
-    for node in nodes:
-        if node is None or "BufferShuffled" in type(node).__name__:
-            return True
-        nodes += [inner] if (inner := getattr(node, "ex_iterable", None)) is not None else []
-        nodes += getattr(node, "ex_iterables", None) or []
-    return False
+def _has_shuffle_buffer(node: Any) -> bool:
+    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or cannot be told."""
+    sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
+    is_buffer = node is None or "BufferShuffled" in type(node).__name__
+    return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)
 
 
 def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> int:

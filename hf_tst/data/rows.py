@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .blocks import NO_RULES, BlockReader, BlockRules
-from .plan import DataPlan
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockReader, BlockRules
+from .read_order import DataPlan
 
-# What superposition reads of a block; recovery hands on whatever columns the model takes.
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
-# Columns that say where documents end.
-DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 # Rows after the ones asked for that are looked up with them.
 _LOOK_AHEAD = 256
-
-
 # Under which name a batch of a stream holds its `StreamState`.
 STREAM_STATE = "tst_stream_state"
 
@@ -28,7 +22,7 @@ STREAM_STATE = "tst_stream_state"
 class Row:
     """One row of a batch before collation: its columns, and whether it is to be folded into bags.
 
-    The last row of a batch of a stream also says where the stream stands behind it.
+    The last row of a batch of a stream also holds the state of the stream after it.
     """
 
     columns: Mapping[str, Any]
@@ -36,32 +30,32 @@ class Row:
     stream_state: Any = None
 
 
+@dataclass(eq=False, repr=False)
 class PlannedRows(Dataset[Row]):
     """Map-style data set of the rows of a [`DataPlan`]: row i of the run, whatever process or worker asks.
 
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         plan (`DataPlan`): Which blocks row i reads.
-        columns (`Sequence[str]`): Columns to hand on in recovery.
+        columns (`Sequence[str]`): Columns to pass on in recovery.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
             is faster, not in the data set's own format.
         rules (`BlockRules`): What the blocks must keep to, checked as they are read.
     """
 
-    def __init__(
-        self,
-        blocks: Any,
-        plan: DataPlan,
-        columns: Sequence[str],
-        bag_columns: Sequence[str] = TOKEN_COLUMNS,
-        as_arrays: bool = True,
-        rules: BlockRules = NO_RULES,
-    ) -> None:
-        self.plan = plan
+    blocks: Any
+    plan: DataPlan
+    columns: Sequence[str]
+    bag_columns: Sequence[str] = TOKEN_COLUMNS
+    as_arrays: bool = True
+    rules: BlockRules = NO_RULES
+
+    def __post_init__(self) -> None:
         self._first_blocks: dict[int, int] = {}
-        self._bags = BlockReader(blocks, [name for name in columns if name in bag_columns], rules=rules)
-        self._blocks = BlockReader(blocks, columns, as_arrays=as_arrays, rules=rules)
+        bag_columns = [name for name in self.columns if name in self.bag_columns]
+        self._read_bags = BlockReader(self.blocks, bag_columns, rules=self.rules).read
+        self._read = BlockReader(self.blocks, self.columns, self.as_arrays, self.rules).read
 
     def __len__(self) -> int:
         return self.plan.total_rows
@@ -70,25 +64,26 @@ class PlannedRows(Dataset[Row]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
-        """Rows of one batch; a batch lies wholly in one phase."""
-        blocks = self._look_up(rows)
-        if rows[0] < self.plan.superposed_rows:
-            size = self.plan.schedule.blocks_per_row
-            return [Row(self._bags.read_joined(block, size), superposed=True) for block in blocks]
-        return [Row(columns, superposed=False) for columns in self._blocks.read(blocks)]
+        """Rows of one batch, which is wholly in one phase."""
+        first_blocks = self._look_up(rows)
+        if rows[0] >= self.plan.superposed_rows:
+            return [Row(columns, superposed=False) for columns in self._read(first_blocks)]
+        found = self._read_bags(first_blocks, self.plan.schedule.blocks_per_row)
+        for first, columns in zip(first_blocks, found, strict=True):
+            self.rules.check_padding(columns, first)
+        return [Row(columns, superposed=True) for columns in found]
 
     def _look_up(self, rows: Sequence[int]) -> list[int]:
-        """First block of each of some rows of one phase.
+        """First block of each row.
 
         To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
         after these.
         """
         if not all(row in self._first_blocks for row in rows):
-            superposed = rows[0] < self.plan.superposed_rows
-            end = self.plan.superposed_rows if superposed else self.plan.total_rows
-            wanted = np.array([*rows, *range(max(rows) + 1, min(max(rows) + _LOOK_AHEAD, end))])
-            find = self.plan.superposed_groups if superposed else self.plan.recovery_blocks
-            self._first_blocks = dict(zip(wanted.tolist(), find(wanted).tolist(), strict=True))
+            wanted = np.arange(min(rows), min(max(rows) + _LOOK_AHEAD, len(self)))
+            self._first_blocks = dict(
+                zip(wanted.tolist(), self.plan.first_blocks(wanted).tolist(), strict=True)
+            )
         return [self._first_blocks[row] for row in rows]
 
 

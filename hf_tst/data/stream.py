@@ -11,17 +11,17 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import NO_RULES, BlockFacts, BlockRules, join_blocks
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, join_blocks
 from .packing import BlockStream, stream_state
-from .plan import BatchLayout
-from .rows import TOKEN_COLUMNS, Row
+from .read_order import BatchLayout
+from .rows import Row
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a reader's share of the stream stands behind a batch: what is saved with a checkpoint.
+    """State of a reader's share of the stream after a batch: what is saved with a checkpoint.
 
     Args:
         reader (`int`): The reader, counted from 0.
@@ -48,7 +48,7 @@ class StreamedRows(Dataset[Row]):
         schedule (`PhaseSchedule`): The run's phases.
         layout (`BatchLayout`): How rows are dealt out to ranks.
         workers (`int`, defaults to 0): Loader processes of each rank.
-        columns (`Sequence[str]`, *optional*): Columns to hand on in recovery; all by default.
+        columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
         rules (`BlockRules`): What the blocks must keep to besides being of equal length.
 
@@ -65,7 +65,10 @@ class StreamedRows(Dataset[Row]):
     rules: BlockRules = NO_RULES
 
     def __post_init__(self) -> None:
-        shards = _count_shards(self.blocks)
+        import datasets
+
+        documents = getattr(self.blocks, "documents", self.blocks)
+        shards = documents.num_shards if isinstance(documents, datasets.IterableDataset) else None
         length = getattr(self.blocks, "block_size", 0)
         self.facts = BlockFacts(None, length, f"stream of {shards or 'unknown'} shards")
         self.rules = replace(self.rules, length=length or None)
@@ -78,13 +81,12 @@ class StreamedRows(Dataset[Row]):
                 f"{self.layout.world_size} processes with {self.workers} loader processes each, but this one has "
                 f"{shards or 'no'} shards: set it to 0 or to a number that divides them, or load the data set without streaming."
             )
+        self.split_by_rank = self.layout.world_size > 1 and self._shares > 1
+        # Rows that are read for a micro-batch: those of all ranks, unless each has a share of its own.
+        shared_by = self.layout.world_size if self._shares == 1 else 1
+        self._rows_per_batch = self.layout.per_device_batch_size * shared_by
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
         self._next_batch: int | None = None
-
-    @property
-    def split_by_rank(self) -> bool:
-        """Whether ranks read shards of their own."""
-        return self.layout.world_size > 1 and self._shares > 1
 
     def __len__(self) -> int:
         return self.schedule.max_steps * self.layout.rows_per_step
@@ -94,7 +96,7 @@ class StreamedRows(Dataset[Row]):
         self._resumed = step, states
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
-        """The rows of one micro-batch of one rank; the last one holds where the stream stands behind it."""
+        """The rows of one micro-batch of one rank; the last one holds the state of the stream after it."""
         layout = self.layout
         batch, rank = divmod(rows[0] // layout.per_device_batch_size, layout.world_size)
         if batch != self._next_batch:
@@ -112,11 +114,6 @@ class StreamedRows(Dataset[Row]):
         }
         return [*found[:-1], replace(found[-1], stream_state=StreamState(batch % self.readers, values))]
 
-    @property
-    def _rows_per_batch(self) -> int:
-        """Rows that are read for a micro-batch: those of all ranks, unless each has a share of its own."""
-        return self.layout.per_device_batch_size * (self.layout.world_size if self._shares == 1 else 1)
-
     def _is_superposed(self, batch: int) -> bool:
         return self.schedule.phase(batch // self.layout.accumulation_steps) == "superposition"
 
@@ -133,13 +130,13 @@ class StreamedRows(Dataset[Row]):
         step, states = self._resumed
         is_next = batch - step * self.layout.accumulation_steps in range(self.readers)
         state = states.get(reader, {}) if is_next else {}
-        known = state.get("stream") is not None
-        self._pass: int = state["pass"] if known else 0
-        self._blocks_in_pass: int = state["blocks_in_pass"] if known else 0
+        stream = state.get("stream")
+        self._pass: int = 0 if stream is None else state["pass"]
+        self._blocks_in_pass: int = 0 if stream is None else state["blocks_in_pass"]
         # Without states of its own a share is that of the whole world.
         share = reader * self.layout.world_size + rank if self._shares > 1 else 0
-        self._blocks = self._endless_blocks(share, state["stream"] if known else None)
-        if known:
+        self._blocks = self._endless_blocks(share, stream)
+        if stream is not None:
             return
         earlier = range(reader, batch, self.readers)
         skipped = self._rows_per_batch * sum(
@@ -217,11 +214,3 @@ class _Share:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state)
-
-
-def _count_shards(blocks: Any) -> int | None:
-    """Shards of a stream, or `None` if it has none."""
-    import datasets
-
-    documents = getattr(blocks, "documents", blocks)
-    return documents.num_shards if isinstance(documents, datasets.IterableDataset) else None

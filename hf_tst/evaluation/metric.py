@@ -9,7 +9,7 @@
 import datasets
 import evaluate
 
-from hf_tst.evaluation.checkpoint import evaluate_checkpoint
+from hf_tst.evaluation.scores import evaluate_checkpoint
 
 
 class NextTokenMetric(evaluate.Metric):

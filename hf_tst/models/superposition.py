@@ -17,16 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bags.documents import DocumentBoundaries, check_document_boundaries
-from ..bags.folding import (
-    InputWeighting,
-    OffsetWeighting,
-    average_embeddings,
-    input_weights,
-    offset_weights,
-    resolve_weighting,
-)
+from ..bags.folding import DocumentBoundaries, average_embeddings, check_document_boundaries
 from ..bags.phases import TSTMode, check_bag_size, check_mode
+from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, offset_weights, resolve_weighting
 from ..errors import TSTError
 from ..losses.multi_hot import check_shape
 from .fused import FusedLoss, TSTLoss, replaced_loss

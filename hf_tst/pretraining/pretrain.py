@@ -18,10 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
-from ..data.text_files import load_text_file, matching_files
-from ..data.token_files import TokenFile
 from ..errors import PreemptedError, TSTError, bad_input
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases

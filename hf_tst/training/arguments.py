@@ -12,9 +12,9 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ..bags.documents import DocumentBoundaries, check_document_boundaries
-from ..bags.folding import InputWeighting, OffsetWeighting, resolve_weighting
+from ..bags.folding import DocumentBoundaries, check_document_boundaries
 from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
 from ..mtp.heads import MTPKind, check_mtp

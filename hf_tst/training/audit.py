@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bags.phases import Phase
-from ..data.plan import BatchLayout, DataPlan
-from ..data.position import DataPosition
+from ..data.read_order import BatchLayout, DataPlan
+from ..data.resume_position import DataPosition
 from ..errors import TSTError
 from .arguments import TSTTrainingArguments
 from .data import make_plan

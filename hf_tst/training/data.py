@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..bags.folding import offset_weights, resolve_weighting
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import BlockRules, check_blocks
-from ..data.plan import BatchLayout, DataPlan, plan_for_passes, plan_for_steps
-from ..data.position import DataPosition
-from ..data.rows import DOCUMENT_COLUMNS, STREAM_STATE, TOKEN_COLUMNS, EpochSampler, PlannedRows
+from ..bags.weighting import offset_weights, resolve_weighting
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockRules, check_blocks
+from ..data.read_order import BatchLayout, DataPlan, longest_plan
+from ..data.resume_position import DataPosition
+from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows
 from ..data.stream import StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
@@ -47,12 +47,14 @@ def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -
     Raises:
         TSTError: If the data has too few blocks.
     """
-    seed, shuffle = _order(args)
-    if args.max_steps > 0:
-        return plan_for_steps(num_blocks, make_schedule(args, args.max_steps), rows_per_step, seed, shuffle)
-    return plan_for_passes(
-        num_blocks, args.num_train_epochs, lambda n: make_schedule(args, n), rows_per_step, seed, shuffle
-    )
+
+    def plan(steps: int) -> DataPlan:
+        return DataPlan(num_blocks, make_schedule(args, steps), rows_per_step, *_order(args))
+
+    if args.max_steps <= 0:
+        return longest_plan(args.num_train_epochs, plan)
+    plan(args.max_steps).check_one_pass()
+    return plan(args.max_steps)
 
 
 def _order(args: TSTTrainingArguments) -> tuple[int, bool]:

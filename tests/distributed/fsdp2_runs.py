@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_tst import fused_next_token_loss, token_superposition
-from hf_tst.bags.folding import INPUT_WEIGHTINGS, fold_into_bags, next_bag_labels
+from hf_tst.bags.folding import fold_into_bags, next_bag_labels
+from hf_tst.bags.weighting import INPUT_WEIGHTINGS
 from hf_tst.losses.multi_hot import count_target_bags
 from hf_tst.models.sharding import full_state_dict
 

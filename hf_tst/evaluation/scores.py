@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import TSTError
 
 METRIC_FILE = Path(__file__).parent / "metric.py"
-# Tokens that a window holds at most, unless told: some models name contexts that no machine has the memory for.
+# Most tokens per window by default: some models name contexts that no machine has the memory for.
 LONGEST_WINDOW = 2048
 IGNORED = -100
 
@@ -36,7 +36,7 @@ class TextScores:
 
     @property
     def loss(self) -> float:
-        """Next-token loss, nats a token; comparable between models of one tokenizer only."""
+        """Next-token loss, nats per token; comparable between models of one tokenizer only."""
         return self.nats / self.tokens
 
     @property
@@ -51,7 +51,7 @@ class TextScores:
 
     def to_dict(self) -> dict[str, float]:
         """`loss`, `perplexity`, `bits_per_byte`, `tokens` and `bytes`."""
-        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+        names = "loss", "perplexity", "bits_per_byte", "tokens", "bytes"
         return {name: getattr(self, name) for name in names}
 
 
@@ -106,8 +106,8 @@ def score_texts(
         model (`PreTrainedModel`): A causal language model; it is in evaluation mode meanwhile.
         tokenizer: Its tokenizer. It adds no special tokens.
         texts: The texts; empty ones are left out.
-        max_length (`int`, *optional*): Tokens a window, at least 1; the model's context by default, up to 2048.
-        batch_size (`int`, defaults to 8): Windows at a time.
+        max_length (`int`, *optional*): Tokens per window, at least 1; the model's context by default, up to 2048.
+        batch_size (`int`, defaults to 8): Windows per batch.
 
     Raises:
         TSTError: If there is no text, or no token that could begin one.
@@ -120,18 +120,16 @@ def score_texts(
     if length < 1 or length > context:
         raise TSTError(f"max_length must be from 1 to the model's context of {context}, but is {length}.")
     texts = [text for text in texts if text]
-    windows: list[tuple[list[int], int]] = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
-        windows += _windows([first, *ids], length)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    windows = [window for ids in encoded for window in _windows([first, *ids], length)]
     if not windows:
         raise TSTError("There is no text to predict.")
     windows.sort(key=lambda window: len(window[0]))
     was_training = model.training
     model.eval()
-    nats = 0.0
     try:
-        for start in range(0, len(windows), batch_size):
-            nats += _nats(model, windows[start : start + batch_size], first)
+        batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+        nats = sum(_nats(model, batch, first) for batch in batches)
     finally:
         model.train(was_training)
     size = sum(len(text.encode()) for text in texts)
@@ -147,12 +145,11 @@ def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]
 
 def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> float:
     """Sum of the negative log-likelihoods of the tokens of some windows that are predicted."""
-    tokens = pad_sequence([torch.tensor(ids) for ids, _ in windows], True, filler)
-    mask = pad_sequence([torch.ones(len(ids) - 1, dtype=torch.long) for ids, _ in windows], True)
-    targets = tokens[:, 1:].clone()
-    for row, (ids, predicted) in enumerate(windows):
-        targets[row, : len(ids) - 1 - predicted] = targets[row, len(ids) - 1 :] = IGNORED
-    logits = model(tokens[:, :-1].to(model.device), mask.to(model.device), use_cache=False).logits.float()
+    inputs = [torch.tensor(ids[:-1]) for ids, _ in windows]
+    predicted = [torch.tensor([IGNORED] * (len(ids) - 1 - count) + ids[-count:]) for ids, count in windows]
+    tokens, targets = pad_sequence(inputs, True, filler), pad_sequence(predicted, True, IGNORED)
+    mask = pad_sequence([torch.ones_like(row) for row in inputs], True)
+    logits = model(tokens.to(model.device), mask.to(model.device), use_cache=False).logits.float()
     targets = targets.flatten().to(logits.device)
     return cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum").item()
 
@@ -174,8 +171,8 @@ def evaluate_tasks(
         tasks: Names of tasks; the paper's are arc_easy, arc_challenge, boolq, hellaswag, mmlu, openbookqa, piqa, winogrande.
         include_path (*optional*): A folder with further tasks in YAML.
         num_fewshot (`int`, *optional*): Examples in the prompt; each task's own number by default. The paper's is 0.
-        limit (`int`, *optional*): Examples a task at most.
-        batch_size (`int`, defaults to 8): Examples at a time.
+        limit (`int`, *optional*): Most examples per task.
+        batch_size (`int`, defaults to 8): Examples per batch.
         device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`data_position.json`: what a checkpoint says about the data that was trained on, and whether a run may go on from it."""
+"""`data_position.json`: the data that a checkpoint was trained on, and whether a run may continue from there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .plan import BatchLayout
+from .read_order import BatchLayout
 
 POSITION_FILE = "data_position.json"
 POSITION_VERSION = 1
@@ -115,16 +115,16 @@ class DataPosition:
             raise TSTError(f"The file {path} is damaged ({error}): resume from another checkpoint.") from None
         raise TSTError(
             f"The file {path} has version {values.get('version')}, but this hf_tst reads version {POSITION_VERSION}: "
-            "resume with the hf_tst that wrote it, or remove the file to go on unchecked."
+            "resume with the hf_tst that wrote it, or remove the file to continue unchecked."
         )
 
     def check_resumable(self, now: DataPosition) -> None:
-        """Check that a run with the fields `now` reads on where this position stands.
+        """Check that a run with the fields `now` continues to read at this position.
 
         Raises:
             TSTError: If one of them differs, with both values.
         """
-        named = NAMES | ({"world_size": "the number of processes"} if self.split_by_rank else {})
+        named = _NAMES | ({"world_size": "the number of processes"} if self.split_by_rank else {})
         differences = [
             f"{name} was {before} and is {after}"
             for field, name in named.items()
@@ -141,14 +141,9 @@ class DataPosition:
 # What the file says besides the fields.
 _FOLLOWING = ("rows_per_step", "consumed")
 # What must not change between save and resume, and what to call it.
-NAMES: dict[str, str] = {
-    "phase_ratio": "tst_phase_ratio",
-    "bag_size": "tst_bag_size",
+_ARGUMENTS = ("phase_ratio", "bag_size", "mode", "offset_weighting", "input_weighting", "document_boundaries")
+_NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
     "max_steps": "the number of optimizer steps",
-    "mode": "tst_mode",
-    "offset_weighting": "tst_offset_weighting",
-    "input_weighting": "tst_input_weighting",
-    "document_boundaries": "tst_document_boundaries",
     "rows_per_step": "the global batch (rows per optimizer step)",
     "seed": "the data seed",
     "shuffle": "shuffling",
