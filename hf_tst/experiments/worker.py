@@ -13,7 +13,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..pretraining.run import main as train
 from ..records.run import run_entry
-from ..training.checkpoints import last_complete_checkpoint
+from ..training.checkpoint_folders import last_complete_checkpoint
 from .queue import REFUSAL_FILE, read_settings
 from .result import result_of_run, write_whole
 

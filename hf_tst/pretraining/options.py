@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from ..errors import TSTError, one_line
 from ..training.arguments import TSTTrainingArguments
-from ..training.reinitialize import Reinitialized
+from ..training.phase_switch import Reinitialized
 
 QUICK_START: dict[str, Any] = {
     "output_dir": "runs/quickstart",

@@ -34,7 +34,7 @@ from ..errors import PreemptedError, TSTError, one_line
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases
 from ..training.arguments import TSTTrainingArguments
-from ..training.reinitialize import ReinitializeCallback
+from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, check_names, make_output_dir, parse_arguments
 
