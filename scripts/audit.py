@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli.main import run_command
@@ -68,10 +68,10 @@ def main(argv: list[str] | None = None) -> None:
         args = pick(values, TSTTrainingArguments)
         plan, layout = plan_of_arguments(args, audit.num_blocks, audit.world_size)
     for step in parse_list("steps", audit.steps, int) if audit.steps else []:
-        record = asdict(audit_step(plan, layout, step, length or 1))
+        record = audit_step(plan, layout, step, length or 1)
         print(json.dumps(record if length else record | {"raw_tokens": None}))
     if audit.verify:
-        print(json.dumps(asdict(verify_plan(plan))))
+        print(json.dumps(verify_plan(plan)))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def check(words: Sequence[str]) -> None:
         case ["hf-tst", ("compare" | "sweep") as command, *flags]:
             # Placeholders in the text, such as recipe.yaml, do not say how long runs are.
             argv = [*with_files(flags), *([] if "--max_steps" in flags else ["--max_steps", "100"])]
-            values, args = parse_experiment(
-                [*argv, "--use_cpu", "True"], COMPARISONS[command], "", None, "runs"
-            )
+            values, args = parse_experiment([*argv, "--use_cpu", "True"], COMPARISONS[command])
             args.select_arms(values)
             parse_list("learning_rates", args.learning_rates or "1", float)
             parse_list("seeds", args.seeds, int)

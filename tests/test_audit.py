@@ -75,7 +75,7 @@ def fed_blocks(rows_by_step):
 
 def all_blocks(record):
     """The blocks of all ranks, in the order of the plan, which no world size changes."""
-    return [b for ranks in zip(*record.blocks, strict=True) for rows in ranks for row in rows for b in row]
+    return [b for ranks in zip(*record["blocks"], strict=True) for rows in ranks for row in rows for b in row]
 
 
 # Against real runs
@@ -92,8 +92,8 @@ def test_the_model_is_fed_what_the_audit_says(llama, make_args, mode, workers):
     assert sorted(fed) == list(range(10))
     for step in fed:
         record = audit_step(plan, layout, step, BLOCK_LENGTH)
-        assert record.blocks == [fed[step]]
-        assert record.raw_tokens == len(all_blocks(record)) * BLOCK_LENGTH
+        assert record["blocks"] == [fed[step]]
+        assert record["raw_tokens"] == len(all_blocks(record)) * BLOCK_LENGTH
     with pytest.raises(ValueError, match="steps 0 to 9, but step 10"):
         audit_step(plan, layout, 10, BLOCK_LENGTH)
 
@@ -140,7 +140,7 @@ def test_two_processes_read_the_global_batches_of_one(tmp_path):
     ranks = [fed_blocks(rank["rows"]) for rank in two]
     for step, micro_batches in fed_blocks(one["rows"]).items():
         record = audit_step(plan, layout, step, BLOCK_LENGTH)
-        assert record.blocks == [rank[step] for rank in ranks]
+        assert record["blocks"] == [rank[step] for rank in ranks]
         assert all_blocks(record) == [b for rows in micro_batches for row in rows for b in row]
     np.testing.assert_allclose(two[0]["losses"], one["losses"], rtol=1e-5)
     for name, weight in one["weights"].items():
@@ -205,14 +205,14 @@ def test_ranks_together_read_the_plan_and_no_block_twice(
         record = audit_step(plan, layout, step, block_length=1)
         rows = range(step * layout.rows_per_step, (step + 1) * layout.rows_per_step)
         assert all_blocks(record) == [block for row in rows for block in plan.row_blocks(row)]
-        assert record.phase == schedule.phase(step)
+        assert record["phase"] == schedule.phase(step)
         owners = [(layout.rows(step, r).ravel() // batch % world_size).tolist() for r in range(world_size)]
         assert owners == [[r] * (batch * accumulation) for r in range(world_size)]
-        everything += [b for rank in record.blocks for rows in rank for row in rows for b in row]
+        everything += [b for rank in record["blocks"] for rows in rank for row in rows for b in row]
     assert len(everything) == len(set(everything)) == needed
-    assert verify_plan(plan).blocks_read == needed
-    assert verify_plan(plan).unread == spare
-    assert verify_plan(plan).passes == 1
+    assert verify_plan(plan)["blocks_read"] == needed
+    assert verify_plan(plan)["unread"] == spare
+    assert verify_plan(plan)["passes"] == 1
 
 
 @given(**RUNS)
@@ -235,7 +235,7 @@ def test_the_loaders_of_all_ranks_read_what_the_audit_says(
         shard = BatchSamplerShard(sampler, world_size, rank)
         loader = DataLoader(rows, batch_sampler=shard, collate_fn=lambda batch: batch)
         fed = [[list(row.columns["input_ids"]) for row in batch] for batch in loader]
-        expected = [audit_step(plan, layout, step, 1).blocks[rank] for step in range(reached, steps)]
+        expected = [audit_step(plan, layout, step, 1)["blocks"][rank] for step in range(reached, steps)]
         assert fed == [micro_batch for step in expected for micro_batch in step]
 
 
@@ -288,8 +288,8 @@ def test_no_block_is_read_twice_in_a_pass_of_several(blocks, passes, ratio, bag_
     except ValueError:
         assume(False)
     summary = verify_plan(plan)
-    assert summary.blocks_read == plan.schedule.blocks_needed(rows)
-    assert summary.passes <= np.ceil(passes)
+    assert summary["blocks_read"] == plan.schedule.blocks_needed(rows)
+    assert summary["passes"] <= np.ceil(passes)
 
 
 def test_a_wrong_plan_is_found_out():
@@ -320,7 +320,7 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
     for flags in (from_arguments, ["--checkpoint", str(checkpoint)]):
         lines = run_script(SCRIPT, *flags, "--steps", "0,5", "--verify").stdout.splitlines()
         *steps, summary = map(json.loads, lines)
-        assert [step["blocks"] for step in steps] == [record.blocks for record in expected]
+        assert [step["blocks"] for step in steps] == [record["blocks"] for record in expected]
         assert [step["phase"] for step in steps] == ["superposition", "recovery"]
         assert summary["blocks_read"] == PhaseSchedule(10, 0.3, 4).blocks_needed(4)
     # A recipe's batch is given in tokens: here two micro-batches of two rows.
@@ -330,7 +330,7 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
         )
     listed = run_script(SCRIPT, tmp_path / "config.yaml", "--num_blocks", 200, "--steps", 5)
     record = json.loads(listed.stdout)
-    assert (record["blocks"], record["raw_tokens"]) == (expected[1].blocks, 4 * BLOCK_LENGTH)
+    assert (record["blocks"], record["raw_tokens"]) == (expected[1]["blocks"], 4 * BLOCK_LENGTH)
     of_unknown_length = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", 0)
     assert json.loads(of_unknown_length.stdout)["raw_tokens"] is None
     failed = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", "first")

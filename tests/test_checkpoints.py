@@ -12,14 +12,16 @@ from conftest import make_blocks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.training.checkpoints import (
+from hf_tst.training.checkpoint_folders import (
+    MANIFEST_FILE,
     UNFINISHED,
     clear_unfinished,
     finish_checkpoint,
     last_complete_checkpoint,
+    manifest_problem,
     rotate_checkpoints,
+    write_manifest,
 )
-from hf_tst.training.manifest import MANIFEST_FILE, manifest_problem, write_manifest
 
 
 def steps(folder):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_tst import PreemptedError, RunError
 from hf_tst.cli import main as cli
 from hf_tst.pretraining import pretrain
-from hf_tst.training.checkpoints import last_complete_checkpoint
+from hf_tst.training.checkpoint_folders import last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from hf_tst.bags.folding import (
     fold_into_bags,
     next_bag_labels,
 )
-from hf_tst.training.document_attention import check_document_attention
+from hf_tst.training.refusals import check_document_attention
 
 EOS = VOCAB_SIZE - 1
 
@@ -386,7 +386,7 @@ def test_what_cannot_respect_documents_is_refused_before_the_first_step(llama, m
         TSTTrainer(llama, make_args(**respect()), train_dataset=packed()).train()
     with pytest.raises(ValueError, match="needs a collator that keeps documents apart"):
         TSTTrainer(llama, make_args(**respect()), lambda features: features, train_dataset=packed())
-    with pytest.raises(ValueError, match="needs superposition, which tst_phase_ratio=0"):
+    with pytest.raises(ValueError, match="needs superposition, but tst_phase_ratio=0"):
         make_args(**respect(tst_phase_ratio=0))
     recurrent = recurrent_model()
     recurrent.register_forward_pre_hook(lambda module, args: steps.append(module.training))

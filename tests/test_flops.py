@@ -18,7 +18,7 @@ from hf_tst import MTPHeads, TSTTrainer, token_superposition
 from hf_tst.mtp.heads import MTP_KINDS
 from hf_tst.planning.flops import step_flops
 from hf_tst.planning.reference import peak_tflops
-from hf_tst.training import callbacks
+from hf_tst.training import token_meter
 
 SIZES = {
     "vocab_size": 160,
@@ -144,7 +144,7 @@ class CountingTrainer(TSTTrainer):
 def clock(monkeypatch):
     """A clock that moves by half a second in each forward pass of a model that it is added to."""
     now = [0.0]
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(token_meter, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda model: model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))
 
 

@@ -28,8 +28,7 @@ class CountWaits(TorchDispatchMode):
 class Data:
     """Of micro-batch m of step k it says that it has blocks k and m; of whole steps, that they have a thousand."""
 
-    schedule = PhaseSchedule(max_steps=10, phase_ratio=0.1, bag_size=4)
-    start = SimpleNamespace(world_size=1)
+    rank = 0
 
     def blocks_of_step(self, step, rank, micro_batch):
         return list(range(1000)) if micro_batch is None else [step, micro_batch]
@@ -40,7 +39,10 @@ def watch():
     """What looks at the numbers of a trainer of one process."""
     args = SimpleNamespace(tst_bad_loss="stop", process_index=0, world_size=1)
     state, accelerator = SimpleNamespace(global_step=0), SimpleNamespace(scaler=None)
-    return NonFiniteCallback(SimpleNamespace(args=args, state=state, accelerator=accelerator, _data=Data()))
+    schedule = PhaseSchedule(max_steps=10, phase_ratio=0.1, bag_size=4)
+    return NonFiniteCallback(
+        SimpleNamespace(args=args, state=state, accelerator=accelerator, schedule=schedule, _data=Data())
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

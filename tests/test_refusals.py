@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, fused_next_token_loss, token_superposition
 from hf_tst.models.head import check_loss_is_replaceable
-from hf_tst.training.validation import check_arguments, check_trainer
+from hf_tst.training.refusals import check_arguments, check_trainer
 
 
 @pytest.mark.parametrize(

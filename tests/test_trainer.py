@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
-from hf_tst.training import callbacks
+from hf_tst.training import token_meter
 
 LOG_V = math.log(VOCAB_SIZE)
 
@@ -331,7 +331,7 @@ def test_trainer_counts_input_tokens_as_raw_tokens(llama, make_args, mode, bound
 def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
     """By a clock that moves a second a forward pass, and five where the data of the third step begins."""
     now = [0.0]
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(token_meter, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Slow(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -21,7 +21,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, one_line
 from ..pretraining.pretrain import main as train
 from ..records.run_record import TimedSteps, run_entry, timed_steps
-from ..training.checkpoints import last_complete_checkpoint
+from ..training.checkpoint_folders import last_complete_checkpoint
 
 T = TypeVar("T")
 RESULT_FILE = "result.json"

@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from ..errors import TSTError, check_at_least
 from ..training.arguments import TSTTrainingArguments
-from ..training.reinitialize import Reinitialized
+from ..training.phase_switch import Reinitialized
 
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 

@@ -25,7 +25,7 @@ from ..errors import PreemptedError, TSTError, bad_input
 from ..records.hub import HubError
 from ..records.report import format_phases, summarize_phases
 from ..training.arguments import TSTTrainingArguments
-from ..training.reinitialize import ReinitializeCallback
+from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
 

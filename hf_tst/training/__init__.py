@@ -1,1 +1,1 @@
-"""`TSTTrainer`, its arguments and callbacks, its checkpoints, and what it does when a run breaks."""
+"""`TSTTrainer`, its arguments and callbacks, the data and checkpoint folders of a run, and what it refuses."""

@@ -6,10 +6,11 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from ..bags.folding import DocumentBoundaries, check_document_boundaries
@@ -18,17 +19,14 @@ from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError
 from ..models.fused import FusedLoss, check_fused_loss
 from ..mtp.heads import MTPKind, check_mtp
-from .non_finite import BadLoss, check_bad_loss
 
-# Of Trainer's own arguments, those that would fail long after the start, or train nonsense.
+BadLoss = Literal["stop", "skip", "ignore"]
+BAD_LOSS_CHOICES: tuple[BadLoss, ...] = get_args(BadLoss)
+
+# Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
 LOWEST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "adam_epsilon": 0,
+    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    0: ("dataloader_num_workers", "learning_rate", "weight_decay", "adam_epsilon"),
 }
 
 
@@ -42,7 +40,7 @@ class TSTTrainingArguments(TrainingArguments):
     Args:
         tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
             in [0, 1]. The first `round(r · steps)` steps are superposition, the others next-token training.
-        tst_bag_size (`int`, defaults to 6): Tokens a bag, s, at least 1. A superposition step reads s times the
+        tst_bag_size (`int`, defaults to 6): Tokens per bag, s, at least 1. A superposition step reads s times the
             tokens of an ordinary step at the same compute.
         tst_offset_weighting (`str`, defaults to `"uniform"`): Weight of a token in the target bag by its offset
             i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
@@ -70,13 +68,13 @@ class TSTTrainingArguments(TrainingArguments):
             if sequential; 1 if parallel and 0.3 if sequential by default.
         tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
-            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once a step;
+            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
             `"ignore"` it, as the plain `Trainer` does.
         tst_peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s (10¹² FLOPs per second), dense, in the precision
             of training. `tst_model_flops_utilization` is logged against it; by default the bfloat16 peak of the device,
             where it is known.
 
-    `enable_jit_checkpoint` is honoured: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
+    `enable_jit_checkpoint` is honored: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
     `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
 
     Raises:
@@ -85,132 +83,96 @@ class TSTTrainingArguments(TrainingArguments):
     Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
     """
 
-    tst_phase_ratio: float = field(
+    tst_phase_ratio: float = HfArg(
         default=0.3,
-        metadata={
-            "help": "Fraction r of the optimizer steps that trains on bags of tokens, from 0 to 1. 0 is plain training."
-        },
+        help="Fraction r of the steps, from 0 to 1, that trains on bags of tokens. 0 is plain training.",
     )
-    tst_bag_size: int = field(
+    tst_bag_size: int = HfArg(
         default=6,
-        metadata={
-            "help": "Tokens a bag, s: a superposition step reads s times the tokens. 1 is plain training."
-        },
+        help="Tokens per bag, s: a superposition step reads s times the tokens. 1 is plain training.",
     )
-    tst_offset_weighting: OffsetWeighting = field(
+    tst_offset_weighting: OffsetWeighting = HfArg(
         default="uniform",
-        metadata={
-            "help": "Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
-            "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law."
-        },
+        help="Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
+        "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law.",
     )
-    tst_input_weighting: InputWeighting = field(
+    tst_input_weighting: InputWeighting = HfArg(
         default="uniform",
-        metadata={
-            "help": "Weight of a token's embedding in the mean of its bag by its offset i: uniform (the paper's mean), linear (i) "
-            "or exponential (exp(i)), where the last token weighs most."
-        },
+        help="Weight of a token's embedding in the mean of its bag by its offset i: uniform (the paper's mean), linear (i) "
+        "or exponential (exp(i)), where the last token weighs most.",
     )
-    tst_mode: TSTMode = field(
+    tst_mode: TSTMode = HfArg(
         default="full",
-        metadata={
-            "help": "What is superposed: full (average the input, predict the next bag), input (average the input, "
-            "predict the first token of the next bag) or output (read tokens, predict the next s)."
-        },
+        help="What is superposed: full (average the input, predict the next bag), input (average the input, "
+        "predict the first token of the next bag) or output (read tokens, predict the next s).",
     )
-    tst_save_at_switch: bool = field(
-        default=True,
-        metadata={"help": "Save a checkpoint when superposition ends, whatever save_strategy says."},
+    tst_save_at_switch: bool = HfArg(
+        default=True, help="Save a checkpoint when superposition ends, whatever save_strategy says."
     )
-
-    tst_fused_loss: FusedLoss = field(
+    tst_fused_loss: FusedLoss = HfArg(
         default="auto",
-        metadata={
-            "help": "Fuse loss and head, so that the logits of a batch never exist: auto (in runs with superposition, where "
-            "the model allows it), on (also in plain training; an error where the model does not), off."
-        },
+        help="Fuse loss and head, so that the logits of a batch never exist: auto (in runs with superposition, where "
+        "the model allows it), on (also in plain training; an error where the model does not), off.",
     )
-
-    tst_document_boundaries: DocumentBoundaries = field(
+    tst_document_boundaries: DocumentBoundaries = HfArg(
         default="ignore",
-        metadata={
-            "help": "respect: bags, targets, positions and attention stay inside documents; ignore: they go across."
-        },
+        help="respect: bags, targets, positions and attention stay inside documents; ignore: they go across.",
     )
-
-    tst_allow_data_change: bool = field(
+    tst_allow_data_change: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Resume although the data or its order has changed, and accept that data is read twice or never."
-        },
+        help="Resume although the data or its order has changed, and accept that data is read twice or never.",
     )
-
-    mtp_num_heads: int = field(
+    mtp_num_heads: int = HfArg(
         default=1,
-        metadata={
-            "help": "Tokens that every position predicts in next-token training, the next one included (multi-token "
-            "prediction). The extra heads are not saved with the model. 1 is ordinary training."
-        },
+        help="Tokens that every position predicts in next-token training, the next one included (multi-token "
+        "prediction). The extra heads are not saved with the model. 1 is ordinary training.",
     )
-    mtp_kind: MTPKind = field(
+    mtp_kind: MTPKind = HfArg(
         default="parallel",
-        metadata={
-            "help": "Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's)."
-        },
+        help="Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's).",
     )
-    mtp_loss_weight: float | None = field(
+    mtp_loss_weight: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Weight of the extra heads' losses: of their sum if parallel (1 by default), of their mean if "
-            "sequential (0.3 by default)."
-        },
+        help="Weight of the extra heads' losses: of their sum if parallel (default 1), of their mean if sequential (0.3).",
     )
-    tst_bad_loss: BadLoss = field(
+    tst_bad_loss: BadLoss = HfArg(
         default="stop",
-        metadata={
-            "help": "What to do with a loss or gradient that is not finite: stop (with the step and its blocks), skip the "
-            "optimizer step, or ignore it."
-        },
+        help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
     )
-    tst_peak_tflops: float | None = field(
+    tst_peak_tflops: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Peak of one device in TFLOP/s, to log tst_model_flops_utilization against; by default the bfloat16 peak "
-            "of the device, where it is known."
-        },
+        help="Peak of one device in TFLOP/s, for tst_model_flops_utilization; by default its bfloat16 peak, where known.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, lowest in LOWEST.items():
+        for name, lowest in ((name, lowest) for lowest, names in LOWEST.items() for name in names):
             if not getattr(self, name) >= lowest:
                 raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
+        self._check_schedule()
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
         check_mode(self.tst_mode, "tst_mode")
         resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
         check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
-        check_bad_loss(self.tst_bad_loss)
-        if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
-            raise TSTError(
-                f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}: give the peak of one device in TFLOP/s, "
-                "or leave it out."
-            )
         check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
         check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
-        if self.tst_document_boundaries == "respect" and not self.tst_enabled:
-            raise TSTError(
-                "tst_document_boundaries='respect' needs superposition, which tst_phase_ratio="
-                f"{self.tst_phase_ratio} and tst_bag_size={self.tst_bag_size} switch off: leave it at 'ignore', and for "
-                "plain training pass data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
-            )
-        self._check_schedule()
+        if self.tst_bad_loss not in BAD_LOSS_CHOICES:
+            choices = ", ".join(BAD_LOSS_CHOICES)
+            raise TSTError(f"tst_bad_loss must be one of {choices}, but is {self.tst_bad_loss!r}.")
+        if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
+            raise TSTError(f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}.")
         if self.tst_enabled:
-            self._check_duration()
-            self._check_order_of_rows()
+            self._check_superposition()
+        elif self.tst_document_boundaries == "respect":
+            raise TSTError(
+                f"tst_document_boundaries='respect' needs superposition, but tst_phase_ratio={self.tst_phase_ratio} and "
+                f"tst_bag_size={self.tst_bag_size} switch it off: leave it at 'ignore', and for plain training pass "
+                "data_collator=DataCollatorForTokenSuperposition(1, document_boundaries='respect')."
+            )
         if self.tst_replaces_loss:
             self._check_loss()
 
@@ -219,14 +181,13 @@ class TSTTrainingArguments(TrainingArguments):
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> TSTTrainingArguments:
-        return self._with(self.__dict__)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TSTTrainingArguments:
-        return self._with(copy.deepcopy(self.__dict__, memo))
-
-    def _with(self, values: dict[str, Any]) -> TSTTrainingArguments:
-        other = object.__new__(type(self))
-        other.__dict__.update(values)
+        other = copy.copy(self)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
     @property
@@ -248,30 +209,24 @@ class TSTTrainingArguments(TrainingArguments):
                     f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
                 )
 
-    def _check_duration(self) -> None:
+    def _check_superposition(self) -> None:
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise TSTError(
                 f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs} give no step to train: set "
                 "max_steps to the number of optimizer steps, or leave it out and set num_train_epochs above 0."
             )
-
-    def _check_order_of_rows(self) -> None:
-        strategy = getattr(self, "train_sampling_strategy", "random")
-        if getattr(self, "group_by_length", False):  # transformers before 5.1
-            strategy = "group_by_length"
-        if strategy not in ("random", "sequential"):
+        if self.train_sampling_strategy not in ("random", "sequential"):
             raise TSTError(
-                f"train_sampling_strategy={strategy!r} sorts rows by length, but superposition needs blocks of equal "
-                "length in their order: use 'random' or 'sequential'."
+                f"train_sampling_strategy={self.train_sampling_strategy!r} sorts rows by length, but superposition needs "
+                "blocks of equal length in their order: use 'random' or 'sequential'."
             )
 
     def _check_loss(self) -> None:
         if self.label_smoothing_factor:
             raise TSTError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not defined for bags of targets nor for the "
-                "fused loss: set it to 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is defined neither for bags nor for the fused loss: set it to 0."
             )
-        liger = getattr(self, "liger_kernel_config", None) or {}
+        liger = self.liger_kernel_config or {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
             raise TSTError(
                 "use_liger_kernel replaces the loss of superposition and the fused loss: set "

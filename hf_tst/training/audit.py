@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..bags.phases import Phase
 from ..data.read_order import BatchLayout, DataPlan
 from ..data.resume_position import DataPosition
 from ..errors import TSTError
 from .arguments import TSTTrainingArguments
-from .data import make_plan
+from .run_data import make_plan
 
 # Rows that are looked at at a time when a whole plan is verified.
 _CHUNK_ROWS = 1 << 16
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimizer step reads.
-
-    Args:
-        step (`int`): The optimizer step, counted from 0.
-        phase (`"superposition" | "recovery"`): Its phase.
-        raw_tokens (`int`): Tokens of all blocks that it reads. Where bags end with documents, some of them are
-            left out; how many depends on the text (see `tokens_left_out` in `data_position.json`).
-        blocks (`list[list[list[list[int]]]]`): Blocks by rank, micro-batch and row.
-    """
-
-    step: int
-    phase: Phase
-    raw_tokens: int
-    blocks: list[list[list[list[int]]]]
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """What a whole run reads, as [`verify_plan`] found it.
-
-    Args:
-        steps (`int`), switch_step (`int`): Optimizer steps, and those that are superposition.
-        blocks_read (`int`): Blocks read, over all passes.
-        passes (`int`): Passes over the data that are begun.
-        unread (`int`): Blocks that no step reads.
-    """
-
-    steps: int
-    switch_step: int
-    blocks_read: int
-    passes: int
-    unread: int
 
 
 def plan_of_arguments(
@@ -89,13 +52,17 @@ def plan_of_position(position: DataPosition) -> tuple[DataPlan, BatchLayout]:
     return plan, position.layout
 
 
-def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int) -> StepRecord:
+def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int) -> dict[str, Any]:
     """What optimizer step `step` reads, rank by rank.
 
     Args:
         plan (`DataPlan`), layout (`BatchLayout`): From [`plan_of_arguments`] or [`plan_of_position`].
         step (`int`): The optimizer step, counted from 0.
-        block_length (`int`): Tokens a block, L.
+        block_length (`int`): Tokens per block, L.
+
+    Returns:
+        The `step`; its `phase`; `raw_tokens` of all blocks that it reads (where bags end with documents, some of them are left
+        out: see `tokens_left_out` in `data_position.json`); and the numbers of its `blocks`, by rank, micro-batch and row.
 
     Raises:
         TSTError: If the run has no such step.
@@ -107,14 +74,21 @@ def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int
         [[plan.row_blocks(int(row)) for row in rows] for rows in layout.rows(step, rank)]
         for rank in range(layout.world_size)
     ]
-    tokens = plan.schedule.tokens_seen(step + 1, 1) - plan.schedule.tokens_seen(step, 1)
-    return StepRecord(step, plan.schedule.phase(step), tokens * layout.rows_per_step * block_length, blocks)
+    tokens_per_step = layout.rows_per_step * block_length
+    raw_tokens = plan.schedule.tokens_seen(step + 1, tokens_per_step) - plan.schedule.tokens_seen(
+        step, tokens_per_step
+    )
+    return {"step": step, "phase": plan.schedule.phase(step), "raw_tokens": raw_tokens, "blocks": blocks}
 
 
-def verify_plan(plan: DataPlan) -> PlanSummary:
-    """Check that a whole run reads each block at most once a pass.
+def verify_plan(plan: DataPlan) -> dict[str, int]:
+    """Check that a whole run reads each block at most once per pass.
 
-    It goes through every row of the run, in four bytes of memory per block.
+    It looks at every row of the run, in four bytes of memory per block.
+
+    Returns:
+        `steps` and `switch_step`: optimizer steps, and those of superposition; `blocks_read` over all passes; `passes` over
+        the data that are begun; `unread` blocks, which no step reads.
 
     Raises:
         TSTError: If a block is read twice in a pass, naming both.
@@ -137,5 +111,10 @@ def verify_plan(plan: DataPlan) -> PlanSummary:
                 )
             last_pass[values] = data_pass
             read += len(blocks)
-    steps, switch_step = plan.schedule.max_steps, plan.schedule.switch_step
-    return PlanSummary(steps, switch_step, read, int(last_pass.max()) + 1, int((last_pass < 0).sum()))
+    return {
+        "steps": plan.schedule.max_steps,
+        "switch_step": plan.schedule.switch_step,
+        "blocks_read": read,
+        "passes": int(last_pass.max()) + 1,
+        "unread": int((last_pass < 0).sum()),
+    }

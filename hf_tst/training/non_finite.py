@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from itertools import compress
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -11,24 +12,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..errors import RunError, TSTError
+from ..errors import RunError
 
 logger = logging.get_logger(__name__)
 
-BadLoss = Literal["stop", "skip", "ignore"]
-BAD_LOSS_CHOICES: tuple[BadLoss, ...] = get_args(BadLoss)
 # Blocks that a message names.
 _NAMED_BLOCKS = 32
 # Numbers that are noted before they are looked at, also if nothing is logged.
 _MOST_NOTES = 1000
 # Stands for the micro-batch of a gradient: it comes after those of all losses of the step.
 _GRADIENT = math.inf
-
-
-def check_bad_loss(choice: str) -> None:
-    """Raise `TSTError` unless `choice` is one of `BAD_LOSS_CHOICES`."""
-    if choice not in BAD_LOSS_CHOICES:
-        raise TSTError(f"tst_bad_loss must be one of {', '.join(BAD_LOSS_CHOICES)}, but is {choice!r}.")
 
 
 class NonFiniteCallback(TrainerCallback):
@@ -49,9 +42,7 @@ class NonFiniteCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._notes, self.skipped_steps = [], 0
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and ("loss" in logs or "train_loss" in logs):
             self.check()
 
@@ -64,8 +55,8 @@ class NonFiniteCallback(TrainerCallback):
         if self._trainer.args.tst_bad_loss != "stop":
             return
         step = self._trainer.state.global_step
-        follows = bool(self._notes) and self._notes[-1][0] == step
-        self._notes.append((step, self._notes[-1][1] + 1 if follows else 0, loss))
+        micro_batch = self._notes[-1][1] + 1 if self._notes and self._notes[-1][0] == step else 0
+        self._notes.append((step, micro_batch, loss))
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
         """Note the norm of a step's gradient; `"skip"` waits for it, and drops a gradient that is not finite."""
@@ -80,12 +71,11 @@ class NonFiniteCallback(TrainerCallback):
         elif choice == "skip":
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             if not torch.isfinite(whole):  # the norm is that of all ranks, so they agree
+                # An optimizer leaves parameters without gradient, and their moments, alone.
                 for parameter in model.parameters():
-                    parameter.grad = (
-                        None  # an optimizer leaves parameters without gradient, and their moments, alone
-                    )
+                    parameter.grad = None
                 self.skipped_steps += 1
-                logger.warning(f"{self._describe(step, _GRADIENT, float(whole), 0)}: it is skipped.")
+                logger.warning(f"{self._describe(step, _GRADIENT, 0, float(whole))}: it is skipped.")
 
     def check(self) -> None:
         """Look at what was noted; waits for the device. Every rank must take part.
@@ -93,36 +83,26 @@ class NonFiniteCallback(TrainerCallback):
         Raises:
             RunError: On all ranks, if a number of one of them is not finite.
         """
-        args = self._trainer.args
-        if args.tst_bad_loss != "stop":
+        if self._trainer.args.tst_bad_loss != "stop":
             return
         notes, self._notes = self._notes, []
-        device = notes[0][2].device if notes else None
-        finite = [torch.isfinite(number).to(device) for _, _, number in notes]
-        found = [
-            (step, micro_batch, args.process_index, float(number))
-            for (step, micro_batch, number), is_finite in zip(
-                notes, torch.stack(finite).tolist() if finite else (), strict=True
-            )
-            if not is_finite
-        ]
-        found = gather_object(found[:1])
-        if found:
-            step, micro_batch, rank, value = min(found)
+        are_bad = [~torch.isfinite(number).to(notes[0][2].device) for _, _, number in notes]
+        bad = list(compress(notes, torch.stack(are_bad).tolist())) if notes else []
+        reader = 0 if self._trainer._data is None else self._trainer._data.rank
+        first = [(step, micro_batch, reader, float(number)) for step, micro_batch, number in bad[:1]]
+        if found := gather_object(first):
             raise RunError(
-                f"{self._describe(step, micro_batch, value, rank)}. Training stops, and checkpoints are from before it: look "
-                "at the data, lower learning_rate, or go on with resume_from_checkpoint='last' and tst_bad_loss='skip'."
+                f"{self._describe(*min(found))}. Training stops, and checkpoints are from before it: look at the data, lower "
+                "learning_rate, or continue with resume_from_checkpoint='last' and tst_bad_loss='skip'."
             )
 
-    def _describe(self, step: int, micro_batch: float, value: float, rank: int) -> str:
-        data, args = self._trainer._data, self._trainer.args
+    def _describe(self, step: int, micro_batch: float, reader: int, value: float) -> str:
+        data = self._trainer._data
         what, number = ("gradient", None) if micro_batch == _GRADIENT else ("loss", int(micro_batch))
-        phase, blocks = "training", None
-        if data is not None:  # a stream knows no numbers of blocks
-            reader = rank // (args.world_size // data.start.world_size)
-            phase, blocks = data.schedule.phase(step), data.blocks_of_step(step, reader, number)
+        phase = "training" if data is None else self._trainer.schedule.phase(step)
         text = f"The {what} of optimizer step {step} ({phase}) is {value}"
-        if blocks is None:
+        blocks = None if data is None else data.blocks_of_step(step, reader, number)
+        if blocks is None:  # plain training, or a stream, which knows no numbers of blocks
             return text
         named = ", ".join(map(str, blocks[:_NAMED_BLOCKS])) + (", …" if len(blocks) > _NAMED_BLOCKS else "")
         return f"{text}; it was computed on blocks {named} of the training data"

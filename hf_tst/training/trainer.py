@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
-from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import Phase, PhaseSchedule
-from ..data.rows import PhaseCollator
 from ..errors import bad_input
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
+from ..models.sharding import without_tied
 from ..models.superposition import fused_evaluation_loss
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTTrainingArguments, changed_arguments
-from .callbacks import PhaseProgressCallback, PhaseSwitchCallback, TokenMeterCallback
-from .checkpoints import STATE_FILE, check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
-from .data import RunData, count_targets, end_token_id, make_collators, make_loader, open_run_data
-from .document_attention import DocumentAttentionCallback
-from .fsdp import warn_of_missing_fsdp, weights_to_save
-from .mtp import MTPCallback
+from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
+from .checkpoint_weights import load_renamed_weights
+from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
+from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .renamed_weights import load_renamed_weights
-from .validation import check_arguments, check_trainer
+from .refusals import check_arguments, check_trainer
+from .run_data import RunData, count_targets, end_token_id, make_collator, make_loader, open_run_data
+from .token_meter import PhaseProgressCallback, TokenMeterCallback
+
+
+def _signature_of(method: Any) -> Any:
+    """Decorator of an override that hands arguments on: it has the signature of Trainer's method, whatever the version."""
+    return wraps(method, assigned=())
 
 
 class TSTTrainer(Trainer):
@@ -59,10 +65,11 @@ class TSTTrainer(Trainer):
         TSTError: If the arguments, the model or the data cannot go with superposition.
         RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
 
-    `schedule` has the phases of the run; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
+    `schedule` has the phases of the run, from when the training data is loaded; `preempted` is true once SIGTERM has ended
+    it (`enable_jit_checkpoint`).
 
     Overrides, in the order of a run:
-        - `init_hf_repo`: a Hub that refuses is told in one sentence, before training.
+        - `init_hf_repo`: a refusal of the Hub in one sentence, before training.
         - `train`: chooses a complete checkpoint, puts extra heads into the model, and leaves superposition however it ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
@@ -92,41 +99,33 @@ class TSTTrainer(Trainer):
         if args is None:
             args = TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
+        self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # that training resumes from
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._expert_load = ExpertLoadMeter()
         self._shape: ModelShape | None = None
-        default_collator = DataCollatorForTokenSuperposition(bag_size=1)
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
-            super().__init__(model, args, data_collator or default_collator, *positional, **kwargs)
-        collators = make_collators(args, data_collator, end_token_id(self.processing_class, self.model))
-        self.data_collator = PhaseCollator(*collators) if args.tst_enabled else collators[1]
-        self._switch, self._meter, self._mtp = PhaseSwitchCallback(), TokenMeterCallback(), MTPCallback(self)
-        self._non_finite = NonFiniteCallback(self)
-        self._preemption = PreemptionCallback()
-        if args.tst_document_boundaries == "respect":
-            self.add_callback(DocumentAttentionCallback())
-        for callback in (self._switch, self._meter, self._mtp, self._non_finite):
-            self.add_callback(callback)
-        if args.enable_jit_checkpoint:
-            self.add_callback(self._preemption)
+            super().__init__(model, args, data_collator, *positional, **kwargs)
+        end = end_token_id(self.processing_class, self.model)
+        self.data_collator = make_collator(args, data_collator, end)
+        check_trainer(self)
+        self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
+        self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
+        self._non_finite, self._preemption = NonFiniteCallback(self), PreemptionCallback()
+        preemption = self._preemption if args.enable_jit_checkpoint else None
+        for callback in (self._switch, self._meter, self._mtp, self._non_finite, preemption):
+            if callback is not None:
+                self.add_callback(callback)
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
-                self.add_callback(PhaseProgressCallback(self._meter))
-        warn_of_missing_fsdp(self)
-        check_trainer(self)
-
-    @property
-    def schedule(self) -> PhaseSchedule | None:
-        """The run's phases; known from the moment the training data is loaded."""
-        return self._meter.schedule
+                self.add_callback(PhaseProgressCallback(self))
 
     @property
     def preempted(self) -> bool:
-        """Whether the last training ended early because of SIGTERM, with a checkpoint to go on from."""
+        """Whether the last training ended early because of SIGTERM, with a checkpoint to continue from."""
         return self._preemption.stopped
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -145,11 +144,9 @@ class TSTTrainer(Trainer):
 
     # Training
 
+    @_signature_of(Trainer.train)
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
@@ -162,12 +159,12 @@ class TSTTrainer(Trainer):
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         filters = args.logging_nan_inf_filter and args.tst_bad_loss != "stop"  # it waits for the device
-        kept = {
-            name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")
-        }  # changed below
+        # These two are changed below.
+        kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
+        heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
-            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), self._mtp.attached():
-                return super().train(self._checkpoint, trial, ignore_keys_for_eval)
+            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads:
+                return super().train(self._checkpoint, *positional, **kwargs)
         finally:
             self._switch.close()
             self._preemption.close()
@@ -180,18 +177,14 @@ class TSTTrainer(Trainer):
         Raises:
             TSTError: If the data has no full blocks of equal length, or too few of them.
         """
-        self._data = self._switch.schedule = self._meter.schedule = self._meter.epoch = None
+        self._data = self.schedule = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
         self._data = data = open_run_data(self)
-        self._switch.schedule = self._meter.schedule = data.schedule
-        self._meter.epoch = data.epoch
+        self.schedule = data.start.schedule
         self._expert_load.clear()
-        self._meter.count_left_out(0 if self.args.tst_document_boundaries == "respect" else None)
         if self._checkpoint is not None:
-            saved = data.resume(self._checkpoint, self.args.tst_allow_data_change)
-            if saved is not None and self._meter.tokens_left_out is not None:
-                self._meter.count_left_out(saved.tokens_left_out)
+            data.resume(self._checkpoint, self.args.tst_allow_data_change)
         return make_loader(self, data)
 
     def set_initial_training_values(
@@ -201,12 +194,11 @@ class TSTTrainer(Trainer):
         if self._data is not None:
             self.args.ignore_data_skip = True  # the rows begin where training stands; `train` puts it back
             args = copy.copy(args)
-            args.max_steps = self._data.schedule.max_steps
+            args.max_steps = self._data.start.max_steps
         values = super().set_initial_training_values(args, dataloader)
-        if self._meter.schedule is None:
-            self._meter.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
+        if self.schedule is None:
+            self.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
         self._shape = find_shape(self.model)
-        self._meter.rows_per_step = self.get_total_train_batch_size(args)
         return values
 
     def get_batch_samples(
@@ -242,11 +234,7 @@ class TSTTrainer(Trainer):
         return norm
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch; in training, also counts what its routers send to each expert.
 
@@ -262,7 +250,8 @@ class TSTTrainer(Trainer):
                 parts *= self.accelerator.num_processes // self.get_tp_size()
         if parts > 1:
             num_items_in_batch = num_items_in_batch / parts
-        self._mtp.count_as(parts)
+        if self._mtp is not None:
+            self._mtp.heads.share = 1 / parts
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
         if model.training and isinstance(outputs, Mapping) and outputs.get("router_logits") is not None:
@@ -289,25 +278,29 @@ class TSTTrainer(Trainer):
             # Training is over: with a limit of 1, Trainer would now remove all checkpoints but the best, also that to go on
             # from. `train` puts the limit back.
             self.args.save_total_limit = None
-        self._meter.gather_left_out(self.accelerator.reduce)
-        speed = self._meter.report(self.state.global_step, self.state.total_flos, with_speed="loss" in logs)
-        entries = {**logs, **speed}
+        self._gather_left_out()
+        entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(self.accelerator.reduce)
-            entries |= self._mtp.report()
+            entries |= {} if self._mtp is None else self._mtp.report()
         if self._non_finite.skipped_steps:
             entries["tst_skipped_steps"] = self._non_finite.skipped_steps
         super().log(entries, start_time)
         if "epoch" in entries:
             logs["epoch"] = entries["epoch"]
 
+    def _gather_left_out(self) -> None:
+        if self._data is not None:
+            self._data.gather_left_out(self.accelerator.reduce)
+
+    @_signature_of(Trainer.evaluation_loop)
     def evaluation_loop(
         self,
         dataloader: DataLoader,
         description: str,
         prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        *positional: Any,
+        **kwargs: Any,
     ) -> EvalLoopOutput:
         """Evaluate or predict; with the fused loss, where training has it and nothing but the loss is asked for."""
         if prediction_loss_only is None:
@@ -315,19 +308,21 @@ class TSTTrainer(Trainer):
         fuses = prediction_loss_only and self.args.tst_replaces_loss
         with fused_evaluation_loss(self.model, self.args.tst_fused_loss) if fuses else nullcontext():
             return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                dataloader, description, prediction_loss_only, *positional, **kwargs
             )
 
     # Checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._mtp.load(resume_from_checkpoint)
+        check_same_heads(resume_from_checkpoint, self.args)
+        if self._mtp is not None:
+            self._mtp.load(resume_from_checkpoint)
         if not self.is_fsdp_enabled:
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._mtp.loading_optimizer():
+        with nullcontext() if self._mtp is None else self._mtp.loading_optimizer():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -337,13 +332,13 @@ class TSTTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
-        at_switch = self._data is not None and self.state.global_step == self._data.schedule.switch_step
+        at_switch = self._data is not None and self.state.global_step == self._data.start.schedule.switch_step
         saves = self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
         return is_best or (at_switch and saves)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # every checkpoint is from before the first bad number
-        self._meter.gather_left_out(self.accelerator.reduce)
+        self._gather_left_out()
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
         write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
@@ -352,7 +347,7 @@ class TSTTrainer(Trainer):
         if args.should_save:
             keep = {checkpoint.name, Path(state.best_model_checkpoint or "").name}
             if self._data is not None and args.tst_save_at_switch:
-                keep.add(f"checkpoint-{self._data.schedule.switch_step}")
+                keep.add(f"checkpoint-{self._data.start.schedule.switch_step}")
             rotate_checkpoints(checkpoint.parent, args.save_total_limit, keep)
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
@@ -365,15 +360,15 @@ class TSTTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._unfinished, state.best_global_step = None, best_step
-        self._mtp.save(folder)
+        if self._mtp is not None:
+            self._mtp.save(folder)
         if self._data is not None:
-            left_out = self._meter.tokens_left_out or 0
-            self._data.save(folder, state.global_step, left_out, self.args.should_save)
+            self._data.save(folder, state.global_step, self.args.should_save)
         best = run_dir / f"checkpoint-{best_step}"
         if best_step and (best_step == state.global_step or best.is_dir()):
             state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            state.save_to_json(str(folder / STATE_FILE))
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -384,10 +379,11 @@ class TSTTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
-        weights = None if _internal_call else weights_to_save(self)
-        if weights is None:
+        if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
+        # Trainer would write nothing with SHARDED_STATE_DICT, and tied weights twice with FULL_STATE_DICT.
+        weights = without_tied(self.model, self.accelerator.get_state_dict(self.model))
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
         if self.args.push_to_hub:
@@ -395,53 +391,30 @@ class TSTTrainer(Trainer):
 
     # The Hub
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    @_signature_of(Trainer.push_to_hub)
+    def push_to_hub(self, *positional: Any, **kwargs: Any) -> Any:
         """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
 
         Raises:
             HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
         """
-        if private is not None:  # the older Transformers do not know it
-            kwargs["private"] = private
         kept = f"The model is saved in {self.args.output_dir}."
         with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
-            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+            return super().push_to_hub(*positional, **kwargs)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
+    @_signature_of(Trainer.create_model_card)
+    def create_model_card(self, *positional: Any, **kwargs: Any) -> None:
         """Write `README.md` in the output folder from the record of the run, with its loss curve.
 
         Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
         results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
         """
+        given = inspect.signature(Trainer.create_model_card).bind(self, *positional, **kwargs).arguments
+        names = {"finetuned_from": "base_model", "dataset": "datasets"}
+        names |= {name: name for name in ("language", "license", "tags")}
+        metadata = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
         if self.is_world_process_zero():
-            write_card_of_trainer(
-                self,
-                repo_id=self.hub_model_id or model_name,
-                base_model=finetuned_from,
-                datasets=dataset,
-                language=language,
-                license=license,
-                tags=tags,
-            )
+            write_card_of_trainer(self, repo_id=self.hub_model_id or given.get("model_name"), **metadata)
 
 
 def _is_superposed(batch: Any) -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer
 from hf_tst.training.audit import audit_step, plan_of_arguments
-from hf_tst.training.checkpoints import last_complete_checkpoint
+from hf_tst.training.checkpoint_folders import last_complete_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_told_by_all(tmp_path, make_
     plan, layout = plan_of_arguments(args, 200, 2)
     layout = replace(layout, accumulation_steps=2)
     plan = replace(plan, rows_per_step=layout.rows_per_step)
-    (blocks,) = [audit_step(plan, layout, 4, 12).blocks[1][0]]
+    (blocks,) = [audit_step(plan, layout, 4, 12)["blocks"][1][0]]
     named = ", ".join(str(block) for row in blocks for block in row)
     for rank in (0, 1):
         assert (

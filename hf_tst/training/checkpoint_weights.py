@@ -1,4 +1,4 @@
-"""Weights that have other names in an ordinary checkpoint than in the model, as those of experts do."""
+"""Weights of a checkpoint that Trainer does not load: they have other names there than in the model, as experts have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _View(torch.Tensor):
         return self
 
 
-def load_renamed_weights(model: Any, folder: str | Path) -> bool:
+def load_renamed_weights(model: Any, folder: str | Path) -> None:
     """Load weights whose names in an ordinary checkpoint differ from the model's.
 
     `save_pretrained` writes experts one by one, though Transformers computes them as one tensor per layer. `Trainer` does
@@ -26,9 +26,6 @@ def load_renamed_weights(model: Any, folder: str | Path) -> bool:
     Args:
         model (`PreTrainedModel`): The model, not sharded.
         folder: A folder with `model.safetensors`, or its parts and their index.
-
-    Returns:
-        `bool`: Whether there were any.
     """
     from safetensors import safe_open
     from transformers.core_model_loading import revert_weight_conversion
@@ -38,7 +35,7 @@ def load_renamed_weights(model: Any, folder: str | Path) -> bool:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     renamed = set(state) - set(files) - set(tied)
     if not files or not renamed:
-        return False
+        return
     # Names in the checkpoint, and where in the model they belong.
     places = revert_weight_conversion(
         model, {name: state[name].as_subclass(_View) for name in sorted(renamed)}
@@ -49,13 +46,12 @@ def load_renamed_weights(model: Any, folder: str | Path) -> bool:
             with safe_open(path, framework="pt") as file:
                 for name in places.keys() & set(file.keys()):
                     places[name].copy_(file.get_tensor(name))
-        return True
+        return
     # The configuration may say another type than the model's parameters have; float32 holds the shorter ones exactly.
     is_full = any(parameter.dtype == torch.float32 for parameter in model.parameters())
     dtype = torch.float32 if is_full else model.dtype
     loaded = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
     model.load_state_dict({name: loaded[name] for name in renamed}, strict=False)
-    return True
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:

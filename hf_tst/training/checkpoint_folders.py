@@ -1,32 +1,34 @@
 """Checkpoints that are complete or not there: written aside, renamed, moved away before they are removed.
 
-A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. What lies
+A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. A folder
 in `_unfinished` is no checkpoint: neither Trainer nor a push to the Hub, which leaves out names with `_`, looks there. So a
-process may die at any moment.
+process may die at any moment. `manifest.json` has the size and hash of every file, and is written last.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..errors import RunError, TSTError, one_line
-from .manifest import MANIFEST_FILE, flush_to_disk, manifest_problem, write_manifest
 
 logger = logging.get_logger(__name__)
 
 UNFINISHED = "_unfinished"
 STATE_FILE = "trainer_state.json"
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 2
 # What asks for the newest complete checkpoint, on a command line, too.
 NEWEST = (True, "last", "true", "True")
 # A complete checkpoint that another one of the same step is about to replace.
@@ -94,18 +96,17 @@ def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
     wait_for_everyone()
     raise RunError(
         f"Writing {checkpoint} failed: {problems[0]} ({shutil.disk_usage(run_dir).free / 1e9:.2f} GB are free "
-        "there). Earlier checkpoints are as they were: go on with resume_from_checkpoint='last' when the cause is gone."
+        "there). Earlier checkpoints are as they were: continue with resume_from_checkpoint='last' when the cause is gone."
     ) from problem
 
 
-def finish_checkpoint(output_dir: str | Path, name: str) -> None:
+def finish_checkpoint(output_dir: Path, name: str) -> None:
     """Put `_unfinished/<name>` in its place, with a manifest, when all its files are written.
 
     Args:
         output_dir: Folder of the checkpoints.
         name (`str`): `checkpoint-<step>`. A folder of this name is replaced.
     """
-    output_dir = Path(output_dir)
     unfinished = output_dir / UNFINISHED
     written, target = unfinished / name, output_dir / name
     write_manifest(written)
@@ -116,15 +117,14 @@ def finish_checkpoint(output_dir: str | Path, name: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def clear_unfinished(output_dir: str | Path) -> None:
+def clear_unfinished(output_dir: Path) -> None:
     """Remove what a process that died left in `_unfinished`; a checkpoint that it was replacing goes back to its place."""
     _restore_replaced(output_dir)
-    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
 
 
-def _restore_replaced(output_dir: str | Path) -> None:
+def _restore_replaced(output_dir: Path) -> None:
     """Give a checkpoint its name back, if a process died after moving it away and before putting another in its place."""
-    output_dir = Path(output_dir)
     for folder in (output_dir / UNFINISHED).glob(f"{_REPLACED}*"):
         target = output_dir / folder.name.removeprefix(_REPLACED)
         if not target.exists():
@@ -153,6 +153,65 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collecti
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+# Manifests
+
+
+def write_manifest(folder: str | Path) -> None:
+    """Bring all files below `folder` to the disk, and write their manifest last.
+
+    The files are read once, from the memory they have just been written from. XXH3 takes a tenth of a second per gigabyte,
+    so hashing costs little beside writing; it finds damage, not forgery.
+
+    Args:
+        folder: The folder, which nobody writes to any more.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
+        flush_to_disk(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=2) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    for path in (folder / MANIFEST_FILE, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush_to_disk(path)
+
+
+def manifest_problem(folder: str | Path) -> str | None:
+    """What is wrong with a folder that has a manifest, as the end of a sentence; `None` if nothing is.
+
+    Files that the manifest does not name are not looked at. Sizes are compared before anything is read.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = {str(name): (int(e["bytes"]), str(e["xxh3_128"])) for name, e in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"its {MANIFEST_FILE} cannot be read"
+    for name, (size, _) in files.items():
+        if not (path := folder / name).is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+    for name, (_, expected) in files.items():
+        if _hash(folder / name) != expected:
+            return f"{name} does not hold what was written (its hash differs)"
+    return None
+
+
+def flush_to_disk(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
 # Resuming
 
 
@@ -168,15 +227,15 @@ def choose_checkpoint(requested: str | bool | None, args: TrainingArguments) -> 
     """
     if not requested:
         return None
-    answer: list[str | None] = [None, None]
+    answer: list[Any] = [None]
     if args.process_index == 0:
         try:
-            answer[0] = _find_checkpoint(requested, args.output_dir)
+            answer = [_find_checkpoint(requested, args.output_dir)]
         except TSTError as error:
-            answer[1] = str(error)
-    found, problem = broadcast_object_list(answer)
-    if problem is not None:
-        raise TSTError(problem)
+            answer = [error]
+    (found,) = broadcast_object_list(answer)
+    if isinstance(found, TSTError):
+        raise found
     return found
 
 
@@ -185,9 +244,10 @@ def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
         if (newest := last_complete_checkpoint(output_dir)) is None:
             raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
         return newest
-    if not Path(str(requested)).is_dir():
+    folder = Path(str(requested))
+    if not folder.is_dir():
         raise TSTError(f"There is no checkpoint {requested} to resume from.")
-    if (Path(str(requested)) / MANIFEST_FILE).exists() and (problem := manifest_problem(str(requested))):
+    if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
         raise TSTError(
             f"The checkpoint {requested} is damaged: {problem}; resume from another one, with "
             f"resume_from_checkpoint='last' for the newest that is complete (without {MANIFEST_FILE} it is not checked)."
@@ -205,7 +265,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
     """
-    _restore_replaced(output_dir)
+    _restore_replaced(Path(output_dir))
     for step, folder in reversed(_checkpoints(output_dir).items()):
         problem = _problem(folder, step)
         if problem is None:
@@ -219,20 +279,15 @@ def _problem(folder: Path, step: int) -> str | None:
         return manifest_problem(folder)
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{STATE_FILE} is missing"
     except (OSError, ValueError):
-        return f"{STATE_FILE} is damaged"
+        return f"its {STATE_FILE} cannot be read"
     if not isinstance(state, dict) or state.get("global_step") != step:
-        return f"{STATE_FILE} is not that of step {step}"
+        return f"its {STATE_FILE} is not that of step {step}"
     return None
 
 
 def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
     """The folders `checkpoint-<step>` by step, in the order of the steps."""
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if number and folder.is_dir():
-            found[int(number[1])] = folder
-    return dict(sorted(found.items()))
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
+    numbers = [(folder.name.removeprefix("checkpoint-"), folder) for folder in folders]
+    return dict(sorted((int(number), folder) for number, folder in numbers if number.isdecimal()))

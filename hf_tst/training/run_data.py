@@ -21,7 +21,7 @@ from ..bags.weighting import offset_weights, resolve_weighting
 from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockRules, check_blocks
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
-from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows
+from ..data.rows import STREAM_STATE, EpochSampler, PhaseCollator, PlannedRows
 from ..data.stream import StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
@@ -59,7 +59,7 @@ def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -
 
 def _order(args: TSTTrainingArguments) -> tuple[int, bool]:
     seed = args.seed if args.data_seed is None else args.data_seed
-    return seed, getattr(args, "train_sampling_strategy", "random") != "sequential"
+    return seed, args.train_sampling_strategy != "sequential"
 
 
 @dataclass
@@ -71,29 +71,18 @@ class RunData:
         start (`DataPosition`): The position before the first step.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
         rank (`int`): This process among those that read data of their own.
+        tokens_left_out (`int`, *optional*): Tokens read, by all ranks, that found no place in a row of bags, as of the last
+            [`gather_left_out`]; `None` where bags do not end with documents.
     """
 
     rows: PlannedRows | StreamedRows
     start: DataPosition
     steps_per_epoch: int
     rank: int
+    tokens_left_out: int | None
+    _left_out_here: Tensor | int = 0  # by this rank, since they were gathered
     # Where the readers of this rank stand in a stream, behind the batches that training got.
     _stream_states: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def schedule(self) -> PhaseSchedule:
-        """The phases of the run."""
-        return self.start.schedule
-
-    @property
-    def plan(self) -> DataPlan | None:
-        """Which blocks are read; `None` for a stream."""
-        return self.rows.plan if isinstance(self.rows, PlannedRows) else None
-
-    def sampler(self, current_step: Callable[[], int]) -> EpochSampler:
-        """The order of the rows, from the step that training has reached."""
-        steps, rows_per_step = self.start.max_steps, self.start.rows_per_step
-        return EpochSampler(steps, rows_per_step, self.steps_per_epoch, current_step)
 
     def epoch(self, step: int) -> float:
         """What Trainer calls the epoch once `step` (at least 1) optimizer steps are done."""
@@ -102,13 +91,13 @@ class RunData:
 
     def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
         """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` for a stream."""
-        if self.plan is None:
+        if isinstance(self.rows, StreamedRows):
             return None
         count = self.start.rows_per_step
         rows = range(step * count, (step + 1) * count)
         if micro_batch is not None:
             rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
-        return [block for row in rows for block in self.plan.row_blocks(row)]
+        return [block for row in rows for block in self.rows.plan.row_blocks(row)]
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches that training gets, without the state of the stream that comes with them."""
@@ -116,25 +105,31 @@ class RunData:
             if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
                 self._stream_states[state.reader] = state.values
                 self.start = replace(self.start, block_length=state.values["block_length"])
+            if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
+                # A row has as many places as it reads tokens: for each that is empty, a token was left out.
+                self._left_out_here = self._left_out_here + (batch["input_ids"] < 0).sum()
             yield batch
 
-    def save(self, folder: str | Path, step: int, tokens_left_out: int, writes_position: bool) -> None:
+    def gather_left_out(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Bring `tokens_left_out` up to date; every rank must take part. `total` adds up a 0-dim tensor over all ranks."""
+        if self.tokens_left_out is not None and isinstance(self._left_out_here, Tensor):
+            self.tokens_left_out += int(total(self._left_out_here))
+            self._left_out_here = 0
+
+    def save(self, folder: str | Path, step: int, writes_position: bool) -> None:
         """Write the position, and this rank's state of a stream, into a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         if writes_position:
-            replace(self.start, step=step, tokens_left_out=tokens_left_out).save(folder)
-        if self.plan is None:
+            replace(self.start, step=step, tokens_left_out=self.tokens_left_out or 0).save(folder)
+        if isinstance(self.rows, StreamedRows):
             torch.save({"step": step, "workers": self._stream_states}, _state_file(folder, self.rank))
 
-    def resume(self, folder: str | Path, allow_change: bool) -> DataPosition | None:
+    def resume(self, folder: str | Path, allow_change: bool) -> None:
         """Continue from a checkpoint.
 
         Args:
             folder: The checkpoint.
             allow_change (`bool`): Continue although the data or what decides its order has changed.
-
-        Returns:
-            The position in the checkpoint, or `None` if it holds none.
 
         Raises:
             TSTError: If data would be read twice or never, and `allow_change` is not set.
@@ -142,10 +137,9 @@ class RunData:
         saved = DataPosition.load(folder)
         if saved is None:
             logger.warning(
-                f"{folder} has no data_position.json, as if the plain Trainer had written it: whether data and "
-                "arguments are those that it was trained with cannot be checked."
+                f"{folder} has no data_position.json, as if the plain Trainer had written it: its data cannot be compared."
             )
-            return None
+            return
         length = self.start.block_length or saved.block_length
         try:
             saved.check_resumable(replace(self.start, block_length=length))
@@ -156,19 +150,24 @@ class RunData:
             if not allow_change:
                 raise
             logger.warning(f"tst_allow_data_change is set, so training continues. {error}")
+        if self.tokens_left_out is not None:
+            self.tokens_left_out = saved.tokens_left_out
         readers = attrgetter("split_by_rank", "data", "stream_workers")
         if isinstance(self.rows, StreamedRows) and readers(saved) == readers(self.start):
             # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
             file = _state_file(folder, self.rank if saved.split_by_rank else 0)
             if not file.is_file():
                 raise TSTError(
-                    f"The checkpoint has no {file.name} to read the stream on from: copy the files of all processes "
+                    f"The checkpoint has no {file.name} to continue the stream from: copy the files of all processes "
                     "into one folder."
                 )
             state = torch.load(file, weights_only=True)
             self._stream_states = dict(state["workers"])
             self.rows.load_states(state["step"], state["workers"])
-        return saved
+
+
+def _state_file(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"stream_state_{rank}.pt"
 
 
 def open_run_data(trainer: Any) -> RunData:
@@ -191,7 +190,8 @@ def open_run_data(trainer: Any) -> RunData:
         pad_token_id=_padding_token_id(trainer.processing_class),
         vocab_size=getattr(embedding, "num_embeddings", None),
     )
-    document_columns = DOCUMENT_COLUMNS if args.tst_document_boundaries == "respect" else ()
+    respects = args.tst_document_boundaries == "respect"
+    document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
     # Columns that reach the collator: all, or those that the model's forward takes.
     used = None
@@ -214,8 +214,7 @@ def open_run_data(trainer: Any) -> RunData:
         rows = PlannedRows(blocks, plan, columns, bag_columns, as_arrays, rules)
     if schedule.switch_step == 0:
         logger.warning(
-            f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there will be "
-            "no superposition."
+            f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one: no step is superposition."
         )
     seed, shuffle = _order(args)
     start = DataPosition(
@@ -233,16 +232,18 @@ def open_run_data(trainer: Any) -> RunData:
     )
     epochs = 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
     rank = args.process_index // (args.world_size // ranks)
-    return RunData(rows, start, math.ceil(schedule.max_steps / epochs), rank)
+    return RunData(rows, start, math.ceil(schedule.max_steps / epochs), rank, 0 if respects else None)
 
 
 def make_loader(trainer: Any, data: RunData) -> DataLoader:
     """The loader of a run's rows, from the step that training has reached."""
+    steps, rows_per_step = data.start.max_steps, data.start.rows_per_step
+    sampler = EpochSampler(steps, rows_per_step, data.steps_per_epoch, lambda: trainer.state.global_step)
     loader = trainer._get_dataloader(
         dataset=data.rows,
         description="Training",
         batch_size=trainer._train_batch_size,
-        sampler_fn=lambda rows: data.sampler(lambda: trainer.state.global_step),
+        sampler_fn=lambda rows: sampler,
         is_training=True,
     )
     # A loader draws a seed for its workers when it starts. It has a generator of its own, so that training draws the same
@@ -254,13 +255,12 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader:
 def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
     if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
         raise TSTError(
-            "dataloader_in_order=False lets batches come in any order, but the phase of a batch and the place to resume "
-            "from follow from their order: leave it at True, or set dataloader_num_workers to 0."
+            "dataloader_in_order=False would mix the batches of both phases: leave it at True, or set dataloader_num_workers=0."
         )
     if streamed and getattr(args.accelerator_config, "dispatch_batches", False):
         raise TSTError(
-            "accelerator_config's dispatch_batches=True lets one process read for all, but each process reads its own rows of "
-            "a stream: leave it out."
+            "accelerator_config's dispatch_batches=True does not work with a stream, of which each process reads its own rows: "
+            "leave it out."
         )
 
 
@@ -271,44 +271,36 @@ def _padding_token_id(tokenizer: Any) -> int | None:
     return None if pad in others else pad
 
 
-def make_collators(
-    args: TSTTrainingArguments, data_collator: Any, eos_token_id: int | None
-) -> tuple[Any, Any, Any]:
-    """Collators of superposition rows, of recovery rows and of evaluation, from the one the user gave, if any.
+def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: int | None) -> Any:
+    """The collator of all batches of a run, which serves recovery and evaluation by the one that the user gave, if any.
 
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
     boundaries = args.tst_document_boundaries
-    superposition, recovery = (
-        DataCollatorForTokenSuperposition(
-            bag_size, args.tst_mode, document_boundaries=boundaries, eos_token_id=eos_token_id
-        )
-        for bag_size in (args.tst_bag_size, 1)
-    )
+    options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
+    superposition = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
+    recovery = DataCollatorForTokenSuperposition(1, **options)
     evaluation = DataCollatorForTokenSuperposition(1)
-    if data_collator is None:
-        return superposition, recovery, evaluation
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
-    if boundaries == "respect" and not (ours and data_collator.document_boundaries == "respect"):
+    respects = ours and data_collator.document_boundaries == "respect"
+    if data_collator is not None and boundaries == "respect" and not respects:
         raise TSTError(
             f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
             f"{type(data_collator).__name__}: leave it out, or give DataCollatorForTokenSuperposition(1, "
             "document_boundaries='respect')."
         )
-    if not ours or data_collator.bag_size == 1:
-        return superposition, data_collator, data_collator
-    bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
-    if args.tst_enabled and bags != asked:
-        raise TSTError(
-            f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
-            f"and tst_mode={asked[1]!r}: leave data_collator out."
-        )
-    return data_collator, recovery, evaluation
-
-
-def _state_file(folder: str | Path, rank: int) -> Path:
-    return Path(folder) / f"stream_state_{rank}.pt"
+    if ours and data_collator.bag_size > 1:
+        bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
+        if args.tst_enabled and bags != asked:
+            raise TSTError(
+                f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
+                f"and tst_mode={asked[1]!r}: leave data_collator out."
+            )
+        superposition = data_collator
+    elif data_collator is not None:
+        recovery = evaluation = data_collator
+    return PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
 
 
 def end_token_id(tokenizer: Any, model: Any) -> int | None:

@@ -1,0 +1,139 @@
+"""Multi-token prediction in a run of the trainer: when its heads are there, and in which checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..errors import TSTError
+from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
+from ..mtp.heads import MTPHeads, attached_heads, extra_losses
+from .arguments import TSTTrainingArguments
+
+FILE_NAME = "mtp_heads.safetensors"
+# Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
+TRAINED = "trained"
+
+
+class MTPCallback(TrainerCallback):
+    """Makes the extra heads of a trainer's model, and keeps them while it trains.
+
+    The heads are made at the start, so that the optimizer knows them, and take part in next-token steps. They begin
+    from weights that follow from `seed` alone. In superposition steps the optimizer leaves them as they are.
+
+    Args:
+        trainer (`TSTTrainer`): The trainer, with its model, arguments and accelerator.
+
+    Raises:
+        TSTError: If the model cannot have extra heads.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        args: TSTTrainingArguments = trainer.args
+        self._trainer = trainer
+        self.heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
+        self._reported_step = 0
+        self._inside: Any = None  # an ExitStack for the hooks and a ModelEnd while the heads are attached
+        self._loaded_untrained = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Context in which the model has its extra heads; their losses come with the start of training.
+
+        By then the model is wrapped, and their hooks are in front of those of FSDP.
+        """
+        with attached_heads(self._trainer.model, self.heads) as end, ExitStack() as hooks:
+            self._inside, self._loaded_untrained = (hooks, end), False
+            yield
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._reported_step = state.global_step
+        self.heads.take_loss()  # of a run that was broken off
+        known = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        if not all(id(p) in known for p in self.heads.parameters()):
+            raise TSTError(
+                "The optimizer was made before the extra heads of multi-token prediction, and would not train them: give the "
+                "trainer optimizer_cls_and_kwargs, or let it make the optimizer."
+            )
+        hooks, end = self._inside
+        hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
+        hooks.enter_context(extra_losses(self._trainer.model, self.heads, end, args.mtp_loss_weight))
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._trainer.schedule.phase(state.global_step) == "superposition":
+            # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.
+            for parameter in self.heads.parameters():
+                parameter.grad = None
+
+    def report(self) -> dict[str, float]:
+        """`mtp_loss`: what the extra heads have added to `loss` since the last report; nothing where they did not train.
+
+        Every rank must take part.
+        """
+        trainer, args, loss = self._trainer, self._trainer.args, self.heads.take_loss()
+        steps = trainer.state.global_step - self._reported_step
+        self._reported_step += steps
+        if loss is None or steps < 1:
+            return {}
+        # Losses are divided by the targets of the step, else each by those of its micro-batch.
+        by_step = trainer.model_accepts_loss_kwargs
+        summed = by_step and args.average_tokens_across_devices
+        total = trainer.accelerator.reduce(loss.float(), "sum" if summed else "mean").item()
+        return {"mtp_loss": round(total / steps / (1 if by_step else args.gradient_accumulation_steps), 6)}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the extra heads beside the model in a checkpoint. Every rank must take part."""
+        weights = full_state_dict(self.heads) if self._trainer.is_fsdp_enabled else self.heads.state_dict()
+        if not self._trainer.args.should_save:
+            return
+        from safetensors.torch import save_file
+
+        state = self._trainer.optimizer.state
+        trained = any(parameter in state for parameter in self.heads.parameters())
+        description = _description(self._trainer.args) | {TRAINED: str(trained)}
+        Path(folder).mkdir(parents=True, exist_ok=True)  # where FSDP writes shards later
+        save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / FILE_NAME, description)
+
+    def load(self, folder: str | Path) -> None:
+        """Read the extra heads of a checkpoint, which [`check_same_heads`] has looked at."""
+        from safetensors.torch import load_file
+
+        self._loaded_untrained = _saved_description(folder).get(TRAINED) == "False"
+        load = load_full_state_dict if self._trainer.is_fsdp_enabled else MTPHeads.load_state_dict
+        load(self.heads, load_file(Path(folder) / FILE_NAME))
+
+    def loading_optimizer(self) -> AbstractContextManager[None]:
+        """Context in which the optimizer's state is read, after [`load`]: shards from superposition have none of the heads."""
+        if self._loaded_untrained and self._trainer.is_fsdp_enabled:
+            return left_out_of_optimizer(self._trainer.optimizer, self.heads.parameters())
+        return nullcontext()
+
+
+def check_same_heads(folder: str | Path, args: TSTTrainingArguments) -> None:
+    """Raise `TSTError` if a checkpoint has other extra heads than a run, or only one of the two has any."""
+    saved = {name: value for name, value in _saved_description(folder).items() if name != TRAINED}
+    if saved != (wanted := _description(args)):
+        before, now = (", ".join(f"{k}={v}" for k, v in sorted(x.items())) for x in (saved, wanted))
+        raise TSTError(
+            f"{folder} was trained with {before}, but this run has {now}: set mtp_num_heads and mtp_kind to what they were."
+        )
+
+
+def _description(args: TSTTrainingArguments) -> dict[str, str]:
+    """What a file of the heads says of them."""
+    kind = {"mtp_kind": args.mtp_kind} if args.mtp_num_heads > 1 else {}
+    return {**kind, "mtp_num_heads": str(args.mtp_num_heads)}
+
+
+def _saved_description(folder: str | Path) -> dict[str, str]:
+    """What the file of the heads in a checkpoint says, or as much of a checkpoint without heads."""
+    from safetensors import safe_open
+
+    if not (path := Path(folder) / FILE_NAME).is_file():
+        return {"mtp_num_heads": "1"}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()

@@ -1,0 +1,123 @@
+"""What happens to the model at the start of training and at the phase switch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from ..bags.phases import PhaseSchedule
+from ..errors import TSTError
+from ..models.superposition import fused_next_token_loss, token_superposition
+from .arguments import TSTTrainingArguments
+from .refusals import check_document_attention
+
+logger = logging.get_logger(__name__)
+
+Reinitialized = Literal["embeddings", "head", "both"]
+REINITIALIZED: tuple[Reinitialized, ...] = get_args(Reinitialized)
+
+
+class PhaseSwitchCallback(TrainerCallback):
+    """Puts the model into token superposition or the fused next-token loss, as the phase of training asks.
+
+    [`TSTTrainer`] calls [`close`] when training ends, however it ends.
+
+    Args:
+        trainer (`TSTTrainer`): The trainer, which knows its `schedule` when training begins.
+
+    Raises:
+        TSTError: When training begins, if documents are to be respected and the model's attention crosses them.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._context = ExitStack()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.tst_document_boundaries == "respect":
+            check_document_attention(kwargs["model"], rows=min(2, args.per_device_train_batch_size))
+        self._enter(args, state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step != self._trainer.schedule.switch_step:
+            return
+        self._enter(args, state.global_step, kwargs["model"])
+        control.should_log = True
+        if args.tst_save_at_switch:
+            control.should_save = True
+        logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
+
+    def close(self) -> None:
+        """Give the model its own input and loss back."""
+        self._context.close()
+
+    def _enter(self, args: TSTTrainingArguments, step: int, model: Any) -> None:
+        """Leave the phase that the model is in, and enter that of `step`."""
+        self.close()
+        if self._trainer.schedule.phase(step) == "superposition":
+            context = token_superposition(
+                model,
+                args.tst_bag_size,
+                offset_weighting=args.tst_offset_weighting,
+                input_weighting=args.tst_input_weighting,
+                mode=args.tst_mode,
+                fused_loss=args.tst_fused_loss,
+                document_boundaries=args.tst_document_boundaries,
+            )
+        elif args.tst_replaces_loss:
+            context = fused_next_token_loss(model, args.tst_fused_loss)
+        else:
+            return
+        self._context.enter_context(context)
+
+
+class ReinitializeCallback(TrainerCallback):
+    """The paper's ablation that loses what superposition gave: embedding, head or both forget what they learned.
+
+    They get new random weights when superposition ends, before the checkpoint there. Where they are one weight, both are
+    new. The optimizer's states stay. Nothing happens in a run without superposition.
+
+    Args:
+        parts (`str`): `"embeddings"`, `"head"` or `"both"`.
+        schedule: Returns the run's phases, once training has begun.
+
+    Raises:
+        TSTError: When training begins, if the weights are sharded.
+
+    Source: arXiv 2605.06546, ablations.
+    """
+
+    def __init__(self, parts: Reinitialized, schedule: Callable[[], PhaseSchedule | None]) -> None:
+        if parts not in REINITIALIZED:
+            raise TSTError(f"reinit_at_switch must be one of {', '.join(REINITIALIZED)}, but is {parts!r}.")
+        self._parts = parts
+        self._schedule = schedule
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if any(hasattr(module.weight, "device_mesh") for module in self._modules(kwargs["model"])):
+            raise TSTError("reinit_at_switch does not work with FSDP: shards would get different weights.")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        schedule = self._schedule()
+        if schedule is None or state.global_step != schedule.switch_step:
+            return
+        model = kwargs["model"]
+        # All ranks draw the same numbers, and those of training stay what they would have been.
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(args.seed)
+            for module in self._modules(model):
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+                model._init_weights(module)
+        logger.info(f"Step {state.global_step}: new random weights ({self._parts}).")
+
+    def _modules(self, model: Any) -> list[nn.Module]:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return {"embeddings": [embedding], "head": [head], "both": [embedding, head]}[self._parts]

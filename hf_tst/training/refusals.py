@@ -1,0 +1,179 @@
+"""What a [`TSTTrainer`] refuses, or warns of, before the first step, beyond values of single arguments."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..errors import TSTError
+from ..models.fused import check_fusable
+from ..models.head import check_loss_is_replaceable
+from ..models.superposition import find_language_model
+from .arguments import TSTTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+# Half a row of the trial whether attention stays inside documents.
+_LENGTH = 4
+# Share of the effect that one document has on the next across the boundary, in a row without documents, that is
+# taken for rounding: mixtures of experts and low precision are not exact from one batch to another.
+_ROUNDING = 0.1
+
+
+def check_arguments(args: Any) -> None:
+    """Raise `TSTError` if arguments are not those of this package, or ask for several GPUs in one process."""
+    if not isinstance(args, TSTTrainingArguments):
+        raise TSTError(
+            f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
+            "the arguments are made."
+        )
+    if args.tst_replaces_loss and args.n_gpu > 1:
+        raise TSTError(
+            f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
+            "loss do not support: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise `TSTError` if a trainer's model, loss or processes do not work with what its arguments ask for."""
+    args = trainer.args
+    _warn_of_missing_fsdp(trainer)
+    if args.mtp_num_heads > 1:
+        _check_multi_token_prediction(trainer)
+    if not args.tst_replaces_loss:
+        return
+    if _uses_fsdp1(trainer):
+        raise TSTError(
+            "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
+            "configuration of accelerate, as scripts/configs/accelerate/fsdp2.yaml does."
+        )
+    _, model = find_language_model(trainer.model)
+    check_fusable(model, args.tst_fused_loss)
+    if trainer.compute_loss_func is not None:
+        raise TSTError(
+            "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
+            "tst_phase_ratio=0 and tst_fused_loss='auto'."
+        )
+    if not args.tst_enabled:
+        return
+    check_loss_is_replaceable(model)
+    for kind, size in _parallel_sizes(trainer).items():
+        if kind != "tensor" and size > 1:
+            raise TSTError(
+                f"{kind.capitalize()} parallelism (size {size}) splits rows of bags: set its size to 1."
+            )
+    if getattr(args.accelerator_config, "split_batches", False):
+        raise TSTError(
+            "accelerator_config's split_batches=True would split the rows of a step: leave it at False."
+        )
+
+
+def _check_multi_token_prediction(trainer: Any) -> None:
+    """Raise `TSTError` for what multi-token prediction does not work with, or has not been tried with."""
+    args = trainer.args
+    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    reasons = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP1 (FSDP2 is fsdp_version: 2)": _uses_fsdp1(trainer),
+        "fsdp_cpu_ram_efficient_loading": fsdp is not None and bool(fsdp.cpu_ram_efficient_loading),
+        "torch_compile": args.torch_compile,
+        "nn.DataParallel (start one process per GPU with `accelerate launch`)": args.n_gpu > 1,
+        "context, sequence or tensor parallelism": max(_parallel_sizes(trainer).values()) > 1,
+        "PEFT": isinstance(trainer.model, nn.Module) and hasattr(trainer.model, "peft_config"),
+        "model_init": trainer.model_init is not None,
+        "label_smoothing_factor": bool(args.label_smoothing_factor),
+        "compute_loss_func": trainer.compute_loss_func is not None,
+    }
+    if refused := [name for name, given in reasons.items() if given]:
+        raise TSTError(
+            f"mtp_num_heads={args.mtp_num_heads} does not go with {', '.join(refused)}: leave it out, or set "
+            "mtp_num_heads=1."
+        )
+
+
+def _parallel_sizes(trainer: Any) -> dict[str, int]:
+    """By kind, the number of processes that share the work on one row."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    kinds = {"context": "cp_size", "sequence": "sp_size", "tensor": "tp_size"}
+    return {kind: getattr(config, name, 1) or 1 for kind, name in kinds.items()}
+
+
+def _uses_fsdp1(trainer: Any) -> bool:
+    """Whether a trainer shards its model by the first FSDP, which flattens weights."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return plugin is not None and getattr(plugin, "fsdp_version", 1) != 2
+
+
+def _warn_of_missing_fsdp(trainer: Any) -> None:
+    """Warn if FSDP is asked for, by the arguments or by `accelerate launch`, and accelerate does something else.
+
+    It does so silently on CPU, where it makes FSDP ordinary DDP.
+    """
+    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    accelerator = trainer.accelerator
+    if asked and not trainer.is_fsdp_enabled and accelerator.is_main_process:
+        logger.warning(
+            f"fsdp is asked for, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device.type}: "
+            "nothing is sharded, and every process holds the whole model. FSDP needs accelerators, and `accelerate "
+            "launch` or `torchrun`."
+        )
+
+
+# Attention inside documents
+
+
+def check_document_attention(model: nn.Module, rows: int = 2) -> None:
+    """Check that a document in a row does not see the one before it, when `position_ids` restart between them.
+
+    Four forward passes over rows of eight tokens, without gradients: in sharded training every rank must take
+    part. What the first document is must not matter to the logits of the second, against a row of one document,
+    where it does.
+
+    Args:
+        model: The model, also wrapped.
+        rows (`int`, defaults to 2): Rows of a batch; some attention implementations keep documents apart in batches
+            of one row only.
+
+    Raises:
+        TSTError: If the model's attention, or another mixing of positions, crosses documents.
+    """
+    _, core = find_language_model(model)
+    name = type(core).__name__
+    if "position_ids" not in inspect.signature(type(core).forward).parameters:
+        raise TSTError(
+            f"{name} takes no position_ids, so it cannot keep documents apart: set tst_document_boundaries='ignore'."
+        )
+    device = next(core.parameters()).device
+    vocabulary = core.config.get_text_config().vocab_size
+    ascending = torch.arange(2 * _LENGTH, device=device).expand(rows, -1)
+    token = ascending % vocabulary
+    other = torch.where(token < _LENGTH, vocabulary - 1 - token, token)
+
+    was_training = model.training
+    model.eval()
+    try:
+        # Odd shapes would make a compiled model recompile for dynamic shapes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            across = _change(model, token, other, ascending)
+            inside = _change(model, token, other, ascending % _LENGTH)
+    finally:
+        model.train(was_training)
+    if not inside <= _ROUNDING * across:
+        implementation = getattr(core.config, "_attn_implementation", None)
+        raise TSTError(
+            f"tst_document_boundaries='respect' needs a model that keeps attention inside documents, but {name} with "
+            f"attn_implementation={implementation!r} in batches of {rows} does not: use attn_implementation='sdpa', "
+            "'eager' or 'flex_attention' (flash attention does with per_device_train_batch_size=1), or set "
+            "tst_document_boundaries='ignore'."
+        )
+
+
+def _change(model: nn.Module, tokens: Tensor, other: Tensor, position_ids: Tensor) -> float:
+    """How far the logits of the second half move when the first half changes."""
+    logits = [model(input_ids=ids, position_ids=position_ids).logits[:, _LENGTH:] for ids in (tokens, other)]
+    return float((logits[0].float() - logits[1].float()).abs().max())

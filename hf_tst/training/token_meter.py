@@ -1,0 +1,146 @@
+"""Tokens and seconds of training: counted, logged by phase, and shown in the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from ..planning.reference import peak_tflops
+from ..records.run_record import RUN_ENTRY, UTILIZATION, run_entry
+
+
+class TokenMeterCallback(TrainerCallback):
+    """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
+
+    It also corrects what Trainer calls the epoch: Trainer does not know where a resumed epoch began.
+
+    Args:
+        trainer (`TSTTrainer`): The trainer, which reads its batches through [`watch`].
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._rows_per_step = 0  # over all devices and accumulation steps
+        self._latent_length: int | None = None
+        self._seconds = 0.0
+        self._since = 0.0
+        self._waited = 0.0
+        self._peak_flops: float | None = None  # per second, of all devices
+        self._last_report = (0, 0, 0.0, 0.0)  # step, tokens left out, seconds, FLOPs
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._rows_per_step = self._trainer.get_total_train_batch_size(args)
+        run = run_entry(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
+        peak = args.tst_peak_tflops or peak_tflops(args.device)
+        state.log_history.append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
+        self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
+        self._seconds = self._waited = 0.0
+        self._last_report = (state.global_step, self._tokens_left_out() or 0, 0.0, state.total_flos)
+        self._restart_clock()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._trainer._data is not None:
+            state.epoch = self._trainer._data.epoch(state.global_step)
+        pauses = control.should_log or control.should_evaluate or control.should_save
+        if pauses and args.device.type != "cpu":
+            torch.accelerator.synchronize()  # as what comes next does: these steps' work is not the next ones' time
+        self._seconds += time.perf_counter() - self._since
+        self._restart_clock()
+
+    def _restart_clock(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    on_evaluate = on_save = _restart_clock
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; notes their latent length, and how long training waits for each."""
+        start = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - start
+            if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), torch.Tensor):
+                self._latent_length = ids.shape[1]
+            yield batch
+            start = time.perf_counter()
+        self._waited += time.perf_counter() - start
+
+    def _tokens_left_out(self) -> int | None:
+        return None if self._trainer._data is None else self._trainer._data.tokens_left_out
+
+    def report(self, with_speed: bool) -> dict[str, Any]:
+        """Log entries after the optimizer steps done.
+
+        Args:
+            with_speed (`bool`): Add tokens per second, utilization and the wait for data, since the last report that had them.
+
+        Returns:
+            `tst_phase` of the last step done, and `tst_current_bag_size`, s or 1, which trackers that plot numbers only
+            show the phases by; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
+            `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
+            count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`;
+            `tst_model_flops_utilization`, where FLOPs and the peak of the device are known; `tst_data_wait_seconds` that
+            training waited for batches on this rank, and `tst_data_wait_fraction` of the time.
+        """
+        schedule, state = self._trainer.schedule, self._trainer.state
+        step, flops = state.global_step, state.total_flos
+        phase = schedule.phase(max(step - 1, 0))
+        bag_size = schedule.bag_size if phase == "superposition" else 1
+        entries: dict[str, Any] = {"tst_phase": phase, "tst_current_bag_size": bag_size}
+        if self._latent_length is None:
+            return entries
+        tokens_per_step = self._rows_per_step * self._latent_length
+        left_out = self._tokens_left_out()
+        raw = schedule.tokens_seen(step, tokens_per_step) - (left_out or 0)
+        entries |= {"tst_raw_tokens": raw, "tst_latent_tokens": step * tokens_per_step}
+        if left_out is not None:
+            entries["tst_tokens_left_out"] = left_out
+        last_step, last_left_out, last_seconds, last_flops = self._last_report
+        seconds = self._seconds - last_seconds
+        if with_speed and step > last_step and seconds > 0:
+            new_raw = raw - schedule.tokens_seen(last_step, tokens_per_step) + last_left_out
+            new_latent = (step - last_step) * tokens_per_step
+            entries["tst_raw_tokens_per_second"] = round(new_raw / seconds, 1)
+            entries["tst_latent_tokens_per_second"] = round(new_latent / seconds, 1)
+            if self._peak_flops and flops > last_flops:
+                entries[UTILIZATION] = round((flops - last_flops) / seconds / self._peak_flops, 4)
+            entries["tst_data_wait_seconds"] = round(self._waited, 4)
+            entries["tst_data_wait_fraction"] = round(min(1.0, self._waited / seconds), 4)
+            self._last_report = (step, left_out or 0, self._seconds, flops)
+            self._waited = 0.0
+        return entries
+
+
+class PhaseProgressCallback(ProgressCallback):
+    """Trainer's progress bar, with the phase in front, and the last logged loss and raw tokens per second behind.
+
+    The time left counts from the step that a resumed run began at.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+        self._show_phase(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._show_phase(state.global_step)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{float(logs['loss']):.3f}"}
+            if "tst_raw_tokens_per_second" in logs:
+                shown["raw tokens/s"] = self.training_bar.format_sizeof(logs["tst_raw_tokens_per_second"])
+            self.training_bar.set_postfix(shown, refresh=False)
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def _show_phase(self, step: int) -> None:
+        if self.training_bar is not None:
+            self.training_bar.set_description(self._trainer.schedule.phase(step), refresh=False)
