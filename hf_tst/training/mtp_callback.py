@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import TSTError
 from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
-from ..mtp.heads import MTPHeads, attached_heads, extra_losses
+from ..mtp.heads import MTPHeads, attached_heads
+from ..mtp.losses import extra_losses
 from .arguments import TSTTrainingArguments
 
 FILE_NAME = "mtp_heads.safetensors"
