@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.models.superposition import find_language_model
-from hf_tst.mtp.last_layer import decoder_layers
+from hf_tst.mtp.losses import decoder_layers
 
 sys.path.insert(0, str(ROOT / "tests"))
 

@@ -13,7 +13,7 @@ from versions import fails_before, params
 
 from hf_tst import MTPHeads, fused_next_token_loss, multi_token_prediction, token_superposition
 from hf_tst.mtp.heads import MTP_KINDS
-from hf_tst.mtp.last_layer import decoder_layers
+from hf_tst.mtp.losses import decoder_layers
 
 FAMILIES = ["llama", "qwen3", "mixtral", "qwen3_moe", "gpt2", "gemma2", "granite", "phi"]
 ROWS = 3

@@ -101,13 +101,13 @@ def check_loss_is_replaceable(model: Any) -> None:
     name, probe = own_class(model).__name__, _probe_values(weight.shape[0])
     for training in (False, True):
         try:
-            run = _run_to_loss(model, head, probe, training)
+            given, *_ = _run_to_loss(model, head, probe, training)
         except UnfusableHeadError as error:
             logger.warning(
                 f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
             )
             return
-        if run.given is None:
+        if not given:
             raise TSTError(
                 f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
                 "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
@@ -162,34 +162,16 @@ class _AnyOutput(ModelOutput):
         return self.get(name)
 
 
-@dataclass
-class _Run:
-    """A forward pass with stand-ins, and what became of it.
-
-    Args:
-        inputs (`dict`): Labels, and the divisor if the model takes one.
-        hidden (`torch.Tensor`): What the stand-in body returns.
-        head (`_StandIn`): The stand-in head, with its calls.
-        given (`dict`, *optional*): What the loss function was given, if it was called.
-        outputs: What forward returned.
-    """
-
-    inputs: dict[str, Any]
-    hidden: Tensor
-    head: _StandIn
-    given: dict[str, Any] | None = None
-    outputs: Any = None
-
-    def loss_function(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The stand-in loss function."""
-        self.given = {"num_items_in_batch": None, **kwargs, "logits": logits, "labels": labels}
-        return torch.tensor(_PROBE_LOSS, device=logits.device)
-
-
-def _run_to_loss(model: Any, head: Any, returned: Tensor, training: bool = True) -> _Run:
+def _run_to_loss(
+    model: Any, head: Any, returned: Tensor, training: bool = True
+) -> tuple[dict[str, Any], dict[str, Any], list[Any], Any]:
     """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
 
     The mode is that of the model's own forward alone: its modules, and so their dropout, keep theirs.
+
+    Returns:
+        What the loss function was given, and nothing if it was not called; what forward was given besides ids; the first
+        argument of each call of the head; and what forward returned.
 
     Raises:
         UnfusableHeadError: If forward fails.
@@ -202,40 +184,46 @@ def _run_to_loss(model: Any, head: Any, returned: Tensor, training: bool = True)
         inputs["output_router_logits"] = False
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values()):
         inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
-    run = _Run(inputs, hidden, _StandIn(head, returned.to(weight.device)))
+    stand_in = _StandIn(head, returned.to(weight.device))
     body = _StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
-    stand_ins = {head: run.head, model.base_model: body}
+    stand_ins = {head: stand_in, model.base_model: body}
+    given: dict[str, Any] = {}
+
+    def loss_function(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given.update({"num_items_in_batch": None, **kwargs, "logits": logits, "labels": labels})
+        return torch.tensor(_PROBE_LOSS, device=logits.device)
+
     with ExitStack() as stack:
         stack.enter_context(trial_pass(weight.device))
         stack.enter_context(torch.autocast(weight.device.type, enabled=False))
-        stack.enter_context(replaced(vars(model), "_loss_function", run.loss_function))
+        stack.enter_context(replaced(vars(model), "_loss_function", loss_function))
         stack.enter_context(replaced(vars(model), "training", training))
         for modules in [parent._modules for parent in model.modules()]:
             for name, child in modules.items():
                 if child in stand_ins:
                     stack.enter_context(replaced(modules, name, stand_ins[child]))
         try:
-            run.outputs = model.forward(input_ids=ids, **inputs)
+            outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # whatever a family does with what the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
             ) from error
-    return run
+    return given, inputs, stand_in.calls, outputs
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     """What the loss function is given when the head returns `returned`."""
-    run = _run_to_loss(model, head, returned)
-    given, inputs = run.given, run.inputs
-    if given is None:
+    given, inputs, calls, outputs = _run_to_loss(model, head, returned)
+    if not given:
         raise UnfusableHeadError("its forward does not call loss_function")
-    shapes = [getattr(call, "shape", None) for call in run.head.calls]
+    shapes = [getattr(call, "shape", None) for call in calls]
     has_labels = isinstance(given["labels"], Tensor) and torch.equal(given["labels"], inputs["labels"])
     keeps_inputs = has_labels and given["num_items_in_batch"] == inputs.get("num_items_in_batch")
-    total = run.outputs[0] if isinstance(run.outputs, tuple) else getattr(run.outputs, "loss", None)
+    total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
     is_total = isinstance(total, Tensor) and total.flatten().tolist() == [_PROBE_LOSS]
     reasons = {
-        "its head is not applied once to the hidden states of all positions": shapes != [run.hidden.shape],
+        "its head is not applied once to the hidden states of all positions": shapes
+        != [(1, _PROBE_ROWS, head.weight.shape[1])],
         "its forward changes labels or num_items_in_batch before loss_function": not keeps_inputs,
         "its forward adds something to what loss_function returns, such as a z-loss of the logits": not is_total,
     }

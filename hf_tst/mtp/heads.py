@@ -26,11 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from ..models.head import trial_pass
 from ..models.sharding import is_sharded, own_class
-from .last_layer import LayerCall, ModelEnd, decoder_layers, find_model_end, unservable
-from .losses import extra_losses
+from .losses import LayerCall, ModelEnd, decoder_layers, extra_losses, find_model_end, trying, unservable
 
 MTPKind = Literal["parallel", "sequential"]
 
@@ -46,8 +45,7 @@ def check_mtp(
     [`multi_token_prediction`] take."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
-    if kind not in MTP_KINDS:
-        raise TSTError(f"{prefix}kind must be one of {', '.join(MTP_KINDS)}, but is {kind!r}.")
+    check_choice(f"{prefix}kind", kind, MTP_KINDS)
     is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
     if loss_weight is not None and not (is_number and 0 <= loss_weight < math.inf):
         raise TSTError(f"{prefix}loss_weight must be a finite number of at least 0, but is {loss_weight!r}.")
@@ -88,7 +86,7 @@ class MTPHeads(nn.Module):
                 torch.manual_seed(seed)
             heads = [self._make_head(model, end.last_layer) for _ in range(num_heads - 1)]
         self.heads = nn.ModuleList(heads).to(device=like.device, dtype=like.dtype)
-        self._try_heads(model, end)
+        self._try_heads(model, end.call)
 
     @property
     def num_heads(self) -> int:
@@ -129,12 +127,11 @@ class MTPHeads(nn.Module):
             raise TSTError("These extra heads were made for another model.")
         return self._end
 
-    def forward(self, call: LayerCall, last_hidden: Tensor, next_embeddings: list[Tensor]) -> list[Tensor]:
+    def forward(self, call: LayerCall, next_embeddings: list[Tensor]) -> list[Tensor]:
         """The hidden states of the extra heads, before the model's final norm.
 
         Args:
-            call (`LayerCall`): How the model has called its last layer.
-            last_hidden (`torch.FloatTensor` of shape `(B, l, d)`): What that layer returned.
+            call (`LayerCall`): How the model has called its last layer, and what that returned.
             next_embeddings: For each sequential head, the embeddings `(B, l, d)` of the tokens that it reads.
 
         Returns:
@@ -143,21 +140,16 @@ class MTPHeads(nn.Module):
         if self.kind == "parallel":
             return [call.of(layer, call.hidden) for layer in self.heads]
         heads: list[Any] = list(self.heads)
-        found = [last_hidden]
+        found = [call.returned]
         for head, embedded in zip(heads, next_embeddings, strict=True):
             found.append(call.of(head.layer, head.join(found[-1], embedded)))
         return found[1:]
 
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
         config, layer_class = model.config.get_text_config(), own_class(last_layer)
-        try:
+        with trying(model, f"it cannot make a {layer_class.__name__} for the heads"):
             # Of the kind of the last: layers of one model may differ.
             layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
-        except Exception as error:  # whatever else a family's layer wants to be made of
-            reason = (
-                f"it cannot make a {layer_class.__name__} for the heads ({type(error).__name__}: {error})"
-            )
-            raise unservable(model, reason) from error
         layer.apply(model._init_weights)
         if self.kind == "parallel":
             return layer
@@ -165,17 +157,12 @@ class MTPHeads(nn.Module):
         model._init_weights(head.projection)
         return head
 
-    def _try_heads(self, model: Any, end: ModelEnd) -> None:
+    def _try_heads(self, model: Any, call: LayerCall) -> None:
         """Raise `TSTError` unless the heads can be called as the last layer is called."""
-        call, last_hidden = end.call, end.last_hidden
-        embedded = [torch.zeros_like(last_hidden)] * len(self.heads)
-        try:
-            with trial_pass(last_hidden.device):
-                shapes = {getattr(hidden, "shape", None) for hidden in self(call, last_hidden, embedded)}
-        except Exception as error:  # whatever a layer of a family wants to be called with
-            reason = f"a layer of it cannot be called apart ({type(error).__name__}: {error})"
-            raise unservable(model, reason) from error
-        if shapes != {last_hidden.shape}:
+        embedded = [torch.zeros_like(call.returned)] * len(self.heads)
+        with trying(model, "a layer of it cannot be called apart"), trial_pass(call.returned.device):
+            shapes = {getattr(hidden, "shape", None) for hidden in self(call, embedded)}
+        if shapes != {call.returned.shape}:
             raise unservable(model, "a layer of it does not return hidden states when it is called apart")
 
 

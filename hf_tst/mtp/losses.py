@@ -1,10 +1,13 @@
-"""The losses of the extra heads in one forward pass, taken by hooks on the way through the model.
+"""From a model's last layer to its loss: how the layer is called, what follows it, and the losses of extra heads beside it.
 
 Shapes: B rows, l positions, d hidden size, V vocabulary.
 
-The extra heads run, and their losses are taken, at the beginning of the forward pass of the model's head. There FSDP has
-its weight whole, also where the head is sharded apart. In the backward pass, which takes the opposite way, FSDP has gathered
-the weight before, and sums gradients over the processes afterwards.
+What a model does there is found out by trying: hooks watch a forward pass over a few tokens. What is found is enough to call
+another layer of the same class in the same place: beside the last one, or behind it.
+
+In training, hooks take the losses of the extra heads on the way through the model. The heads run at the beginning of the
+forward pass of the model's head. There FSDP has its weight whole, also where the head is sharded apart. In the backward pass,
+which takes the opposite way, FSDP has gathered the weight before, and sums gradients over the processes afterwards.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +23,153 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError
+from ..models.head import LinearHead, UnfusableHeadError, inspect_head, trial_pass
 from ..models.sharding import is_sharded, own_class
-from .last_layer import LayerCall, ModelEnd, hidden_states_of
 
 _IGNORED = -100
+_POSITIONS = 3
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def unservable(model: Any, reason: str) -> TSTError:
+    """The error of a model whose way from its last layer to its loss cannot be followed."""
+    return TSTError(
+        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
+    )
+
+
+@contextmanager
+def trying(model: Any, failure: str) -> Iterator[None]:
+    """Context that runs code of a model's family: any error in it is one of [`unservable`], with `failure` as its reason."""
+    try:
+        yield
+    except Exception as error:
+        raise unservable(model, f"{failure} ({type(error).__name__}: {error})") from error
+
+
+@dataclass
+class LayerCall:
+    """How a layer was called, and what it returned.
+
+    Args:
+        hidden (`torch.FloatTensor` of shape `(B, l, d)`): The hidden states that it was given.
+        args (`tuple`), kwargs (`dict`): Its other arguments, without a cache.
+        returned (`torch.FloatTensor` of shape `(B, l, d)`): The hidden states that it returned.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: Tensor
+
+    @classmethod
+    def noted(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
+        """The call of `layer` that a forward hook is told of."""
+        bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
+        for name in _CACHES:
+            if name in bound.arguments:
+                bound.arguments[name] = None
+        _, hidden, *rest = bound.args
+        return cls(hidden, tuple(rest), bound.kwargs, _hidden_states(output))
+
+    def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden` when it is called in the same way."""
+        return _hidden_states(layer(hidden, *self.args, **self.kwargs))
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The model's layers: the list that is as long as its configuration says, or the first list; empty if there is none."""
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)) and len(m)]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [m for m in lists if len(m) == count] or lists
+    if not lists:
+        return []
+    return list(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0])
+
+
+def _hidden_states(output: Any) -> Any:
+    """The hidden states in what a layer returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class ModelEnd:
+    """A model from its last layer to its loss.
+
+    Args:
+        body (`nn.Module`): What the model's forward calls to run the layers.
+        last_layer (`nn.Module`): The last layer.
+        norm (`nn.Module`, *optional*): What is between last layer and head.
+        head (`LinearHead`): The head, see [`inspect_head`].
+        call (`LayerCall`): A call of the last layer on a few tokens.
+    """
+
+    body: nn.Module
+    last_layer: nn.Module
+    norm: nn.Module | None
+    head: LinearHead
+    call: LayerCall
+
+
+def find_model_end(model: Any) -> ModelEnd:
+    """The parts of a model from its last layer on, found by a forward pass over a few tokens. Nothing of it changes.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, not wrapped.
+
+    Raises:
+        TSTError: If it is something else, or its loss cannot be fused with its head, or something other than one
+            norm is between its last layer and its head.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise unservable(model, "it is no causal language model of Transformers, or is wrapped")
+    layers = decoder_layers(model)
+    if not layers:
+        raise unservable(model, "its decoder layers cannot be found")
+    try:
+        head = inspect_head(model)
+    except UnfusableHeadError as error:
+        raise unservable(model, str(error)) from error
+    last_layer = layers[-1]
+    call: LayerCall | None = None
+    with trying(model, "its layers cannot be followed"):
+        calls = _watch(model, next(last_layer.parameters()).device)
+        called = {module: rest for module, *rest in calls}
+        if last_layer in called:
+            call = LayerCall.noted(last_layer, *called[last_layer])
+    bodies = [module for module in called if module is not last_layer and last_layer in module.modules()]
+    if call is None or not isinstance(call.returned, Tensor) or not bodies:
+        raise unservable(model, "its last layer is not called with hidden states inside of a body")
+    given, *_ = called.get(head.module, [()])
+    end = given[0] if given else None
+    after = [(module, output) for module, args, _, output in calls if args and args[0] is call.returned]
+    norms = [module for module, output in after if _is_same(output, end)]
+    if not norms and not _is_same(call.returned, end):
+        raise unservable(model, "something other than one norm is between its last layer and its head")
+    return ModelEnd(bodies[-1], last_layer, norms[0] if norms else None, head, call)
+
+
+def _watch(model: Any, device: torch.device) -> list[tuple[Any, ...]]:
+    """The module, arguments and output of all calls in a forward pass over a few tokens, in the order in which they return."""
+    calls: list[tuple[Any, ...]] = []
+    ids = torch.zeros(1, _POSITIONS, dtype=torch.long, device=device)
+    with trial_pass(device), ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(
+                module.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+            )
+        # Without hooks that want more than this.
+        type(model).forward(model, input_ids=ids, use_cache=False)
+    return calls
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two tensors are the same numbers in the same place, perhaps in another shape."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
 @contextmanager
@@ -57,10 +204,8 @@ class _ExtraLosses:
 
     def _forget(self) -> None:
         self._hooks.close()
-        self._given: dict[str, Any] = {}  # what next-token losses are computed from; nothing in other passes
-        self._superposed = False
+        self._given: dict[str, Any] = {}  # arguments of a training pass with labels; nothing in other passes
         self._call: LayerCall | None = None
-        self._last_hidden: Tensor | None = None
         self._loss: Tensor | None = None
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,10 +216,9 @@ class _ExtraLosses:
         labels = given.get("labels")
         if not module.training or not isinstance(labels, Tensor):
             return
-        self._superposed = labels.dim() == 3
+        names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
+        self._given = {name: given.get(name) for name in names}
         if labels.dim() == 2:
-            names = ("input_ids", "labels", "position_ids", "num_items_in_batch")
-            self._given = {name: given.get(name) for name in names}
             self._check()
             layer, head = self.end.last_layer, self.end.head.module
             self._hooks.enter_context(layer.register_forward_hook(self.after_last_layer, with_kwargs=True))
@@ -102,23 +246,27 @@ class _ExtraLosses:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of the last layer: how it was called, and what it returned."""
-        self._call, self._last_hidden = LayerCall.bind(module, args, kwargs), hidden_states_of(output)
+        self._call = LayerCall.noted(module, args, kwargs, output)
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the model's head: runs the extra heads, and takes their losses with its weight.
 
         It is inside the model's forward, where autocast and DDP look.
         """
-        if self._call is None or self._last_hidden is None:
+        if self._call is None:
             return
-        head, norm, labels = self.end.head, self.end.norm, self._given["labels"].to(self._last_hidden.device)
+        head, norm, labels = (
+            self.end.head,
+            self.end.norm,
+            self._given["labels"].to(self._call.returned.device),
+        )
         if isinstance(head.module.weight, DTensor):
             raise TSTError(
                 "The weight of the model's head is sharded and not gathered in its forward pass: shard it with fully_shard."
             )
         count = len(self.heads.heads)
-        hidden = self.heads(self._call, self._last_hidden, self._next_embeddings(count))
-        self._call = self._last_hidden = None
+        hidden = self.heads(self._call, self._next_embeddings(count))
+        self._call = None
         states = torch.cat([h if norm is None else norm(h) for h in hidden])
         targets = torch.cat([_targets(labels, k, self._given["position_ids"]) for k in range(2, count + 2)])
         divisor = self._given["num_items_in_batch"]
@@ -128,15 +276,15 @@ class _ExtraLosses:
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""
-        extra, predicts, superposed = self._loss, bool(self._given), self._superposed
+        extra, dimensions = self._loss, self._given["labels"].dim() if self._given else 0
         self._forget()
         if extra is not None:
             self.heads.note_loss(extra)
-        elif predicts and output is not None:
+        elif dimensions == 2 and output is not None:
             raise RuntimeError(
                 "The model has not run the layers that its extra heads were made for: was a module replaced?"
             )
-        if superposed and torch.distributed.is_initialized() and not is_sharded(self.model):
+        if dimensions == 3 and torch.distributed.is_initialized() and not is_sharded(self.model):
             # DDP waits for a gradient of every parameter.
             extra = 0.0 * torch.stack([parameter.sum() for parameter in self.heads.parameters()]).sum()
         if extra is None or output is None:
