@@ -12,8 +12,7 @@ from processes import run_script
 from hf_tst import PhaseSchedule
 from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks
 from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation
-from hf_tst.data.rows import EpochSampler, PlannedRows
-from hf_tst.data.stream import StreamedRows
+from hf_tst.data.rows import EpochSampler, PlannedRows, StreamedRows
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))

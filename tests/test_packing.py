@@ -67,6 +67,7 @@ def test_bad_data_says_what_to_do(tokenizer, tmp_path):
         load_text_file(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match="There is no file"):
         load_text_file(str(tmp_path / "missing.jsonl"))
+    (tmp_path / "text.pdf").touch()
     with pytest.raises(ValueError, match="must end in one of"):
         load_text_file(str(tmp_path / "text.pdf"))
 

@@ -233,7 +233,7 @@ def test_another_number_of_stream_workers_is_refused(llama, make_args):
     first = TSTTrainer(llama, make_args(**args, dataloader_num_workers=2), train_dataset=block_stream())
     first.train()
     checkpoint = str(Path(first.args.output_dir) / "checkpoint-2")
-    with pytest.raises(ValueError, match="dataloader_num_workers of a stream was 2 and is 0"):
+    with pytest.raises(ValueError, match="dataloader_num_workers was 2 and is 0"):
         TSTTrainer(llama, make_args(**args), train_dataset=block_stream()).train(checkpoint)
 
 
@@ -415,18 +415,18 @@ def test_every_checkpoint_says_which_data_it_was_trained_on(llama, make_args, ac
 CHANGES = {
     "r": ({"tst_phase_ratio": 0.5}, None, "tst_phase_ratio was 0.3 and is 0.5"),
     "s": ({"tst_bag_size": 2}, None, "tst_bag_size was 4 and is 2"),
-    "N": ({"max_steps": 12}, None, "the number of optimizer steps was 10 and is 12"),
-    "batch": ({"per_device_train_batch_size": 4}, None, r"the global batch \(rows per optimizer step\) was 2 and is 4"),
+    "N": ({"max_steps": 12}, None, "max_steps was 10 and is 12"),
+    "batch": ({"per_device_train_batch_size": 4}, None, "rows_per_step was 2 and is 4"),
     "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
     "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
     "offset weighting": ({"tst_offset_weighting": "power_law"}, None, "tst_offset_weighting was uniform and is power_law"),
     "input weighting": ({"tst_input_weighting": "linear"}, None, "tst_input_weighting was uniform and is linear"),
-    "seed": ({"data_seed": 7}, None, "the data seed was 42 and is 7"),
-    "order": ({"train_sampling_strategy": "sequential"}, None, "shuffling was True and is False"),
-    "length": ({}, lambda: make_blocks(200, length=8), f"the block length was {BLOCK_LENGTH} and is 8"),
-    "blocks": ({}, lambda: make_blocks(199), "the number of blocks was 200 and is 199"),
+    "seed": ({"data_seed": 7}, None, "seed was 42 and is 7"),
+    "order": ({"train_sampling_strategy": "sequential"}, None, "shuffle was True and is False"),
+    "length": ({}, lambda: make_blocks(200, length=8), f"block_length was {BLOCK_LENGTH} and is 8"),
+    "blocks": ({}, lambda: make_blocks(199), "num_blocks was 200 and is 199"),
     "text": ({}, lambda: make_blocks(200, seed=5), "the data's fingerprint was .* and is "),
-    "stream": ({}, block_stream, "the number of blocks was 200 and is None"),
+    "stream": ({}, block_stream, "num_blocks was 200 and is None"),
 }  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def test_a_stream_of_other_blocks_is_refused(llama, make_args):
     TSTTrainer(llama, args, train_dataset=packed_stream(), callbacks=[StopAt(5)]).train()
     checkpoint = str(Path(args.output_dir) / "checkpoint-5")
     shorter = BlockStream(packed_stream().documents, 8)
-    with pytest.raises(ValueError, match=f"block length was {BLOCK_LENGTH} and is 8"):
+    with pytest.raises(ValueError, match=f"block_length was {BLOCK_LENGTH} and is 8"):
         TSTTrainer(llama, args, train_dataset=shorter).train(checkpoint)
     with pytest.raises(ValueError, match="stream of 3 shards and is stream of 4 shards"):
         TSTTrainer(llama, args, train_dataset=packed_stream(4)).train(checkpoint)

@@ -80,15 +80,14 @@ class BlockRules:
     def check_padding(self, row: Mapping[str, Any], index: int) -> None:
         """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
         length = self.length or len(row["input_ids"])
+        advice = "and a bag would average padding with text: pack the data into full blocks"
         mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"])[length - 1 :: length]
         if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
-            index, found = index + int(real.argmin()) // length, "is padded (its attention_mask holds zeros)"
-        elif self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
-            index, found = index + int(padded.argmax()), f"ends in the padding token {self.pad_token_id}"
-        else:
-            return
-        reason = "a bag would average padding with text"
-        raise _bad_block(index, f"{found}, and {reason}: pack the data into full blocks")
+            first = index + int(real.argmin()) // length
+            raise _bad_block(first, f"is padded (its attention_mask holds zeros), {advice}")
+        if self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
+            first = index + int(padded.argmax())
+            raise _bad_block(first, f"ends in the padding token {self.pad_token_id}, {advice}")
 
 
 NO_RULES = BlockRules()

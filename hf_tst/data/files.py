@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from ..errors import TSTError, one_line
+from ..errors import TSTError, bad_input
 
 TOKEN_FILE_SUFFIX = ".npy"
 TOKEN_DTYPES = ("uint16", "uint32")
@@ -32,32 +32,28 @@ def load_text_file(path: str, streaming: bool = False) -> Any:
         TSTError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
             ending says.
     """
+    files = matching_files(path)
+    if not files or not all(Path(file).is_file() for file in files):
+        raise TSTError(f"There is no file {path}.")
     if path.endswith(TOKEN_FILE_SUFFIX):
         if streaming:
             raise TSTError(f"{path} is always read from disk during training: leave streaming out.")
         return TokenFile(path)
     import datasets
 
-    files = matching_files(path)
     kinds = sorted({Path(file).suffix for file in files})
-    if len(kinds) > 1:
-        raise TSTError(f"The files that fit {path} end in {', '.join(kinds)}: name files of one kind.")
-    if kinds and kinds[0] not in FILE_LOADERS:
+    if len(kinds) > 1 or kinds[0] not in FILE_LOADERS:
         endings = ", ".join([*FILE_LOADERS, TOKEN_FILE_SUFFIX])
-        raise TSTError(f"Cannot read {path}: its name must end in one of {endings}.")
-    if not files or not all(Path(file).is_file() for file in files):
-        raise TSTError(f"There is no file {path}.")
+        raise TSTError(
+            f"Cannot read {path} with endings {kinds}: name files of one kind, which must end in one of {endings}."
+        )
     loader = FILE_LOADERS[kinds[0]]
     if loader != "parquet":
         for file in files:
             _check_text(file)
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    try:
-        return datasets.load_dataset(
-            loader, data_files={"train": files}, split="train", streaming=streaming, **options
-        )
-    except Exception as error:
-        raise TSTError(f"Cannot read {path} as {loader}: {one_line(error)}.") from error
+    with bad_input(f"Cannot read {path} as {loader}: ", Exception):
+        return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
 
 
 def matching_files(path: str) -> list[str]:
@@ -150,12 +146,8 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
 
 
 def _open_ids(path: str) -> NDArray[Any]:
-    try:
+    with bad_input(f"Cannot read {path} as a NumPy array: ", (OSError, ValueError, EOFError)):
         ids = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise TSTError(f"There is no file {path}.") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise TSTError(f"Cannot read {path} as a NumPy array: {one_line(error)}.") from error
     if ids.ndim != 1 or ids.dtype.name not in TOKEN_DTYPES or not len(ids):
         raise TSTError(
             f"The file {path} must hold one row of token ids of type {' or '.join(TOKEN_DTYPES)}, but holds an array of shape "

@@ -1,4 +1,4 @@
-"""From text to blocks: tokenize documents and cut the stream of tokens into rows of equal length."""
+"""From text to blocks: tokenize documents and cut them into blocks, before training or, as a stream, during it."""
 
 from __future__ import annotations
 
@@ -144,6 +144,49 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         """Let the next iteration continue from `state`."""
         cast("Any", self.documents).load_state_dict(state["documents"])
         self._first = state["tokens"].numpy()
+
+
+def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
+    """A share of a stream at the beginning of a pass over it.
+
+    A stream that is not of `datasets` is never cut, and must begin at the beginning by itself when it is iterated again.
+
+    Args:
+        stream: A `datasets.IterableDataset`, a [`BlockStream`], or any other iterable.
+        share (`int`), shares (`int`): Which of how many shares.
+        data_pass (`int`): The pass, counted from 0, by which a shuffled stream orders its data.
+    """
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    if isinstance(stream, BlockStream):
+        return BlockStream(open_stream(stream.documents, share, shares, data_pass), stream.block_size)
+    if isinstance(stream, datasets.IterableDataset):
+        # An object of its own: the one given may stand anywhere, and shares its epoch with other loader processes.
+        stream = split_dataset_by_node(stream, rank=share, world_size=shares)
+        stream.set_epoch(data_pass)
+        return _Share(stream)
+    if hasattr(stream, "set_epoch"):
+        stream.set_epoch(data_pass)
+    return stream
+
+
+class _Share:
+    """A stream of `datasets` that is one reader's already, so that loader processes do not divide it again."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self._stream.iter(batch_size=1):
+            batch = batch.to_pydict() if hasattr(batch, "to_pydict") else batch  # format "arrow"
+            yield {name: values[0] for name, values in batch.items()}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return stream_state(self._stream)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
 
 
 def stream_state(stream: Any) -> dict[str, Any] | None:

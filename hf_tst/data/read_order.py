@@ -159,13 +159,12 @@ class DataPlan:
         `position` counts the blocks of the pass as superposition reads them: group after group, then the tail that fills no
         group.
         """
-        size, passes = self.schedule.blocks_per_row, np.full_like(position, self.switch_pass)
-        used = self.num_blocks - self.left_over
+        passes, used = np.full_like(position, self.switch_pass), self.num_blocks - self.left_over
         blocks = used + self._permute(passes, position - used, self.left_over, "left over")
-        group, place = np.divmod(blocks, size)
+        group, place = np.divmod(blocks, self.schedule.blocks_per_row)
         in_group = group < self.groups_per_pass
-        groups = self._permute(passes[in_group], group[in_group], self.groups_per_pass, "groups")
-        blocks[in_group] = groups * size + place[in_group]
+        rows = self.switch_pass * self.groups_per_pass + group[in_group]
+        blocks[in_group] = self.superposed_groups(rows) + place[in_group]
         return blocks
 
     def _permute(self, passes: Indices, position: Indices, size: int, stream: str) -> Indices:
@@ -190,11 +189,8 @@ def longest_plan(passes: float, make_plan: Callable[[int], DataPlan]) -> DataPla
         TSTError: If the data does not give a single step, or fill a single row of superposition.
     """
     smallest = make_plan(1)
-    num_blocks, rows_per_step, size = (
-        smallest.num_blocks,
-        smallest.rows_per_step,
-        smallest.schedule.blocks_per_row,
-    )
+    num_blocks, rows_per_step = smallest.num_blocks, smallest.rows_per_step
+    size = smallest.schedule.blocks_per_row
     budget, fits = math.floor(passes * num_blocks), 0
     if num_blocks >= size or not smallest.schedule.phase_ratio:
         # A step more never reads less, so the number of steps that fit can be found by bisection.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..bags.phases import PhaseSchedule
-from ..errors import TSTError
+from ..errors import TSTError, bad_input
 from .read_order import BatchLayout
 
 POSITION_FILE = "data_position.json"
@@ -91,10 +92,13 @@ class DataPosition:
             "recovery": {"blocks": recovery, "raw_tokens": recovery * self.block_length},
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and what follows from them, as the file holds them."""
+        return asdict(self) | {name: getattr(self, name) for name in _FOLLOWING}
+
     def save(self, folder: str | Path) -> None:
         """Write `data_position.json` into `folder`."""
-        values = asdict(self) | {name: getattr(self, name) for name in _FOLLOWING}
-        text = json.dumps(values, indent=2) + "\n"
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
         (Path(folder) / POSITION_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -107,16 +111,15 @@ class DataPosition:
         path = Path(folder) / POSITION_FILE
         if not path.is_file():
             return None
-        try:
+        damage = f"Resume from another checkpoint, because the file {path} is damaged: "
+        with bad_input(damage, (ValueError, TypeError, AttributeError)):
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("version") == POSITION_VERSION:
-                return cls(**{name: value for name, value in values.items() if name not in _FOLLOWING})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise TSTError(f"The file {path} is damaged ({error}): resume from another checkpoint.") from None
-        raise TSTError(
-            f"The file {path} has version {values.get('version')}, but this hf_tst reads version {POSITION_VERSION}: "
-            "resume with the hf_tst that wrote it, or remove the file to continue unchecked."
-        )
+            if (version := values.get("version")) != POSITION_VERSION:
+                raise TSTError(
+                    f"The file {path} has version {version}, but this hf_tst reads version {POSITION_VERSION}: "
+                    "resume with the hf_tst that wrote it, or remove the file to continue unchecked."
+                )
+            return cls(**{name: value for name, value in values.items() if name not in _FOLLOWING})
 
     def check_resumable(self, now: DataPosition) -> None:
         """Check that a run with the fields `now` continues to read at this position.
@@ -124,11 +127,11 @@ class DataPosition:
         Raises:
             TSTError: If one of them differs, with both values.
         """
-        named = _NAMES | ({"world_size": "the number of processes"} if self.split_by_rank else {})
+        free = _FREE if self.split_by_rank else {*_FREE, "world_size"}
         differences = [
-            f"{name} was {before} and is {after}"
-            for field, name in named.items()
-            if (before := getattr(self, field)) != (after := getattr(now, field))
+            f"{_NAMES.get(name, name)} was {before} and is {after}"
+            for (name, before), after in zip(self.to_dict().items(), now.to_dict().values(), strict=True)
+            if before != after and name not in free
         ]
         if differences:
             raise TSTError(
@@ -140,16 +143,11 @@ class DataPosition:
 
 # What the file says besides the fields.
 _FOLLOWING = ("rows_per_step", "consumed")
-# What must not change between save and resume, and what to call it.
+# What may change between save and resume, besides the number of processes where they share what they read.
+_FREE = {"step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version"}
+# What a refusal calls a field, where it is not the field's name.
 _ARGUMENTS = ("phase_ratio", "bag_size", "mode", "offset_weighting", "input_weighting", "document_boundaries")
 _NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
-    "max_steps": "the number of optimizer steps",
-    "rows_per_step": "the global batch (rows per optimizer step)",
-    "seed": "the data seed",
-    "shuffle": "shuffling",
-    "block_length": "the block length",
-    "num_blocks": "the number of blocks",
     "data": "the data's fingerprint",
-    "split_by_rank": "reading of shards by rank",
-    "stream_workers": "dataloader_num_workers of a stream",
+    "stream_workers": "dataloader_num_workers",
 }

@@ -107,7 +107,14 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, devi
     return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
 
 
-def _forward(
+@torch.library.custom_op(
+    "hf_tst::linear_multi_hot_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor weights, Tensor divisor, "
+    "int ignore_index, float? softcap, float logit_scale, ScalarType matmul_dtype, bool[] needs_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _operator(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -209,16 +216,6 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
-
-
-_operator = torch.library.custom_op(
-    "hf_tst::linear_multi_hot_cross_entropy",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor weights, Tensor divisor, "
-    "int ignore_index, float? softcap, float logit_scale, ScalarType matmul_dtype, bool[] needs_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 @_operator.register_fake

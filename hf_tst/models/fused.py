@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape, multi_hot_cross_entropy
 from .head import LinearHead, UnfusableHeadError, inspect_head, replaced
 from .sharding import own_class
@@ -33,8 +33,7 @@ logger = logging.get_logger(__name__)
 
 def check_fused_loss(choice: str, name: str = "fused_loss") -> None:
     """Raise `TSTError` unless the argument `name` is a [`FusedLoss`]."""
-    if choice not in get_args(FusedLoss):
-        raise TSTError(f"{name} must be one of {', '.join(get_args(FusedLoss))}, but is {choice!r}.")
+    check_choice(name, choice, get_args(FusedLoss))
 
 
 @contextmanager
@@ -132,10 +131,10 @@ class TSTLoss:
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
         if self._trains:
-            fuses = dimensions == (2 if self.weights is None else 3)
+            self._fuses = dimensions == (2 if self.weights is None else 3)
         else:
-            fuses = self.fuses_evaluation and dimensions == 2 and self.own_loss is LOSS_MAPPING["ForCausalLM"]
-        self._fuses = fuses and self.head is not None
+            is_usual = self.own_loss is LOSS_MAPPING["ForCausalLM"]
+            self._fuses = self.fuses_evaluation and dimensions == 2 and is_usual
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""

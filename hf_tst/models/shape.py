@@ -72,8 +72,6 @@ class ModelShape:
         tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         if head is not None:
             tables.pop(id(head.weight), None)
-        looked_up_only = sum(table.numel() for table in tables.values())
-        embedding_parameters = embedding.numel()
         if lora is not None:
             from peft import get_peft_model
 
@@ -101,12 +99,12 @@ class ModelShape:
         width = getattr(getattr(text, "ffn_config", None), "ffn_hidden_size", width)  # DBRX
         return cls(
             parameters=parameters,
-            active_parameters=parameters - looked_up_only - idle.total(),
+            active_parameters=parameters - idle.total() - sum(table.numel() for table in tables.values()),
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             layer_parameters=max(layers.values(), default=0),
             last_layer_parameters=layers[last],
             active_last_layer_parameters=layers[last] - idle[last],
-            embedding_parameters=embedding_parameters,
+            embedding_parameters=embedding.numel(),
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,

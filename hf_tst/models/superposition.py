@@ -243,10 +243,8 @@ class _BagInput:
         are_bags, positions = input_ids.dim() == 3, tuple(input_ids.shape[:2])
         if are_bags and self.mode == "output":
             raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
-        if are_bags and input_ids.shape[-1] != self.bag_size:
-            raise TSTError(
-                f"input_ids hold bags of {input_ids.shape[-1]} tokens, but bag_size is {self.bag_size}."
-            )
+        if are_bags:
+            check_shape("input_ids", input_ids, (*positions, self.bag_size))
         if isinstance(labels, Tensor) and (are_bags or labels.dim() == 3):
             check_shape("labels", labels, (*positions, self.bag_size))
         if not are_bags:

@@ -21,8 +21,7 @@ from ..bags.weighting import offset_weights, resolve_weighting
 from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockRules, check_blocks
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
-from ..data.rows import STREAM_STATE, EpochSampler, PhaseCollator, PlannedRows
-from ..data.stream import StreamedRows
+from ..data.rows import STREAM_STATE, EpochSampler, PhaseCollator, PlannedRows, StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
 from ..models.superposition import find_language_model
