@@ -343,6 +343,9 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
 def test_there_is_no_plan_without_superposition_or_for_a_stream(make_args):
     with pytest.raises(ValueError, match="no plan to audit"):
         plan_of_arguments(make_args(tst_phase_ratio=0), 200)
-    position = DataPosition(0, 1, 0.5, 2, "full", "ignore", 0, False, 1, 1, 1, 8, None, "stream", False)
+    position = DataPosition(
+        step=0, max_steps=1, phase_ratio=0.5, bag_size=2, document_boundaries="ignore", seed=0, shuffle=False,
+        per_device_batch_size=1, accumulation_steps=1, world_size=1, block_length=8, num_blocks=None, data="stream", split_by_rank=False,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="stream"):
         plan_of_position(position)

@@ -330,9 +330,9 @@ FULL = {"input_ids": [1, 2]}
         ([{"input_ids": [1, -1]}], "Block 0 .* holds the id -1"),
         ([FULL | {"labels": [1]}], "2 input_ids and 1 labels"),
         ([{"input_ids": []}], "Block 0 .* holds no token"),
-        ([{"input_ids": [[1, 2]]}], r"must be one row of whole numbers, but are an array of shape \(1, 2\)"),
-        ([{"input_ids": [1.0, 2.0]}], "must be one row of whole numbers, but are .* float"),
-        ([{"input_ids": "ab"}], "must be one row of whole numbers, but are text"),
+        ([{"input_ids": [[1, 2]]}], r"one row of whole numbers, but they are of shape \(1, 2\)"),
+        ([{"input_ids": [1.0, 2.0]}], "one row of whole numbers, but they are .* float"),
+        ([{"input_ids": "ab"}], r"one row of whole numbers, but they are of shape \(\) and type <U2"),
     ],
 )
 def test_data_that_is_no_blocks_is_refused(rows, message, as_dataset):

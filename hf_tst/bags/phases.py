@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..errors import TSTError, check_choice
+from ..errors import TSTError, check_at_least, check_choice
 
 Phase = Literal["superposition", "recovery"]
 TSTMode = Literal["full", "input", "output"]
@@ -45,8 +45,7 @@ class PhaseSchedule:
     mode: TSTMode = "full"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise TSTError(f"max_steps must be at least 1, but is {self.max_steps}.")
+        check_at_least(1, max_steps=self.max_steps)
         check_phase_ratio(self.phase_ratio)
         check_bag_size(self.bag_size)
         check_mode(self.mode)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TSTError
+from ..errors import TSTError, bad_input
 
 # What superposition reads of a block; recovery passes on all columns that the model takes.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
@@ -155,16 +155,17 @@ def _tokens(block: Any, index: int) -> NDArray[np.int64]:
         raise TSTError(
             f"The training data needs a column 'input_ids', but has {names}: tokenize and pack it."
         )
-    try:
+    with bad_input(
+        f"The input_ids of block {index} must be one row of whole numbers: ", (TypeError, ValueError)
+    ):
         tokens = np.asarray(block["input_ids"])
-        found = f"an array of shape {tokens.shape} and type {tokens.dtype}" if tokens.ndim else "text"
-    except (TypeError, ValueError) as error:
-        tokens, found = np.empty(()), f"not ({error})"
-    if tokens.ndim == 1 and not len(tokens):
+    if tokens.shape == (0,):
         raise _bad_block(index, "holds no token: pack the data into blocks")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        problem = f"has input_ids that must be one row of whole numbers, but are {found}"
-        raise _bad_block(index, f"{problem}: tokenize the data and pack it into blocks")
+        found = f"of shape {tokens.shape} and type {tokens.dtype}"
+        raise _bad_block(
+            index, f"needs input_ids that are one row of whole numbers, but they are {found}: tokenize it"
+        )
     return tokens.astype(np.int64, copy=False)
 
 

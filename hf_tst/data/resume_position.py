@@ -9,33 +9,28 @@ from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input
+from .blocks import BlockFacts
 from .read_order import BatchLayout
 
 POSITION_FILE = "data_position.json"
 POSITION_VERSION = 1
 
 
-@dataclass(frozen=True)
-class DataPosition:
+@dataclass(frozen=True, kw_only=True)
+class DataPosition(PhaseSchedule, BlockFacts):
     """Which data a run has trained on after `step` optimizer steps, and all that this follows from.
 
-    The file also says what follows from the fields and a reader may ask for: `rows_per_step` and `consumed`.
+    It has the fields of the run's phases and of its blocks, and those below. The file also says what follows
+    from the fields and a reader may ask for: `rows_per_step` and `consumed`.
 
     Block i of optimizer step k is a pure function of these fields (see [`DataPlan`]); for a stream it is what the
     stream gave next, and `stream_state_<rank>.pt` beside the file says where it stands.
 
     Args:
         step (`int`): Optimizer steps done.
-        max_steps (`int`): Optimizer steps of the run, N.
-        phase_ratio (`float`): r.
-        bag_size (`int`): s.
-        mode (`str`): See `TSTTrainingArguments.tst_mode`.
         document_boundaries (`str`): See `TSTTrainingArguments.tst_document_boundaries`.
         seed (`int`), shuffle (`bool`): Order of the blocks.
         per_device_batch_size (`int`), accumulation_steps (`int`), world_size (`int`): See [`BatchLayout`].
-        block_length (`int`): Tokens per block, L.
-        num_blocks (`int` or `None`): Blocks in the data set; `None` for a stream.
-        data (`str`): Fingerprint of the data set; for a stream, how it is cut into shards.
         split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
         stream_workers (`int`): Loader processes that each read shards of their own of a stream.
         tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
@@ -45,19 +40,12 @@ class DataPosition:
     """
 
     step: int
-    max_steps: int
-    phase_ratio: float
-    bag_size: int
-    mode: str
     document_boundaries: str
     seed: int
     shuffle: bool
     per_device_batch_size: int
     accumulation_steps: int
     world_size: int
-    block_length: int
-    num_blocks: int | None
-    data: str
     split_by_rank: bool
     stream_workers: int = 0
     tokens_left_out: int = 0
@@ -68,7 +56,7 @@ class DataPosition:
     @property
     def schedule(self) -> PhaseSchedule:
         """The phases of the run."""
-        return PhaseSchedule(self.max_steps, self.phase_ratio, self.bag_size, self.mode)  # type: ignore[arg-type]
+        return PhaseSchedule(self.max_steps, self.phase_ratio, self.bag_size, self.mode)
 
     @property
     def layout(self) -> BatchLayout:
@@ -83,8 +71,8 @@ class DataPosition:
     @property
     def consumed(self) -> dict[str, dict[str, int]]:
         """Blocks and raw tokens trained on, by phase. Tokens left out at document ends are not counted."""
-        steps = min(self.step, self.schedule.switch_step)
-        superposed = steps * self.rows_per_step * self.schedule.blocks_per_row
+        steps = min(self.step, self.switch_step)
+        superposed = steps * self.rows_per_step * self.blocks_per_row
         recovery = (self.step - steps) * self.rows_per_step
         raw_tokens = superposed * self.block_length - self.tokens_left_out
         return {

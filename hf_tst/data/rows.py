@@ -74,26 +74,18 @@ class PlannedRows(Dataset[Row]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
         """Rows of one batch, which is wholly in one phase."""
-        first_blocks = self._look_up(rows)
+        if not all(row in self._first_blocks for row in rows):
+            # Hundreds of rows take hardly longer than one, and the rows asked for next are those after these.
+            wanted = np.arange(min(rows), min(max(rows) + _LOOK_AHEAD, len(self)))
+            firsts = self.plan.first_blocks(wanted)
+            self._first_blocks = dict(zip(wanted.tolist(), firsts.tolist(), strict=True))
+        first_blocks = [self._first_blocks[row] for row in rows]
         if rows[0] >= self.plan.superposed_rows:
             return [Row(columns, superposed=False) for columns in self._read(first_blocks)]
         found = self._read_bags(first_blocks, self.plan.schedule.blocks_per_row)
         for first, columns in zip(first_blocks, found, strict=True):
             self.rules.check_padding(columns, first)
         return [Row(columns, superposed=True) for columns in found]
-
-    def _look_up(self, rows: Sequence[int]) -> list[int]:
-        """First block of each row.
-
-        To look up hundreds of rows takes hardly longer than to look up one, and the rows asked for next are those
-        after these.
-        """
-        if not all(row in self._first_blocks for row in rows):
-            wanted = np.arange(min(rows), min(max(rows) + _LOOK_AHEAD, len(self)))
-            self._first_blocks = dict(
-                zip(wanted.tolist(), self.plan.first_blocks(wanted).tolist(), strict=True)
-            )
-        return [self._first_blocks[row] for row in rows]
 
 
 @dataclass(frozen=True)
