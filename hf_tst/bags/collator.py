@@ -101,13 +101,12 @@ class DataCollatorForTokenSuperposition:
             )
         if self.bag_size == 1 and self.document_boundaries == "ignore":
             return self._collate_tokens(features)
-        for feature in features:
-            mask = feature.get("attention_mask")
-            if mask is not None and not np.asarray(mask).all():
-                raise TSTError(
-                    "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
-                    "pack the data into full blocks."
-                )
+        masks = [feature.get("attention_mask") for feature in features]
+        if not all(mask is None or np.asarray(mask).all() for mask in masks):
+            raise TSTError(
+                "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
+                "pack the data into full blocks."
+            )
         tokens = _stack(features, "input_ids")
         targets = _stack(features, "labels") if "labels" in features[0] else tokens
         if self.document_boundaries == "respect":
