@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
-from ..pretraining.options import check_names, explained_arguments
+from ..pretraining.options import check_names, parse_mapping
 from ..training.arguments import TSTTrainingArguments
 
 BASELINE = "baseline"
@@ -91,17 +90,16 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     for changes in arms.values():
         if heads > 1 and "mtp_num_heads" in changes:
             changes["mtp_num_heads"] = heads
-    with explained_arguments({"more_arms": more_arms}):
-        further = json.loads(more_arms or "{}")
-    if not isinstance(further, dict) or not all(isinstance(changes, dict) for changes in further.values()):
-        raise TSTError(
-            f'more_arms must be names, each with the options that it changes, but is {more_arms}: {{"a": {{"tst_bag_size": 4}}}}.'
-        )
+    further = parse_mapping("more_arms", more_arms)
     options = [name for name in TSTTrainingArguments.__dataclass_fields__ if name.startswith(ARM_PREFIXES)]
     for name, changes in further.items():
         if name in arms or not re.fullmatch(r"[\w.+=-]+", name):
             raise TSTError(
                 f"more_arms names an arm {name!r}: use letters, digits and . + = - _, and none of {', '.join(ARMS)}."
+            )
+        if not isinstance(changes, dict):
+            raise TSTError(
+                f'more_arms must have the options of each arm, such as {{"{name}": {{"tst_bag_size": 4}}}}.'
             )
         check_names(changes, ["seeds", *options], f"An arm changes options of TST and MTP, but {name} has")
     return arms | further

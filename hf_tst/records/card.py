@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from .report import markdown_table, phase_rows, plot_loss_curve, summarize_phases
+from .report import markdown_table, phase_rows, plot_loss_curve
 from .run_record import RunRecord, run_entry, timed_steps
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def make_model_card(
         model_name=model_name,
         repo_id=repo_id,
         record=record,
-        phase_table=markdown_table(phase_rows(summarize_phases(record.log_history))),
+        phase_table=markdown_table(phase_rows(record.log_history)),
         curve=curve,
         seconds=sum(part.seconds for part in timed),
         utilization=used / seconds if measured else None,
