@@ -85,11 +85,9 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     Raises:
         TSTError: If `more_arms` has another form, an unknown option, or a name that is taken.
     """
-    heads = setting(values, "mtp_num_heads")
-    arms = {name: dict(changes) for name, changes in ARMS.items()}
-    for changes in arms.values():
-        if heads > 1 and "mtp_num_heads" in changes:
-            changes["mtp_num_heads"] = heads
+    configured = setting(values, "mtp_num_heads")
+    heads = {"mtp_num_heads": configured} if configured > 1 else {}
+    arms = {name: changes | (heads if "mtp_num_heads" in changes else {}) for name, changes in ARMS.items()}
     further = parse_mapping("more_arms", more_arms)
     options = [name for name in TSTTrainingArguments.__dataclass_fields__ if name.startswith(ARM_PREFIXES)]
     for name, changes in further.items():
@@ -132,31 +130,23 @@ def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any])
 
 
 def make_arm(
-    name: str,
-    changes: Mapping[str, Any],
-    values: Mapping[str, Any],
-    shape: ModelShape,
-    length: int,
-    *,
-    fusable: bool = True,
+    name: str, changes: Mapping[str, Any], values: Mapping[str, Any], shape: ModelShape, length: int
 ) -> Arm:
     """An arm of the configuration `values`.
 
     An arm without superposition computes its loss as TST does, fused with the head, unless it says otherwise: so steps of all
-    arms cost the same but for what an arm adds.
+    arms cost the same but for what an arm adds. No arm does if the configuration has `tst_fused_loss="off"`.
 
     Args:
         name (`str`), changes (`dict`): The arm, of [`define_arms`].
         values (`dict`): The configuration. Its `mtp_num_heads` are for arms that have any.
         shape (`ModelShape`), length (`int`): The model, and latent positions per row.
-        fusable (`bool`, defaults to `True`): Whether the model's loss can be fused with its head. Where it cannot, or
-            `tst_fused_loss` of the configuration is `"off"`, no arm fuses it.
     """
     changed = {**values, "mtp_num_heads": 1, **changes}
     changed.pop("seeds", None)
     if changed["mtp_num_heads"] == 1:
         del changed["mtp_num_heads"]
-    if not fusable or values.get("tst_fused_loss") == "off":
+    if values.get("tst_fused_loss") == "off":
         changed["tst_fused_loss"] = "off"
     elif not is_superposed(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"

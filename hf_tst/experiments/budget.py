@@ -209,9 +209,7 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     timed = pace.recovery + (pace.superposition if is_superposed(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
     steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
-    return TimeLimit(
-        steps, steps, args.seconds, start, evaluation, pace.superposition, pace.recovery, operations
-    )
+    return TimeLimit(steps, steps, args.seconds, start, evaluation, **vars(pace), operations=operations)
 
 
 def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> list[ArmRun]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -168,14 +167,14 @@ def open_experiment(
     parts, block_size = prepare_run(model_args, data_args, training)
     if parts["eval_dataset"] is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
-    fusable = False
-    with suppress(TSTError):
+    try:
         check_fusable(find_language_model(parts["model"])[1], "on")
-        fusable = True
+    except TSTError:
+        values["tst_fused_loss"] = "off"
     if any(arm.get("mtp_num_heads", 1) > 1 for arm in changes.values()):
         MTPHeads(parts["model"], 2, setting(values, "mtp_kind"))  # raises if the model cannot have any
     shape = ModelShape.from_config(parts["model"].config, model_args.lora_config())
-    arms = [make_arm(name, arm, values, shape, block_size, fusable=fusable) for name, arm in changes.items()]
+    arms = [make_arm(name, arm, values, shape, block_size) for name, arm in changes.items()]
     for arm in arms:
         pick(arm.values, TSTTrainingArguments)  # raises if the arm contradicts itself
     rows = training.per_device_train_batch_size * accumulated
