@@ -255,12 +255,9 @@ def pick(values: Mapping[str, Any], dataclass_type: Any) -> Any:
     Raises:
         TSTError: If they cannot be used.
     """
-    own = {
-        entry.name: values[entry.name]
-        for entry in fields(dataclass_type)
-        if entry.init and entry.name in values
-    }
-    # Errors of Transformers are in several lines, sometimes.
+    names = {entry.name for entry in fields(dataclass_type) if entry.init}
+    own = {name: value for name, value in values.items() if name in names}
+    # Some errors of Transformers have several lines.
     with bad_input("The arguments cannot be used: ", (ImportError, TypeError, ValueError), whole_message):
         try:
             return dataclass_type(**own)
@@ -278,7 +275,7 @@ def parse_mapping(name: str, text: str | None) -> dict[str, Any]:
     with bad_input(f"{name} is not JSON: "):
         found = json.loads(text or "{}")
     if not isinstance(found, dict):
-        raise TSTError(f'{name} must be names and values, but is {text}: write {{"name": 100}}.')
+        raise TSTError(f'{name} must be names and values, but is {text}: write {{"name": value}}.')
     return found
 
 
