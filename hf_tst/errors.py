@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -42,27 +42,35 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise TSTError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
 
 
-@contextmanager
-def bad_input(
-    what: str = "", kinds: type[Exception] | tuple[type[Exception], ...] = ValueError
-) -> Iterator[None]:
-    """Context that turns a library's error into a [`TSTError`] of one line.
-
-    Args:
-        what (`str`): The beginning of the sentence, for example `"Cannot read data.txt: "`.
-        kinds (defaults to `ValueError`): The class of the error, or several.
-    """
-    try:
-        yield
-    except TSTError:
-        raise
-    except kinds as error:
-        raise TSTError(f"{what}{one_line(error)}.") from error
-
-
 def one_line(error: BaseException) -> str:
     """The message of an error, or of the first error in its chain of causes: its last line, without the full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".:")
+
+
+def whole_message(error: BaseException) -> str:
+    """The message of an error in one line of up to 500 characters, without the full stop."""
+    return " ".join(str(error).split())[:500].rstrip(".:") or type(error).__name__
+
+
+@contextmanager
+def bad_input(
+    what: str = "",
+    kinds: type[Exception] | tuple[type[Exception], ...] = ValueError,
+    reason: Callable[[BaseException], str] = one_line,
+) -> Iterator[None]:
+    """Context that turns a library's error into a [`TSTError`] of one line.
+
+    Args:
+        what (`str`): The beginning of the sentence, for example `"Cannot read data.txt: "`.
+        kinds (defaults to `ValueError`): The class of the error, or several.
+        reason (`Callable`, defaults to [`one_line`]): The rest of the sentence, from the error.
+    """
+    try:
+        yield
+    except TSTError:
+        raise
+    except kinds as error:
+        raise TSTError(f"{what}{reason(error)}.") from error

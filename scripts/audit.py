@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         entry.name: entry.default for kind in kinds for entry in fields(kind) if entry.name in quick_start()
     }
     values = parse_values(argv, kinds, __doc__.split("\n")[0], defaults=defaults)
-    audit = pick(values, AuditArguments)
+    audit = pick(vars(values), AuditArguments)
     length = values.block_size
     if audit.checkpoint is not None:
         position = DataPosition.load(audit.checkpoint)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise TSTError("The number of blocks is not known: set num_blocks, or name a checkpoint.")
     else:
         values.gradient_accumulation_steps = micro_batches(values, audit.world_size)
-        args = pick(values, TSTTrainingArguments)
+        args = pick(vars(values), TSTTrainingArguments)
         plan, layout = plan_of_arguments(args, audit.num_blocks, audit.world_size)
     for step in parse_list("steps", audit.steps, int) if audit.steps else []:
         record = audit_step(plan, layout, step, length or 1)

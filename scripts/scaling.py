@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tables import ROOT, write_table
 from transformers import HfArgumentParser
 
-from hf_tst.planning.costs import (
+from hf_tst.planning.estimate import (
     Layout,
     ModelShape,
     communication_per_step,

@@ -19,7 +19,7 @@ from tiny_recipes import RUN, SHAPE
 
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import parse_arguments
-from hf_tst.records.report import format_phases, summarize_phases
+from hf_tst.records.report import format_columns, phase_rows
 
 BLOCKS = all_blocks()
 LLAMA_SIZES = {
@@ -152,7 +152,7 @@ def check_output_of_the_quick_start(block):
     history = json.loads((ROOT / "model_cards/quickstart/trainer_state.json").read_text())["log_history"]
     loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
     last = f"final evaluation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
-    assert block.text == f"{format_phases(summarize_phases(history))}\n\n{last}\n"
+    assert block.text == f"{format_columns(phase_rows(history))}\n\n{last}\n"
 
 
 CHECKS = {

@@ -14,26 +14,28 @@ import yaml
 from conftest import Ended
 from filelock import FileLock
 
+from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
 from hf_tst.experiments import budget
 from hf_tst.experiments import queue as run_queue
 from hf_tst.experiments.budget import TimeLimit, plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
-from hf_tst.experiments.options import open_experiment, parse_experiment, parse_list, training_arguments
+from hf_tst.experiments.options import open_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
 from hf_tst.pretraining import pretrain
+from hf_tst.pretraining.options import pick
 
 
 def planned(recipe, *flags):
-    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], CompareArguments)))
+    return plan_comparison(open_experiment([str(recipe), *flags], CompareArguments))
 
 
 def differences(runs, arm):
     """Names of the settings, those of model and data included, that differ between an arm and the baseline, at one rate and
     seed: as they are given to a run, and as its training arguments come out of them."""
     first = {
-        run.arm.name: run.settings | training_arguments(run.settings).to_dict()
+        run.arm.name: run.settings | pick(run.settings, TSTTrainingArguments).to_dict()
         for run in runs
         if run.settings["seed"] == 0
     }
@@ -138,7 +140,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
         settings = yaml.safe_load((tmp_path / run / "arguments.yaml").read_text())
         assert settings["max_steps"] == chosen
         assert settings["lr_scheduler_kwargs"] == {"num_decay_steps": max(1, round(8 * chosen / 4000))}
-    assert f"shortened from 4,000 to {chosen}" in comparison.facts["time limit"]
+    assert f"max_steps {chosen:,} of the configured 4,000," in comparison.facts["time limit"]
     # What is added later takes as many steps, with or without a limit; what is done is not done again.
     again = main([*flags, "0,1,2"])
     assert in_process[4:] == ["baseline-lr0.01-seed2", "tst-lr0.01-seed2"]
@@ -288,7 +290,9 @@ def test_another_batch_is_refused_by_its_name(tiny_recipe, tmp_path, in_process,
 @pytest.mark.parametrize("text", ["", "max_steps: [", "- 1"])
 def test_a_damaged_file_of_settings_is_named(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"arguments.yaml is damaged \(.*\): name another output_dir"):
+    with pytest.raises(
+        ValueError, match=r"arguments.yaml is damaged, so remove its folder or name another output_dir: "
+    ):
         PlannedRun("a", tmp_path, {"max_steps": 4}).check_settings()
 
 
@@ -327,7 +331,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arms", "baseline,tts"], "one is 'tts'"),
+        (["--arms", "baseline,tts"], "arms must be one of baseline, tst, mtp, tst+mtp, but is 'tts'"),
         (["--arms", "tst,tst"], "arms must name each value once"),
         (["--seeds", "a"], "seeds must be values of the kind int"),
         (["--budget", "money"], "invalid choice: 'money'"),
@@ -348,7 +352,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--seconds", "0"], "seconds must be more than 0, but is 0"),
         (["--seconds", "9", "--processes", "2"], "seconds=9 needs processes=1, not 2"),
         (["--more_arms", "{a"], "more_arms is not JSON"),
-        (["--more_arms", '{"a": 1}'], "more_arms must be names, each with the options that it changes"),
+        (["--more_arms", '{"a": 1}'], "more_arms must have the options of each arm"),
         (["--more_arms", '{"tst": {}}'], "more_arms names an arm 'tst'"),
         (["--more_arms", '{"a/b": {}}'], "more_arms names an arm 'a/b'"),
         (["--more_arms", '{"a": {"max_steps": 5}}'], "An arm changes options of TST and MTP, but a has 'max_steps'"),

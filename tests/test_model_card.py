@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_report import HISTORY
 
+from hf_tst import TSTError
 from hf_tst.records.card import RunRecord, make_model_card, write_model_card
 from hf_tst.records.run_record import RUN_ENTRY
 
@@ -86,7 +87,8 @@ def test_extra_heads_are_told():
 def test_a_card_of_the_users_own_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: mit\n---\n# Mine\n")
-    assert write_model_card(tmp_path, make_record(), repo_id="model") is None
+    with pytest.raises(TSTError, match="is a card of your own and stays as it is"):
+        write_model_card(tmp_path, make_record(), repo_id="model")
     assert "# Mine" in path.read_text()
     path.unlink()
     assert write_model_card(tmp_path, make_record(), repo_id="model") == path
@@ -98,7 +100,8 @@ def test_a_card_of_the_users_own_stays(tmp_path):
 def test_a_card_that_cannot_be_read_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\ntags: [\n---\n# Mine\n")
-    assert write_model_card(tmp_path, make_record(), repo_id="model") is None
+    with pytest.raises(TSTError, match="is a card of your own and stays as it is"):
+        write_model_card(tmp_path, make_record(), repo_id="model")
     assert "# Mine" in path.read_text()
 
 

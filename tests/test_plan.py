@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 from versions import fails_before
 
-from hf_tst.planning.costs import (
+from hf_tst.planning.estimate import (
     Layout,
     ModelShape,
     Precision,

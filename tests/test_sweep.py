@@ -11,13 +11,13 @@ from hf_tst.experiments.arms import Arm, StepCost
 from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import SweepArguments
 from hf_tst.experiments.compare import sweep as main
-from hf_tst.experiments.options import open_experiment, parse_experiment
+from hf_tst.experiments.options import open_experiment
 from hf_tst.experiments.report import format_comparison, pictures, tables, write_report
 from hf_tst.experiments.summary import compare_runs
 
 
 def planned(recipe, *flags):
-    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], SweepArguments)))
+    return plan_comparison(open_experiment([str(recipe), *flags], SweepArguments))
 
 
 def sweep(losses, *seeds):

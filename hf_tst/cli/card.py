@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from ..errors import TSTError
 from ..pretraining.options import ArgumentParser
 from ..records.card import write_model_card
 from ..records.run_record import RunRecord
@@ -46,9 +45,5 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
     metadata = vars(parser.parse_flags(argv))
     folder = Path(metadata.pop("folder"))
     path = write_model_card(folder, RunRecord.from_folder(folder), **metadata)
-    if path is None:
-        raise TSTError(
-            f"{folder / 'README.md'} is a card of your own and stays as it is: move it away first."
-        )
     print(path)
     return path

@@ -14,11 +14,11 @@ from ..bags.phases import PhaseSchedule, check_bag_size, check_phase_ratio
 from ..errors import TSTError, check_at_least
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
-from ..planning.costs import Layout, Precision
-from ..planning.estimate import GIB, Alternative, RunPlan, plan_run
+from ..planning.estimate import Alternative, Layout, Precision, RunPlan, plan_run
 from ..planning.flops import FORMULA
 from ..planning.reference import ACCELERATORS, Accelerator
 from ..pretraining.options import (
+    TRAINING,
     DataArguments,
     ModelArguments,
     check_names,
@@ -28,8 +28,7 @@ from ..pretraining.options import (
     pick,
 )
 from ..pretraining.pretrain import QUICK_START_VOCABULARY, load_tokenizer, make_config
-from ..records.report import format_columns
-from ..training.arguments import TSTTrainingArguments
+from ..records.report import format_bytes, format_columns
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, FLOPs, hours, memory, traffic, sizes.
 
@@ -83,11 +82,10 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     Raises:
         TSTError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not known.
     """
-    types = [PlanArguments, ModelArguments, DataArguments, TSTTrainingArguments]
-    values = parse_values(argv, types, DESCRIPTION, prog)
-    args: PlanArguments = pick(values, PlanArguments)
-    model_args: ModelArguments = pick(values, ModelArguments)
-    data_args: DataArguments = pick(values, DataArguments)
+    values = parse_values(argv, [PlanArguments, *TRAINING], DESCRIPTION, prog)
+    args: PlanArguments = pick(vars(values), PlanArguments)
+    model_args: ModelArguments = pick(vars(values), ModelArguments)
+    data_args: DataArguments = pick(vars(values), DataArguments)
     if values.max_steps <= 0:
         raise TSTError(
             f"max_steps is {values.max_steps}: set it, as a plan cannot know how many steps num_train_epochs would give."
@@ -172,7 +170,7 @@ def format_plan(plan: RunPlan) -> str:
         ("checkpoints", "model {model}, to resume from {checkpoint} each".format(**_sizes(plan.checkpoint_bytes))),
         (
             "memory",
-            f"{_size(memory['peak'])} a GPU at its peak, of {_size(plan.usable_memory_bytes)} usable: "
+            f"{format_bytes(memory['peak'])} a GPU at its peak, of {format_bytes(plan.usable_memory_bytes)} usable: "
             + ", ".join(f"{name} {size}" for name, size in _sizes(memory).items() if name != "peak"),
         ),
     ]  # fmt: skip
@@ -233,11 +231,7 @@ def _figures(row: Any, names: Sequence[str]) -> list[str]:
 
 def _sizes(counts: dict[str, int]) -> dict[str, str]:
     """Those of the numbers of bytes that are not 0, as text."""
-    return {name: _size(count) for name, count in counts.items() if count}
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+    return {name: format_bytes(count) for name, count in counts.items() if count}
 
 
 def _duration(hours: float) -> str:

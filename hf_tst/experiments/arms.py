@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
-from ..pretraining.options import check_names, explained_arguments
+from ..pretraining.options import check_names, parse_mapping
 from ..training.arguments import TSTTrainingArguments
 
 BASELINE = "baseline"
@@ -86,22 +85,19 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     Raises:
         TSTError: If `more_arms` has another form, an unknown option, or a name that is taken.
     """
-    heads = setting(values, "mtp_num_heads")
-    arms = {name: dict(changes) for name, changes in ARMS.items()}
-    for changes in arms.values():
-        if heads > 1 and "mtp_num_heads" in changes:
-            changes["mtp_num_heads"] = heads
-    with explained_arguments({"more_arms": more_arms}):
-        further = json.loads(more_arms or "{}")
-    if not isinstance(further, dict) or not all(isinstance(changes, dict) for changes in further.values()):
-        raise TSTError(
-            f'more_arms must be names, each with the options that it changes, but is {more_arms}: {{"a": {{"tst_bag_size": 4}}}}.'
-        )
+    configured = setting(values, "mtp_num_heads")
+    heads = {"mtp_num_heads": configured} if configured > 1 else {}
+    arms = {name: changes | (heads if "mtp_num_heads" in changes else {}) for name, changes in ARMS.items()}
+    further = parse_mapping("more_arms", more_arms)
     options = [name for name in TSTTrainingArguments.__dataclass_fields__ if name.startswith(ARM_PREFIXES)]
     for name, changes in further.items():
         if name in arms or not re.fullmatch(r"[\w.+=-]+", name):
             raise TSTError(
                 f"more_arms names an arm {name!r}: use letters, digits and . + = - _, and none of {', '.join(ARMS)}."
+            )
+        if not isinstance(changes, dict):
+            raise TSTError(
+                f'more_arms must have the options of each arm, such as {{"{name}": {{"tst_bag_size": 4}}}}.'
             )
         check_names(changes, ["seeds", *options], f"An arm changes options of TST and MTP, but {name} has")
     return arms | further
@@ -134,31 +130,23 @@ def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any])
 
 
 def make_arm(
-    name: str,
-    changes: Mapping[str, Any],
-    values: Mapping[str, Any],
-    shape: ModelShape,
-    length: int,
-    *,
-    fusable: bool = True,
+    name: str, changes: Mapping[str, Any], values: Mapping[str, Any], shape: ModelShape, length: int
 ) -> Arm:
     """An arm of the configuration `values`.
 
     An arm without superposition computes its loss as TST does, fused with the head, unless it says otherwise: so steps of all
-    arms cost the same but for what an arm adds.
+    arms cost the same but for what an arm adds. No arm does if the configuration has `tst_fused_loss="off"`.
 
     Args:
         name (`str`), changes (`dict`): The arm, of [`define_arms`].
         values (`dict`): The configuration. Its `mtp_num_heads` are for arms that have any.
         shape (`ModelShape`), length (`int`): The model, and latent positions per row.
-        fusable (`bool`, defaults to `True`): Whether the model's loss can be fused with its head. Where it cannot, or
-            `tst_fused_loss` of the configuration is `"off"`, no arm fuses it.
     """
     changed = {**values, "mtp_num_heads": 1, **changes}
     changed.pop("seeds", None)
     if changed["mtp_num_heads"] == 1:
         del changed["mtp_num_heads"]
-    if not fusable or values.get("tst_fused_loss") == "off":
+    if values.get("tst_fused_loss") == "off":
         changed["tst_fused_loss"] = "off"
     elif not is_superposed(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"

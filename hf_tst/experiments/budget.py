@@ -169,23 +169,11 @@ class TimeLimit:
     @property
     def fact(self) -> str:
         """What a report says of it."""
-        shortened = self.max_steps < self.configured_steps
-        before = f"shortened from {self.configured_steps:,} to" if shortened else "as configured,"
         return (
-            f"max_steps {before} {self.max_steps:,}, for a limit of {self.seconds:g} s; measured: {self.superposition:.4g} s per "
-            f"step of superposition, {self.recovery:.4g} s of recovery, {self.evaluation:.3g} s per evaluation, "
-            f"{self.start:.3g} s per run besides"
+            f"max_steps {self.max_steps:,} of the configured {self.configured_steps:,}, for a limit of {self.seconds:g} s; "
+            f"measured: {self.superposition:.4g} s per step of superposition, {self.recovery:.4g} s per step of recovery, "
+            f"{self.evaluation:.3g} s per evaluation, {self.start:.3g} s per run for its start and end"
         )
-
-    @classmethod
-    def load(cls, experiment: Experiment) -> TimeLimit | None:
-        """The limit that a comparison was begun with, or `None` if none was, or for another `max_steps`.
-
-        Raises:
-            TSTError: If the file is damaged.
-        """
-        limit = read_whole(experiment.output_dir / LIMIT_FILE, lambda text: cls(**json.loads(text)))
-        return limit if limit and limit.configured_steps == experiment.values["max_steps"] else None
 
     def seconds_of(self, run: ArmRun) -> tuple[float, float]:
         """Seconds of a run for start, end and evaluations (before it, `eval_steps` apart and after it), and for its steps."""
@@ -194,25 +182,6 @@ class TimeLimit:
         more = run.arm.flops.recovery / self.operations  # of extra heads
         steps = StepCost(self.superposition, self.recovery * more).of_run(run.arm.schedule)
         return self.start + (2 + between) * self.evaluation, steps
-
-    def lowered(self, runs: Sequence[ArmRun], left: float) -> TimeLimit:
-        """The limit with the `max_steps` with which all runs, one after the other, end within `left` seconds.
-
-        Args:
-            runs: All runs, for the configured steps.
-            left (`float`): Seconds that are left of the limit.
-
-        Raises:
-            TSTError: If no time is left for steps.
-        """
-        fixed, training = map(sum, zip(*(self.seconds_of(run) for run in runs), strict=True))
-        chosen = int(self.configured_steps * (PLANNED_SHARE * left - fixed) / training)
-        if chosen < FEWEST_STEPS:
-            raise TSTError(
-                f"seconds={self.seconds:g} is too little for {len(runs)} runs: {self.seconds - left:.0f} s are gone, and they need "
-                f"{fixed:.0f} s besides their steps. Give more seconds, or fewer arms or seeds."
-            )
-        return replace(self, max_steps=min(self.configured_steps, chosen))
 
 
 def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
@@ -240,9 +209,7 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     timed = pace.recovery + (pace.superposition if is_superposed(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
     steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
-    return TimeLimit(
-        steps, steps, args.seconds, start, evaluation, pace.superposition, pace.recovery, operations
-    )
+    return TimeLimit(steps, steps, args.seconds, start, evaluation, **vars(pace), operations=operations)
 
 
 def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> list[ArmRun]:
@@ -292,15 +259,25 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
     Raises:
         TSTError: As [`plan_comparison`] does, or if the limit leaves no time for steps.
     """
-    limit, seconds = TimeLimit.load(experiment), experiment.args.seconds
-    if limit is None:
+    file, seconds = experiment.output_dir / LIMIT_FILE, experiment.args.seconds
+    steps = experiment.values["max_steps"]
+    limit = read_whole(file, lambda text: TimeLimit(**json.loads(text)))
+    if limit is None or limit.configured_steps != steps:
         runs = plan_comparison(experiment)
         if seconds is None:
             return runs, None
         limit = time_short_run(experiment, runs)
-        limit = limit.lowered(runs, began + seconds - time.monotonic())
+        gone = time.monotonic() - began
+        fixed, training = map(sum, zip(*map(limit.seconds_of, runs), strict=True))
+        chosen = int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)
+        if chosen < FEWEST_STEPS:
+            raise TSTError(
+                f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s are gone, and they need {fixed:.0f} s "
+                "besides their steps. Give more seconds, or fewer arms or seeds."
+            )
+        limit = replace(limit, max_steps=min(steps, chosen))
     runs = plan_comparison(experiment, limit.max_steps)
-    write_whole(experiment.output_dir / LIMIT_FILE, json.dumps(asdict(limit), indent=2) + "\n")
+    write_whole(file, json.dumps(asdict(limit), indent=2) + "\n")
     print(limit.fact, flush=True)
     for run in runs:
         run.seconds = sum(limit.seconds_of(run))

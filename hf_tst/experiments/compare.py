@@ -12,18 +12,11 @@ from typing import Any, ClassVar
 
 from transformers.hf_argparser import HfArg
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from ..planning.flops import FORMULA
 from .arms import ARMS, BASELINE, define_arms, is_superposed, setting
 from .budget import ArmRun, plan_within_limit
-from .options import (
-    EVERY_RUN,
-    Experiment,
-    ExperimentArguments,
-    open_experiment,
-    parse_experiment,
-    parse_list,
-)
+from .options import EVERY_RUN, Experiment, ExperimentArguments, open_experiment, parse_list
 from .queue import RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .summary import Comparison, compare_runs
@@ -62,8 +55,7 @@ class CompareArguments(ExperimentArguments):
         known = define_arms(values, self.more_arms)
         names = parse_list("arms", self.arms, str)
         for name in names:
-            if name not in known:
-                raise TSTError(f"arms must be of {', '.join(known)}, but one is {name!r}.")
+            check_choice("arms", name, known)
         return {name: known[name] for name in names}
 
 
@@ -73,7 +65,6 @@ class SweepArguments(ExperimentArguments):
 
     command: ClassVar[str] = "sweep"
     description: ClassVar[str] = SWEEP
-    is_grid: ClassVar[bool] = True
     seeds: str = HfArg(default="0", help="Seeds that every run is repeated with.")
     bag_sizes: str = HfArg(default="2,4,6,8", help="Tokens per bag, s.")
     phase_ratios: str = HfArg(default="0.1,0.2,0.3,0.4", help="Fractions of superposition, r.")
@@ -119,8 +110,8 @@ def main(
         SystemExit: With status 1, if a run failed; the report is written with what there is.
     """
     began = time.monotonic()
-    values, args = parse_experiment(argv, kind, prog)
-    experiment = open_experiment(values, args)
+    experiment = open_experiment(argv, kind, prog)
+    args = experiment.args
     runs, limit = plan_within_limit(experiment, began)
 
     def report() -> Comparison:
@@ -137,7 +128,7 @@ def main(
                 f"A run that would have ended after the limit of {args.seconds:g} s was not started."
             )
         cells = {arm.name: arm.changes for arm in experiment.arms if arm.name != BASELINE}
-        comparison = compare_runs(args.budget, runs, facts, notes, cells if kind.is_grid else {})
+        comparison = compare_runs(args.budget, runs, facts, notes, cells if kind is SweepArguments else {})
         print("\n" + format_comparison(comparison) + "\n")
         print(*write_report(comparison, experiment.output_dir), sep="\n")
         return comparison
@@ -170,7 +161,7 @@ def _facts(experiment: Experiment, runs: Sequence[ArmRun]) -> dict[str, str]:
     for name in ("hardware", "software"):
         found = dict.fromkeys(getattr(result, name) for _, result in results)
         facts[name] = "; ".join(found) or "nothing has run"
-    if not experiment.args.is_grid:  # the names of its arms say it
+    if not isinstance(experiment.args, SweepArguments):  # the names of its arms say it
         if any(is_superposed(arm.values) for arm in experiment.arms):
             size, ratio = setting(values, "tst_bag_size"), setting(values, "tst_phase_ratio")
             facts["superposition"] = f"s = {size}, r = {ratio}"

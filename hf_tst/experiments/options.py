@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,27 +11,18 @@ from typing import Any, ClassVar, Literal, TypeVar
 from transformers.hf_argparser import HfArg
 
 from ..data.blocks import check_blocks
-from ..errors import TSTError
+from ..errors import TSTError, bad_input, check_at_least
 from ..models.fused import check_fusable
 from ..models.shape import ModelShape
 from ..models.superposition import find_language_model
 from ..mtp.heads import MTPHeads
-from ..pretraining.options import (
-    DataArguments,
-    ModelArguments,
-    explained_arguments,
-    given_values,
-    micro_batches,
-    parse_values,
-    pick,
-)
+from ..pretraining.options import TRAINING, given_values, micro_batches, parse_mapping, parse_values, pick
 from ..pretraining.pretrain import prepare_run
 from ..training.arguments import TSTTrainingArguments
 from .arms import Arm, check_arms, make_arm, setting
 
 T = TypeVar("T")
 UNITS: Mapping[str, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
-TRAINING = [ModelArguments, DataArguments, TSTTrainingArguments]
 EVERY_RUN = """Every run is a process with
 a folder of its own in output_dir. Started again, the command does what is missing, and an interrupted run continues from its
 last checkpoint. Every run is evaluated before training, too, continues to its end if it diverges (tst_bad_loss=ignore), and
@@ -45,10 +34,9 @@ has no progress bar; its seed is of --seeds; logs that are too rare for a curve,
 class ExperimentArguments:
     """How runs are planned and done."""
 
-    # Of the command: its name, its `--help`, and whether its arms are a grid, drawn as heat maps instead of curves.
+    # The name of the command, and its `--help`.
     command: ClassVar[str]
     description: ClassVar[str]
-    is_grid: ClassVar[bool] = False
 
     budget: Literal["flops", "data", "time"] = HfArg(
         default="flops",
@@ -76,9 +64,8 @@ class ExperimentArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("processes", 1), ("calibration_steps", 4)):
-            if getattr(self, name) < least:
-                raise TSTError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
+        check_at_least(1, processes=self.processes)
+        check_at_least(4, calibration_steps=self.calibration_steps)
         if self.seconds is not None and self.seconds <= 0:
             raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
         if self.seconds is not None and self.processes > 1:
@@ -141,16 +128,8 @@ def parse_experiment(
     defaults = {"output_dir": f"runs/{kind.command}"}
     namespace = parse_values(argv, [kind, *TRAINING], kind.description, prog, defaults)
     values = given_values(namespace, TRAINING)
-    schedule = values.get("lr_scheduler_kwargs") or {}
-    if isinstance(schedule, str):
-        with explained_arguments(values):
-            schedule = json.loads(schedule)
-    if not isinstance(schedule, dict):
-        raise TSTError(
-            f'lr_scheduler_kwargs must be names and values, but is {schedule}: write {{"num_decay_steps": 100}}.'
-        )
-    if schedule:
-        values["lr_scheduler_kwargs"] = schedule
+    if text := values.get("lr_scheduler_kwargs"):
+        values["lr_scheduler_kwargs"] = parse_mapping("lr_scheduler_kwargs", text)
     steps = namespace.max_steps
     if steps <= 0:
         raise TSTError(f"max_steps is {steps}: set it, so that all runs have a known budget.")
@@ -166,67 +145,51 @@ def parse_experiment(
         values |= {"eval_strategy": "steps", "eval_steps": interval}
     if str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > steps:
         values |= {"logging_strategy": "steps", "logging_steps": interval}
-    return values, pick(namespace, kind)
+    return values, pick(vars(namespace), kind)
 
 
-def open_experiment(values: Mapping[str, Any], args: ExperimentArguments) -> Experiment:
+def open_experiment(
+    argv: Sequence[str], kind: type[ExperimentArguments], prog: str | None = None
+) -> Experiment:
     """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
 
+    Args:
+        argv, kind, prog: As for [`parse_experiment`].
+
     Raises:
-        TSTError: If a run would be refused, or there is no data to evaluate on.
+        TSTError: As [`parse_experiment`], and if a run would be refused or there is no data to evaluate on.
     """
+    values, args = parse_experiment(argv, kind, prog)
     changes = args.select_arms(values)
     check_arms(changes, values)
-    model_args, training = _make(ModelArguments, values), training_arguments(values)
-    prepared = prepare_run(model_args, _make(DataArguments, values), training)
-    if prepared.eval_blocks is None:
+    model_args, data_args, training = (pick(values, part) for part in TRAINING)
+    accumulated = micro_batches(Namespace(**vars(training) | vars(data_args)), world_size=1)
+    parts, block_size = prepare_run(model_args, data_args, training)
+    if parts["eval_dataset"] is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
-    fusable = False
-    with suppress(TSTError):
-        check_fusable(find_language_model(prepared.model)[1], "on")
-        fusable = True
+    try:
+        check_fusable(find_language_model(parts["model"])[1], "on")
+    except TSTError:
+        values["tst_fused_loss"] = "off"
     if any(arm.get("mtp_num_heads", 1) > 1 for arm in changes.values()):
-        MTPHeads(prepared.model, 2, setting(values, "mtp_kind"))  # raises if the model cannot have any
-    shape = ModelShape.from_config(prepared.model.config, model_args.lora_config())
-    arms = [
-        make_arm(name, arm, values, shape, prepared.block_size, fusable=fusable)
-        for name, arm in changes.items()
-    ]
+        MTPHeads(parts["model"], 2, setting(values, "mtp_kind"))  # raises if the model cannot have any
+    shape = ModelShape.from_config(parts["model"].config, model_args.lora_config())
+    arms = [make_arm(name, arm, values, shape, block_size) for name, arm in changes.items()]
     for arm in arms:
-        training_arguments(arm.values)
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    blocks = {"training": prepared.train_blocks, "evaluation": prepared.eval_blocks}
+        pick(arm.values, TSTTrainingArguments)  # raises if the arm contradicts itself
+    rows = training.per_device_train_batch_size * accumulated
+    blocks = {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
     sized = {name: part for name, part in blocks.items() if hasattr(part, "num_rows")}
     return Experiment(
         args=args,
         values=values,
         arms=arms,
         shape=shape,
-        block_size=prepared.block_size,
+        block_size=block_size,
         rows_per_step=rows if args.launcher is None or values.get("tokens_per_step") else None,
         blocks=len(sized["training"]) if "training" in sized else None,
         data={name: check_blocks(part).data for name, part in sized.items()},
     )
-
-
-def training_arguments(values: Mapping[str, Any]) -> TSTTrainingArguments:
-    """The training arguments of a configuration, checked.
-
-    Raises:
-        TSTError: If they contradict each other.
-    """
-    settings = dict(values)
-    if settings.get("tokens_per_step"):
-        names = ("gradient_accumulation_steps", "per_device_train_batch_size")
-        filled = {name: setting(values, name) for name in names} | {"block_size": None}
-        settings["gradient_accumulation_steps"] = micro_batches(Namespace(**filled | settings), 1)
-    return _make(TSTTrainingArguments, settings)
-
-
-def _make(kind: type[T], values: Mapping[str, Any]) -> T:
-    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    with explained_arguments(values):
-        return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
@@ -236,12 +199,8 @@ def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
         TSTError: If one is of another kind, there is none, or one comes twice.
     """
     parts = [part.strip() for part in str(text).strip("[]").split(",") if part.strip()]
-    try:
+    with bad_input(f"{name} must be values of the kind {kind.__name__}, such as 1,2, but is {text!r}: "):
         values = [kind(part) for part in parts]
-    except ValueError:
-        raise TSTError(
-            f"{name} must be values of the kind {kind.__name__}, such as 1,2, but is {text!r}."
-        ) from None
     if not values or len(set(values)) < len(values):
         raise TSTError(f"{name} must name each value once, and at least one, but is {text!r}.")
     return values

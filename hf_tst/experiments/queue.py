@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..errors import TSTError, one_line
+from ..errors import TSTError, bad_input
 from .run import REFUSAL_FILE, RunResult, read_settings, write_whole
 
 SETTINGS_FILE = "arguments.yaml"
@@ -157,10 +157,8 @@ def _start_command(launcher: str | None) -> list[str]:
     """The words that start a run, checked."""
     if launcher is None:
         return [sys.executable]
-    try:
+    with bad_input(f"launcher={launcher!r} cannot be read: "):  # a quotation that is not closed
         command = shlex.split(launcher)
-    except ValueError as error:  # a quotation that is not closed
-        raise TSTError(f"launcher={launcher!r} cannot be read: {one_line(error)}.") from error
     program = "".join(command[:1])
     if not shutil.which(program):
         raise TSTError(f"launcher={launcher!r} cannot be started: there is no command {program!r}.")

@@ -6,13 +6,14 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..records.report import escape_markdown, format_columns, markdown_table
+from ..records.report import escape_markdown, format_bytes, format_columns, markdown_table
 from .arms import BASELINE
 from .budget import ArmRun
 from .options import UNITS
@@ -32,8 +33,8 @@ AXES = {
     "raw tokens": "raw_tokens",
     "seconds of training": "seconds",
 }
-# A picture: what it shows, and a function that draws it on axes of matplotlib.
-Picture = tuple[str, Callable[[Any], None]]
+# Draws a picture on axes of matplotlib.
+Picture = Callable[[Any], None]
 # Told apart by those who do not see colors, too (Okabe and Ito).
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
@@ -72,7 +73,7 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     if not best.curve:
         return (arm.arm, "-", _loss_of(best), "-", seeds, *["-"] * 7)
     end, reached = best.curve[-1], arm.reached_baseline_loss
-    memory = "-" if best.peak_memory_bytes is None else f"{_bytes(best.peak_memory_bytes)} ({best.memory_of})"
+    memory = best.peak_memory_bytes and f"{format_bytes(best.peak_memory_bytes)} ({best.memory_of})"
     difference = "reference" if arm.arm == BASELINE else "-"
     if arm.difference_to_baseline is not None:
         difference = _with_sd(arm.difference_to_baseline, arm.difference_to_baseline_sd, "+.4f")
@@ -87,7 +88,7 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
         _count(end.latent_tokens),
         f"{end.flops:.3g}",
         _duration(end.seconds),
-        memory,
+        memory or "-",
         f"{reached.step:,}" if reached else not_reached,
         f"{reached.flops:.3g}" if reached else not_reached,
     )
@@ -121,10 +122,6 @@ def _run_row(run: ArmRun) -> tuple[str, ...]:
         losses = ["not finite" if loss is None else f"{loss:.4f}" for loss in ends]
     rate, seed = run.settings["learning_rate"], run.settings["seed"]
     return (run.arm.name, f"{rate:g}", str(seed), *losses, run.status)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _count(number: int) -> str:
@@ -235,19 +232,17 @@ def draw_heat_map(comparison: Comparison, axes: Any, title: str) -> None:
     axes.figure.colorbar(image, ax=axes, label="final loss (nats)")
 
 
-def pictures(comparison: Comparison) -> list[Picture]:
-    """The pictures of a comparison: curves, or heat maps of a grid."""
+def pictures(comparison: Comparison) -> dict[str, Picture]:
+    """The pictures of a comparison, by what they show: curves, or heat maps of a grid."""
     if comparison.grid:
-        return [
-            (f"Loss by bag size and phase ratio, {title}", partial(draw_heat_map, comparison, title=title))
+        return {
+            f"Loss by bag size and phase ratio, {title}": partial(draw_heat_map, comparison, title=title)
             for title in panels(comparison)
-        ]
-    return [
-        (f"Evaluation loss over {label}", partial(draw_curves, comparison, label=label)) for label in AXES
-    ]
+        }
+    return {f"Evaluation loss over {label}": partial(draw_curves, comparison, label=label) for label in AXES}
 
 
-def draw(drawn: Sequence[Picture], width: float, height: float, dpi: int) -> bytes:
+def draw(drawn: Collection[Picture], width: float, height: float, dpi: int) -> bytes:
     """Pictures as one PNG; `width` and `height` in inches are those of one of them.
 
     Raises:
@@ -258,7 +253,7 @@ def draw(drawn: Sequence[Picture], width: float, height: float, dpi: int) -> byt
     columns = 1 if len(drawn) % 2 else 2
     rows = len(drawn) // columns
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    for axes, (_, draw_on) in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
+    for axes, draw_on in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         draw_on(axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, format="png")
@@ -268,8 +263,8 @@ def draw(drawn: Sequence[Picture], width: float, height: float, dpi: int) -> byt
 def encode_pictures(comparison: Comparison) -> dict[str, str]:
     """The pictures as base64 of a PNG each, by what they show."""
     return {
-        picture[0]: base64.b64encode(draw([picture], 5, 3.6, dpi=160)).decode("ascii")
-        for picture in pictures(comparison)
+        title: base64.b64encode(draw([picture], 5, 3.6, dpi=160)).decode("ascii")
+        for title, picture in pictures(comparison).items()
     }
 
 
@@ -296,14 +291,12 @@ def render_page(comparison: Comparison, template: str, images: Mapping[str, str]
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Write `comparison.json`, `.md`, `.html` and, with matplotlib, `.png` into a folder, and return their paths."""
-    try:
-        images, png = encode_pictures(comparison), {"png": draw(pictures(comparison), 5.5, 4, dpi=120)}
-    except ImportError:
-        images, png = {}, {}
-    pages = {"json": json.dumps(comparison.to_dict(), indent=2) + "\n"}
-    pages |= {ending: render_page(comparison, f"comparison.{ending}", images) for ending in ("md", "html")}
-    paths = []
-    for ending, content in ({ending: text.encode() for ending, text in pages.items()} | png).items():
-        paths.append(Path(folder) / f"comparison.{ending}")
-        paths[-1].write_bytes(content)
-    return paths
+    images, files = {}, {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
+    with suppress(ImportError):
+        files["png"] = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
+        images = encode_pictures(comparison)
+    for ending in ("md", "html"):
+        files[ending] = render_page(comparison, f"comparison.{ending}", images).encode()
+    for ending, content in files.items():
+        (Path(folder) / f"comparison.{ending}").write_bytes(content)
+    return [Path(folder) / f"comparison.{ending}" for ending in files]

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ..bags.phases import PhaseSchedule
-from ..errors import TSTError, one_line
+from ..errors import TSTError, bad_input, whole_message
 from ..pretraining.pretrain import main as train
 from ..records.run_record import TimedSteps, run_entry, timed_steps
 from ..training.checkpoint_folders import last_complete_checkpoint
@@ -117,12 +117,9 @@ def read_whole(path: Path, parse: Callable[[str], T], removed: str = "it") -> T 
     """
     if not path.is_file():
         return None
-    try:
+    what = f"The file {path} is damaged, so remove {removed} or name another output_dir: "
+    with bad_input(what, (ValueError, TypeError, KeyError, yaml.YAMLError), whole_message):
         return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise TSTError(
-            f"The file {path} is damaged ({one_line(error)}): name another output_dir, or remove {removed}."
-        ) from None
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -122,9 +122,8 @@ def compare_runs(
 
 
 def _summarize_rate(rate: float, runs: Sequence[ArmRun]) -> RateSummary:
-    seeds: dict[str, list[int]] = {"finished": [], "diverged": [], "missing": []}
-    for run in runs:
-        seeds[run.status].append(run.settings["seed"])
+    statuses = ("finished", "diverged", "missing")
+    seeds = {name: [run.settings["seed"] for run in runs if run.status == name] for name in statuses}
     results = [run.result for run in runs if run.result is not None and run.status == "finished"]
     losses, flops = [result.final_eval_loss or 0.0 for result in results], runs[0].arm.flops_until
     curves = [

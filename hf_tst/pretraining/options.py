@@ -6,8 +6,7 @@ import difflib
 import json
 import os
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from ..errors import TSTError, check_at_least
+from ..errors import TSTError, bad_input, check_at_least, whole_message
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import Reinitialized
 
@@ -153,6 +152,10 @@ class DataArguments:
         return not self.dataset_name and not self.train_file
 
 
+# What `hf-tst train` takes.
+TRAINING: list[type] = [ModelArguments, DataArguments, TSTTrainingArguments]
+
+
 class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Keeps the lines of a description, and shows defaults."""
 
@@ -186,26 +189,10 @@ def parse_arguments(
     argv: list[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
     """Arguments from an optional YAML or JSON file, named first, and flags, which win."""
-    namespace = parse_values(argv, [ModelArguments, DataArguments, TSTTrainingArguments], DESCRIPTION, prog)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    namespace.gradient_accumulation_steps = micro_batches(namespace, world_size)
-    model_args, data_args = pick(namespace, ModelArguments), pick(namespace, DataArguments)
-    return model_args, data_args, pick(namespace, TSTTrainingArguments)
-
-
-@contextmanager
-def explained_arguments(values: Mapping[str, Any]) -> Iterator[None]:
-    """Context for making dataclasses of the arguments `values`, that turns what they raise into one sentence."""
-    try:
-        yield
-    except TSTError:
-        raise
-    except json.JSONDecodeError as error:
-        name = next((name for name, value in values.items() if value == error.doc), "An argument")
-        raise TSTError(f"{name} is not JSON: {error}.") from error
-    except (ImportError, TypeError, ValueError) as error:  # of Transformers, sometimes in several lines
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise TSTError(f"The arguments cannot be used: {reason}.") from error
+    namespace = parse_values(argv, TRAINING, DESCRIPTION, prog)
+    values = vars(namespace)
+    values["gradient_accumulation_steps"] = micro_batches(namespace, int(os.environ.get("WORLD_SIZE", 1)))
+    return pick(values, ModelArguments), pick(values, DataArguments), pick(values, TSTTrainingArguments)
 
 
 def parse_values(
@@ -262,11 +249,34 @@ def check_names(names: Iterable[str], known: Iterable[str], problem: str) -> Non
             raise TSTError(f"{problem} {name!r}: {hint}")
 
 
-def pick(namespace: Namespace, dataclass_type: Any) -> Any:
-    """The dataclass made of its own values in `namespace`."""
-    values = {entry.name: getattr(namespace, entry.name) for entry in fields(dataclass_type) if entry.init}
-    with explained_arguments(values):
-        return dataclass_type(**values)
+def pick(values: Mapping[str, Any], dataclass_type: Any) -> Any:
+    """The dataclass of arguments made of those of `values` that are its own.
+
+    Raises:
+        TSTError: If they cannot be used.
+    """
+    names = {entry.name for entry in fields(dataclass_type) if entry.init}
+    own = {name: value for name, value in values.items() if name in names}
+    # Some errors of Transformers have several lines.
+    with bad_input("The arguments cannot be used: ", (ImportError, TypeError, ValueError), whole_message):
+        try:
+            return dataclass_type(**own)
+        except json.JSONDecodeError as error:
+            name = next((name for name, value in own.items() if value == error.doc), "An argument")
+            raise TSTError(f"{name} is not JSON: {error}.") from error
+
+
+def parse_mapping(name: str, text: str | None) -> dict[str, Any]:
+    """The names and values that the option `name` holds as JSON; none if it is not given.
+
+    Raises:
+        TSTError: If it holds something else.
+    """
+    with bad_input(f"{name} is not JSON: "):
+        found = json.loads(text or "{}")
+    if not isinstance(found, dict):
+        raise TSTError(f'{name} must be names and values, but is {text}: write {{"name": value}}.')
+    return found
 
 
 def micro_batches(namespace: Namespace, world_size: int) -> int:
@@ -309,11 +319,9 @@ def read_config(path: str) -> dict[str, Any]:
     """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
     if not Path(path).is_file():
         raise TSTError(f"There is no configuration file {path}.")
-    try:
+    errors = (yaml.YAMLError, UnicodeDecodeError)
+    with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise TSTError(f"The configuration file {path} is not YAML: {reason}.") from error
     if not isinstance(values, dict):
         raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
     return {str(k): json.dumps(value) if isinstance(value, dict) else value for k, value in values.items()}

@@ -6,9 +6,8 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from transformers.utils import logging
 from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
-from ..errors import PreemptedError, TSTError, bad_input
+from ..errors import PreemptedError, TSTError, bad_input, whole_message
 from ..records.hub import HubError
-from ..records.report import format_phases, summarize_phases
+from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
@@ -186,16 +185,10 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
     return model
 
 
-@contextmanager
-def explained_loading(name: str) -> Iterator[None]:
+def explained_loading(name: str) -> AbstractContextManager[None]:
     """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
-    try:
-        yield
-    except TSTError:
-        raise
-    except (OSError, ImportError, StrictDataclassError, ValueError) as error:
-        reason = str(error).splitlines()[0][:500].rstrip(".:")
-        raise TSTError(f"Cannot load {name}: {reason}.") from error
+    errors = (OSError, ImportError, StrictDataclassError, ValueError)
+    return bad_input(f"Cannot load {name}: ", errors, whole_message)
 
 
 def prepare_blocks(
@@ -230,25 +223,14 @@ def prepare_blocks(
     return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
 
 
-@dataclass(frozen=True)
-class PreparedRun:
-    """What a run starts from.
-
-    `tokenizer` is `None` where token files need none, and `eval_blocks` without evaluation data; `block_size` is L, in
-    tokens.
-    """
-
-    model: Any
-    tokenizer: Any
-    train_blocks: Any
-    eval_blocks: Any
-    block_size: int
-
-
 def prepare_run(
     model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
-) -> PreparedRun:
-    """Model, tokenizer and packed data of a run, and the folder that it writes to.
+) -> tuple[dict[str, Any], int]:
+    """Make the folder that a run writes to, and load or make its model, tokenizer and packed data.
+
+    Returns:
+        What [`TSTTrainer`] takes, by name: `model`, `train_dataset`, `eval_dataset` (`None` without evaluation data) and
+        `processing_class` (the tokenizer; `None` where token files need none). And tokens per block, L.
 
     Raises:
         TSTError: If one of them cannot be loaded or made, or the blocks are longer than the model's context.
@@ -266,18 +248,20 @@ def prepare_run(
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)
         block_size = choose_block_size(data_args, model.config)
-        train_blocks = prepare_blocks(data_args, train_documents, tokenizer, block_size)
-        eval_blocks = None
+        parts = {"model": model, "processing_class": tokenizer, "eval_dataset": None}
+        parts["train_dataset"] = prepare_blocks(data_args, train_documents, tokenizer, block_size)
         if eval_documents is not None:
-            eval_blocks = prepare_blocks(data_args, eval_documents, tokenizer, block_size, evaluation=True)
-    return PreparedRun(model, tokenizer, train_blocks, eval_blocks, block_size)
+            parts["eval_dataset"] = prepare_blocks(
+                data_args, eval_documents, tokenizer, block_size, evaluation=True
+            )
+    return parts, block_size
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
     """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
     output = Path(trainer.args.output_dir)
     switch = trainer.schedule.switch_step if trainer.schedule else 0
-    print("\n" + format_phases(summarize_phases(trainer.state.log_history)))
+    print("\n" + format_columns(phase_rows(trainer.state.log_history)))
     if final_eval:
         loss = final_eval["eval_loss"]
         print(f"\nfinal evaluation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}")
@@ -303,21 +287,17 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         basicConfig(format="%(name)s: %(message)s")
         getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
-    prepared = prepare_run(model_args, data_args, args)
-    count = prepared.model.num_parameters()
-    getLogger(__name__).info(f"The model is a {type(prepared.model).__name__} of {count:,} parameters.")
-    if prepared.eval_blocks is None:
-        args.eval_strategy = "no"
-    trainer = TSTTrainer(
-        model=prepared.model,
-        args=args,
-        train_dataset=prepared.train_blocks,
-        eval_dataset=prepared.eval_blocks,
-        processing_class=prepared.tokenizer,
+    parts, block_size = prepare_run(model_args, data_args, args)
+    model, evaluates = parts["model"], parts["eval_dataset"] is not None
+    getLogger(__name__).info(
+        f"The model is a {type(model).__name__} of {model.num_parameters():,} parameters."
     )
+    if not evaluates:
+        args.eval_strategy = "no"
+    trainer = TSTTrainer(args=args, **parts)
     if model_args.reinit_at_switch:
         trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
-    tokens = trainer.get_total_train_batch_size(args) * prepared.block_size
+    tokens = trainer.get_total_train_batch_size(args) * block_size
     if data_args.tokens_per_step not in (None, tokens):
         raise TSTError(
             f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, as processes share rows "
@@ -332,7 +312,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    final_eval = trainer.evaluate() if prepared.eval_blocks is not None else None
+    final_eval = trainer.evaluate() if evaluates else None
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()

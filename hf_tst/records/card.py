@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from .report import markdown_table, phase_rows, plot_loss_curve, summarize_phases
+from ..errors import TSTError
+from .report import markdown_table, phase_rows, plot_loss_curve
 from .run_record import RunRecord, run_entry, timed_steps
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ GENERATED_TAG = "generated_from_trainer"
 
 def write_model_card(
     folder: str | Path, record: RunRecord, *, repo_id: str | None = None, **metadata: Any
-) -> Path | None:
+) -> Path:
     """Write `README.md`, and the loss curve it shows, into a model's folder.
 
     Args:
@@ -35,12 +36,17 @@ def write_model_card(
         metadata: See [`make_model_card`].
 
     Returns:
-        The card's path; `None` if the folder holds a card that no trainer wrote, which is left as it is.
+        The card's path.
+
+    Raises:
+        TSTError: If the folder holds a card that no trainer wrote, which is left as it is.
     """
     folder = Path(folder)
     path = folder / "README.md"
     if path.exists() and not _is_generated(path):
-        return None
+        raise TSTError(
+            f"{path} is a card of your own and stays as it is: move it away to get one of the run."
+        )
     curve: str | None = CURVE_FILE
     try:
         plot_loss_curve(record.log_history, folder / CURVE_FILE, record.switch_step)
@@ -109,7 +115,7 @@ def make_model_card(
         model_name=model_name,
         repo_id=repo_id,
         record=record,
-        phase_table=markdown_table(phase_rows(summarize_phases(record.log_history))),
+        phase_table=markdown_table(phase_rows(record.log_history)),
         curve=curve,
         seconds=sum(part.seconds for part in timed),
         utilization=used / seconds if measured else None,
@@ -123,13 +129,13 @@ def write_card_of_trainer(trainer: Any, **metadata: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     switch_step = trainer.schedule.switch_step if trainer.schedule else 0
     now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
-    written = write_model_card(output_dir, RunRecord.from_state(vars(trainer.state), now), **metadata)
-    if written is None:
-        path = output_dir / "README.md"
-        logger.warning(
-            f"{path} is a card of your own and stays as it is: move it away to get one of the run."
-        )
-    elif now["library_name"] == "peft":
+    record = RunRecord.from_state(vars(trainer.state), now)
+    try:
+        write_model_card(output_dir, record, **metadata)
+    except TSTError as error:
+        logger.warning(error)
+        return
+    if now["library_name"] == "peft":
         model.create_or_update_model_card(str(output_dir))
 
 

@@ -4,60 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 LogHistory = Sequence[Mapping[str, Any]]
+PHASE_COLUMNS = (
+    "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss", "expert load first",
+    "expert load last",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PhaseSummary:
-    """One phase of a run. Losses in nats: a bag's mean cross entropy in superposition, next-token in recovery.
+def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
+    """The table of a run's phases, the header first.
 
-    The load of experts is the smallest and the largest of one logged interval, 1 being balance; see
-    [`ExpertLoadMeter`]. The last of superposition and the first of recovery lie on the two sides of the switch.
+    Losses are in nats: a bag's mean cross entropy in superposition, next-token in recovery. The load of experts, where it was
+    logged, is the smallest and the largest of one logged interval, 1 being balance; see [`ExpertLoadMeter`]. The last load of
+    superposition and the first of recovery are those on the two sides of the switch.
+
+    Args:
+        log_history: As in `TrainerState`, with [`TSTTrainer`]'s entries.
     """
-
-    phase: str
-    first_step: int
-    last_step: int
-    raw_tokens: int
-    latent_tokens: int
-    first_loss: float
-    last_loss: float
-    eval_loss: float | None
-    first_expert_load: tuple[float, float] | None = None
-    last_expert_load: tuple[float, float] | None = None
-
-
-def summarize_phases(log_history: LogHistory) -> list[PhaseSummary]:
-    """The phases of a run in order; `log_history` as in `TrainerState`, with [`TSTTrainer`]'s entries."""
-    summaries: list[PhaseSummary] = []
-    done_step = done_raw = done_latent = 0
+    rows: list[tuple[str, ...]] = [PHASE_COLUMNS]
+    step = raw_tokens = latent_tokens = 0
     for phase in ("superposition", "recovery"):
         entries = [entry for entry in log_history if entry.get("tst_phase") == phase]
         losses = [entry for entry in entries if "loss" in entry and "tst_raw_tokens" in entry]
         if not losses:
             continue
-        evals = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
-        last = losses[-1]
-        summaries.append(
-            PhaseSummary(
-                phase=phase,
-                first_step=done_step,
-                last_step=last["step"] - 1,
-                raw_tokens=last["tst_raw_tokens"] - done_raw,
-                latent_tokens=last["tst_latent_tokens"] - done_latent,
-                first_loss=_own_loss(losses[0]),
-                last_loss=_own_loss(last),
-                eval_loss=evals[-1] if evals else None,
-                first_expert_load=_expert_load(losses[0]),
-                last_expert_load=_expert_load(last),
-            )
+        first, last = losses[0], losses[-1]
+        evaluations = [f"{entry['eval_loss']:.3f}" for entry in entries if "eval_loss" in entry]
+        row = (
+            phase,
+            f"{step}-{last['step'] - 1}",
+            f"{last['tst_raw_tokens'] - raw_tokens:,}",
+            f"{last['tst_latent_tokens'] - latent_tokens:,}",
+            *(f"{_own_loss(entry):.3f}" for entry in (first, last)),
+            evaluations[-1] if evaluations else "-",
+            *map(_expert_load, (first, last)),
         )
-        done_step, done_raw, done_latent = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
-    return summaries
+        rows.append(row)
+        step, raw_tokens, latent_tokens = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
+    has_loads = any(row[-2] != "-" for row in rows[1:])
+    return rows if has_loads else [row[:-2] for row in rows]
 
 
 def _own_loss(entry: Mapping[str, Any]) -> float:
@@ -65,15 +53,10 @@ def _own_loss(entry: Mapping[str, Any]) -> float:
     return entry["loss"] - entry.get("mtp_loss", 0.0)
 
 
-def _expert_load(entry: Mapping[str, Any]) -> tuple[float, float] | None:
+def _expert_load(entry: Mapping[str, Any]) -> str:
     if "tst_expert_load_max" not in entry:
-        return None
-    return entry["tst_expert_load_min"], entry["tst_expert_load_max"]
-
-
-def format_phases(summaries: Sequence[PhaseSummary]) -> str:
-    """The summaries as a table of text."""
-    return format_columns(phase_rows(summaries))
+        return "-"
+    return f"{entry['tst_expert_load_min']:.2f}-{entry['tst_expert_load_max']:.2f}"
 
 
 def format_columns(rows: Sequence[tuple[str, ...]]) -> str:
@@ -97,29 +80,9 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\|*])", r"\\\1", text).replace("<", "&lt;")
 
 
-def phase_rows(summaries: Sequence[PhaseSummary]) -> list[tuple[str, ...]]:
-    """The table of the phases, the header first; with the load of experts, smallest and largest, where it was logged."""
-    header = ("phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss")
-    rows: list[tuple[str, ...]] = [
-        (
-            summary.phase,
-            f"{summary.first_step}-{summary.last_step}",
-            f"{summary.raw_tokens:,}",
-            f"{summary.latent_tokens:,}",
-            f"{summary.first_loss:.3f}",
-            f"{summary.last_loss:.3f}",
-            "-" if summary.eval_loss is None else f"{summary.eval_loss:.3f}",
-            *map(_format_load, (summary.first_expert_load, summary.last_expert_load)),
-        )
-        for summary in summaries
-    ]
-    rows.insert(0, (*header, "expert load first", "expert load last"))
-    has_loads = any(summary.first_expert_load for summary in summaries)
-    return rows if has_loads else [row[: len(header)] for row in rows]
-
-
-def _format_load(load: tuple[float, float] | None) -> str:
-    return "-" if load is None else f"{load[0]:.2f}-{load[1]:.2f}"
+def format_bytes(count: float) -> str:
+    """A number of bytes in GiB, or in MiB if it is small."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int | None = None) -> Path:

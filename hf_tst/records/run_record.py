@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import TSTError
+from ..errors import TSTError, bad_input
 from ..version import __version__
 
 RUN_ENTRY = "tst_run"
@@ -98,12 +98,12 @@ class RunRecord:
             now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
 
         Raises:
-            TSTError: If no TST run is on record.
+            ValueError: If no TST run is on record.
         """
         history = state.get("log_history") or []
         runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
         if not runs:
-            raise TSTError("no run of TSTTrainer is on record in it")
+            raise ValueError("no run of TSTTrainer is on record in it")
         last = runs[-1]
         # A run that was resumed elsewhere has several.
         machines = {
@@ -127,10 +127,8 @@ class RunRecord:
         path = Path(folder) / "trainer_state.json"
         if not path.is_file():
             raise TSTError(f"There is no {path}: name the output folder of a finished run, or a checkpoint.")
-        try:
+        with bad_input(f"{path} cannot be used: ", (ValueError, KeyError, TypeError, AttributeError)):
             return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TSTError(f"{path} cannot be used: {error}.") from error
 
 
 def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mapping[str, float]:
