@@ -50,6 +50,7 @@ class StreamedRows(Dataset[Row]):
         workers (`int`, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
+        joins (`bool`, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
         rules (`BlockRules`): What the blocks must keep to besides being of equal length.
 
     Raises:
@@ -62,6 +63,7 @@ class StreamedRows(Dataset[Row]):
     workers: int = 0
     columns: Sequence[str] | None = None
     bag_columns: Sequence[str] = TOKEN_COLUMNS
+    joins: bool = True
     rules: BlockRules = NO_RULES
 
     def __post_init__(self) -> None:
@@ -117,12 +119,14 @@ class StreamedRows(Dataset[Row]):
     def _is_superposed(self, batch: int) -> bool:
         return self.schedule.phase(batch // self.layout.accumulation_steps) == "superposition"
 
-    def _read_row(self, superposed: bool) -> Mapping[str, Any]:
-        if superposed:
-            group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row)]
+    def _read_row(self, superposed: bool) -> Any:
+        group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
+        if superposed and self.joins:
             return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in group])
-        block = next(self._blocks)
-        return {k: block[k] for k in block if self.columns is None or k in self.columns}
+        blocks = [
+            {k: block[k] for k in block if self.columns is None or k in self.columns} for block in group
+        ]
+        return blocks if superposed else blocks[0]
 
     def _start(self, batch: int, rank: int) -> None:
         """Open the share of the reader whose turn `batch` is, at the place where it is to read that batch."""
