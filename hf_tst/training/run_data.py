@@ -396,8 +396,42 @@ def _padding_token_id(tokenizer: Any) -> int | None:
     return None if pad in others else pad
 
 
-def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: int | None) -> Any:
+@dataclass(frozen=True)
+class DefaultCollator:
+    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them.
+
+    Args:
+        default: Trainer's collator.
+    """
+
+    default: Any
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The batch."""
+        first = features[0]
+        if (
+            not isinstance(first, Mapping)
+            or "input_ids" not in first
+            or {"label", "labels", "label_ids"} & set(first)
+        ):
+            return self.default(features)
+        if len({len(row["input_ids"]) for row in features}) == 1:
+            return DataCollatorForTokenSuperposition(1)(features)
+        batch = self.default(features)
+        padding = batch["attention_mask"] == 0
+        return {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+
+
+def make_collator(
+    args: TSTTrainingArguments, data_collator: Any, default: Any, eos_token_id: int | None
+) -> Any:
     """The collator of all batches of a run, which serves recovery and evaluation by the one that the user gave, if any.
+
+    Args:
+        args (`TSTTrainingArguments`): The run's arguments.
+        data_collator: The user's, or `None`.
+        default: What Trainer takes in its place.
+        eos_token_id (`int`, *optional*): Token that ends a document.
 
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
@@ -406,7 +440,7 @@ def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: 
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation = DataCollatorForTokenSuperposition(1)
+    evaluation: Any = DefaultCollator(default)
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:
@@ -427,7 +461,9 @@ def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: 
         recovery = evaluation = data_collator
         if not ours:
             superposition = FoldingCollator(data_collator, superposition)
-    return PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
+    if args.tst_enabled:
+        return PhaseCollator(superposition, recovery, evaluation)
+    return evaluation if data_collator is None and boundaries == "ignore" else recovery
 
 
 def end_token_id(tokenizer: Any, model: Any) -> int | None:

@@ -143,7 +143,8 @@ class TSTTrainer(Trainer):
             )
         self._has_own_schedule = self.lr_scheduler is not None
         end = end_token_id(self.processing_class, self.model)
-        self.data_collator = make_collator(args, data_collator, end)
+        default: Any = self.data_collator  # Trainer's, where the user gave none
+        self.data_collator: Any = make_collator(args, data_collator, default, end)
         check_trainer(self)
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None

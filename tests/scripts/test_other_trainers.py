@@ -7,7 +7,16 @@ import math
 
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model, weights_equal
+from conftest import (
+    BLOCK_LENGTH,
+    TINY,
+    VOCAB_SIZE,
+    losses,
+    make_blocks,
+    make_model,
+    weights_equal,
+    write_corpus,
+)
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -342,3 +351,86 @@ def test_a_schedule_of_the_users_own_is_warned_of_when_epochs_give_other_steps(l
     with caplog.at_level("WARNING"):
         TSTTrainer(llama, args, train_dataset=make_blocks(100), optimizers=(optimizer, schedule)).train()
     assert "may be made for 50 steps, but num_train_epochs=1 gives 20" in caplog.text
+
+
+def test_files_that_a_subclass_writes_into_a_checkpoint_stay(llama, make_args, tmp_path):
+    class WritesNotes(TSTTrainer):
+        def _save_checkpoint(self, model, trial):
+            folder = tmp_path / "run" / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True)
+            (folder / "notes.txt").write_text("mine")
+            super()._save_checkpoint(model, trial)
+
+    args = make_args(tst_phase_ratio=0.5, save_strategy="steps", save_steps=10)
+    WritesNotes(llama, args, train_dataset=make_blocks(100)).train()
+    assert (tmp_path / "run" / "checkpoint-10" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "checkpoint-10" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("reduce_lr_on_plateau", {"patience": 3}), ("cosine_with_restarts", {"num_cycles": 2})],
+)
+def test_options_of_every_schedule_are_taken(kind, options, make_args):
+    evaluates = {"eval_strategy": "steps", "metric_for_best_model": "eval_loss"}
+    args = make_args(tst_phase_ratio=0.5, lr_scheduler_type=kind, lr_scheduler_kwargs=options, **evaluates)
+    trainer = TSTTrainer(
+        make_model("llama"), args, train_dataset=make_blocks(100), eval_dataset=make_blocks(4)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 10
+
+
+def test_a_tokenizer_in_the_collator_is_saved(llama, make_args, tmp_path):
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+    write_corpus(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.pad_token = tokenizer.eos_token
+    args = make_args(tst_phase_ratio=0.5, save_strategy="steps", save_steps=10)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    TSTTrainer(llama, args, data_collator=collator, train_dataset=make_blocks(100)).train()
+    assert (tmp_path / "run" / "checkpoint-10" / "tokenizer.json").is_file()
+
+
+def test_a_stream_with_a_length_trains_by_epochs(llama, make_args):
+    class Sized(Stream):
+        def __len__(self):
+            return len(self.blocks)
+
+    read = Read()
+    args = make_args(tst_phase_ratio=0.5, max_steps=-1, num_train_epochs=2)
+    TSTTrainer(llama, args, train_dataset=Sized(make_blocks(20)), callbacks=[read]).train()
+    assert read.tokens == [S * TOKENS_PER_STEP] * 4 + [TOKENS_PER_STEP] * 4
+
+
+def test_predict_pads_rows_of_several_lengths_as_trainer_does(make_args, tmp_path):
+    from transformers import AutoTokenizer
+
+    write_corpus(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = make_model("llama", vocab_size=len(tokenizer))
+    rows = [{"input_ids": [5] * 4}, {"input_ids": [6] * 7}]
+    for ratio in (0.0, 0.5):
+        trainer = TSTTrainer(model, make_args(tst_phase_ratio=ratio), processing_class=tokenizer)
+        assert trainer.predict(rows).predictions.shape == (2, 7, len(tokenizer))
+
+
+def test_float_labels_of_another_task_stay_floats(make_args, tmp_path):
+    from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+
+    config = CONFIG_MAPPING["llama"](**TINY["llama"], num_labels=1, problem_type="regression", pad_token_id=0)
+    rows = [{"input_ids": [3] * 6, "label": 0.25}, {"input_ids": [4] * 6, "label": -0.75}] * 20
+    models = []
+    for name, base, kind in (("a", TSTTrainer, None), ("b", Trainer, TrainingArguments)):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config)
+        args = make_args(tst_phase_ratio=0.0)
+        if kind is not None:
+            names = ("max_steps", "per_device_train_batch_size", "learning_rate")
+            values = {option: getattr(args, option) for option in names}
+            args = kind(str(tmp_path / name), use_cpu=True, report_to="none", save_strategy="no", **values)
+        base(model, args, train_dataset=rows).train()
+        models.append(model)
+    assert weights_equal(*models)
