@@ -69,7 +69,19 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     on_gpu = args.device == "cuda"
 
     def tests(file: str, choice: str) -> list[str]:
-        return ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{file}", "-k", choice]
+        return [
+            "python",
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "full",
+            "-p",
+            "no:cacheprovider",
+            f"tests/gpu/{file}",
+            "-k",
+            choice,
+        ]
 
     def loss(options: str) -> list[str]:
         shapes = "--rows 64 --hidden_size 16 --vocab_size 500 --rounds 1"

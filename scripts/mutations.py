@@ -106,7 +106,18 @@ def first_failure(tests: str, checkout: Path) -> str:
     """Run test files, named by their subjects, until one fails; the test's name, or nothing."""
     files = [f"tests/test_{name}.py" for name in tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "full or not full",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):

@@ -11,6 +11,7 @@ if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import copy
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,35 @@ TINY_LOGITS: dict[str, dict[str, Any]] = {
     "granite": DENSE | {"logits_scaling": 3.0},
     "phi": DENSE,  # bias in the head
 }
+
+# The core: what `pytest` alone runs, in a few minutes. By module, what of it: a pattern that names of tests match. All other tests
+# carry the marker `full`.
+CORE = {
+    "test_loss": "",
+    "test_linear_loss": "equal_the_loop|micro_batches|frozen|all_ignored|does_not_fit",
+    "test_phases": "",
+    "test_bags": "",
+    "test_collator": "",
+    "test_data": "",
+    "test_layout": "",
+    "test_arguments": "",
+    "test_superposition": "",
+    "test_families": r"\[(Llama|Mixtral|GPT-2|Falcon-H1)\]",
+    "test_trainer": "plain_trainer|log_v|accumulation|fused_loss|switch|one_optimizer|epochs_give|uninterrupted|next_token|plain_model",
+    "test_resume": r"uninterrupted_run\[.*-(blocks|block stream)\]|refused_with_both_values",
+    "test_other_trainers": "s_times|plain_trainer|same_loss|refused",
+    "test_bad_input": "",
+    "test_cli": "help_teaches|ordinary_model|one_sentence_and_status_2",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        pattern = CORE.get(item.path.stem)
+        if pattern is None or not re.search(pattern, item.name):
+            item.add_marker(pytest.mark.full)
+
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent / "distributed")]
 

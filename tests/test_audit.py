@@ -123,7 +123,6 @@ def launch(folder, processes, **options):
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.slow
 def test_two_processes_read_the_global_batches_of_one(tmp_path):
     # Adam would make differences of rounding in small gradients as large as any other.
     options = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
@@ -148,7 +147,6 @@ def test_two_processes_read_the_global_batches_of_one(tmp_path):
         assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sharded stream", "whole stream"])
 def test_two_processes_share_a_stream_and_resume_it(tmp_path, source):
     options = {"source": source, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

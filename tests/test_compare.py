@@ -590,7 +590,6 @@ def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
     assert not alive
 
 
-@pytest.mark.slow
 def test_runs_are_processes(tiny_recipe, tmp_path, capsys):
     flags = ["--output_dir", str(tmp_path), "--seeds", "0", "--arms", "tst", "--processes", "2"]
     main([str(tiny_recipe), *flags])

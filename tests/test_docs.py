@@ -137,7 +137,6 @@ def site(tmp_path_factory):
     return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages}
 
 
-@pytest.mark.slow
 def test_the_site_has_every_page_and_every_public_name(site):
     folder = next(path.parent for path in site if path.name == "index.html" and path.parent.name == "html")
     for page in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]:
@@ -148,7 +147,6 @@ def test_the_site_has_every_page_and_every_public_name(site):
     assert site[folder / "readme.html"].find("h1").text.startswith("hf_tst")
 
 
-@pytest.mark.slow
 def test_links_of_the_site_lead_somewhere(site):
     seen = 0
     for page, content in site.items():
@@ -164,7 +162,6 @@ def test_links_of_the_site_lead_somewhere(site):
     assert seen > 100
 
 
-@pytest.mark.slow
 def test_docstrings_are_rendered(site):
     (page,) = [content.find("article") for path, content in site.items() if path.name == "api.html"]
     assert not re.findall(r"\[`|`\]|:py:|\*optional\*|\|---", page.text)

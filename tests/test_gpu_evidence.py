@@ -116,7 +116,6 @@ def write_corpus(folder):
         (folder / name).write_bytes(lzma.compress(ids.astype("<u2").tobytes()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_every_step_runs_in_small_on_the_cpu(tmp_path, name):
     write_corpus(tmp_path)

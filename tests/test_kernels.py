@@ -236,7 +236,6 @@ def compile_kernel(architecture, dtype, vocabulary, bag_size, has_softcap, is_al
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(IN_INTERPRETER, reason="the interpreter does not compile")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256])

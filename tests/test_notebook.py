@@ -76,12 +76,10 @@ def check_facts(facts):
     assert facts["tst_eval"][-1] > facts["baseline_eval"][-1]
 
 
-@pytest.mark.slow
 def test_it_runs_and_computes_what_it_says(executed):
     check_facts(facts_of(executed))
 
 
-@pytest.mark.slow
 def test_what_is_stored_is_what_it_gives(executed, committed):
     assert [cell.source for cell in code_cells(committed)] == [cell.source for cell in code_cells(executed)]
     assert [cell.execution_count for cell in code_cells(committed)] == [

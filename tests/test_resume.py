@@ -178,7 +178,6 @@ LOADER = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["dataset", "block stream"])
 def test_every_option_of_the_loader_counts(llama, make_args, source):
     """Loader processes that are started in another way read the same."""

@@ -53,7 +53,6 @@ def workspace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_without_data_it_trains_on_the_standard_library(tmp_path):
     result = run(
         "--max_steps", 8, "--max_eval_samples", 8, "--logging_steps", 1, "--eval_steps", 4, cwd=tmp_path

@@ -119,7 +119,6 @@ def test_the_best_checkpoint_is_found_again_when_the_folder_was_renamed(llama, m
     assert weights_equal(AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint), resumed)
 
 
-@pytest.mark.slow
 @fails_before("torch", "2.13", "it compiles more often")
 def test_torch_compile_recompiles_once_at_the_switch(llama, make_args):
     import torch._dynamo

@@ -112,7 +112,6 @@ def test_attention_implementations(make_args, plain, model_type, implementation)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @fails_before("torch", "2.13", "it compiles more often")
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])

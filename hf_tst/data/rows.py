@@ -29,12 +29,13 @@ STREAM_STATE = "tst_stream_state"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch before collation: its columns, and whether it is to be folded into bags.
+    """One row of a batch before collation, and whether it is to be folded into bags.
 
-    The last row of a batch of a stream also holds the state of the stream after it.
+    `columns` are those of the row or, for somebody else's collator in superposition, the list of its blocks. The last row of
+    a batch of a stream also holds the state of the stream after it.
     """
 
-    columns: Mapping[str, Any]
+    columns: Any
     superposed: bool
     stream_state: Any = None
 
@@ -48,8 +49,8 @@ class PlannedRows(Dataset[Row]):
         plan (`DataPlan`): Which blocks row i reads.
         columns (`Sequence[str]`): Columns to pass on in recovery.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
-        as_arrays (`bool`, defaults to `True`): Read recovery blocks of a `datasets.Dataset` as NumPy arrays, which
-            is faster, not in the data set's own format.
+        joins (`bool`, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays, which is
+            faster. Otherwise blocks are as the data set gives them, for a collator that knows nothing of bags.
         rules (`BlockRules`): What the blocks must keep to, checked as they are read.
     """
 
@@ -57,14 +58,14 @@ class PlannedRows(Dataset[Row]):
     plan: DataPlan
     columns: Sequence[str]
     bag_columns: Sequence[str] = TOKEN_COLUMNS
-    as_arrays: bool = True
+    joins: bool = True
     rules: BlockRules = NO_RULES
 
     def __post_init__(self) -> None:
         self._first_blocks: dict[int, int] = {}
         bag_columns = [name for name in self.columns if name in self.bag_columns]
         self._read_bags = BlockReader(self.blocks, bag_columns, rules=self.rules).read
-        self._read = BlockReader(self.blocks, self.columns, self.as_arrays, self.rules).read
+        self._read = BlockReader(self.blocks, self.columns, self.joins, self.rules).read
 
     def __len__(self) -> int:
         return self.plan.total_rows
@@ -82,7 +83,11 @@ class PlannedRows(Dataset[Row]):
         first_blocks = [self._first_blocks[row] for row in rows]
         if rows[0] >= self.plan.superposed_rows:
             return [Row(columns, superposed=False) for columns in self._read(first_blocks)]
-        found = self._read_bags(first_blocks, self.plan.schedule.blocks_per_row)
+        size = self.plan.schedule.blocks_per_row
+        if not self.joins:
+            read = self._read([first + offset for first in first_blocks for offset in range(size)])
+            return [Row(read[i : i + size], superposed=True) for i in range(0, len(read), size)]
+        found = self._read_bags(first_blocks, size)
         for first, columns in zip(first_blocks, found, strict=True):
             self.rules.check_padding(columns, first)
         return [Row(columns, superposed=True) for columns in found]
@@ -119,6 +124,7 @@ class StreamedRows(Dataset[Row]):
         workers (`int`, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
+        joins (`bool`, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
         rules (`BlockRules`): What the blocks must keep to besides being of equal length.
 
     Raises:
@@ -131,6 +137,7 @@ class StreamedRows(Dataset[Row]):
     workers: int = 0
     columns: Sequence[str] | None = None
     bag_columns: Sequence[str] = TOKEN_COLUMNS
+    joins: bool = True
     rules: BlockRules = NO_RULES
 
     def __post_init__(self) -> None:
@@ -186,12 +193,14 @@ class StreamedRows(Dataset[Row]):
     def _is_superposed(self, batch: int) -> bool:
         return self.schedule.phase(batch // self.layout.accumulation_steps) == "superposition"
 
-    def _read_row(self, superposed: bool) -> Mapping[str, Any]:
-        if superposed:
-            group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row)]
+    def _read_row(self, superposed: bool) -> Any:
+        group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
+        if superposed and self.joins:
             return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in group])
-        block = next(self._blocks)
-        return {k: block[k] for k in block if self.columns is None or k in self.columns}
+        blocks = [
+            {k: block[k] for k in block if self.columns is None or k in self.columns} for block in group
+        ]
+        return blocks if superposed else blocks[0]
 
     def _start(self, batch: int, rank: int) -> None:
         """Open the share of the reader whose turn `batch` is, at the place where it is to read that batch."""
@@ -284,6 +293,11 @@ class PhaseCollator:
     superposition: Callable[[list[Any]], dict[str, Any]]
     recovery: Callable[[list[Any]], dict[str, Any]]
     evaluation: Callable[[list[Any]], dict[str, Any]]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the collator of recovery holds, which Trainer saves with the model; `None` without one."""
+        return getattr(self.recovery, "tokenizer", None)
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         if not isinstance(features[0], Row):

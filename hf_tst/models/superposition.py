@@ -231,6 +231,7 @@ class _BagInput:
     weights: Tensor | None
     ignore_index: int | None
     _bags: Tensor | None = None
+    _has_checked_labels: bool = False
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -251,6 +252,9 @@ class _BagInput:
             return None
         if isinstance(mask, Tensor) and mask.dim() in (2, 3):
             check_shape("attention_mask", mask, positions)
+        if isinstance(labels, Tensor) and not self._has_checked_labels and not torch.compiler.is_compiling():
+            self._has_checked_labels = True  # once, since it waits for the device
+            _check_targets(input_ids, labels)
         self._bags = input_ids
         stand_ins = input_ids.new_full(positions, -1, dtype=torch.int32)
         return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
@@ -273,3 +277,14 @@ class _BagInput:
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""
         self._bags = None
+
+
+def _check_targets(bags: Tensor, labels: Tensor) -> None:
+    """Raise `TSTError` if the labels of bags are the bags themselves, which an own `compute_loss` can make of them."""
+    targets = labels != -100
+    same = bool((labels == bags)[targets].all()) and bool(targets.any())
+    if same and bool((bags != bags[0, 0, 0]).any()):
+        raise TSTError(
+            "The labels are the very bags that the model reads, so it would learn to copy: hand on the labels of the batch, which "
+            "are those of the next bag."
+        )

@@ -203,8 +203,9 @@ class TSTTrainingArguments(TrainingArguments):
     def _check_schedule(self) -> None:
         kind = SchedulerType(self.lr_scheduler_type)
         known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
         for name in self.lr_scheduler_kwargs or {}:
-            if name not in known:
+            if name not in known and not takes_any:
                 raise TSTError(
                     f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
                 )

@@ -109,12 +109,23 @@ def finish_checkpoint(output_dir: Path, name: str) -> None:
     """
     unfinished = output_dir / UNFINISHED
     written, target = unfinished / name, output_dir / name
+    if target.is_dir() and not (target / STATE_FILE).exists():
+        _take_over(target, written)
     write_manifest(written)
     if target.exists():
         target.rename(unfinished / f"{_REPLACED}{name}")
     written.rename(target)
     flush_to_disk(output_dir)
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _take_over(folder: Path, written: Path) -> None:
+    """Copy files that a subclass of the trainer wrote into a checkpoint's folder before the checkpoint was written."""
+    for path in folder.rglob("*"):
+        copy = written / path.relative_to(folder)
+        if path.is_file() and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
 
 
 def clear_unfinished(output_dir: Path) -> None:
@@ -249,8 +260,9 @@ def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
         raise TSTError(f"There is no checkpoint {requested} to resume from.")
     if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
         raise TSTError(
-            f"The checkpoint {requested} is damaged: {problem}; resume from another one, with "
-            f"resume_from_checkpoint='last' for the newest that is complete (without {MANIFEST_FILE} it is not checked)."
+            f"The checkpoint {requested} is not what was written: {problem}. Resume from another one, with "
+            "resume_from_checkpoint='last' for the newest that is complete, or, if it was changed on purpose, remove its "
+            f"{MANIFEST_FILE}, without which it is not checked."
         )
     return str(requested)
 

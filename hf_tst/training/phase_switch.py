@@ -67,11 +67,11 @@ class PhaseSwitchCallback(TrainerCallback):
                 offset_weighting=args.tst_offset_weighting,
                 input_weighting=args.tst_input_weighting,
                 mode=args.tst_mode,
-                fused_loss=args.tst_fused_loss,
+                fused_loss=self._trainer.fused_loss,
                 document_boundaries=args.tst_document_boundaries,
             )
         elif args.tst_replaces_loss:
-            context = fused_next_token_loss(model, args.tst_fused_loss)
+            context = fused_next_token_loss(model, self._trainer.fused_loss)
         else:
             return
         self._context.enter_context(context)

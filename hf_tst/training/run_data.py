@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..bags.weighting import offset_weights, resolve_weighting
-from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockRules, check_blocks
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, BlockRules, check_blocks
+from ..data.own_batches import FoldedBatches, FoldingCollator
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PhaseCollator, PlannedRows, StreamedRows
@@ -66,7 +70,7 @@ class RunData:
     """The training data of one run, made by [`open_run_data`].
 
     Args:
-        rows (`PlannedRows` or `StreamedRows`): The rows of the run.
+        rows (`PlannedRows`, `StreamedRows` or `FoldedBatches`): The rows of the run, or the batches of the user's own loader.
         start (`DataPosition`): The position before the first step.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
         rank (`int`): This process among those that read data of their own.
@@ -74,7 +78,7 @@ class RunData:
             [`gather_left_out`]; `None` where bags do not end with documents.
     """
 
-    rows: PlannedRows | StreamedRows
+    rows: PlannedRows | StreamedRows | FoldedBatches
     start: DataPosition
     steps_per_epoch: int
     rank: int
@@ -89,8 +93,8 @@ class RunData:
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
     def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
-        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` for a stream."""
-        if isinstance(self.rows, StreamedRows):
+        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` where nobody planned them."""
+        if not isinstance(self.rows, PlannedRows):
             return None
         count = self.start.rows_per_step
         rows = range(step * count, (step + 1) * count)
@@ -104,6 +108,9 @@ class RunData:
             if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
                 self._stream_states[state.reader] = state.values
                 self.start = replace(self.start, block_length=state.values["block_length"])
+            elif isinstance(self.rows, FoldedBatches) and not self.start.block_length:
+                positions = batch["input_ids"].shape[:2].numel()
+                self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
                 # A row has as many places as it reads tokens: for each that is empty, a token was left out.
                 self._left_out_here = self._left_out_here + (batch["input_ids"] < 0).sum()
@@ -181,9 +188,7 @@ def open_run_data(trainer: Any) -> RunData:
     args, blocks = trainer.args, trainer.train_dataset
     streamed = isinstance(blocks, IterableDataset)
     _check_loader(args, streamed)
-    batch_size, accumulation = trainer._train_batch_size, args.gradient_accumulation_steps
-    ranks = trainer.get_total_train_batch_size(args) // (batch_size * accumulation)
-    layout = BatchLayout(batch_size, accumulation, ranks)
+    layout = _layout(trainer)
     embedding = find_language_model(trainer.model)[1].get_input_embeddings()
     rules = BlockRules(
         pad_token_id=_padding_token_id(trainer.processing_class),
@@ -192,6 +197,7 @@ def open_run_data(trainer: Any) -> RunData:
     respects = args.tst_document_boundaries == "respect"
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
+    joins = isinstance(trainer.data_collator.superposition, DataCollatorForTokenSuperposition)
     # Columns that reach the collator: all, or those that the model's forward takes.
     used = None
     if args.remove_unused_columns:
@@ -200,23 +206,114 @@ def open_run_data(trainer: Any) -> RunData:
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
     if streamed:
-        schedule = make_schedule(args, args.max_steps)
-        rows = StreamedRows(blocks, schedule, layout, workers, used, bag_columns, rules)
+        schedule = _choose_schedule(trainer, blocks, layout.rows_per_step)
+        rows = StreamedRows(blocks, schedule, layout, workers, used, bag_columns, joins, rules)
         facts = rows.facts
     else:
         facts = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
+        schedule = _choose_schedule(trainer, blocks, layout.rows_per_step)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
-        schedule = plan.schedule
-        as_arrays = isinstance(trainer.data_collator.recovery, DataCollatorForTokenSuperposition)
         columns = [name for name in blocks[0] if used is None or name in used]
+        if joins and used is None:
+            _check_columns(blocks[0])
         rules = replace(rules, length=facts.block_length)
-        rows = PlannedRows(blocks, plan, columns, bag_columns, as_arrays, rules)
+        _warn_of_overlap(blocks, facts)
+        rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
+    position = _position(
+        args,
+        schedule,
+        layout,
+        facts,
+        shuffle=_order(args)[1] and not streamed,
+        split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
+        stream_workers=workers,
+    )
+    rank = args.process_index // (args.world_size // layout.world_size)
+    return RunData(rows, position, _steps_per_epoch(args, schedule), rank, 0 if respects else None)
+
+
+def fold_own_loader(trainer: Any, loader: Any) -> RunData:
+    """The training data of a run whose batches come from the user's own loader or sampler: they are folded as they come.
+
+    Args:
+        trainer (`TSTTrainer`): The trainer.
+        loader: What its `get_train_dataloader` has returned.
+
+    Raises:
+        TSTError: If documents are to be respected, or the number of steps is not known.
+    """
+    args, layout = trainer.args, _layout(trainer)
+    if args.tst_document_boundaries == "respect":
+        raise TSTError(
+            "tst_document_boundaries='respect' needs the trainer's own order of the data: leave get_train_dataloader and "
+            "_get_train_sampler as they are, or set it to 'ignore'."
+        )
+    # A batch is to the loader what a block is to a data set.
+    schedule = _choose_schedule(trainer, loader, args.gradient_accumulation_steps)
+    logger.info(
+        f"Batches of {type(trainer).__name__}'s own loader or sampler are folded as they come: a micro-batch of superposition is "
+        f"made of {schedule.blocks_per_row} batches."
+    )
+    collator = DataCollatorForTokenSuperposition(args.tst_bag_size, args.tst_mode)
+    steps_per_epoch = _steps_per_epoch(args, schedule)
+    rows = FoldedBatches(
+        loader,
+        collator,
+        schedule,
+        args.gradient_accumulation_steps,
+        steps_per_epoch,
+        lambda: trainer.state.global_step,
+    )
+    facts = BlockFacts(None, 0, f"batches of {type(trainer).__name__}")
+    return RunData(rows, _position(args, schedule, layout, facts), steps_per_epoch, args.process_index, None)
+
+
+def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
+    """The phases of a run over `data`, of which a step of recovery reads `per_step` items.
+
+    Raises:
+        TSTError: If neither `max_steps` nor the length of the data says how many steps there are.
+    """
+    args: TSTTrainingArguments = trainer.args
+    if args.max_steps > 0:
+        return make_schedule(args, args.max_steps)
+    if not has_length(data):
+        raise TSTError(
+            "The training data has no length, so num_train_epochs cannot be counted in steps: set max_steps."
+        )
+    schedule = make_plan(args, len(data), per_step).schedule
+    plain = math.ceil(args.num_train_epochs * math.ceil(len(data) / per_step))
+    logger.info(
+        f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps, since superposition reads "
+        f"{schedule.blocks_per_row} blocks per row; Trainer would take {plain}."
+    )
+    if trainer._has_own_schedule and plain != schedule.max_steps:
+        logger.warning(
+            f"The learning rate schedule that was passed in `optimizers` may be made for {plain} steps, but "
+            f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps}: make it for these, or set max_steps."
+        )
+    return schedule
+
+
+def _layout(trainer: Any) -> BatchLayout:
+    batch_size, accumulation = trainer._train_batch_size, trainer.args.gradient_accumulation_steps
+    ranks = trainer.get_total_train_batch_size(trainer.args) // (batch_size * accumulation)
+    return BatchLayout(batch_size, accumulation, ranks)
+
+
+def _position(
+    args: TSTTrainingArguments,
+    schedule: PhaseSchedule,
+    layout: BatchLayout,
+    facts: BlockFacts,
+    **reading: Any,
+) -> DataPosition:
+    """The position before the first step."""
     if schedule.switch_step == 0:
         logger.warning(
             f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one: no step is superposition."
         )
-    seed, shuffle = _order(args)
-    start = DataPosition(
+    return DataPosition(
         step=0,
         **vars(schedule),
         **vars(layout),
@@ -224,18 +321,46 @@ def open_run_data(trainer: Any) -> RunData:
         offset_weighting=args.tst_offset_weighting,
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
-        seed=seed,
-        shuffle=shuffle and not streamed,
-        split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
-        stream_workers=workers,
+        seed=_order(args)[0],
+        **{"shuffle": False, "split_by_rank": False} | reading,
     )
-    epochs = 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
-    rank = args.process_index // (args.world_size // ranks)
-    return RunData(rows, start, math.ceil(schedule.max_steps / epochs), rank, 0 if respects else None)
 
 
-def make_loader(trainer: Any, data: RunData) -> DataLoader:
+def _steps_per_epoch(args: TSTTrainingArguments, schedule: PhaseSchedule) -> int:
+    return math.ceil(schedule.max_steps / (1 if args.max_steps > 0 else max(1, args.num_train_epochs)))
+
+
+def _check_columns(block: Mapping[str, Any]) -> None:
+    """Raise `TSTError` if superposition would drop a column that recovery hands to the model or to `compute_loss`."""
+    known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS, "token_type_ids", "special_tokens_mask"}
+    lost = sorted(name for name, value in block.items() if name not in known and not isinstance(value, str))
+    if lost:
+        raise TSTError(
+            f"The training data has the columns {', '.join(lost)}, which have no place in a bag: leave them out, or set "
+            "remove_unused_columns=True."
+        )
+
+
+def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
+    """Warn if each of the first blocks begins with the end of the one before, as windows with a stride do."""
+    first = [np.asarray(blocks[index]["input_ids"]) for index in range(min(4, facts.num_blocks or 0))]
+    length = facts.block_length
+    shared = [
+        {size for size in range(8, length) if np.array_equal(one[length - size :], next_one[:size])}
+        for one, next_one in pairwise(first)
+    ]
+    overlaps = set.intersection(*shared) if len(shared) > 1 else set()
+    if overlaps and len(np.unique(first[0])) > 4:
+        logger.warning(
+            f"Consecutive blocks share {max(overlaps)} of their {length} tokens, as windows with a stride do. A superposition "
+            "row joins consecutive blocks, and would read those tokens several times: cut the text into blocks that do not overlap."
+        )
+
+
+def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
     """The loader of a run's rows, from the step that training has reached."""
+    if isinstance(data.rows, FoldedBatches):
+        return data.rows
     steps, rows_per_step = data.start.max_steps, data.start.rows_per_step
     sampler = EpochSampler(steps, rows_per_step, data.steps_per_epoch, lambda: trainer.state.global_step)
     loader = trainer._get_dataloader(
@@ -270,17 +395,51 @@ def _padding_token_id(tokenizer: Any) -> int | None:
     return None if pad in others else pad
 
 
-def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: int | None) -> Any:
+@dataclass(frozen=True)
+class DefaultCollator:
+    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them.
+
+    Args:
+        default: Trainer's collator.
+    """
+
+    default: Any
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The batch."""
+        first = features[0]
+        if (
+            not isinstance(first, Mapping)
+            or "input_ids" not in first
+            or {"label", "labels", "label_ids"} & set(first)
+        ):
+            return self.default(features)
+        if len({len(row["input_ids"]) for row in features}) == 1:
+            return DataCollatorForTokenSuperposition(1)(features)
+        batch = self.default(features)
+        padding = batch["attention_mask"] == 0
+        return {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+
+
+def make_collator(
+    args: TSTTrainingArguments, data_collator: Any, default: Any, eos_token_id: int | None
+) -> Any:
     """The collator of all batches of a run, which serves recovery and evaluation by the one that the user gave, if any.
+
+    Args:
+        args (`TSTTrainingArguments`): The run's arguments.
+        data_collator: The user's, or `None`.
+        default: What Trainer takes in its place.
+        eos_token_id (`int`, *optional*): Token that ends a document.
 
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
     boundaries = args.tst_document_boundaries
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
-    superposition = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
+    superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation = DataCollatorForTokenSuperposition(1)
+    evaluation: Any = DefaultCollator(default)
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:
@@ -299,7 +458,11 @@ def make_collator(args: TSTTrainingArguments, data_collator: Any, eos_token_id: 
         superposition = data_collator
     elif data_collator is not None:
         recovery = evaluation = data_collator
-    return PhaseCollator(superposition, recovery, evaluation) if args.tst_enabled else recovery
+        if not ours:
+            superposition = FoldingCollator(data_collator, superposition)
+    if args.tst_enabled:
+        return PhaseCollator(superposition, recovery, evaluation)
+    return evaluation if data_collator is None and boundaries == "ignore" else recovery
 
 
 def end_token_id(tokenizer: Any, model: Any) -> int | None:

@@ -17,9 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
+from transformers.utils import logging
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import bad_input
+from ..models.fused import FusedLoss
+from ..models.head import replaced
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
 from ..models.sharding import without_tied
@@ -35,13 +38,28 @@ from .non_finite import NonFiniteCallback
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer
-from .run_data import RunData, count_targets, end_token_id, make_collator, make_loader, open_run_data
+from .run_data import (
+    RunData,
+    count_targets,
+    end_token_id,
+    fold_own_loader,
+    make_collator,
+    make_loader,
+    open_run_data,
+)
 from .token_meter import PhaseProgressCallback, TokenMeterCallback
+
+logger = logging.get_logger(__name__)
 
 
 def _signature_of(method: Any) -> Any:
     """Decorator of an override that hands arguments on: it has the signature of Trainer's method, whatever the version."""
     return wraps(method, assigned=())
+
+
+def overrides(trainer: Trainer, method: Any) -> bool:
+    """Whether a trainer has another method in the place of `method` of its base class."""
+    return getattr(type(trainer), method.__name__) is not method
 
 
 class TSTTrainer(Trainer):
@@ -50,6 +68,9 @@ class TSTTrainer(Trainer):
     Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
     order of the text. Superposition joins `tst_bag_size` consecutive blocks to a row of L bags; recovery
     reads blocks that superposition did not. Evaluation and prediction are next-token in both phases.
+
+    A subclass may bring its own `get_train_dataloader` or `_get_train_sampler`. Their batches of rows of L tokens are then
+    folded as they come: superposition joins `tst_bag_size` batches, each row cut into L/s bags (see [`FoldedBatches`]).
 
     `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to
     read, and the number of steps follows from the two phases' appetites; what Trainer calls an epoch is then
@@ -65,7 +86,8 @@ class TSTTrainer(Trainer):
         TSTError: If the arguments, the model or the data cannot go with superposition.
         RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
 
-    `schedule` has the phases of the run, from when the training data is loaded; `preempted` is true once SIGTERM has ended
+    `schedule` has the phases of the run, from when the training data is loaded; `fused_loss` is `tst_fused_loss`, or `"off"` where
+    that is `"auto"` and a subclass has its own `compute_loss`; `preempted` is true once SIGTERM has ended
     it (`enable_jit_checkpoint`).
 
     Overrides, in the order of a run:
@@ -108,8 +130,21 @@ class TSTTrainer(Trainer):
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(model, args, data_collator, *positional, **kwargs)
+        self.fused_loss: FusedLoss = args.tst_fused_loss
+        if (
+            args.tst_replaces_loss
+            and args.tst_fused_loss == "auto"
+            and overrides(self, TSTTrainer.compute_loss)
+        ):
+            self.fused_loss = "off"
+            logger.warning(
+                f"{type(self).__name__} has its own compute_loss, so logits are kept, which takes memory for each position and "
+                "token of the vocabulary: set tst_fused_loss='on' if it does not read them, or 'off' to silence this."
+            )
+        self._has_own_schedule = self.lr_scheduler is not None
         end = end_token_id(self.processing_class, self.model)
-        self.data_collator = make_collator(args, data_collator, end)
+        default: Any = self.data_collator  # Trainer's, where the user gave none
+        self.data_collator: Any = make_collator(args, data_collator, default, end)
         check_trainer(self)
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
@@ -162,8 +197,12 @@ class TSTTrainer(Trainer):
         # These two are changed below.
         kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
+        own = args.tst_enabled and overrides(self, TSTTrainer.get_train_dataloader)
+        folds = (
+            replaced(self.__dict__, "get_train_dataloader", self._fold_own_loader) if own else nullcontext()
+        )
         try:
-            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads:
+            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, folds:
                 return super().train(self._checkpoint, *positional, **kwargs)
         finally:
             self._switch.close()
@@ -180,8 +219,19 @@ class TSTTrainer(Trainer):
         self._data = self.schedule = None
         if not self.args.tst_enabled or self.train_dataset is None:
             return super().get_train_dataloader()
-        self._data = data = open_run_data(self)
-        self.schedule = data.start.schedule
+        if overrides(self, Trainer._get_train_sampler):
+            return self._begin(fold_own_loader(self, super().get_train_dataloader()))
+        return self._begin(open_run_data(self))
+
+    def _fold_own_loader(self) -> Any:
+        """What `get_train_dataloader` of a subclass gives, folded unless it is made of our rows."""
+        self._data = self.schedule = None
+        loader = type(self).get_train_dataloader(self)
+        return loader if self._data is not None else self._begin(fold_own_loader(self, loader))
+
+    def _begin(self, data: RunData) -> Any:
+        """Take `data` for the run that begins or resumes; returns its loader."""
+        self._data, self.schedule = data, data.start.schedule
         self._expert_load.clear()
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
@@ -285,9 +335,10 @@ class TSTTrainer(Trainer):
             entries |= {} if self._mtp is None else self._mtp.report()
         if self._non_finite.skipped_steps:
             entries["tst_skipped_steps"] = self._non_finite.skipped_steps
+        ours = set(entries)
         super().log(entries, start_time)
-        if "epoch" in entries:
-            logs["epoch"] = entries["epoch"]
+        # What Trainer and callbacks have added belongs to the caller's, from which the best model is chosen.
+        logs.update({name: value for name, value in entries.items() if name == "epoch" or name not in ours})
 
     def _gather_left_out(self) -> None:
         if self._data is not None:
@@ -306,7 +357,7 @@ class TSTTrainer(Trainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         fuses = prediction_loss_only and self.args.tst_replaces_loss
-        with fused_evaluation_loss(self.model, self.args.tst_fused_loss) if fuses else nullcontext():
+        with fused_evaluation_loss(self.model, self.fused_loss) if fuses else nullcontext():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *positional, **kwargs
             )

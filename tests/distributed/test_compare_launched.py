@@ -14,7 +14,6 @@ FLAGS = (
 )
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tiny_recipe, tmp_path, in_process, monkeypatch):
     flags = [str(tiny_recipe), *FLAGS.split(), "--output_dir"]
     one = main([*flags, str(tmp_path / "one")])

@@ -10,7 +10,6 @@ import pytest
 RUN = Path(__file__).with_name("soak_run.py")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and open files are read from /proc")
 def test_memory_and_open_files_stay_flat(tmp_path):
     done = subprocess.run(

@@ -126,7 +126,6 @@ def test_resume_at_the_switch(make_args, tmp_path, bf16):
     assert all(torch.allclose(one, other, **tolerance) for one, other in weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_compiled_training_is_that_of_the_model(make_args, fused):
     options = {"bf16": True, "max_steps": 20, "tst_fused_loss": fused}

@@ -1,0 +1,144 @@
+"""Ready batches of somebody's own loader, folded into bags: any loader, sampler and collator can serve superposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import has_length
+
+from ..bags.collator import DataCollatorForTokenSuperposition
+from ..bags.phases import PhaseSchedule
+from ..errors import TSTError
+from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS
+
+
+class FoldedBatches(IterableDataset[dict[str, Tensor]]):
+    """The micro-batches of a run, from a loader whose batches hold rows of L tokens.
+
+    A micro-batch of superposition joins `blocks_per_row` batches and folds each row to L/s bags, so that it has as many
+    positions as one batch. A micro-batch of recovery is one batch as it comes. The loader is read as often as needed.
+
+    Which batches step k takes follows from k alone: a resumed run reads, and drops, those before it.
+
+    Args:
+        loader: Gives batches, mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` where there is no target.
+        collator (`DataCollatorForTokenSuperposition`): Makes bags of rows.
+        schedule (`PhaseSchedule`): The run's phases.
+        accumulation_steps (`int`): Micro-batches per optimizer step.
+        steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
+        current_step: Returns the optimizer steps done so far; asked when iteration starts.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        collator: DataCollatorForTokenSuperposition,
+        schedule: PhaseSchedule,
+        accumulation_steps: int,
+        steps_per_epoch: int,
+        current_step: Callable[[], int],
+    ) -> None:
+        self.loader = loader
+        self._collator, self._schedule = collator, schedule
+        self._accumulation, self._steps_per_epoch, self._current_step = (
+            accumulation_steps,
+            steps_per_epoch,
+            current_step,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch."""
+        return min(self._steps_per_epoch, self._schedule.max_steps) * self._accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        step = self._current_step()
+        end = min((step // self._steps_per_epoch + 1) * self._steps_per_epoch, self._schedule.max_steps)
+        batches = self._all_batches(self._schedule.tokens_seen(step, self._accumulation))
+        size = self._schedule.blocks_per_row
+        for now in range(step, end):
+            for _ in range(self._accumulation):
+                if now < self._schedule.switch_step:
+                    yield self._joined(list(islice(batches, size)))
+                else:
+                    yield next(batches)
+
+    def _joined(self, batches: list[Any]) -> dict[str, Tensor]:
+        first = batches[0]
+        if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
+            raise TSTError(
+                "The training loader's batches must be mappings with the same columns in all of them."
+            )
+        joined = {name: torch.cat([torch.as_tensor(batch[name]) for batch in batches]) for name in first}
+        return fold_batch(joined, len(next(iter(joined.values()))), self._collator)
+
+    def _all_batches(self, skipped: int) -> Iterator[Any]:
+        """The loader's batches, pass after pass, without the first `skipped` ones."""
+        length = len(self.loader) if isinstance(self.loader, DataLoader) and has_length(self.loader) else 0
+        for data_pass in count():
+            # A loader of torch can leave batches out without reading them; its generators draw what they would have drawn.
+            left_out = min(skipped, length)
+            loader = skip_first_batches(self.loader, left_out) if left_out else self.loader
+            for owner in (self.loader, loader, getattr(loader, "sampler", None)):
+                getattr(owner, "set_epoch", lambda _: None)(data_pass)
+            number = left_out
+            for number, batch in enumerate(loader, left_out + 1):
+                if number > skipped:
+                    yield batch
+            if not number:
+                raise TSTError(f"The training loader gave no batch in pass {data_pass + 1} over its data.")
+            skipped = max(0, skipped - number)
+
+
+def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperposition) -> dict[str, Tensor]:
+    """A batch of bags, of a batch of tokens that somebody else's collator made.
+
+    Args:
+        batch: A mapping with `input_ids` `(N, L)`, `labels` `(N, L)`, `-100` where there is no target, and, if it likes, an
+            `attention_mask` of ones and the columns that tell documents apart.
+        rows (`int`): Rows of bags, a divisor of N. Each is made of the tokens of N / rows consecutive rows.
+        collator (`DataCollatorForTokenSuperposition`): Makes the bags.
+
+    Returns:
+        As of the collator; l is N · L / (rows · s).
+
+    Raises:
+        TSTError: If the batch lacks labels, holds what has no place in a bag, is padded, or does not divide into bags.
+    """
+    names = (
+        {name for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else set()
+    )
+    if not {"input_ids", "labels"} <= names:
+        raise TSTError(
+            f"A training batch must hold input_ids and labels, but has {sorted(names) or type(batch).__name__}: let the collator "
+            "make labels, as DataCollatorForLanguageModeling(tokenizer, mlm=False) does."
+        )
+    if unknown := names - {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS}:
+        raise TSTError(
+            f"The collator's batches hold {', '.join(sorted(unknown))}, which has no place in a bag: leave it out in superposition."
+        )
+    columns = {name: torch.as_tensor(batch[name]).reshape(rows, -1).cpu().numpy() for name in names}
+    return collator([{name: values[row] for name, values in columns.items()} for row in range(rows)])
+
+
+@dataclass(frozen=True)
+class FoldingCollator:
+    """Collates rows of superposition by somebody else's collator of blocks: its labels count in both phases.
+
+    Args:
+        blocks: Makes a batch of tokens of a list of blocks.
+        bags (`DataCollatorForTokenSuperposition`): Makes bags of that batch.
+    """
+
+    blocks: Callable[[list[Any]], Any]
+    bags: DataCollatorForTokenSuperposition
+
+    def __call__(self, rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        """A batch of rows, each given as its consecutive blocks."""
+        return fold_batch(self.blocks([block for row in rows for block in row]), len(rows), self.bags)
