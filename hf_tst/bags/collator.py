@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from .folding import (
+    DOCUMENT_BOUNDARIES,
     DocumentBoundaries,
-    check_document_boundaries,
     document_bags,
     document_starts,
     document_windows,
@@ -22,7 +22,7 @@ from .folding import (
     next_window_labels,
     positions_in_documents,
 )
-from .phases import TSTMode, check_bag_size, check_mode
+from .phases import MODES, TSTMode, check_bag_size
 
 
 @dataclass
@@ -83,8 +83,8 @@ class DataCollatorForTokenSuperposition:
 
     def __post_init__(self) -> None:
         check_bag_size(self.bag_size)
-        check_mode(self.mode)
-        check_document_boundaries(self.document_boundaries)
+        check_choice("mode", self.mode, MODES)
+        check_choice("document_boundaries", self.document_boundaries, DOCUMENT_BOUNDARIES)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch of rows, as described above, all `torch.LongTensor`."""

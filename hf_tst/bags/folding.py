@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import TSTError, check_choice
+from ..errors import TSTError
 
 DocumentBoundaries = Literal["ignore", "respect"]
 
 DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
-
-
-def check_document_boundaries(boundaries: str, name: str = "document_boundaries") -> None:
-    """Raise `TSTError` unless the argument `name` is one of `DOCUMENT_BOUNDARIES`."""
-    check_choice(name, boundaries, DOCUMENT_BOUNDARIES)
 
 
 def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:

@@ -48,7 +48,7 @@ class PhaseSchedule:
         check_at_least(1, max_steps=self.max_steps)
         check_phase_ratio(self.phase_ratio)
         check_bag_size(self.bag_size)
-        check_mode(self.mode)
+        check_choice("mode", self.mode, MODES)
 
     @property
     def switch_step(self) -> int:
@@ -96,8 +96,3 @@ def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
     """Raise `TSTError` unless the argument `name` is an integer of at least 1."""
     if isinstance(bag_size, bool) or not isinstance(bag_size, int) or bag_size < 1:
         raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
-
-
-def check_mode(mode: str, name: str = "mode") -> None:
-    """Raise `TSTError` unless the argument `name` is one of `MODES`."""
-    check_choice(name, mode, MODES)

@@ -27,13 +27,9 @@ from .head import LinearHead, UnfusableHeadError, inspect_head, replaced
 from .sharding import own_class
 
 FusedLoss = Literal["auto", "on", "off"]
+FUSED_LOSSES: tuple[FusedLoss, ...] = get_args(FusedLoss)
 
 logger = logging.get_logger(__name__)
-
-
-def check_fused_loss(choice: str, name: str = "fused_loss") -> None:
-    """Raise `TSTError` unless the argument `name` is a [`FusedLoss`]."""
-    check_choice(name, choice, get_args(FusedLoss))
 
 
 @contextmanager
@@ -79,7 +75,7 @@ def check_fusable(model: Any, choice: FusedLoss) -> None:
 
 def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
     """The head to fuse the loss with, or `None`; says in the log which, and why."""
-    check_fused_loss(choice)
+    check_choice("fused_loss", choice, FUSED_LOSSES)
     phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     try:
         if choice == "off":

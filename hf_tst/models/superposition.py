@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bags.folding import DocumentBoundaries, average_embeddings, check_document_boundaries
-from ..bags.phases import TSTMode, check_bag_size, check_mode
+from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries, average_embeddings
+from ..bags.phases import MODES, TSTMode, check_bag_size
 from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, offset_weights, resolve_weighting
-from ..errors import TSTError
+from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape
 from .fused import FusedLoss, TSTLoss, replaced_loss
 from .head import check_loss_is_replaceable, replaced
@@ -76,8 +76,8 @@ def token_superposition(
         ...     loss.backward()
     """
     check_bag_size(bag_size)
-    check_mode(mode)
-    check_document_boundaries(document_boundaries)
+    check_choice("mode", mode, MODES)
+    check_choice("document_boundaries", document_boundaries, DOCUMENT_BOUNDARIES)
     weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
     check_loss_is_replaceable(core)

@@ -13,16 +13,18 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from ..bags.folding import DocumentBoundaries, check_document_boundaries
-from ..bags.phases import TSTMode, check_bag_size, check_mode, check_phase_ratio
+from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries
+from ..bags.phases import MODES, TSTMode, check_bag_size, check_phase_ratio
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
-from ..errors import TSTError
-from ..models.fused import FusedLoss, check_fused_loss
+from ..errors import TSTError, check_at_least, check_choice
+from ..models.fused import FUSED_LOSSES, FusedLoss
 from ..mtp.heads import MTPKind, check_mtp
 
 BadLoss = Literal["stop", "skip", "ignore"]
-BAD_LOSS_CHOICES: tuple[BadLoss, ...] = get_args(BadLoss)
-
+CHOICES: dict[str, tuple[str, ...]] = {
+    "tst_mode": MODES, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
+    "tst_bad_loss": get_args(BadLoss),
+}  # fmt: skip
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
 LOWEST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -146,23 +148,18 @@ class TSTTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, lowest in ((name, lowest) for lowest, names in LOWEST.items() for name in names):
-            if not getattr(self, name) >= lowest:
-                raise TSTError(f"{name} must be at least {lowest}, but is {getattr(self, name)}.")
+        for lowest, names in LOWEST.items():
+            check_at_least(lowest, **{name: getattr(self, name) for name in names})
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
         self._check_schedule()
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
-        check_mode(self.tst_mode, "tst_mode")
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
-        check_fused_loss(self.tst_fused_loss, "tst_fused_loss")
-        check_document_boundaries(self.tst_document_boundaries, "tst_document_boundaries")
         check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
-        if self.tst_bad_loss not in BAD_LOSS_CHOICES:
-            choices = ", ".join(BAD_LOSS_CHOICES)
-            raise TSTError(f"tst_bad_loss must be one of {choices}, but is {self.tst_bad_loss!r}.")
         if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
             raise TSTError(f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}.")
         if self.tst_enabled:
