@@ -76,7 +76,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(run, llama, make_args, 
     assert str(path.parent) in caplog.text
     assert file == MANIFEST_FILE or f": {file} " in caplog.text
     trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(200))
-    with pytest.raises(ValueError, match=r"checkpoint-10 is not what was written: .*Resume from another one") as caught:
+    with pytest.raises(
+        ValueError, match=r"checkpoint-10 is not what was written: .*Resume from another one"
+    ) as caught:
         trainer.train(str(path.parent))
     assert len(str(caught.value).splitlines()) == 1
     assert trainer.state.global_step == 0

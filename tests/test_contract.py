@@ -48,6 +48,10 @@ METHODS = {
         "model, trial",
         "writes a checkpoint; without it they are written in place, unchecked, and without data_position.json",
     ),
+    "_get_train_sampler": (
+        "train_dataset",
+        "is overridden to bring an own sampler; without it such a sampler is not seen, and its order is lost",
+    ),
     "_get_output_dir": ("trial", "says where checkpoints go; without it they are written in place"),
     "_push_from_checkpoint": (
         "checkpoint_folder",

@@ -130,7 +130,7 @@ def test_superposition_goes_on_after_an_evaluation_inside_it(llama):
     bags = tokens.view(2, 6, 4)
     untouched = copy.deepcopy(llama).train()
     with token_superposition(untouched, 4):
-        expected = untouched(input_ids=bags, labels=bags).loss
+        expected = untouched(input_ids=bags, labels=bags.flip(1)).loss
     with token_superposition(llama, 4):
         with fused_evaluation_loss(llama.eval()):
             assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == 0
@@ -138,4 +138,4 @@ def test_superposition_goes_on_after_an_evaluation_inside_it(llama):
         with fused_evaluation_loss(llama, "off"):
             assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == VOCAB_SIZE
         assert llama(input_ids=tokens, labels=tokens).logits.shape[-1] == VOCAB_SIZE
-        assert torch.equal(llama.train()(input_ids=bags, labels=bags).loss, expected)
+        assert torch.equal(llama.train()(input_ids=bags, labels=bags.flip(1)).loss, expected)

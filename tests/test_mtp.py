@@ -201,11 +201,11 @@ def test_only_next_token_training_is_changed(llama, kind):
     ]
     expected = [call() for call in calls]
     with token_superposition(llama.train(), 2):
-        superposed = llama(input_ids=bags, labels=bags).loss
+        superposed = llama(input_ids=bags, labels=bags.flip(1)).loss
     with multi_token_prediction(llama, heads):
         assert all(torch.equal(call(), before) for call, before in zip(calls, expected, strict=True))
         with token_superposition(llama.train(), 2):
-            loss = llama(input_ids=bags, labels=bags).loss
+            loss = llama(input_ids=bags, labels=bags.flip(1)).loss
     assert torch.equal(loss, superposed)
     loss.backward()
     assert all(p.grad is None for p in heads.parameters())

@@ -147,7 +147,7 @@ def test_torch_compile_recompiles_once_at_the_switch(llama, make_args):
     assert graphs_after_step == [first] * 3 + [first + 1] * 7
 
 
-def test_a_collator_of_the_users_own_serves_recovery_and_evaluation(llama, make_args):
+def test_a_collator_of_the_users_own_serves_both_phases_and_evaluation(llama, make_args):
     calls = []
 
     def collate(features):
@@ -160,4 +160,4 @@ def test_a_collator_of_the_users_own_serves_recovery_and_evaluation(llama, make_
     )
     trainer.train()
     trainer.evaluate()
-    assert calls == [2] * 7 + [4]
+    assert calls == [2 * 4] * 3 + [2] * 7 + [4]

@@ -397,7 +397,8 @@ def _padding_token_id(tokenizer: Any) -> int | None:
 
 @dataclass(frozen=True)
 class DefaultCollator:
-    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them.
+    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them, and
+    blocks of equal length need no padding token.
 
     Args:
         default: Trainer's collator.
@@ -408,17 +409,16 @@ class DefaultCollator:
     def __call__(self, features: list[Any]) -> Any:
         """The batch."""
         first = features[0]
-        if (
-            not isinstance(first, Mapping)
-            or "input_ids" not in first
-            or {"label", "labels", "label_ids"} & set(first)
-        ):
+        if not isinstance(first, Mapping) or "input_ids" not in first:
             return self.default(features)
-        if len({len(row["input_ids"]) for row in features}) == 1:
+        given = {"label", "labels", "label_ids"} & set(first)
+        per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
+        if per_token and len({len(row["input_ids"]) for row in features}) == 1:
             return DataCollatorForTokenSuperposition(1)(features)
         batch = self.default(features)
-        padding = batch["attention_mask"] == 0
-        return {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+        if given:
+            return batch
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
 def make_collator(

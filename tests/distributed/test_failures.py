@@ -63,7 +63,8 @@ def test_one_process_that_is_told_to_end_stops_all_at_the_same_step(tmp_path):
     refused = launch("torchrun", script, tmp_path / "run", "nothing", str(damaged.parent))
     for rank in (0, 1):  # though only one of them has looked
         assert (
-            f"rank {rank}: The checkpoint {damaged.parent} is damaged: rng_state_1.pth has" in refused.stdout
+            f"rank {rank}: The checkpoint {damaged.parent} is not what was written: rng_state_1.pth has"
+            in refused.stdout
         )
 
 

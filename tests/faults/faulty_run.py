@@ -184,7 +184,8 @@ def train(folder: str, options: dict[str, Any]) -> None:
         "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 4,
         "report_to": "none", "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
-    args = TSTTrainingArguments(**{**defaults, **options})
+    # "on": else logits are kept for the compute_loss of the trainer above, with a warning.
+    args = TSTTrainingArguments(**{**defaults, "tst_fused_loss": "on", **options})
     model = set_dropout(make_model("llama"))
     trainer = FaultyTrainer(model, args, train_dataset=data, callbacks=[Happens(fault, at)])
     trainer.fault, trainer.at = fault, at
