@@ -573,7 +573,7 @@ def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
     def wait_for(condition):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not condition():
             assert time.monotonic() < deadline
             assert parent.poll() is None
