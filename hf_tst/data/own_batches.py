@@ -19,13 +19,15 @@ from ..errors import TSTError
 from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS
 
 
+@dataclass(eq=False, repr=False)
 class FoldedBatches(IterableDataset[dict[str, Tensor]]):
     """The micro-batches of a run, from a loader whose batches hold rows of L tokens.
 
     A micro-batch of superposition joins `blocks_per_row` batches and folds each row to L/s bags, so that it has as many
     positions as one batch. A micro-batch of recovery is one batch as it comes. The loader is read as often as needed.
 
-    Which batches step k takes follows from k alone: a resumed run reads, and drops, those before it.
+    Which batches step k takes follows from k alone: a resumed run leaves out those before it, which a loader of torch does
+    without reading them.
 
     Args:
         loader: Gives batches, mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` where there is no target.
@@ -36,35 +38,25 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
         current_step: Returns the optimizer steps done so far; asked when iteration starts.
     """
 
-    def __init__(
-        self,
-        loader: Any,
-        collator: DataCollatorForTokenSuperposition,
-        schedule: PhaseSchedule,
-        accumulation_steps: int,
-        steps_per_epoch: int,
-        current_step: Callable[[], int],
-    ) -> None:
-        self.loader = loader
-        self._collator, self._schedule = collator, schedule
-        self._accumulation, self._steps_per_epoch, self._current_step = (
-            accumulation_steps,
-            steps_per_epoch,
-            current_step,
-        )
+    loader: Any
+    collator: DataCollatorForTokenSuperposition
+    schedule: PhaseSchedule
+    accumulation_steps: int
+    steps_per_epoch: int
+    current_step: Callable[[], int]
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch."""
-        return min(self._steps_per_epoch, self._schedule.max_steps) * self._accumulation
+        return min(self.steps_per_epoch, self.schedule.max_steps) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        step = self._current_step()
-        end = min((step // self._steps_per_epoch + 1) * self._steps_per_epoch, self._schedule.max_steps)
-        batches = self._all_batches(self._schedule.tokens_seen(step, self._accumulation))
-        size = self._schedule.blocks_per_row
+        step = self.current_step()
+        end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.schedule.max_steps)
+        batches = self._all_batches(self.schedule.tokens_seen(step, self.accumulation_steps))
+        size = self.schedule.blocks_per_row
         for now in range(step, end):
-            for _ in range(self._accumulation):
-                if now < self._schedule.switch_step:
+            for _ in range(self.accumulation_steps):
+                if now < self.schedule.switch_step:
                     yield self._joined(list(islice(batches, size)))
                 else:
                     yield next(batches)
@@ -76,7 +68,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                 "The training loader's batches must be mappings with the same columns in all of them."
             )
         joined = {name: torch.cat([torch.as_tensor(batch[name]) for batch in batches]) for name in first}
-        return fold_batch(joined, len(next(iter(joined.values()))), self._collator)
+        return fold_batch(joined, len(next(iter(joined.values()))), self.collator)
 
     def _all_batches(self, skipped: int) -> Iterator[Any]:
         """The loader's batches, pass after pass, without the first `skipped` ones."""

@@ -1,4 +1,4 @@
-"""The data of one training run: its plan or stream, its place in a checkpoint, and the collators of its rows."""
+"""The data of one training run: its plan, its stream or the user's own loader, and its place in a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..bags.weighting import offset_weights, resolve_weighting
 from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, BlockRules, check_blocks
-from ..data.own_batches import FoldedBatches, FoldingCollator
+from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
-from ..data.rows import STREAM_STATE, EpochSampler, PhaseCollator, PlannedRows, StreamedRows
+from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
 from ..models.superposition import find_language_model
@@ -211,8 +211,9 @@ def open_run_data(trainer: Any) -> RunData:
         facts = rows.facts
     else:
         facts = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
-        schedule = _choose_schedule(trainer, blocks, layout.rows_per_step)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
+        schedule = plan.schedule
+        _tell_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
         columns = [name for name in blocks[0] if used is None or name in used]
         if joins and used is None:
             _check_columns(blocks[0])
@@ -282,7 +283,16 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
             "The training data has no length, so num_train_epochs cannot be counted in steps: set max_steps."
         )
     schedule = make_plan(args, len(data), per_step).schedule
-    plain = math.ceil(args.num_train_epochs * math.ceil(len(data) / per_step))
+    _tell_steps_of_epochs(trainer, schedule, len(data) / per_step)
+    return schedule
+
+
+def _tell_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
+    """Say how many steps a run by epochs has; `steps_per_pass` are those of recovery in one pass over the data."""
+    args: TSTTrainingArguments = trainer.args
+    if args.max_steps > 0:
+        return
+    plain = math.ceil(args.num_train_epochs * math.ceil(steps_per_pass))
     logger.info(
         f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps, since superposition reads "
         f"{schedule.blocks_per_row} blocks per row; Trainer would take {plain}."
@@ -292,7 +302,6 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
             f"The learning rate schedule that was passed in `optimizers` may be made for {plain} steps, but "
             f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps}: make it for these, or set max_steps."
         )
-    return schedule
 
 
 def _layout(trainer: Any) -> BatchLayout:
@@ -306,7 +315,9 @@ def _position(
     schedule: PhaseSchedule,
     layout: BatchLayout,
     facts: BlockFacts,
-    **reading: Any,
+    shuffle: bool = False,
+    split_by_rank: bool = False,
+    stream_workers: int = 0,
 ) -> DataPosition:
     """The position before the first step."""
     if schedule.switch_step == 0:
@@ -322,7 +333,9 @@ def _position(
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
         seed=_order(args)[0],
-        **{"shuffle": False, "split_by_rank": False} | reading,
+        shuffle=shuffle,
+        split_by_rank=split_by_rank,
+        stream_workers=stream_workers,
     )
 
 
@@ -345,10 +358,13 @@ def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
     """Warn if each of the first blocks begins with the end of the one before, as windows with a stride do."""
     first = [np.asarray(blocks[index]["input_ids"]) for index in range(min(4, facts.num_blocks or 0))]
     length = facts.block_length
-    shared = [
-        {size for size in range(8, length) if np.array_equal(one[length - size :], next_one[:size])}
-        for one, next_one in pairwise(first)
-    ]
+    shared = []
+    for one, following in pairwise(first):
+        # Only where the next block's first token is can it begin.
+        sizes = {length - int(at) for at in np.flatnonzero(one == following[0])}
+        shared.append(
+            {size for size in sizes if 8 <= size < length and np.array_equal(one[-size:], following[:size])}
+        )
     overlaps = set.intersection(*shared) if len(shared) > 1 else set()
     if overlaps and len(np.unique(first[0])) > 4:
         logger.warning(
@@ -393,84 +409,6 @@ def _padding_token_id(tokenizer: Any) -> int | None:
     pad = getattr(tokenizer, "pad_token_id", None)
     others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
     return None if pad in others else pad
-
-
-@dataclass(frozen=True)
-class DefaultCollator:
-    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them, and
-    blocks of equal length need no padding token.
-
-    Args:
-        default: Trainer's collator.
-    """
-
-    default: Any
-
-    def __call__(self, features: list[Any]) -> Any:
-        """The batch."""
-        first = features[0]
-        if not isinstance(first, Mapping) or "input_ids" not in first:
-            return self.default(features)
-        given = {"label", "labels", "label_ids"} & set(first)
-        per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
-        if per_token and len({len(row["input_ids"]) for row in features}) == 1:
-            return DataCollatorForTokenSuperposition(1)(features)
-        batch = self.default(features)
-        if given:
-            return batch
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-
-def make_collator(
-    args: TSTTrainingArguments, data_collator: Any, default: Any, eos_token_id: int | None
-) -> Any:
-    """The collator of all batches of a run, which serves recovery and evaluation by the one that the user gave, if any.
-
-    Args:
-        args (`TSTTrainingArguments`): The run's arguments.
-        data_collator: The user's, or `None`.
-        default: What Trainer takes in its place.
-        eos_token_id (`int`, *optional*): Token that ends a document.
-
-    Raises:
-        TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
-    """
-    boundaries = args.tst_document_boundaries
-    options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
-    superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
-    recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation: Any = DefaultCollator(default)
-    ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
-    respects = ours and data_collator.document_boundaries == "respect"
-    if data_collator is not None and boundaries == "respect" and not respects:
-        raise TSTError(
-            f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
-            f"{type(data_collator).__name__}: leave it out, or give DataCollatorForTokenSuperposition(1, "
-            "document_boundaries='respect')."
-        )
-    if ours and data_collator.bag_size > 1:
-        bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
-        if args.tst_enabled and bags != asked:
-            raise TSTError(
-                f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
-                f"and tst_mode={asked[1]!r}: leave data_collator out."
-            )
-        superposition = data_collator
-    elif data_collator is not None:
-        recovery = evaluation = data_collator
-        if not ours:
-            superposition = FoldingCollator(data_collator, superposition)
-    if args.tst_enabled:
-        return PhaseCollator(superposition, recovery, evaluation)
-    return evaluation if data_collator is None and boundaries == "ignore" else recovery
-
-
-def end_token_id(tokenizer: Any, model: Any) -> int | None:
-    """The token that ends a document: the tokenizer's, else the model's."""
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is None:
-        end = getattr(getattr(model, "config", None), "eos_token_id", None)
-    return end[0] if isinstance(end, (list, tuple)) else end
 
 
 def count_targets(batches: Sequence[Any], args: TSTTrainingArguments) -> Tensor:

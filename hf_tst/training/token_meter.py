@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-from ..data.own_batches import FoldedBatches
 from ..planning.reference import peak_tflops
 from ..records.run_record import RUN_ENTRY, UTILIZATION, run_entry
 
@@ -63,10 +62,9 @@ class TokenMeterCallback(TrainerCallback):
         for batch in batches:
             self._waited += time.perf_counter() - start
             if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), torch.Tensor):
+                # A row of L tokens has L positions in either phase, also where it is folded to shorter rows.
                 data = self._trainer._data
-                # Batches of the user's own loader are folded to more and shorter rows.
-                planned = data is None or not isinstance(data.rows, FoldedBatches)
-                self._latent_length = ids.shape[1] if planned else data.start.block_length
+                self._latent_length = ids.shape[1] if data is None else data.start.block_length
             yield batch
             start = time.perf_counter()
         self._waited += time.perf_counter() - start

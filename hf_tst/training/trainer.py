@@ -33,20 +33,13 @@ from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
+from .collators import end_token_id, make_collator
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer
-from .run_data import (
-    RunData,
-    count_targets,
-    end_token_id,
-    fold_own_loader,
-    make_collator,
-    make_loader,
-    open_run_data,
-)
+from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
 from .token_meter import PhaseProgressCallback, TokenMeterCallback
 
 logger = logging.get_logger(__name__)
@@ -73,13 +66,14 @@ class TSTTrainer(Trainer):
     folded as they come: superposition joins `tst_bag_size` batches, each row cut into L/s bags (see [`FoldedBatches`]).
 
     `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to
-    read, and the number of steps follows from the two phases' appetites; what Trainer calls an epoch is then
-    an equal share of the steps. One pass is the last remainder shorter than an optimizer step.
+    read, and the number of steps is derived from the blocks that each phase consumes; what Trainer calls an epoch is then
+    an equal share of the steps. Blocks that do not fill a whole optimizer step at the end are not read.
 
     Args:
         model (`PreTrainedModel`): As for [`~transformers.Trainer`].
         args (`TSTTrainingArguments`): See [`TSTTrainingArguments`].
-        data_collator (*optional*): Serves recovery and evaluation; by default labels are a copy of `input_ids`.
+        data_collator (*optional*): Collates the blocks of both phases, and evaluation; by default labels are a copy of
+            `input_ids`.
         positional, kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:
@@ -92,7 +86,8 @@ class TSTTrainer(Trainer):
 
     Overrides, in the order of a run:
         - `init_hf_repo`: a refusal of the Hub in one sentence, before training.
-        - `train`: chooses a complete checkpoint, puts extra heads into the model, and leaves superposition however it ends.
+        - `train`: chooses a complete checkpoint, puts extra heads into the model, folds the batches of a subclass's own
+          `get_train_dataloader`, and leaves superposition however it ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.

@@ -1,0 +1,93 @@
+"""Which collator makes the batches of a run: of superposition, of recovery, and of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bags.collator import DataCollatorForTokenSuperposition
+from ..data.own_batches import FoldingCollator
+from ..data.rows import PhaseCollator
+from ..errors import TSTError
+from .arguments import TSTTrainingArguments
+
+
+@dataclass(frozen=True)
+class DefaultCollator:
+    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them, and
+    blocks of equal length need no padding token.
+
+    Args:
+        default: Trainer's collator.
+    """
+
+    default: Any
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The batch."""
+        first = features[0]
+        if not isinstance(first, Mapping) or "input_ids" not in first:
+            return self.default(features)
+        given = {"label", "labels", "label_ids"} & set(first)
+        per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
+        if per_token and len({len(row["input_ids"]) for row in features}) == 1:
+            return DataCollatorForTokenSuperposition(1)(features)
+        batch = self.default(features)
+        if given:
+            return batch
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def make_collator(
+    args: TSTTrainingArguments, data_collator: Any, default: Any, eos_token_id: int | None
+) -> Any:
+    """The collator of all batches of a run, by the one that the user gave, if any.
+
+    Args:
+        args (`TSTTrainingArguments`): The run's arguments.
+        data_collator: The user's, or `None`.
+        default: What Trainer takes in its place.
+        eos_token_id (`int`, *optional*): Token that ends a document.
+
+    Raises:
+        TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
+    """
+    boundaries = args.tst_document_boundaries
+    options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
+    superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
+    recovery = DataCollatorForTokenSuperposition(1, **options)
+    evaluation: Any = DefaultCollator(default)
+    ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
+    respects = ours and data_collator.document_boundaries == "respect"
+    if data_collator is not None and boundaries == "respect" and not respects:
+        raise TSTError(
+            f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
+            f"{type(data_collator).__name__}: leave it out, or give DataCollatorForTokenSuperposition(1, "
+            "document_boundaries='respect')."
+        )
+    if ours and data_collator.bag_size > 1:
+        bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
+        if args.tst_enabled and bags != asked:
+            raise TSTError(
+                f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
+                f"and tst_mode={asked[1]!r}: leave data_collator out."
+            )
+        superposition = data_collator
+    elif data_collator is not None:
+        recovery = evaluation = data_collator
+        if not ours:
+            superposition = FoldingCollator(data_collator, superposition)
+    if args.tst_enabled:
+        return PhaseCollator(superposition, recovery, evaluation)
+    return evaluation if data_collator is None and boundaries == "ignore" else recovery
+
+
+def end_token_id(tokenizer: Any, model: Any) -> int | None:
+    """The token that ends a document: the tokenizer's, else the model's."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    return end[0] if isinstance(end, (list, tuple)) else end
