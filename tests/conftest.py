@@ -13,7 +13,7 @@ if os.environ.get("HF_TST_TEST_DEVICE", "cpu") == "cpu":
 import copy
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from hf_tst import TSTError, TSTTrainer, TSTTrainingArguments
+from hf_tst import PhaseSchedule, TSTError, TSTTrainer, TSTTrainingArguments
 from hf_tst.data.read_order import DataPlan, longest_plan
 
 VOCAB_SIZE = 97
@@ -232,14 +232,23 @@ def train_to_be_best_at_step_4(
     return trainer
 
 
-def plan_for_passes(num_blocks, passes, make_schedule, rows_per_step, seed, shuffle=True):
+def plan_for_passes(
+    num_blocks: int,
+    passes: float,
+    make_schedule: Callable[[int], PhaseSchedule],
+    rows_per_step: int,
+    seed: int,
+    shuffle: bool = True,
+) -> DataPlan:
     """The longest plan over so many passes, whatever the arguments of a trainer."""
     return longest_plan(
         passes, lambda steps: DataPlan(num_blocks, make_schedule(steps), rows_per_step, seed, shuffle)
     )
 
 
-def plan_for_steps(num_blocks, schedule, rows_per_step, seed, shuffle=True):
+def plan_for_steps(
+    num_blocks: int, schedule: PhaseSchedule, rows_per_step: int, seed: int, shuffle: bool = True
+) -> DataPlan:
     """A plan within one pass, whatever the arguments of a trainer."""
     plan = DataPlan(num_blocks, schedule, rows_per_step, seed, shuffle)
     plan.check_one_pass()
