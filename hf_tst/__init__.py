@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .errors import TSTError as TSTError
     from .evaluation.scores import METRIC_FILE as METRIC_FILE
     from .evaluation.scores import evaluate_checkpoint as evaluate_checkpoint
-    from .evaluation.scores import evaluate_tasks as evaluate_tasks
     from .evaluation.scores import score_texts as score_texts
     from .losses.linear import linear_multi_hot_cross_entropy as linear_multi_hot_cross_entropy
     from .losses.multi_hot import count_target_bags as count_target_bags
@@ -43,7 +42,7 @@ _NAMES = {
     "bags.weighting": ["input_weights", "offset_weights"],
     "data.packing": ["BlockStream", "pack_blocks", "tokenize_documents"],
     "errors": ["PreemptedError", "RunError", "TSTError"],
-    "evaluation.scores": ["METRIC_FILE", "evaluate_checkpoint", "evaluate_tasks", "score_texts"],
+    "evaluation.scores": ["METRIC_FILE", "evaluate_checkpoint", "score_texts"],
     "losses.linear": ["linear_multi_hot_cross_entropy"],
     "losses.multi_hot": ["count_target_bags", "multi_hot_cross_entropy"],
     "models.sharding": ["full_state_dict", "left_out_of_optimizer"],

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst.data.quickstart import train_tokenizer
-from hf_tst.evaluation.scores import METRIC_FILE, evaluate_checkpoint, evaluate_tasks, score_texts
+from hf_tst.evaluation.scores import METRIC_FILE, evaluate_checkpoint, score_texts
 
 TEXTS = [
     "line 7 of the text, which says 49\n",
@@ -103,12 +102,6 @@ def test_the_metric_is_loaded_by_its_path_without_a_network(checkpoint, tmp_path
     assert scores == pytest.approx(evaluate_checkpoint(checkpoint, TEXTS, max_length=5))
 
 
-def test_what_is_missing_for_the_harness_is_said(checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match="pip install lm-eval"):
-        evaluate_tasks(checkpoint, ["arc_easy"])
-
-
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 def test_the_harness_runs_a_local_task_and_agrees(checkpoint, tmp_path):
     (tmp_path / "texts.jsonl").write_text(
@@ -120,6 +113,17 @@ def test_the_harness_runs_a_local_task_and_agrees(checkpoint, tmp_path):
         "metric_list": [{"metric": "bits_per_byte"}],
     }  # fmt: skip
     (tmp_path / "local_texts.yaml").write_text(yaml.safe_dump(task))
-    found = evaluate_tasks(checkpoint, ["local_texts"], include_path=tmp_path, device="cpu", batch_size=2)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path))
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint)},
+        tasks=["local_texts"],
+        task_manager=manager,
+        device="cpu",
+        batch_size=2,
+    )["results"]
     ours = evaluate_checkpoint(checkpoint, TEXTS, device="cpu")["bits_per_byte"]
     assert found["local_texts"]["bits_per_byte,none"] == pytest.approx(ours, rel=1e-4)

@@ -1,4 +1,4 @@
-"""How well a checkpoint predicts text: next-token loss, perplexity, bits per byte; and the tasks of lm-evaluation-harness."""
+"""How well a checkpoint predicts text: next-token loss, perplexity, bits per byte."""
 
 from __future__ import annotations
 
@@ -152,48 +152,3 @@ def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> 
     logits = model(tokens.to(model.device), mask.to(model.device), use_cache=False).logits.float()
     targets = targets.flatten().to(logits.device)
     return cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum").item()
-
-
-def evaluate_tasks(
-    checkpoint: str | Path,
-    tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Run tasks of lm-evaluation-harness on a checkpoint.
-
-    Args:
-        checkpoint: A folder or Hub id with a causal language model and its tokenizer.
-        tasks: Names of tasks; the paper's are arc_easy, arc_challenge, boolq, hellaswag, mmlu, openbookqa, piqa, winogrande.
-        include_path (*optional*): A folder with further tasks in YAML.
-        num_fewshot (`int`, *optional*): Examples in the prompt; each task's own number by default. The paper's is 0.
-        limit (`int`, *optional*): Most examples per task.
-        batch_size (`int`, defaults to 8): Examples per batch.
-        device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
-
-    Returns:
-        `dict`: What the harness found, by task.
-
-    Raises:
-        ImportError: If it is not installed (extra `lm-eval`).
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError("lm-evaluation-harness is not installed: pip install lm-eval.") from error
-    results = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(checkpoint)},
-        tasks=list(tasks),
-        task_manager=TaskManager(include_path=None if include_path is None else str(include_path)),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    return results["results"]

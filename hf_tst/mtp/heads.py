@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import TSTError, check_choice
 from ..models.head import trial_pass
 from ..models.sharding import is_sharded, own_class
-from .losses import LayerCall, ModelEnd, decoder_layers, extra_losses, find_model_end, trying, unservable
+from .losses import LayerCall, decoder_layers, extra_losses, find_model_end, trying, unservable
 
 MTPKind = Literal["parallel", "sequential"]
 
@@ -78,15 +78,15 @@ class MTPHeads(nn.Module):
         self._noted_loss: Tensor | None = None
         if any(is_sharded(module) for module in model.modules()):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
-        self._end = end = find_model_end(model)
-        like = next(end.last_layer.parameters())
+        self.end = find_model_end(model)
+        like = next(self.end.last_layer.parameters())
         devices = [like.device] if like.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            heads = [self._make_head(model, end.last_layer) for _ in range(num_heads - 1)]
+            heads = [self._make_head(model, self.end.last_layer) for _ in range(num_heads - 1)]
         self.heads = nn.ModuleList(heads).to(device=like.device, dtype=like.dtype)
-        self._try_heads(model, end.call)
+        self._try_heads(model, self.end.call)
 
     @property
     def num_heads(self) -> int:
@@ -107,15 +107,15 @@ class MTPHeads(nn.Module):
         loss = loss.detach() * self.share
         self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
-    def end_of(self, model: Any) -> ModelEnd:
-        """The model from its last layer on. For a sharded model, whose layers cannot be tried, it is the one found before.
+    def find_end(self, model: Any) -> None:
+        """Note the model from its last layer on. For a sharded model, whose layers cannot be tried, it is the one found before.
 
         Raises:
             TSTError: If the model cannot be served, or is sharded and these heads are not.
         """
         if not is_sharded(model):
-            self._end = find_model_end(model)
-            return self._end
+            self.end = find_model_end(model)
+            return
         for module in (model, *self.modules()):
             if is_sharded(module):
                 module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
@@ -123,9 +123,8 @@ class MTPHeads(nn.Module):
             raise TSTError(
                 "The model is sharded, but its extra heads are not: call fully_shard inside multi_token_prediction."
             )
-        if all(module is not self._end.last_layer for module in model.modules()):
+        if all(module is not self.end.last_layer for module in model.modules()):
             raise TSTError("These extra heads were made for another model.")
-        return self._end
 
     def forward(self, call: LayerCall, next_embeddings: list[Tensor]) -> list[Tensor]:
         """The hidden states of the extra heads, before the model's final norm.
@@ -218,15 +217,15 @@ def multi_token_prediction(
         ...     model(input_ids=tokens, labels=tokens).loss.backward()
     """
     check_mtp(heads.num_heads, heads.kind, loss_weight)
-    with attached_heads(model, heads) as end, extra_losses(model, heads, end, loss_weight):
+    with attached_heads(model, heads), extra_losses(model, heads, loss_weight):
         yield model
 
 
 @contextmanager
-def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
+def attached_heads(model: Any, heads: MTPHeads) -> Iterator[None]:
     """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
 
-    What makes an optimizer or wraps a model finds them; no loss changes. Yields the model from its last layer on.
+    What makes an optimizer or wraps a model finds them; no loss changes.
 
     Raises:
         TSTError: If the model cannot be served, or is sharded and its heads are not.
@@ -234,14 +233,14 @@ def attached_heads(model: Any, heads: MTPHeads) -> Iterator[ModelEnd]:
     """
     if hasattr(model, ATTRIBUTE):
         raise RuntimeError("The model is inside multi_token_prediction already: leave that context first.")
-    end = heads.end_of(model)
+    heads.find_end(model)
     model.add_module(ATTRIBUTE, heads)
     try:
         with (
             model.register_state_dict_post_hook(_leave_heads_out),
             model.register_load_state_dict_post_hook(_miss_no_heads),
         ):
-            yield end
+            yield
     finally:
         model._modules.pop(ATTRIBUTE, None)
 

@@ -173,14 +173,13 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def extra_losses(model: Any, heads: Any, end: ModelEnd, loss_weight: float | None = None) -> Iterator[None]:
+def extra_losses(model: Any, heads: Any, loss_weight: float | None = None) -> Iterator[None]:
     """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before.
 
     Args:
         model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As there.
-        end (`ModelEnd`): The model from its last layer on.
     """
-    losses = _ExtraLosses(model, heads, end, loss_weight)
+    losses = _ExtraLosses(model, heads, loss_weight)
     with (
         # Both are in front of FSDP's hooks: it casts what is given, and takes weights away.
         model.register_forward_pre_hook(losses.before_model, with_kwargs=True, prepend=True),
@@ -193,8 +192,8 @@ def extra_losses(model: Any, heads: Any, end: ModelEnd, loss_weight: float | Non
 class _ExtraLosses:
     """Hooks on a model and, in next-token training passes, on its last layer and its head."""
 
-    def __init__(self, model: Any, heads: Any, end: ModelEnd, loss_weight: float | None) -> None:
-        self.model, self.heads, self.end = model, heads, end
+    def __init__(self, model: Any, heads: Any, loss_weight: float | None) -> None:
+        self.model, self.heads, self.end = model, heads, heads.end
         # DeepSeek-V3's weight for most of its training; the heads of arXiv 2404.19737 weigh what the next token weighs.
         weight, parts = (1.0, 1) if heads.kind == "parallel" else (0.3, len(heads.heads))
         self.weight = (weight if loss_weight is None else float(loss_weight)) / parts
@@ -255,11 +254,8 @@ class _ExtraLosses:
         """
         if self._call is None:
             return
-        head, norm, labels = (
-            self.end.head,
-            self.end.norm,
-            self._given["labels"].to(self._call.returned.device),
-        )
+        head, norm = self.end.head, self.end.norm
+        labels = self._given["labels"].to(self._call.returned.device)
         if isinstance(head.module.weight, DTensor):
             raise TSTError(
                 "The weight of the model's head is sharded and not gathered in its forward pass: shard it with fully_shard."

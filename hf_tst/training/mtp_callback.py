@@ -38,7 +38,7 @@ class MTPCallback(TrainerCallback):
         self._trainer = trainer
         self.heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
         self._reported_step = 0
-        self._inside: Any = None  # an ExitStack for the hooks and a ModelEnd while the heads are attached
+        self._hooks = ExitStack()
         self._loaded_untrained = False
 
     @contextmanager
@@ -47,8 +47,8 @@ class MTPCallback(TrainerCallback):
 
         By then the model is wrapped, and their hooks are in front of those of FSDP.
         """
-        with attached_heads(self._trainer.model, self.heads) as end, ExitStack() as hooks:
-            self._inside, self._loaded_untrained = (hooks, end), False
+        self._loaded_untrained = False
+        with attached_heads(self._trainer.model, self.heads), self._hooks:
             yield
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -60,9 +60,8 @@ class MTPCallback(TrainerCallback):
                 "The optimizer was made before the extra heads of multi-token prediction, and would not train them: give the "
                 "trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
-        hooks, end = self._inside
-        hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
-        hooks.enter_context(extra_losses(self._trainer.model, self.heads, end, args.mtp_loss_weight))
+        self._hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
+        self._hooks.enter_context(extra_losses(self._trainer.model, self.heads, args.mtp_loss_weight))
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._trainer.schedule.phase(state.global_step) == "superposition":
