@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst.data.quickstart import train_tokenizer
+from hf_tst.evaluation.breakdown import tally_blocks
 from hf_tst.evaluation.scores import METRIC_FILE, evaluate_checkpoint, score_texts
 
 TEXTS = [
@@ -70,6 +72,31 @@ def test_every_token_is_predicted_once_from_its_window(model_and_tokenizer, leng
     assert scores.bits_per_byte == pytest.approx(expected / math.log(2) / scores.bytes)
 
 
+def test_where_the_loss_is_by_frequency_and_position(model_and_tokenizer):
+    """Against a loop over single tokens, sorted and cut by hand."""
+    model, _ = model_and_tokenizer
+    rows = [{"input_ids": row} for row in torch.randint(0, 9, (7, 21)).square().tolist()]
+    tally = tally_blocks(model, rows, batch_size=3)
+    found = []
+    for row in rows:
+        ids = row["input_ids"]
+        with torch.no_grad():
+            losses = -model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found += [(ids[i], i - 1, losses[i - 1, ids[i]].item()) for i in range(1, 21)]
+    assert tally.nats == pytest.approx(sum(loss for *_, loss in found), rel=1e-5)
+    by_position = [[loss for _, place, loss in found if place // 2 == tenth] for tenth in range(10)]
+    assert tally.loss_by_position() == pytest.approx([sum(x) / len(x) for x in by_position], rel=1e-5)
+    counts = Counter(token for token, *_ in found)
+    classes, before = [[] for _ in range(10)], 0
+    for token, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        classes[int((before + count / 2) / len(found) * 10)] += [loss for t, _, loss in found if t == token]
+        before += count
+    expected = [sum(x) / len(x) if x else None for x in classes]
+    assert any(x is None for x in expected)  # nine tokens cannot fill ten classes
+    for ours, theirs in zip(tally.loss_by_frequency(), expected, strict=True):
+        assert ours == theirs if theirs is None else ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     for mode in (True, False):
@@ -99,7 +126,7 @@ def test_the_metric_is_loaded_by_its_path_without_a_network(checkpoint, tmp_path
     scores = metric.compute(
         predictions=[text for text in TEXTS if text], model_id=str(checkpoint), max_length=5
     )
-    assert scores == pytest.approx(evaluate_checkpoint(checkpoint, TEXTS, max_length=5))
+    assert scores == evaluate_checkpoint(checkpoint, TEXTS, max_length=5)
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")

@@ -21,7 +21,7 @@ class NextTokenMetric(evaluate.Metric):
         max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
 
     Returns:
-        dict: loss, perplexity, bits_per_byte, tokens, bytes.
+        dict: As hf_tst.evaluate_checkpoint.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -32,5 +32,5 @@ class NextTokenMetric(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions: list[str], model_id: str, **options: object) -> dict[str, float]:
+    def _compute(self, predictions: list[str], model_id: str, **options: object) -> dict[str, object]:
         return evaluate_checkpoint(model_id, predictions, **options)  # type: ignore[arg-type]

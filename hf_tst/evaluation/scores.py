@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TSTError
+from .breakdown import IGNORED, LossTally
 
 METRIC_FILE = Path(__file__).parent / "metric.py"
 # Most tokens per window by default: some models name contexts that no machine has the memory for.
 LONGEST_WINDOW = 2048
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,14 @@ class TextScores:
         nats (`float`): Sum of the negative log-likelihoods of all tokens.
         tokens (`int`): Tokens predicted: all of every text, its first one after the token that begins a text.
         bytes (`int`): Bytes of the texts in UTF-8.
+        loss_by_frequency, loss_by_position (`list[float]`): Ten means each, see [`LossTally`].
     """
 
     nats: float
     tokens: int
     bytes: int
+    loss_by_frequency: list[float | None]
+    loss_by_position: list[float | None]
 
     @property
     def loss(self) -> float:
@@ -49,9 +51,17 @@ class TextScores:
         """Bits that a byte of text takes; comparable between all models."""
         return self.nats / math.log(2) / self.bytes
 
-    def to_dict(self) -> dict[str, float]:
-        """`loss`, `perplexity`, `bits_per_byte`, `tokens` and `bytes`."""
-        names = "loss", "perplexity", "bits_per_byte", "tokens", "bytes"
+    def to_dict(self) -> dict[str, Any]:
+        """`loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `loss_by_frequency` and `loss_by_position`."""
+        names = (
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "tokens",
+            "bytes",
+            "loss_by_frequency",
+            "loss_by_position",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -63,7 +73,7 @@ def evaluate_checkpoint(
     batch_size: int = 8,
     device: str | None = None,
     dtype: str = "auto",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Load a checkpoint and measure how well it predicts texts.
 
     Args:
@@ -74,15 +84,16 @@ def evaluate_checkpoint(
         dtype (`str`, defaults to `"auto"`): Of the weights; the checkpoint's by default.
 
     Returns:
-        `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`; see [`TextScores`].
+        `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and ten means each of `loss_by_frequency` and
+            `loss_by_position`; see [`TextScores`].
 
     Raises:
         TSTError: As [`score_texts`].
         OSError: If the checkpoint cannot be loaded.
 
     Example:
-        >>> evaluate_checkpoint("runs/quickstart", ["import os\\n", "def f():\\n    return 1\\n"])  # doctest: +SKIP
-        {'loss': 5.31, 'perplexity': 203.2, 'bits_per_byte': 3.1, 'tokens': 13, 'bytes': 33}
+        >>> evaluate_checkpoint("runs/quickstart", ["import os\\n", "def f():\\n    return 1\\n"])["loss"]  # doctest: +SKIP
+        5.31
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,15 +136,17 @@ def score_texts(
     if not windows:
         raise TSTError("There is no text to predict.")
     windows.sort(key=lambda window: len(window[0]))
-    was_training = model.training
+    tally, was_training = LossTally(), model.training
     model.eval()
     try:
         batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-        nats = sum(_nats(model, batch, first) for batch in batches)
+        for batch in batches:
+            _add(tally, model, batch, first)
     finally:
         model.train(was_training)
     size = sum(len(text.encode()) for text in texts)
-    return TextScores(nats, sum(predicted for _, predicted in windows), size)
+    tokens = sum(predicted for _, predicted in windows)
+    return TextScores(tally.nats, tokens, size, tally.loss_by_frequency(), tally.loss_by_position())
 
 
 def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
@@ -143,12 +156,11 @@ def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]
         yield list(ids[max(0, end - length - 1) : end]), end - start - 1
 
 
-def _nats(model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> float:
-    """Sum of the negative log-likelihoods of the tokens of some windows that are predicted."""
+def _add(tally: LossTally, model: Any, windows: Sequence[tuple[list[int], int]], filler: int) -> None:
+    """Add the losses of some windows' predicted tokens."""
     inputs = [torch.tensor(ids[:-1]) for ids, _ in windows]
     predicted = [torch.tensor([IGNORED] * (len(ids) - 1 - count) + ids[-count:]) for ids, count in windows]
     tokens, targets = pad_sequence(inputs, True, filler), pad_sequence(predicted, True, IGNORED)
     mask = pad_sequence([torch.ones_like(row) for row in inputs], True)
-    logits = model(tokens.to(model.device), mask.to(model.device), use_cache=False).logits.float()
-    targets = targets.flatten().to(logits.device)
-    return cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum").item()
+    logits = model(tokens.to(model.device), mask.to(model.device), use_cache=False).logits
+    tally.add(logits, targets)

@@ -1,0 +1,93 @@
+"""Where a model loses: next-token loss by how frequent the target token is, and by its position in the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+IGNORED = -100
+CLASSES = 10
+
+
+class LossTally:
+    """Sums next-token losses by target token and by position, batch after batch.
+
+    `by_token` and `by_position` are `torch.DoubleTensor` of shape `(2, V)` and `(2, l)`: nats, and how many tokens they are of.
+    """
+
+    def __init__(self) -> None:
+        self.by_token = self.by_position = torch.zeros(2, 0, dtype=torch.double)
+
+    @property
+    def nats(self) -> float:
+        """Sum of the negative log-likelihoods."""
+        return self.by_token[0].sum().item()
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `(B, l, V)`): What the model predicts.
+            targets (`torch.LongTensor` of shape `(B, l)`): The token that each position predicts; -100 is left out.
+        """
+        targets = targets.to(logits.device)
+        losses = cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        losses, targets = losses.cpu().double().view(targets.shape), targets.cpu()
+        rows, positions = (targets != IGNORED).nonzero(as_tuple=True)
+        losses, tokens = losses[rows, positions], targets[rows, positions]
+        self.by_token = _summed(self.by_token, tokens, losses, logits.shape[-1])
+        self.by_position = _summed(self.by_position, positions, losses, logits.shape[1])
+
+    def loss_by_frequency(self) -> list[float | None]:
+        """Mean loss, nats per token, by the frequency of the target token in the text itself, the most frequent first.
+
+        Ten classes of tokens, each with a tenth of the text as nearly as whole tokens of the vocabulary allow; `None` where one
+        token takes the place of more than a class.
+        """
+        counts = self.by_token[1]
+        order = counts.argsort(descending=True, stable=True)
+        middle = counts[order].cumsum(0) - counts[order] / 2
+        return _means(self.by_token[:, order], middle / counts.sum())
+
+    def loss_by_position(self) -> list[float | None]:
+        """Mean loss, nats per token, by tenths of the longest row, from its start on."""
+        length = self.by_position.shape[1]
+        return _means(self.by_position, (torch.arange(length) + 0.5) / length)
+
+
+@torch.inference_mode()
+def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> LossTally:
+    """The losses of a causal language model on blocks, whose first token is not predicted.
+
+    Args:
+        model (`PreTrainedModel`): It is in evaluation mode meanwhile.
+        blocks: Rows with `input_ids`, all of one length.
+        batch_size (`int`, defaults to 8): Rows per batch.
+    """
+    rows, tally, was_training = [block["input_ids"] for block in blocks], LossTally(), model.training
+    model.eval()
+    try:
+        for start in range(0, len(rows), batch_size):
+            ids = torch.tensor(rows[start : start + batch_size], device=model.device)
+            tally.add(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+    finally:
+        model.train(was_training)
+    return tally
+
+
+def _summed(sums: Tensor, index: Tensor, losses: Tensor, size: int) -> Tensor:
+    sums = pad(sums, (0, max(0, size - sums.shape[1])))
+    return sums.index_add(1, index, torch.stack([losses, torch.ones_like(losses)]))
+
+
+def _means(sums: Tensor, share: Tensor) -> list[float | None]:
+    """Mean losses of classes; `share`, from 0 to 1, tells the class of each column."""
+    index = (share * CLASSES).long().clamp(max=CLASSES - 1)
+    nats, counts = torch.zeros(2, CLASSES, dtype=torch.double).index_add(1, index, sums).tolist()
+    return [total / count if count else None for total, count in zip(nats, counts, strict=True)]
