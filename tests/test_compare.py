@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from hf_tst.experiments.budget import TimeLimit, plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.options import open_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
+from hf_tst.experiments.run import RunResult
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import pick
 
@@ -189,6 +191,11 @@ def test_runs_are_done_once_and_the_report_follows(tiny_recipe, tmp_path, in_pro
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert saved["facts"]["command"].startswith("hf-tst compare ")
     assert (tmp_path / "tst-lr0.01-seed0" / "model.safetensors").is_file()
+    # The ten means of the saved model, weighed by their numbers of positions, give the loss that Trainer has found.
+    result = RunResult.load(tmp_path / "tst-lr0.01-seed0")
+    sizes = Counter(int((place + 0.5) / 15 * 10) for place in range(15))
+    mean_loss = sum(sizes[tenth] * loss for tenth, loss in enumerate(result.loss_by_position)) / 15
+    assert mean_loss == pytest.approx(result.final_eval_loss, rel=1e-3)
     again = main([*argv[:2], "0,1", *argv[3:], "--arms", "tst"])
     assert in_process[2:] == ["tst-lr0.01-seed1"]
     assert again.arms[0].best.final_eval_losses[0] == tst.best.final_eval_losses[0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from hf_tst.experiments.arms import Arm, StepCost
 from hf_tst.experiments.budget import ArmRun
-from hf_tst.experiments.report import encode_pictures, format_comparison, render_page, write_report
+from hf_tst.experiments.report import encode_pictures, format_comparison, render_page, tables, write_report
 from hf_tst.experiments.run import CurvePoint, RunResult
 from hf_tst.experiments.summary import compare_runs
 
@@ -105,6 +106,24 @@ def test_runs_evaluated_at_their_end_alone_do_not_say_when_they_reached_what():
     assert [arm.reached_baseline_loss for arm in comparison.arms] == [None, None]
     assert "not measured" in format_comparison(comparison)
     assert "not reached" not in format_comparison(comparison)
+
+
+def test_where_the_arms_differ_is_the_mean_over_seeds_of_runs_in_pairs():
+    def run(name, seed, *losses, rate=1e-3):
+        run = outcome(name, seed, 3.0, rate=rate)
+        empty = [None] * (10 - len(losses))
+        return replace(run, result=replace(run.result, loss_by_frequency=[*losses, *empty]))
+
+    comparison = compared(
+        run("baseline", 0, 1.0, 4.0), run("baseline", 1, 2.0, 5.0), run("tst", 0, 1.5, 3.0), run("tst", 1, 2.7, 4.5),
+        run("tst", 2, 9.0, 9.0),
+    )  # fmt: skip
+    header, baseline, tst = tables(comparison)["Loss by frequency of the target token"]
+    assert len(header) == 11
+    assert baseline == ("baseline", "1.500", "4.500", *["-"] * 8)
+    assert tst == ("tst", "+0.600", "-0.750", *["-"] * 8)
+    assert "Loss by position in the row" not in tables(comparison)
+    assert not any("Loss by" in title for title in tables(compared(outcome("tst", 0, 2.5))))
 
 
 def test_operations_of_both_phases():

@@ -18,6 +18,7 @@ from .arms import BASELINE
 from .budget import ArmRun
 from .options import UNITS
 from .summary import ArmPoint, ArmSummary, Comparison, RateSummary, rank
+from .where import where_tables
 
 TITLE = "Comparison of training runs"
 COLUMNS = (
@@ -44,7 +45,7 @@ Panel = dict[int, dict[float, RateSummary]]
 
 
 def tables(comparison: Comparison) -> dict[str, Rows]:
-    """Titles and rows, the header first: the panels of a grid, the arms, all runs."""
+    """Titles and rows, the header first: the panels of a grid, the arms, where they differ, all runs."""
     found: dict[str, Rows] = {}
     for title, panel in panels(comparison).items():
         ratios = next(iter(panel.values()))
@@ -52,6 +53,7 @@ def tables(comparison: Comparison) -> dict[str, Rows]:
         found[title] = [("s \\ r", *(f"{ratio:g}" for ratio in ratios)), *rows]
     return found | {
         "Arms": [COLUMNS, *(_arm_row(arm) for arm in comparison.arms)],
+        **where_tables(comparison),
         "All runs": [RUN_COLUMNS, *map(_run_row, comparison.runs)],
     }
 

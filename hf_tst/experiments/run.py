@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from transformers import AutoModelForCausalLM
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input, whole_message
+from ..evaluation.breakdown import tally_blocks
 from ..pretraining.pretrain import main as train
 from ..records.run_record import TimedSteps, run_entry, timed_steps
 from ..training.checkpoint_folders import last_complete_checkpoint
@@ -50,6 +52,8 @@ class RunResult:
         peak_memory_bytes (`int`, *optional*): Of the first device; of the process where there is no GPU.
         memory_of (`str`): `"GPU"` or `"process"`.
         parameters (`int`), hardware (`str`), software (`str`): As on record of the run.
+        loss_by_frequency, loss_by_position (`list[float]`): Where the saved model loses on the evaluation data, ten means each;
+            see [`LossTally`].
     """
 
     curve: list[CurvePoint]
@@ -59,6 +63,8 @@ class RunResult:
     parameters: int
     hardware: str
     software: str
+    loss_by_frequency: list[float | None] = field(default_factory=list)
+    loss_by_position: list[float | None] = field(default_factory=list)
 
     @property
     def initial_eval_loss(self) -> float | None:
@@ -180,7 +186,12 @@ def _train(config: Path) -> None:
     schedule = trainer.schedule or PhaseSchedule(trainer.state.max_steps, 0, 1)
     length = len(next(iter(trainer.eval_dataset))["input_ids"])
     run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
-    result_of_run(trainer.state.log_history, schedule, rows * length, run).save(config.parent)
+    result = result_of_run(trainer.state.log_history, schedule, rows * length, run)
+    # As a user will load it: in the trainer it may be sharded.
+    model = AutoModelForCausalLM.from_pretrained(config.parent).to(args.device)
+    tally = tally_blocks(model, trainer.eval_dataset, args.per_device_eval_batch_size)
+    by_frequency, by_position = tally.loss_by_frequency(), tally.loss_by_position()
+    replace(result, loss_by_frequency=by_frequency, loss_by_position=by_position).save(config.parent)
 
 
 def result_of_run(
