@@ -120,12 +120,12 @@ def test_the_card_is_written_again_from_the_record(trained, capsys):
 
 def test_the_card_tells_what_the_run_had_not_what_is_here(trained, tmp_path, capsys):
     state = json.loads((trained / "trainer_state.json").read_text())
-    (entry,) = [entry for entry in state["log_history"] if "tst_run" in entry]
+    (entry,) = state["stateful_callbacks"]["TSTTrainer"]
     assert entry["tst_run"]["switch_step"] == 2
     assert not [value for value in entry["tst_run"]["arguments"].values() if str(trained) in str(value)]
     elsewhere = json.loads(json.dumps(entry))
     elsewhere["tst_run"] |= {"hardware": "8 x Abacus", "software": "torch 99"}
-    state["log_history"].append(elsewhere)  # as if resumed there
+    state["stateful_callbacks"]["TSTTrainer"].append(elsewhere)  # as if resumed there
     state["global_step"] = 5  # and stopped
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     assert cli.main(["card", str(tmp_path)]) == 0

@@ -82,7 +82,7 @@ def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "tst_run" in entry] == [0, 4]
+    assert [note["step"] for note in state["stateful_callbacks"]["TSTTrainer"]] == [0, 4]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

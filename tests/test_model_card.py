@@ -6,7 +6,7 @@ from test_report import HISTORY
 
 from hf_tst import TSTError
 from hf_tst.records.card import RunRecord, make_model_card, write_model_card
-from hf_tst.records.run_record import RUN_ENTRY
+from hf_tst.records.run_record import NOTES, RUN_ENTRY
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {
@@ -51,7 +51,7 @@ def test_the_card_says_what_the_record_says():
 
 def test_plain_training_and_runs_without_evaluation_say_so():
     record = make_record(
-        switch_step=0, evaluation={}, log_history=[e for e in HISTORY if e["tst_phase"] == "recovery"]
+        switch_step=0, evaluation={}, log_history=[e for e in HISTORY if e["tst_current_bag_size"] == 1]
     )
     card = make_model_card(record, repo_id="model")
     assert "superposition was off" in card.text
@@ -110,11 +110,12 @@ def test_the_evaluation_is_that_of_the_weights():
         entry = {"switch_step": 0, "rows_per_step": 1, "arguments": {"load_best_model_at_end": loads_best}, "parameters": 1,
                  "hardware": "", "software": "", "base_model": None, "library_name": "transformers"}  # fmt: skip
         history = [
-            {RUN_ENTRY: entry, "step": 0}, {"eval_loss": 2.0, "step": 5}, {"eval_loss": 3.0, "step": 10},
+            {"eval_loss": 2.0, "step": 5}, {"eval_loss": 3.0, "step": 10},
             {"train_runtime": 1.0, "step": 10}, *after,
         ]  # fmt: skip
         state = {
             "log_history": history,
+            "stateful_callbacks": {NOTES: [{RUN_ENTRY: entry, "step": 0}]},
             "best_global_step": 5,
             "max_steps": 10,
             "global_step": 10,
@@ -134,7 +135,7 @@ def test_seconds_are_those_of_the_whole_run():
         {
             "tst_latent_tokens": tokens,
             "tst_latent_tokens_per_second": speed,
-            "tst_phase": "recovery",
+            "tst_current_bag_size": 1,
             "step": step,
         }
         for step, tokens, speed in speeds

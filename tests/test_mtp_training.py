@@ -330,7 +330,7 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
         trainer.train()
         found.append([entry for entry in trainer.state.log_history if "loss" in entry])
     for plain, entry in zip(*found, strict=True):
-        trains = entry["tst_phase"] == "recovery"
+        trains = entry["tst_current_bag_size"] == 1
         assert ("mtp_loss" in entry) == trains
         assert "mtp_loss" not in plain
         assert entry["loss"] - entry.get("mtp_loss", 0) == pytest.approx(plain["loss"], abs=2e-5)

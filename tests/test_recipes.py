@@ -153,9 +153,9 @@ def test_a_tiny_version_trains(workspace, tmp_path, monkeypatch, recipe):
     trainer = pretrain.main([str(tmp_path / "tiny.yaml")])
     assert trainer.state.global_step == 4
     assert trainer.args.gradient_accumulation_steps == 2
-    phases = [entry["tst_phase"] for entry in trainer.state.log_history if "loss" in entry]
+    sizes = [entry["tst_current_bag_size"] for entry in trainer.state.log_history if "loss" in entry]
     superposed = round(4 * values["tst_phase_ratio"])
-    assert phases == ["superposition"] * superposed + ["recovery"] * (4 - superposed)
+    assert sizes == [trainer.args.tst_bag_size] * superposed + [1] * (4 - superposed)
     saved = "adapter_model.safetensors" if recipe.startswith("lora") else "model.safetensors"
     assert (tmp_path / "run" / saved).is_file()
 

@@ -1,12 +1,12 @@
 from hf_tst.records.report import format_columns, phase_rows, plot_loss_curve
 
 HISTORY = [
-    {"step": 2, "loss": 4.0, "tst_phase": "superposition", "tst_raw_tokens": 80, "tst_latent_tokens": 20},
-    {"step": 3, "loss": 3.5, "tst_phase": "superposition", "tst_raw_tokens": 120, "tst_latent_tokens": 30},
-    {"step": 3, "eval_loss": 4.5, "tst_phase": "superposition"},
-    {"step": 4, "loss": 5.0, "tst_phase": "recovery", "tst_raw_tokens": 130, "tst_latent_tokens": 40},
-    {"step": 10, "loss": 3.0, "tst_phase": "recovery", "tst_raw_tokens": 190, "tst_latent_tokens": 100},
-    {"step": 10, "train_runtime": 1.0, "tst_phase": "recovery"},
+    {"step": 2, "loss": 4.0, "tst_current_bag_size": 4, "tst_raw_tokens": 80, "tst_latent_tokens": 20},
+    {"step": 3, "loss": 3.5, "tst_current_bag_size": 4, "tst_raw_tokens": 120, "tst_latent_tokens": 30},
+    {"step": 3, "eval_loss": 4.5, "tst_current_bag_size": 4},
+    {"step": 4, "loss": 5.0, "tst_current_bag_size": 1, "tst_raw_tokens": 130, "tst_latent_tokens": 40},
+    {"step": 10, "loss": 3.0, "tst_current_bag_size": 1, "tst_raw_tokens": 190, "tst_latent_tokens": 100},
+    {"step": 10, "train_runtime": 1.0, "tst_current_bag_size": 1},
 ]
 
 
@@ -21,13 +21,13 @@ def test_phases_are_summed_up():
 
 def test_losses_are_those_of_the_next_token_where_extra_heads_train():
     _, only = phase_rows(
-        [{**entry, "mtp_loss": 0.5} for entry in HISTORY if entry["tst_phase"] == "recovery"]
+        [{**entry, "mtp_loss": 0.5} for entry in HISTORY if entry["tst_current_bag_size"] == 1]
     )
     assert only[4:6] == ("4.500", "2.500")
 
 
 def test_plain_training_has_one_phase():
-    _, only = phase_rows([entry for entry in HISTORY if entry["tst_phase"] == "recovery"])
+    _, only = phase_rows([entry for entry in HISTORY if entry["tst_current_bag_size"] == 1])
     assert only[0] == "recovery"
     assert len(phase_rows([])) == 1  # the header
 

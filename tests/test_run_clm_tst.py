@@ -74,8 +74,8 @@ def test_without_data_it_trains_on_the_standard_library(tmp_path):
 def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
     run(config, "--output_dir", tmp_path / "run", "--max_steps", 4, "--tst_phase_ratio", 0.5, cwd=workspace)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    phases = [entry["tst_phase"] for entry in state["log_history"] if "loss" in entry]
-    assert phases == ["superposition"] * 2 + ["recovery"] * 2
+    sizes = [entry["tst_current_bag_size"] for entry in state["log_history"] if "loss" in entry]
+    assert sizes == [4] * 2 + [1] * 2
     assert "eval_loss" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
 
 

@@ -13,9 +13,9 @@ RUN = {"parameters": 7, "hardware": "1 x Abacus", "software": "torch 99"}
 SCHEDULE = PhaseSchedule(10, 0.4, 3)
 
 
-def log(step, speed, phase="superposition"):
+def log(step, speed, bag_size=3):
     return {
-        "step": step, "loss": 1.0, "tst_phase": phase, "tst_latent_tokens": 100 * step, "tst_latent_tokens_per_second": speed,
+        "step": step, "loss": 1.0, "tst_current_bag_size": bag_size, "tst_latent_tokens": 100 * step, "tst_latent_tokens_per_second": speed,
     }  # fmt: skip
 
 
@@ -27,8 +27,8 @@ def history(*losses):
         log(2, 10.0),
         log(4, 50.0),
         {"step": 5, "eval_loss": middle},
-        log(6, 100.0, "recovery"),
-        log(8, 200.0, "recovery"),
+        log(6, 100.0, 1),
+        log(8, 200.0, 1),
         {"step": 10, "eval_loss": last},
     ]
 
@@ -53,7 +53,7 @@ def test_tokens_that_were_left_out_at_document_ends_are_not_counted():
 def test_time_is_that_of_the_steps_whatever_the_length_of_rows():
     # Rows of 512 tokens, then of 128, each 10 steps at 1,000 tokens a second; counts are multiples of the last length.
     rows = [(10, 512), (20, 128)]
-    history = [log(step, 1000.0, "recovery") | {"tst_latent_tokens": step * length} for step, length in rows]
+    history = [log(step, 1000.0, 1) | {"tst_latent_tokens": step * length} for step, length in rows]
     assert [timed.seconds for timed in timed_steps(history)] == pytest.approx([5.12, 1.28])
 
 

@@ -58,12 +58,11 @@ def test_tensorboard_shows_the_phases_as_numbers(tracked):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_other_trackers_are_given_numbers_and_names(tracked, tracker):
+def test_other_trackers_are_given_numbers(tracked, tracker):
     lines = [json.loads(line) for line in (tracked / f"{tracker}.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     assert [line["train/tst_current_bag_size"] for line in steps] == [4, 4, 1, 1, 1, 1]
-    assert [line["train/tst_phase"] for line in steps] == ["superposition"] * 2 + ["recovery"] * 4
-    assert not [line for line in lines if "train/tst_run" in line]
+    assert not [name for line in lines for name in line if "tst_run" in name]
 
 
 def test_the_bar_shows_phase_loss_speed_and_time_left(llama, make_args, capsys):

@@ -230,9 +230,8 @@ def test_a_stream_trains_through_the_switch(llama, make_args):
     stream = datasets.Dataset.from_list(make_blocks(200)).to_iterable_dataset()
     trainer = TSTTrainer(llama, make_args(), train_dataset=stream)
     trainer.train()
-    assert [e["tst_phase"] for e in trainer.state.log_history if "loss" in e] == ["superposition"] * 3 + [
-        "recovery"
-    ] * 7
+    sizes = [e["tst_current_bag_size"] for e in trainer.state.log_history if "loss" in e]
+    assert sizes == [4] * 3 + [1] * 7
     assert trainer.state.log_history[-2]["tst_raw_tokens"] == (3 * 4 + 7) * 2 * BLOCK_LENGTH
 
 
@@ -309,7 +308,7 @@ def test_logs_name_phase_and_tokens(llama, make_args):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     latent = 2 * 2 * BLOCK_LENGTH
     for step, entry in enumerate(entries, start=1):
-        assert entry["tst_phase"] == ("superposition" if step <= 3 else "recovery")
+        assert entry["tst_current_bag_size"] == (4 if step <= 3 else 1)
         assert entry["tst_latent_tokens"] == step * latent
         assert entry["tst_raw_tokens"] == (min(step, 3) * 4 + max(step - 3, 0)) * latent
         ratio = entry["tst_raw_tokens_per_second"] / entry["tst_latent_tokens_per_second"]
@@ -436,7 +435,7 @@ def test_the_model_is_clean_after_training_and_after_a_failure(llama, make_args)
     with pytest.raises(KeyError):
         trainer.train()
     trainer.evaluate()
-    assert "tst_phase" not in trainer.state.log_history[-1]
+    assert "tst_current_bag_size" not in trainer.state.log_history[-1]
     assert "_loss_function" not in vars(llama)
     assert not llama._forward_pre_hooks
     TSTTrainer(llama, make_args(tst_phase_ratio=1), train_dataset=make_blocks(200)).train()

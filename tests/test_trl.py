@@ -109,7 +109,7 @@ def test_recovery_starts_from_the_superposed_weights(train, data, tmp_path):
     model = make_model("llama", vocab_size=len(tokenizer))
     model.load_state_dict(load_file(tmp_path / "TSTSFTTrainer" / "checkpoint-5" / "model.safetensors"))
     rows = [row for row in ours.state.log_history if "loss" in row]
-    assert [row["tst_phase"] for row in rows] == ["superposition"] * 5 + ["recovery"] * 5
+    assert [row["tst_current_bag_size"] for row in rows] == [ours.args.tst_bag_size] * 5 + [1] * 5
     assert ["mean_token_accuracy" in row for row in rows] == [False] * 5 + [True] * 5
     plan = make_plan(ours.args, len(blocks), rows_per_step=2)
     tokens = torch.tensor([blocks[block]["input_ids"] for row in (10, 11) for block in plan.row_blocks(row)])

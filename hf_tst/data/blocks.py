@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import TSTError, bad_input
 
@@ -24,6 +25,23 @@ DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 SAMPLED_BLOCKS = 256
 # Stored lengths that are looked at before training starts.
 CHECKED_LENGTHS = 100_000
+# What a row can be that is no mapping: its ids alone.
+IDS_ALONE = (list, tuple, np.ndarray, Tensor)
+
+
+def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
+    """The columns of row `index` of a data set; of a row that is its ids alone, `input_ids`.
+
+    Raises:
+        TSTError: If the row is something else.
+    """
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, (list, tuple)) and len(row) == 1 and np.ndim(row[0]) == 1:
+        (row,) = row  # as TensorDataset gives it
+    if not isinstance(row, IDS_ALONE):
+        raise _bad_block(index, f"is of the type {type(row).__name__}: give input_ids, or rows of ids alone")
+    return {"input_ids": row}
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,7 @@ class BlockRules:
             TSTError: If it has no `input_ids`, or they are not one row of ids of the vocabulary, differ in length from
                 the other blocks or from the labels, or are padded.
         """
+        block = as_block(block, index)
         tokens = _tokens(block, index)
         if self.length is not None:
             check_length(len(tokens), self.length, index)
@@ -119,7 +138,7 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
         digest.update(rules.check(blocks[index], index).tobytes())
     if isinstance(blocks, (list, tuple)):
         for index, block in enumerate(blocks):
-            check_length(len(block.get("input_ids", ())), length, index)
+            check_length(len(as_block(block, index).get("input_ids", ())), length, index)
     elif is_dataset:
         stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
         _check_stored_lengths(stored["input_ids"], length, range(len(stored)))
@@ -131,7 +150,8 @@ def check_length(found: int, length: int, index: int) -> None:
     if found != length:
         raise TSTError(
             f"Blocks must be of equal length, but block 0 of the training data has {length} tokens and block "
-            f"{index} has {found}: pack the data into blocks."
+            f"{index} has {found}: pack the rows with hf_tst.pack_blocks(dataset, block_size), or a stream with "
+            "hf_tst.BlockStream(dataset, block_size)."
         )
 
 
@@ -148,12 +168,11 @@ def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> N
         check_length(int(lengths[differs.argmax()]), length, indices[differs.argmax()])
 
 
-def _tokens(block: Any, index: int) -> NDArray[np.int64]:
+def _tokens(block: Mapping[str, Any], index: int) -> NDArray[np.int64]:
     """The `input_ids` of a block, `(L,)`."""
-    if not isinstance(block, Mapping) or "input_ids" not in block:
-        names = sorted(block) if isinstance(block, Mapping) else type(block).__name__
+    if "input_ids" not in block:
         raise TSTError(
-            f"The training data needs a column 'input_ids', but has {names}: tokenize and pack it."
+            f"The training data needs a column 'input_ids', but has {sorted(block)}: tokenize and pack it."
         )
     with bad_input(
         f"The input_ids of block {index} must be one row of whole numbers: ", (TypeError, ValueError)
@@ -175,7 +194,8 @@ class BlockReader:
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
-        as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format.
+        as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format, and rows of
+            ids alone as mappings.
         rules (`BlockRules`): What the blocks must keep to; by default nothing but one length per column.
     """
 
@@ -184,6 +204,7 @@ class BlockReader:
     ) -> None:
         self.columns = list(columns)
         self.rules = rules
+        self._as_arrays = as_arrays
         self._is_table = False
         if hasattr(blocks, "select_columns"):
             blocks = blocks.select_columns(self.columns)
@@ -192,7 +213,7 @@ class BlockReader:
                 blocks = blocks.with_format("arrow" if self._is_table else "numpy")
         self._blocks = blocks
 
-    def read(self, first_blocks: Sequence[int], size: int = 1) -> list[dict[str, Any]]:
+    def read(self, first_blocks: Sequence[int], size: int = 1) -> list[Any]:
         """The columns of some rows, each of `size` consecutive blocks.
 
         Raises:
@@ -205,12 +226,20 @@ class BlockReader:
             found = self._blocks.__getitems__(indices)
         else:
             found = [self._blocks[i] for i in indices]
-        found = [{name: block[name] for name in self.columns} for block in found]
         if self.rules.length is not None:
-            for index, block in zip(indices, found, strict=True):
+            for index, row in zip(indices, found, strict=True):
+                block = as_block(row, index)
                 for name in block.keys() & TOKEN_COLUMNS:
                     check_length(len(block[name]), self.rules.length, index)
+        found = [self._chosen(row) for row in found]
         return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
+
+    def _chosen(self, row: Any) -> Any:
+        """The columns to read of a row; whole, if it is ids alone and somebody else's collator knows it as that."""
+        if not self._as_arrays and not isinstance(row, Mapping):
+            return row
+        block = as_block(row)
+        return {name: block[name] for name in self.columns}
 
     def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
         """All blocks at once, each row a view of one array per column."""

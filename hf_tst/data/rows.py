@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockReader, BlockRules, join_blocks
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockReader, BlockRules, as_block, join_blocks
 from .packing import open_stream, stream_state
 from .read_order import BatchLayout, DataPlan
 
@@ -131,7 +131,7 @@ class StreamedRows(Dataset[Row]):
         TSTError: If the loader processes cannot share the shards of the stream.
     """
 
-    blocks: Iterable[Mapping[str, Any]]
+    blocks: Iterable[Any]
     schedule: PhaseSchedule
     layout: BatchLayout
     workers: int = 0
@@ -196,11 +196,16 @@ class StreamedRows(Dataset[Row]):
     def _read_row(self, superposed: bool) -> Any:
         group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
         if superposed and self.joins:
-            return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in group])
-        blocks = [
-            {k: block[k] for k in block if self.columns is None or k in self.columns} for block in group
-        ]
-        return blocks if superposed else blocks[0]
+            blocks = [as_block(row) for row in group]
+            return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in blocks])
+        rows = [self._chosen(row) for row in group]
+        return rows if superposed else rows[0]
+
+    def _chosen(self, row: Any) -> Any:
+        """The columns to pass on of a row; whole, if it is ids alone and somebody else's collator knows it as that."""
+        if not self.joins and not isinstance(row, Mapping):
+            return row
+        return {k: v for k, v in as_block(row).items() if self.columns is None or k in self.columns}
 
     def _start(self, batch: int, rank: int) -> None:
         """Open the share of the reader whose turn `batch` is, at the place where it is to read that batch."""
@@ -228,7 +233,7 @@ class StreamedRows(Dataset[Row]):
         for _ in range(skipped):
             next(self._blocks)
 
-    def _endless_blocks(self, share: int, state: dict[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    def _endless_blocks(self, share: int, state: dict[str, Any] | None) -> Iterator[Any]:
         while True:
             self._stream = open_stream(self.blocks, share, self._shares, self._pass)
             if state is not None:

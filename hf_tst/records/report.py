@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .run_record import phase_of
+
 LogHistory = Sequence[Mapping[str, Any]]
 PHASE_COLUMNS = (
     "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss", "expert load first",
@@ -27,7 +29,7 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [PHASE_COLUMNS]
     step = raw_tokens = latent_tokens = 0
     for phase in ("superposition", "recovery"):
-        entries = [entry for entry in log_history if entry.get("tst_phase") == phase]
+        entries = [entry for entry in log_history if phase_of(entry) == phase]
         losses = [entry for entry in entries if "loss" in entry and "tst_raw_tokens" in entry]
         if not losses:
             continue
@@ -102,7 +104,7 @@ def plot_loss_curve(log_history: LogHistory, path: str | Path, switch_step: int 
     axes = figure.subplots()
     labels = {"superposition": "training loss on bags", "recovery": "training loss, next token"}
     for phase, label in labels.items():
-        trained = [e for e in log_history if "loss" in e and e.get("tst_phase") == phase]
+        trained = [e for e in log_history if "loss" in e and phase_of(e) == phase]
         if trained:
             axes.plot([e["step"] for e in trained], [_own_loss(e) for e in trained], label=label)
     evaluated = [e for e in log_history if "eval_loss" in e]

@@ -1,4 +1,4 @@
-"""The record of a run: the entries of `trainer_state.json`, one of which says what it ran with and on."""
+"""The record of a run: the logs in `trainer_state.json`, and the notes there that say what it ran with and on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from ..errors import TSTError, bad_input
 from ..version import __version__
 
+# Where `trainer_state.json` holds notes: beside the log history, of which scripts expect that its entries are logs.
+NOTES = "TSTTrainer"
 RUN_ENTRY = "tst_run"
 UTILIZATION = "tst_model_flops_utilization"
 # Of the arguments, those that a card tells; the others hold paths and names of this machine.
@@ -22,6 +24,22 @@ ARGUMENTS = (
     "mtp_num_heads", "mtp_kind", "mtp_loss_weight",
     "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16", "load_best_model_at_end",
 )  # fmt: skip
+
+
+def notes_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each start of training has noted, with its step, in order; a new note is appended.
+
+    Args:
+        state (`dict`): What `trainer_state.json` holds, or `vars` of a `TrainerState`.
+    """
+    return state.setdefault("stateful_callbacks", {}).setdefault(NOTES, [])
+
+
+def phase_of(entry: Mapping[str, Any]) -> str | None:
+    """Phase of the last optimizer step done when an entry was logged; `None` if it was not logged in training."""
+    if (bag_size := entry.get("tst_current_bag_size")) is None:
+        return None
+    return "superposition" if bag_size > 1 else "recovery"
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,8 @@ def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
         if not speed or entry["step"] <= step:
             continue
         seconds = (entry["step"] - step) * entry["tst_latent_tokens"] / entry["step"] / speed
-        timed.append(TimedSteps(step, entry["step"], entry["tst_phase"], seconds, entry.get(UTILIZATION)))
+        phase = phase_of(entry) or "recovery"
+        timed.append(TimedSteps(step, entry["step"], phase, seconds, entry.get(UTILIZATION)))
         step = entry["step"]
     return timed
 
@@ -90,18 +109,17 @@ class RunRecord:
     peak_tflops: float | None = None
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
+    def from_state(cls, state: dict[str, Any], now: Mapping[str, Any] | None = None) -> RunRecord:
         """The record of a run.
 
         Args:
-            state (`dict`): What `trainer_state.json` holds, or `TrainerState` has.
+            state (`dict`): As for [`notes_of`].
             now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
 
         Raises:
             ValueError: If no TST run is on record.
         """
-        history = state.get("log_history") or []
-        runs = [entry[RUN_ENTRY] for entry in history if RUN_ENTRY in entry] or ([now] if now else [])
+        runs = [note[RUN_ENTRY] for note in notes_of(state) if RUN_ENTRY in note] or ([now] if now else [])
         if not runs:
             raise ValueError("no run of TSTTrainer is on record in it")
         last = runs[-1]
@@ -111,7 +129,7 @@ class RunRecord:
             for name in ("hardware", "software")
         }
         return cls(
-            log_history=history,
+            log_history=state.get("log_history") or [],
             evaluation=_evaluation_of_weights(state, bool(last["arguments"].get("load_best_model_at_end"))),
             **{name: state[name] for name in ("max_steps", "total_flos", "global_step")},
             **{**last, **machines},
@@ -143,7 +161,7 @@ def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mappin
 
 
 def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
-    """The entry that tells what a run runs with and on.
+    """What a run notes of itself when it starts: what it runs with and on.
 
     Args:
         args ([`TSTTrainingArguments`]): Its arguments.

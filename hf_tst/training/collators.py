@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bags.collator import DataCollatorForTokenSuperposition
+from ..data.blocks import IDS_ALONE, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
@@ -17,8 +18,8 @@ from .arguments import TSTTrainingArguments
 
 @dataclass(frozen=True)
 class DefaultCollator:
-    """Collator of evaluation, and of plain training: Trainer's own, but rows of tokens without labels get a copy of them, and
-    blocks of equal length need no padding token.
+    """Collator of evaluation, and of plain training: Trainer's own, but rows may be their ids alone, rows of tokens without
+    labels get a copy of them, and blocks of equal length need no padding token.
 
     Args:
         default: Trainer's collator.
@@ -28,6 +29,8 @@ class DefaultCollator:
 
     def __call__(self, features: list[Any]) -> Any:
         """The batch."""
+        if isinstance(features[0], IDS_ALONE):
+            features = [as_block(row, index) for index, row in enumerate(features)]
         first = features[0]
         if not isinstance(first, Mapping) or "input_ids" not in first:
             return self.default(features)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..bags.weighting import offset_weights, resolve_weighting
-from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, BlockRules, check_blocks
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_blocks
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
@@ -214,9 +214,10 @@ def open_run_data(trainer: Any) -> RunData:
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
         _tell_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
-        columns = [name for name in blocks[0] if used is None or name in used]
+        first = as_block(blocks[0])
+        columns = [name for name in first if used is None or name in used]
         if joins and used is None:
-            _check_columns(blocks[0])
+            _check_columns(first)
         rules = replace(rules, length=facts.block_length)
         _warn_of_overlap(blocks, facts)
         rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
@@ -356,7 +357,9 @@ def _check_columns(block: Mapping[str, Any]) -> None:
 
 def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
     """Warn if each of the first blocks begins with the end of the one before, as windows with a stride do."""
-    first = [np.asarray(blocks[index]["input_ids"]) for index in range(min(4, facts.num_blocks or 0))]
+    first = [
+        np.asarray(as_block(blocks[index])["input_ids"]) for index in range(min(4, facts.num_blocks or 0))
+    ]
     length = facts.block_length
     shared = []
     for one, following in pairwise(first):

@@ -10,7 +10,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..planning.reference import peak_tflops
-from ..records.run_record import RUN_ENTRY, UTILIZATION, run_entry
+from ..records.run_record import RUN_ENTRY, UTILIZATION, notes_of, run_entry
 
 
 class TokenMeterCallback(TrainerCallback):
@@ -36,7 +36,7 @@ class TokenMeterCallback(TrainerCallback):
         self._rows_per_step = self._trainer.get_total_train_batch_size(args)
         run = run_entry(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
         peak = args.tst_peak_tflops or peak_tflops(args.device)
-        state.log_history.append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
+        notes_of(vars(state)).append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
         self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
         self._last_report = (state.global_step, self._tokens_left_out() or 0, 0.0, state.total_flos)
@@ -79,8 +79,8 @@ class TokenMeterCallback(TrainerCallback):
             with_speed (`bool`): Add tokens per second, utilization and the wait for data, since the last report that had them.
 
         Returns:
-            `tst_phase` of the last step done, and `tst_current_bag_size`, s or 1, which trackers that plot numbers only
-            show the phases by; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
+            Numbers alone, since callbacks and trackers may take logs for that: `tst_current_bag_size` of the last step done,
+            s in superposition and 1 in recovery; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
             `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
             count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`;
             `tst_model_flops_utilization`, where FLOPs and the peak of the device are known; `tst_data_wait_seconds` that
@@ -88,9 +88,8 @@ class TokenMeterCallback(TrainerCallback):
         """
         schedule, state = self._trainer.schedule, self._trainer.state
         step, flops = state.global_step, state.total_flos
-        phase = schedule.phase(max(step - 1, 0))
-        bag_size = schedule.bag_size if phase == "superposition" else 1
-        entries: dict[str, Any] = {"tst_phase": phase, "tst_current_bag_size": bag_size}
+        superposed = schedule.phase(max(step - 1, 0)) == "superposition"
+        entries: dict[str, Any] = {"tst_current_bag_size": schedule.bag_size if superposed else 1}
         if self._latent_length is None:
             return entries
         tokens_per_step = self._rows_per_step * self._latent_length

@@ -95,7 +95,7 @@ class TSTTrainer(Trainer):
         - `training_step`, `_get_grad_norm`: hand on the numbers that must be finite.
         - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
         - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
-        - `log`: phase, raw and latent tokens, load of experts, loss of extra heads.
+        - `log`: bag size, raw and latent tokens, load of experts, loss of extra heads.
         - `evaluation_loop`: no logits where nothing but the loss is asked for.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
         - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is complete or not there.
@@ -315,7 +315,7 @@ class TSTTrainer(Trainer):
         return rows * length * per_token // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the phase, the tokens so far, the load of experts and the extra heads' loss."""
+        """Log `logs`; during training with the bag size, the tokens so far, the load of experts and the extra heads' loss."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return

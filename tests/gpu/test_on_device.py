@@ -109,8 +109,8 @@ def test_both_phases_train_as_on_the_cpu(make_args, bf16):
     trainer = train(make_args, bf16=bf16)
     found = losses(trainer)
     assert found[0] == pytest.approx(math.log(trainer.model.config.vocab_size), rel=0.02)
-    phases = [entry["tst_phase"] for entry in trainer.state.log_history if "loss" in entry]
-    assert phases == ["superposition"] * SWITCH + ["recovery"] * SWITCH
+    sizes = [entry["tst_current_bag_size"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sizes == [trainer.args.tst_bag_size] * SWITCH + [1] * SWITCH
     expected = losses(train(make_args, on_gpu=False, tst_fused_loss="off"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03 if bf16 else 1e-3)
 

@@ -344,6 +344,23 @@ def test_what_a_callback_adds_to_the_logs_reaches_the_caller(llama, make_args):
     assert trainer.evaluate()["eval_more"] == 7.0
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_the_log_history_holds_logs_alone_as_that_of_trainer(ratio, llama, make_args):
+    """What scripts plot after training, and what callbacks and trackers take logs for."""
+    logged = []
+
+    class SumsUp(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(sum(logs.values()))
+
+    args = make_args(tst_phase_ratio=ratio, save_strategy="steps", save_steps=4)
+    for resume in (False, True):
+        trainer = TSTTrainer(llama, args, train_dataset=make_blocks(100), callbacks=[SumsUp()])
+        trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-4" if resume else None)
+        assert len([entry["loss"] for entry in trainer.state.log_history[:-1]]) == 10
+    assert len(logged) == 11 + 7
+
+
 def test_a_schedule_of_the_users_own_is_warned_of_when_epochs_give_other_steps(llama, make_args, caplog):
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=50)

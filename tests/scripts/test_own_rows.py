@@ -1,0 +1,78 @@
+"""Training data of other kinds than rows with columns: rows of ids alone, of several lengths, drawn at random."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import losses, make_blocks, make_model, weights_equal
+from torch.utils.data import IterableDataset, TensorDataset
+
+from hf_tst import TSTError, TSTTrainer, pack_blocks
+
+BLOCKS = make_blocks(100)
+IDS = [block["input_ids"] for block in BLOCKS]
+ALONE = {
+    "tensors": [torch.tensor(ids) for ids in IDS],
+    "arrays": [np.array(ids) for ids in IDS],
+    "tuples": [tuple(ids) for ids in IDS],
+    "lists": IDS,
+    "one tensor": torch.tensor(IDS),
+    "TensorDataset": TensorDataset(torch.tensor(IDS)),
+}
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def train(args, rows, **options):
+    trainer = TSTTrainer(make_model("llama"), args, train_dataset=rows, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def of_columns():
+    """The run over the same blocks with columns, by what it runs with; each is trained once."""
+    return {}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ALONE)
+def test_rows_of_ids_alone_train_as_rows_with_columns_do(kind, ratio, streamed, of_columns, make_args):
+    args, make = make_args(tst_phase_ratio=ratio), Stream if streamed else lambda rows: rows
+    if (ratio, streamed) not in of_columns:
+        of_columns[ratio, streamed] = train(args, make(BLOCKS))
+    expected, rows = of_columns[ratio, streamed], ALONE[kind]
+    trainer = train(args, make(rows))
+    assert weights_equal(trainer.model, expected.model)
+    assert trainer.evaluate(rows)["eval_loss"] == expected.evaluate(BLOCKS)["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == expected.predict(BLOCKS).metrics["test_loss"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_own_collator_gets_the_rows_as_they_are(streamed, make_args):
+    def stack(rows):
+        return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+
+    rows = ALONE["tensors"]
+    own, ours = (
+        train(make_args(tst_phase_ratio=0.5), Stream(rows) if streamed else rows, data_collator=collator)
+        for collator in (stack, None)
+    )
+    assert losses(own) == losses(ours)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_of_several_lengths_are_refused_with_the_call_that_packs_them(streamed, make_args):
+    rows = [ids[: 4 + i % 9] for i, ids in enumerate(IDS)]
+    args = make_args(tst_phase_ratio=0.5, max_steps=2)
+    with pytest.raises(TSTError, match=r"pack the rows with hf_tst\.pack_blocks\(dataset, block_size\)"):
+        train(args, Stream(rows) if streamed else rows)
+    packed = pack_blocks(datasets.Dataset.from_dict({"input_ids": rows}), block_size=12)
+    assert train(args, packed).state.global_step == 2
