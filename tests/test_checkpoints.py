@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_blocks
+from conftest import make_blocks, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
@@ -120,6 +120,8 @@ def test_a_process_that_dies_while_it_replaces_a_checkpoint_leaves_the_old_one(t
     for folder in (tmp_path / UNFINISHED / "checkpoint-4", tmp_path / UNFINISHED / "replaced-checkpoint-4"):
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text('{"global_step": 4}')
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (folder / name).touch()
         write_manifest(folder)
     (tmp_path / UNFINISHED / "replaced-checkpoint-4" / "mark").touch()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
@@ -173,6 +175,97 @@ def test_plain_training_writes_the_same_weights_and_state_as_trainer(llama, make
     expected = json.loads((tmp_path / "plain/checkpoint-6/trainer_state.json").read_text())
     assert best == expected["best_model_checkpoint"].replace(str(tmp_path / "plain"), str(folder))
     assert Path(best).is_dir()
+
+
+# Runs that share a folder
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.fixture
+def train(llama, make_args):
+    """Trains a copy of one model until a step; a checkpoint every second step, none at the switch."""
+
+    def train(stop, resume=None, **overrides):
+        args = make_args(
+            **{"save_strategy": "steps", "save_steps": 2, "tst_save_at_switch": False} | overrides
+        )
+        trainer = TSTTrainer(
+            copy.deepcopy(llama), args, train_dataset=make_blocks(200), callbacks=[StopAt(stop)]
+        )
+        trainer.train(resume)
+        return trainer
+
+    return train
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_the_last_checkpoint_is_one_of_the_run_that_started_last(train, ratio, caplog):
+    """The older run got further, and would be taken for finished."""
+    folder = Path(train(10, tst_phase_ratio=ratio).args.output_dir)
+    with caplog.at_level("WARNING"):
+        train(5, tst_phase_ratio=ratio, learning_rate=3e-3)
+    assert "checkpoint-6, checkpoint-8, checkpoint-10 of another run" in caplog.text
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
+    resumed = train(10, "last", tst_phase_ratio=ratio, learning_rate=3e-3)
+    assert {entry["learning_rate"] for entry in resumed.state.log_history if "loss" in entry} != {1e-2}
+    whole = train(10, tst_phase_ratio=ratio, learning_rate=3e-3, output_dir=str(folder / "other"))
+    assert weights_equal(resumed.model, whole.model)
+    assert steps(folder) == [2, 4, 6, 8, 10]
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-10")
+
+
+def test_a_run_without_a_checkpoint_does_not_resume_from_an_older_run(train):
+    folder = Path(train(10).args.output_dir)
+    train(1)
+    with pytest.raises(ValueError, match="There is no checkpoint to resume from"):
+        train(10, "last")
+    train(10, str(folder / "checkpoint-8"))  # the older run goes on when it is asked for by name
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-10")
+
+
+def test_a_run_that_is_resumed_from_an_earlier_checkpoint_leaves_the_later_ones_aside(train):
+    folder = Path(train(10).args.output_dir)
+    train(5, str(folder / "checkpoint-4"))
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
+    train(7, "last")
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-6")
+
+
+def test_a_limit_neither_counts_nor_removes_checkpoints_of_another_run(train):
+    folder = Path(train(10).args.output_dir)
+    train(5, save_total_limit=1, save_steps=1)
+    assert steps(folder) == [5, 6, 8, 10]
+
+
+def test_the_best_checkpoint_is_none_of_another_run(llama, make_args, train):
+    folder = Path(train(10).args.output_dir)
+    args = make_args(
+        save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="accuracy", greater_is_better=True, tst_save_at_switch=False,
+    )  # fmt: skip
+    accuracies = iter(
+        (0.5, 0.1, 0.1, 0.1, 0.1)
+    )  # the best is that of step 2, of which the older run has a checkpoint
+    metrics = {"compute_metrics": lambda prediction: {"accuracy": next(accuracies)}}
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200), eval_dataset=make_blocks(4), **metrics)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint != str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize("requested", ["last", "checkpoint-10"])
+def test_a_checkpoint_without_optimizer_and_schedule_is_not_resumed_from(train, requested):
+    """Trainer would begin the schedule at its first step, and say nothing."""
+    folder = Path(train(10, save_only_model=True).args.output_dir)
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from|save_only_model") as caught:
+        train(12, requested if requested == "last" else str(folder / requested))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # Rotation

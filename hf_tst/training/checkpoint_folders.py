@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..errors import RunError, TSTError, one_line
+from .run_identity import foreign_checkpoints, list_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -151,11 +152,12 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collecti
     Args:
         output_dir: Folder of the checkpoints.
         limit (`int`, *optional*): How many to keep; all by default.
-        keep: Names of checkpoints that stay whatever the limit. They count.
+        keep: Names of checkpoints that stay whatever the limit. They count; those of another run stay and do not count.
     """
     if limit is None or limit < 1:
         return
-    folders = _checkpoints(output_dir).values()
+    foreign = foreign_checkpoints(output_dir)
+    folders = [folder for folder in list_checkpoints(output_dir).values() if folder not in foreign]
     surplus = len(folders) - limit
     for folder in [folder for folder in folders if folder.name not in keep][: max(surplus, 0)]:
         unfinished = folder.parent / UNFINISHED
@@ -264,22 +266,29 @@ def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
             "resume_from_checkpoint='last' for the newest that is complete, or, if it was changed on purpose, remove its "
             f"{MANIFEST_FILE}, without which it is not checked."
         )
+    if problem := _missing_state(folder):
+        raise TSTError(
+            f"The checkpoint {requested} cannot be resumed from: {problem}. To train its weights further in a new run, set "
+            "model_name_or_path to it, or load the model from it."
+        )
     return str(requested)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint of the most steps that is complete, or `None`.
+    """The checkpoint of the most steps, of the run that started in the folder last, that is complete, or `None`.
 
     A checkpoint with a manifest is complete if every file is what was written. Others, of the plain Trainer or of an older
     hf_tst, are complete if their `trainer_state.json` is: Trainer writes it when weights, optimizer and schedule are
-    there. Those that are passed over are named in a warning.
+    there. One without optimizer and schedule, as `save_only_model` writes it, is not. Those that are passed over are named in a
+    warning.
 
     Args:
         output_dir: Folder that holds the folders `checkpoint-<step>`.
     """
     _restore_replaced(Path(output_dir))
-    for step, folder in reversed(_checkpoints(output_dir).items()):
-        problem = _problem(folder, step)
+    foreign = foreign_checkpoints(output_dir)
+    for step, folder in reversed(list_checkpoints(output_dir).items()):
+        problem = "it is of another run" if folder in foreign else _problem(folder, step)
         if problem is None:
             return str(folder)
         logger.warning(f"{folder} is passed over: {problem}.")
@@ -288,18 +297,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 def _problem(folder: Path, step: int) -> str | None:
     if (folder / MANIFEST_FILE).exists():
-        return manifest_problem(folder)
+        return manifest_problem(folder) or _missing_state(folder)
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"its {STATE_FILE} cannot be read"
     if not isinstance(state, dict) or state.get("global_step") != step:
         return f"its {STATE_FILE} is not that of step {step}"
-    return None
+    return _missing_state(folder)
 
 
-def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The folders `checkpoint-<step>` by step, in the order of the steps."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
-    numbers = [(folder.name.removeprefix("checkpoint-"), folder) for folder in folders]
-    return dict(sorted((int(number), folder) for number, folder in numbers if number.isdecimal()))
+def _missing_state(folder: Path) -> str | None:
+    """What a checkpoint lacks without which Trainer begins optimizer and schedule anew, and says nothing; `None` if nothing."""
+    # DeepSpeed keeps both in a folder of its own. FSDP may make a folder of the optimizer.
+    if any(folder.glob("global_step*")) or (
+        any(folder.glob("optimizer*")) and any(folder.glob("scheduler.pt"))
+    ):
+        return None
+    return "it has no state of optimizer and learning rate schedule, as save_only_model leaves it"

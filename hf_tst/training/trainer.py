@@ -40,6 +40,7 @@ from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer
 from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
+from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .token_meter import PhaseProgressCallback, TokenMeterCallback
 
 logger = logging.get_logger(__name__)
@@ -145,7 +146,8 @@ class TSTTrainer(Trainer):
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
         self._non_finite, self._preemption = NonFiniteCallback(self), PreemptionCallback()
         preemption = self._preemption if args.enable_jit_checkpoint else None
-        for callback in (self._switch, self._meter, self._mtp, self._non_finite, preemption):
+        identity = RunIdentityCallback()
+        for callback in (self._switch, identity, self._meter, self._mtp, self._non_finite, preemption):
             if callback is not None:
                 self.add_callback(callback)
         for callback in list(self.callback_handler.callbacks):
@@ -411,7 +413,9 @@ class TSTTrainer(Trainer):
         if self._data is not None:
             self._data.save(folder, state.global_step, self.args.should_save)
         best = run_dir / f"checkpoint-{best_step}"
-        if best_step and (best_step == state.global_step or best.is_dir()):
+        if best_step and (
+            best_step == state.global_step or (best.is_dir() and best not in foreign_checkpoints(run_dir))
+        ):
             state.best_model_checkpoint = str(best)
         if self.args.should_save:
             state.save_to_json(str(folder / TRAINER_STATE_NAME))

@@ -107,6 +107,8 @@ def test_the_last_complete_checkpoint(tmp_path):
     for step, state in states.items():
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (folder / name).touch()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")

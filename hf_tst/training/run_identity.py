@@ -1,0 +1,82 @@
+"""Which checkpoints of an output folder belong to the run that trains there, and which to another one.
+
+Each start of training gets an id. It is in the log history, with the step that training started from, so a checkpoint holds the
+ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there last. Names with `_`
+are left out of a push to the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+RUN_ID = "tst_run_id"
+RUN_FILE = "_run.json"
+
+# The starts of a run, each as the step that it started from and its id. Checkpoints of the plain Trainer have none.
+Starts = list[tuple[int, str]]
+
+
+class RunIdentityCallback(TrainerCallback):
+    """Gives each start of training an id, notes it in the output folder, and names checkpoints of other runs there."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.log_history.append({"step": state.global_step, RUN_ID: uuid4().hex[:12]})
+        if not args.should_save:
+            return
+        path = Path(args.output_dir) / RUN_FILE
+        unfinished = path.with_name(f"{RUN_FILE}.tmp")
+        unfinished.write_text(json.dumps({"starts": _starts(state.log_history)}) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+        if foreign := foreign_checkpoints(args.output_dir):
+            logger.warning(
+                f"{args.output_dir} holds {', '.join(folder.name for folder in foreign)} of another run: "
+                "resume_from_checkpoint='last' and save_total_limit leave them alone, but this run replaces those whose step "
+                "it reaches. Name another output_dir, or move them away."
+            )
+
+
+def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The folders `checkpoint-<step>` by step, in the order of the steps."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
+    numbers = [(folder.name.removeprefix("checkpoint-"), folder) for folder in folders]
+    return dict(sorted((int(number), folder) for number, folder in numbers if number.isdecimal()))
+
+
+def foreign_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a folder that are of another run than the one that started there last, in the order of their steps.
+
+    Those of the same run count, too, if it was resumed from an earlier one since: it does their steps anew. A folder in which
+    no run has noted its start has none, and a checkpoint whose state cannot be read is none.
+    """
+    try:
+        text = (Path(output_dir) / RUN_FILE).read_text(encoding="utf-8")
+        run: Starts = [(int(step), str(name)) for step, name in json.loads(text)["starts"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [folder for step, folder in list_checkpoints(output_dir).items() if not _led_to(run, folder, step)]
+
+
+def _led_to(run: Starts, folder: Path, step: int) -> bool:
+    """Whether a checkpoint is one that a run of these starts has written, or was resumed from."""
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        starts = _starts(state["log_history"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return True
+    following = run[len(starts) :]
+    return starts == run[: len(starts)] and (not following or step <= following[0][0])
+
+
+def _starts(log_history: Iterable[Mapping[str, Any]]) -> Starts:
+    return [(entry["step"], entry[RUN_ID]) for entry in log_history if RUN_ID in entry]
