@@ -1,7 +1,7 @@
 """Which checkpoints of an output folder belong to the run that trains there, and which to another one.
 
-Each start of training gets an id. It is in the log history, with the step that training started from, so a checkpoint holds the
-ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there last. Names with `_`
+Each start of training gets an id. It is among the notes in `trainer_state.json`, with the step that training started from, so a
+checkpoint holds the ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there last. Names with `_`
 are left out of a push to the Hub.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +16,8 @@ from uuid import uuid4
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+
+from ..records.run_record import notes_of
 
 logger = logging.get_logger(__name__)
 
@@ -31,12 +32,12 @@ class RunIdentityCallback(TrainerCallback):
     """Gives each start of training an id, notes it in the output folder, and names checkpoints of other runs there."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        state.log_history.append({"step": state.global_step, RUN_ID: uuid4().hex[:12]})
+        notes_of(vars(state)).append({"step": state.global_step, RUN_ID: uuid4().hex[:12]})
         if not args.should_save:
             return
         path = Path(args.output_dir) / RUN_FILE
         unfinished = path.with_name(f"{RUN_FILE}.tmp")
-        unfinished.write_text(json.dumps({"starts": _starts(state.log_history)}) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps({"starts": _starts(vars(state))}) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
         if foreign := foreign_checkpoints(args.output_dir):
             logger.warning(
@@ -71,12 +72,12 @@ def _led_to(run: Starts, folder: Path, step: int) -> bool:
     """Whether a checkpoint is one that a run of these starts has written, or was resumed from."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        starts = _starts(state["log_history"])
-    except (OSError, ValueError, TypeError, KeyError):
+        starts = _starts(state)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return True
     following = run[len(starts) :]
     return starts == run[: len(starts)] and (not following or step <= following[0][0])
 
 
-def _starts(log_history: Iterable[Mapping[str, Any]]) -> Starts:
-    return [(entry["step"], entry[RUN_ID]) for entry in log_history if RUN_ID in entry]
+def _starts(state: dict[str, Any]) -> Starts:
+    return [(note["step"], note[RUN_ID]) for note in notes_of(state) if RUN_ID in note]
