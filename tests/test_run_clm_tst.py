@@ -75,7 +75,7 @@ def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
     run(config, "--output_dir", tmp_path / "run", "--max_steps", 4, "--tst_phase_ratio", 0.5, cwd=workspace)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     sizes = [entry["tst_current_bag_size"] for entry in state["log_history"] if "loss" in entry]
-    assert sizes == [4] * 2 + [1] * 2
+    assert sizes == [6] * 2 + [1] * 2
     assert "eval_loss" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
 
 

@@ -5,12 +5,12 @@ computes the loss itself in training, in its one call in a forward pass, where F
 `TSTLoss.fuses_evaluation`, also in evaluation.
 In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
 between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
-(see [`inspect_head`]).
+(see [`inspect_head`]). What the caller gets as logits is a [`MissingLogits`], which says so when it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -118,12 +118,13 @@ class TSTLoss:
     fuses_evaluation: bool = False
     _given: dict[str, Any] = field(default_factory=dict)
     _fuses: bool = False
+    _has_fused: bool = False
     _trains: bool = False
     _loss: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
-        self._given, self._trains = kwargs, module.training
+        self._given, self._trains, self._has_fused = kwargs, module.training, False
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
         if self._trains:
@@ -132,9 +133,16 @@ class TSTLoss:
             is_usual = self.own_loss is LOSS_MAPPING["ForCausalLM"]
             self._fuses = self.fuses_evaluation and dimensions == 2 and is_usual
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: the pass is over, also when it failed."""
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: the pass is over, also when it failed; logits that were never computed cannot be used."""
         self._fuses, self._given, self._loss = False, {}, None
+        if not self._has_fused or torch.compiler.is_compiling():
+            return None
+        if isinstance(output, tuple):
+            return tuple(_missing(value) for value in output)
+        if isinstance(output, Mapping) and "logits" in output:
+            output["logits"] = _missing(output["logits"])  # type: ignore[index]
+        return None
 
     def head_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward: logits, or an empty tensor in their place once the loss is computed."""
@@ -143,7 +151,7 @@ class TSTLoss:
         # A weight that is still split here is split by something that does not gather it for the forward pass.
         if not self._fuses or isinstance(module.weight, DTensor):
             return type(module).forward(module, hidden)
-        self._fuses = False
+        self._fuses, self._has_fused = False, True
         labels, options = self._options(**self._given)
         self._loss = self.head.loss(hidden, labels, **options)
         if not self._trains:
@@ -194,3 +202,32 @@ class _NoLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         return None
+
+
+class MissingLogits(torch.Tensor):
+    """An empty tensor in the place of logits that the fused loss never computes.
+
+    It has a shape, a type and a device, can be copied and handed on, and raises a [`TSTError`] where it is computed with: a
+    sum of nothing is 0 and a mean is NaN, so a term of somebody else's would be wrong without a word.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ not in _HARMLESS:
+            raise TSTError(
+                f"The logits are not there ({func.__name__} was asked of them), since the fused loss never computes them: set "
+                "tst_fused_loss='off' to use them, which takes memory for each position and token of the vocabulary."
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+# What may be asked of logits that are not there: `__get__` is an attribute, such as the shape.
+_HARMLESS = {"__get__", "size", "dim", "numel", "clone", "detach", "is_floating_point"}
+
+
+def _missing(value: Any) -> Any:
+    """Empty logits as such, without their part in the backward pass, which the loss has."""
+    is_empty = isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] == 0
+    return value.detach().as_subclass(MissingLogits) if is_empty else value

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..errors import TSTError
+from ..errors import TSTError, whole_message
 from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
 from ..models.superposition import find_language_model
@@ -122,6 +125,28 @@ def _warn_of_missing_fsdp(trainer: Any) -> None:
             "nothing is sharded, and every process holds the whole model. FSDP needs accelerators, and `accelerate "
             "launch` or `torchrun`."
         )
+
+
+@contextmanager
+def explained_bags(name: str, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which the `compute_loss` of a trainer's subclass `name` meets its first batch of bags.
+
+    Raises:
+        TSTError: If it fails, but for want of memory.
+    """
+    try:
+        yield
+    except TSTError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise
+        shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
+        raise TSTError(
+            f"{name}.compute_loss fails on a batch of superposition ({shapes}; the last dimension is that of bags): "
+            f"{whole_message(error)}. Call another model, such as a teacher, inside of token_superposition(teacher, bag_size), and "
+            "leave out what needs single tokens where labels have three dimensions."
+        ) from error
 
 
 # Attention inside documents

@@ -38,7 +38,7 @@ from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import check_arguments, check_trainer
+from .refusals import check_arguments, check_trainer, explained_bags
 from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .token_meter import PhaseProgressCallback, TokenMeterCallback
@@ -121,6 +121,7 @@ class TSTTrainer(Trainer):
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # that training resumes from
         self._unfinished: Path | None = None  # where a checkpoint is being written
+        self._has_trained_bags = False  # by a subclass's own compute_loss
         self._expert_load = ExpertLoadMeter()
         self._shape: ModelShape | None = None
         # PreemptionCallback takes the place of Trainer's own.
@@ -228,7 +229,7 @@ class TSTTrainer(Trainer):
 
     def _begin(self, data: RunData) -> Any:
         """Take `data` for the run that begins or resumes; returns its loader."""
-        self._data, self.schedule = data, data.start.schedule
+        self._data, self.schedule, self._has_trained_bags = data, data.start.schedule, False
         self._expert_load.clear()
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
@@ -271,7 +272,12 @@ class TSTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass; notes the loss, which must be finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        first = (
+            not self._has_trained_bags and _is_superposed(inputs) and overrides(self, TSTTrainer.compute_loss)
+        )
+        with explained_bags(type(self).__name__, inputs) if first else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._has_trained_bags |= first
         self._non_finite.note_loss(loss)
         return loss
 

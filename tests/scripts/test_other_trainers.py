@@ -4,6 +4,7 @@ What a model has read is counted at its embedding, not in the logs.
 """
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conftest import (
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_tst import TSTError, TSTTrainer
+from hf_tst import TSTError, TSTTrainer, token_superposition
 
 S, STEPS, BATCH = 4, 10, 2
 TOKENS_PER_STEP = BATCH * BLOCK_LENGTH
@@ -316,6 +317,61 @@ def test_terms_on_logits_are_those_of_the_logits(llama, make_args):
     Entropy(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100)).train()
     assert len(entropies) == 10
     assert all(0.5 * math.log(VOCAB_SIZE) < entropy <= math.log(VOCAB_SIZE) + 1e-4 for entropy in entropies)
+
+
+def has_term(term):
+    class HasTerm(TSTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return loss + term(outputs.logits, inputs)
+
+    return HasTerm
+
+
+TERMS = {
+    "entropy": lambda logits: -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean(),
+    "z-loss": lambda logits: logits.logsumexp(-1).square().mean(),
+    "accuracy": lambda logits: (logits.argmax(-1) == 0).float().mean(),
+    "view": lambda logits: logits.view(-1, VOCAB_SIZE).mean(),
+    "part": lambda logits: logits[:, :-1].sum(),
+    "handed on": lambda logits: logits.detach().clone().sum(),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("term", TERMS)
+def test_logits_that_the_fused_loss_never_computes_are_refused_when_used(term, ratio, llama, make_args):
+    args = make_args(tst_phase_ratio=ratio, tst_fused_loss="on")
+    trainer = has_term(lambda logits, inputs: TERMS[term](logits))(
+        llama, args, train_dataset=make_blocks(100)
+    )
+    with pytest.raises(TSTError, match="set tst_fused_loss='off' to use them"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_teacher_reads_bags_or_is_refused(make_args):
+    teacher = make_model("llama").eval()
+
+    def distillation(logits, inputs, bags=nullcontext):
+        with torch.no_grad(), bags():
+            target = teacher(input_ids=inputs["input_ids"]).logits
+        return torch.nn.functional.kl_div(
+            logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+
+    def with_bags(logits, inputs):
+        superposed = inputs["labels"].dim() == 3
+        return distillation(
+            logits, inputs, lambda: token_superposition(teacher, S) if superposed else nullcontext()
+        )
+
+    args = make_args(tst_phase_ratio=0.5)
+    trainer = has_term(distillation)(make_model("llama"), args, train_dataset=make_blocks(100))
+    with pytest.raises(TSTError, match=r"inside of token_superposition\(teacher, bag_size\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    has_term(with_bags)(make_model("llama"), args, train_dataset=make_blocks(100)).train()
 
 
 def test_overlapping_windows_are_told(llama, make_args, caplog):
