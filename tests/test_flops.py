@@ -106,7 +106,9 @@ def products(model, length):
 
     def of(module, kind=""):
         path = f"{type(model).__name__}.{module}" if module else "Global"
-        return sum(count for name, count in counter.get_flop_counts().get(path, {}).items() if kind in str(name))
+        return sum(
+            count for name, count in counter.get_flop_counts().get(path, {}).items() if kind in str(name)
+        )
 
     scans = 0
     for name, module in model.named_modules():
