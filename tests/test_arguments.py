@@ -6,7 +6,7 @@ import sys
 import pytest
 from transformers import HfArgumentParser
 
-from hf_tst import TSTTrainingArguments
+from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 
 FIELDS = [
@@ -120,3 +120,25 @@ def test_the_trainer_needs_neither_datasets_nor_evaluate_nor_peft():
         "import hf_tst.data.quickstart, hf_tst.data.files, hf_tst.records.report, hf_tst.training.audit\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 10), (20, 10), (95, 5)])
+def test_warmup_stable_decay_decays_over_the_last_tenth(llama, tmp_path, warmup, decay):
+    """Counted by hand from the learning rates of the steps; what is given is kept."""
+
+    def rates(**options):
+        args = TSTTrainingArguments(
+            str(tmp_path), max_steps=100, warmup_steps=warmup, lr_scheduler_type="warmup_stable_decay", learning_rate=1.0,
+            use_cpu=True, report_to="none", **options,
+        )  # fmt: skip
+        trainer = TSTTrainer(llama, args)
+        trainer.create_optimizer()
+        scheduler = trainer.create_scheduler(100)
+        return [scheduler.lr_lambdas[0](step) for step in range(101)]
+
+    found = rates()
+    assert found[warmup : 101 - decay] == [1.0] * (101 - decay - warmup)
+    assert all(later < earlier for earlier, later in zip(found[-decay - 1 :], found[-decay:], strict=False))
+    assert found[100] == 0
+    given = rates(lr_scheduler_kwargs={"num_decay_steps": 3})
+    assert given[97] == 1.0 > given[98]

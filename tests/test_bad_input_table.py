@@ -39,6 +39,7 @@ from hf_tst.cli import plan as planning
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.resume_position import DataPosition
+from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.pretrain import main
 from hf_tst.records.run_record import RunRecord
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position
@@ -164,7 +165,12 @@ RECIPES = {
     "schedule: unknown": {"lr_scheduler_type": "bogus"},
     "schedule: broken": {"lr_scheduler_kwargs": "{bad"},
     "schedule: unknown option": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"decay": 3}},
+    "schedule: missing option": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "schedule: no end": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 3}},
     "optimizer: unknown": {"optim": "bogus"},
+    "optimizer: missing package": {"optim": "adamw_bnb_8bit"},
+    "optimizer: another missing package": {"optim": "schedule_free_adamw"},
+    "optimizer: no targets": {"optim": "galore_adamw"},
     "saving: unknown": {"save_strategy": "bogus"},
     "evaluation: unknown": {"eval_strategy": "bogus"},
     "evaluation: no steps": {"eval_strategy": "steps", "eval_steps": 0, "logging_steps": 0},
@@ -172,6 +178,7 @@ RECIPES = {
     "best model: other steps": {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
     "precision: both": {"bf16": True, "fp16": True},
     "trackers: unknown": {"report_to": "bogus"},
+    "trackers: missing package": {"report_to": "wandb"},
     "seed: word": {"seed": "lucky"},
     "data seed: word": {"data_seed": "lucky"},
     "lora: rank": {"lora_rank": 0},
@@ -272,6 +279,8 @@ def refused(tmp_path, capfd):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(folder, tmp_path, monkeypatch, refused, name):
     monkeypatch.chdir(folder)
+    if name.startswith(("schedule", "optimizer", "trackers")):
+        monkeypatch.setattr(pretrain, "prepare_blocks", lambda *_, **__: pytest.fail("text is tokenized"))
     refused(name, lambda: main([write_recipe(folder, tmp_path, RECIPES[name])]))
 
 

@@ -1,5 +1,6 @@
 """The count of FLOPs against PyTorch's own, of real forward and backward passes, and the utilization that follows from it."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ from conftest import BLOCK_LENGTH, make_blocks, make_model
 from mtp_by_hand import logits_by_hand
 from peft import LoraConfig, get_peft_model
 from tiny_families import FAMILIES as EVERY_FAMILY
-from tiny_families import VOCAB_SIZE
+from tiny_families import VOCAB_SIZE, make_family
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from versions import fails_before, params
 
 from hf_tst import MTPHeads, TSTTrainer, token_superposition
+from hf_tst.models.shape import ModelShape
 from hf_tst.mtp.heads import MTP_KINDS
 from hf_tst.planning.flops import step_flops
 from hf_tst.planning.reference import peak_tflops
@@ -93,6 +96,74 @@ def test_experts_that_are_not_used_are_not_counted_whatever_they_are_called(mode
     assert step_flops(model, ROWS, LENGTH) == pytest.approx(
         counted(lambda: model(input_ids=ids, labels=ids).loss), rel=0.02
     )
+
+
+def products(model, length):
+    """FLOPs of the matrix products of a forward pass over two rows, without scans, and 2 per norm weight and bias."""
+    ids = torch.randint(1, VOCAB_SIZE, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+
+    def of(module, kind=""):
+        path = f"{type(model).__name__}.{module}" if module else "Global"
+        return sum(
+            count for name, count in counter.get_flop_counts().get(path, {}).items() if kind in str(name)
+        )
+
+    scans = 0
+    for name, module in model.named_modules():
+        # What stands in the place of attention there: projections, which some do as batched products, too, and a scan.
+        if re.search("Mixer$|MambaLayer$|DeltaNet$|Lightning", type(module).__name__):
+            parts = [
+                f"{name}.{part}" for part, child in module.named_modules() if isinstance(child, nn.Linear)
+            ]
+            scans += of(name, "bmm") - sum(of(part, "bmm") for part in parts)
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2)
+    return of("") - scans + 2 * vectors * ids.numel()
+
+
+COUNTED = [family for family in EVERY_FAMILY if not family.refused]
+
+
+@pytest.mark.parametrize("family", COUNTED, ids=lambda family: family.name)
+def test_every_family_is_counted(family):
+    """On rows so long that a layer with or without scores of pairs of positions makes a difference."""
+    # Llama 4 computes all experts, and sets what it does not use to 0.
+    more = {"num_experts_per_tok": 4} if family.name == "Llama 4" else {}
+    model = make_family(family, **more)
+    model.set_attn_implementation("eager")
+    model.config._experts_implementation = "eager"
+    assert step_flops(model, 2, 64) == pytest.approx(3 * products(model.eval(), 64), rel=0.05)
+
+
+def test_deepseek_v3_by_hand():
+    """Multi-head latent attention: queries and keys of 128 + 64 numbers, values of 128. The default configuration has 671B."""
+    d, length = 7168, 4096
+    queries = d * 1536 + 1536 + 1536 * 128 * (128 + 64)
+    keys_and_values = d * (512 + 64) + 512 + 512 * 128 * (128 + 128)
+    attention = queries + keys_and_values + 128 * 128 * d
+    dense, expert = 3 * d * 18432, 3 * d * 2048
+    router = 256 * d  # and 256 corrections, which are no parameters with a gradient
+    layers = 61 * (attention + 2 * d) + 3 * dense + 58 * (router + (8 + 1) * expert)
+    scores = 61 * 128 * (192 + 128) * length
+    expected = 6 * (layers + d + 129280 * d) + 6 * scores
+    config = CONFIG_MAPPING["deepseek_v3"]()
+    assert step_flops(config, 1, length) == pytest.approx(length * expected, rel=1e-4)
+    assert ModelShape.from_config(config).active_parameters == pytest.approx(36.6e9, rel=0.01)
+
+
+def test_qwen3_next_by_hand():
+    """48 layers, of which every fourth has softmax attention. The default configuration has 80B, 3B of them active."""
+    d, length = 2048, 4096
+    attention = (
+        d * 16 * 2 * 256 + 2 * d * 2 * 256 + 16 * 256 * d + 2 * 256
+    )  # queries and their gates, keys, values, output
+    keys, values = 16 * 128, 32 * 128
+    linear = d * (2 * keys + 2 * values) + d * 2 * 32 + 4 * (2 * keys + values) + values * d + 32 + 32 + 128
+    experts = d * 512 + (10 + 1) * 3 * d * 512 + d
+    layers = 12 * attention + 36 * linear + 48 * (experts + 2 * d)
+    expected = 6 * (layers + d + 151936 * d) + 6 * 12 * 16 * (256 + 256) * length
+    assert step_flops(CONFIG_MAPPING["qwen3_next"](), 1, length) == pytest.approx(length * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", MTP_KINDS)

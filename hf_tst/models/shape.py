@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,17 @@ class ModelShape:
     Args:
         parameters (`int`): All of them, tied ones once, P.
         active_parameters (`int`): Those that multiply a position's state: without embeddings that are only looked up,
-            and with the experts of the position only.
-        trainable_parameters (`int`): Those that have gradients; fewer with LoRA.
+            and with the experts of the position only. Weights that several layers share count once for each.
+        active_trainable_parameters (`int`): Those of them that have gradients.
+        trainable_parameters (`int`): All that have gradients; fewer with LoRA.
         layer_parameters (`int`): Of the largest layer.
         last_layer_parameters (`int`), active_last_layer_parameters (`int`): Of the last layer, all and active ones.
         embedding_parameters (`int`): Of the embedding; the head has as many, or shares them.
         layers, hidden_size, vocab_size (`int`): As in the configuration; d and V.
         heads, kv_heads, head_dim (`int`): Of the attention; 0 heads where there is none.
+        score_width (`int`): Multiplications for a pair of positions: for each layer of softmax attention, its heads times the
+            size of a query and of a value.
+        last_layer_score_width (`int`): That of the last layer.
         intermediate_size (`int`): Width of an MLP, or of one expert.
         experts_per_token (`int`, defaults to 0): Experts that a position is sent to; 0 in a dense model.
         norms_per_head (`bool`, defaults to `False`): Norms on queries and keys (Qwen3).
@@ -33,6 +38,7 @@ class ModelShape:
 
     parameters: int
     active_parameters: int
+    active_trainable_parameters: int
     trainable_parameters: int
     layer_parameters: int
     last_layer_parameters: int
@@ -44,6 +50,8 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    score_width: int
+    last_layer_score_width: int
     intermediate_size: int
     experts_per_token: int = 0
     norms_per_head: bool = False
@@ -68,16 +76,14 @@ class ModelShape:
 
         with torch.device("meta"):
             model = (model_class or AutoModelForCausalLM.from_config)(config)
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-        if head is not None:
-            tables.pop(id(head.weight), None)
+        embedding = model.get_input_embeddings().weight
         if lora is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         text = config.get_text_config()
         heads = getattr(text, "num_attention_heads", None) or 0
+        head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         top_k, experts = experts_per_position(config) or 0, experts_in_layer(config) or 0
         of_experts = {
             id(parameter)
@@ -85,34 +91,47 @@ class ModelShape:
             if name.endswith(".experts") or "Experts" in type(module).__name__
             for parameter in module.parameters()
         }
-        layers, idle = Counter[int](), Counter[int]()
+        parameters, active, trained, scores = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
         for name, parameter in model.named_parameters():
-            layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-            index = int(layer[1]) if layer else -1
-            layers[index] += parameter.numel()
-            if experts and id(parameter) in of_experts:
-                idle[index] += parameter.numel() - parameter.numel() * top_k // experts
-        parameters = layers.total()
-        del layers[-1]
+            parameters[_layer(name)] += parameter.numel()
+        # A module that several layers share is there once for each.
+        for name, module in model.named_modules(remove_duplicate=False):
+            layer = _layer(f"{name}.")
+            scores[layer] += _score_width(module, text)
+            if isinstance(module, torch.nn.Embedding):
+                continue
+            for parameter in module.parameters(recurse=False):
+                used = parameter.numel()
+                if experts and id(parameter) in of_experts:
+                    used = used * top_k // experts
+                active[layer] += used
+                trained[layer] += used * parameter.requires_grad
+        layers = [index for index in parameters if index >= 0]
         last = max(layers, default=-1)
         width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         width = getattr(getattr(text, "ffn_config", None), "ffn_hidden_size", width)  # DBRX
+        is_mixture = bool(experts and of_experts)
         return cls(
-            parameters=parameters,
-            active_parameters=parameters - idle.total() - sum(table.numel() for table in tables.values()),
+            parameters=parameters.total(),
+            active_parameters=active.total(),
+            active_trainable_parameters=trained.total(),
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            layer_parameters=max(layers.values(), default=0),
-            last_layer_parameters=layers[last],
-            active_last_layer_parameters=layers[last] - idle[last],
+            layer_parameters=max((parameters[index] for index in layers), default=0),
+            last_layer_parameters=parameters[last] if layers else 0,
+            active_last_layer_parameters=active[last] if layers else 0,
             embedding_parameters=embedding.numel(),
             layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
-            intermediate_size=(getattr(text, "moe_intermediate_size", None) or width) if idle else width,
-            experts_per_token=top_k if idle else 0,
+            head_dim=head_dim,
+            score_width=scores.total(),
+            last_layer_score_width=scores[last] if layers else 0,
+            intermediate_size=(getattr(text, "moe_intermediate_size", None) or width)
+            if is_mixture
+            else width,
+            experts_per_token=top_k if is_mixture else 0,
             norms_per_head=any(".q_norm." in name for name, _ in model.named_parameters()),
         )
 
@@ -135,6 +154,8 @@ class ModelShape:
             parameters=self.parameters + added,
             trainable_parameters=self.trainable_parameters + added,
             active_parameters=self.active_parameters + active,
+            active_trainable_parameters=self.active_trainable_parameters + active,
+            score_width=self.score_width + extra * self.last_layer_score_width,
             layers=self.layers + extra,
         )
 
@@ -142,3 +163,31 @@ class ModelShape:
     def trains_everything(self) -> bool:
         """Whether no parameter is frozen."""
         return self.trainable_parameters == self.parameters
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a parameter or module of this name is in; -1 outside of layers."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _score_width(module: torch.nn.Module, config: Any) -> int:
+    """Heads times the size of a query and of a value, if a module is softmax attention; else 0.
+
+    Linear attention (MiniMax's lightning attention, RWKV) has no scores of pairs of positions.
+    """
+    name = type(module).__name__
+    inside = any(type(part).__name__.endswith("Attention") for part in module.modules() if part is not module)
+    if not name.endswith("Attention") or inside or re.search("Linear|Lightning|Rwkv", name):
+        return 0
+
+    def first(names: Sequence[str], default: int) -> int:
+        values = (getattr(module, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int)), default)
+
+    heads = first(("num_heads", "n_heads", "n_head"), config.num_attention_heads)
+    query = first(("qk_head_dim", "head_dim", "head_size"), config.hidden_size // config.num_attention_heads)
+    times = (
+        2 if hasattr(module, "lambda_init") else 1
+    )  # differential attention: once for each half of its values
+    return times * heads * (query + first(("v_head_dim",), query))

@@ -14,8 +14,8 @@ from ..mtp.heads import MTPKind, check_mtp
 logger = logging.get_logger(__name__)
 
 FORMULA = (
-    "6 · parameters that multiply a position's state (4 if frozen) + 12 · layers · heads · head size · row length, "
-    "per latent token"
+    "6 · parameters that multiply a position's state (4 if frozen) + 6 · layers of softmax attention · heads · "
+    "(query size + value size) · row length, per latent token"
 )
 
 
@@ -29,7 +29,7 @@ def flops_per_token(
     """FLOPs of the forward and backward pass per latent token. [`step_flops`] says what is counted.
 
     4 per active parameter (forward, and backward to the layer before) and 2 per trained one (its gradient), so 6 · P where
-    all are trained; and 12 · layers · heads · head size · l for attention.
+    all are trained; and for each layer of softmax attention 6 · heads · (query size + value size) · l.
 
     Args:
         shape (`ModelShape`): The model.
@@ -38,9 +38,8 @@ def flops_per_token(
     """
     if phase == "recovery":
         shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
-    trained = shape.active_parameters if shape.trains_everything else shape.trainable_parameters
-    attention = 12 * shape.layers * shape.heads * shape.head_dim * length
-    return 4 * shape.active_parameters + 2 * trained + attention
+    attention = 6 * shape.score_width * length
+    return 4 * shape.active_parameters + 2 * shape.active_trainable_parameters + attention
 
 
 def step_flops(

@@ -25,6 +25,7 @@ from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import ReinitializeCallback
+from ..training.refusals import check_optimizer
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
 
@@ -244,6 +245,7 @@ def prepare_run(
         documents = [text for text in (train_documents, eval_documents) if text is not None]
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load_model(model_args, tokenizer)
+        check_optimizer(args, model)
         for text in documents:
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.integrations import integration_utils
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries
 from ..bags.phases import MODES, TSTMode, check_bag_size, check_phase_ratio
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
-from ..errors import TSTError, check_at_least, check_choice
+from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FUSED_LOSSES, FusedLoss
 from ..mtp.heads import MTPKind, check_mtp
 
@@ -154,6 +157,7 @@ class TSTTrainingArguments(TrainingArguments):
             if not 0 <= getattr(self, name) < 1:
                 raise TSTError(f"{name} must be from 0 to below 1, but is {getattr(self, name)}.")
         self._check_schedule()
+        self._check_trackers()
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
         for name, choices in CHOICES.items():
@@ -197,6 +201,20 @@ class TSTTrainingArguments(TrainingArguments):
         """Whether training computes another loss function than the model's own: superposed, fused, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
 
+    def schedule_options(self, steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` of a run of `steps` optimizer steps.
+
+        `warmup_stable_decay` decays over the last tenth of the steps, as in the paper, if they do not say how long its stages are.
+        """
+        options = self.lr_scheduler_kwargs or {}
+        is_wsd = SchedulerType(self.lr_scheduler_type) == SchedulerType.WARMUP_STABLE_DECAY
+        if not is_wsd or options.keys() & {"num_decay_steps", "num_stable_steps"}:
+            return self.lr_scheduler_kwargs
+        return {
+            **options,
+            "num_decay_steps": min(math.ceil(steps / 10), steps - self.get_warmup_steps(steps)),
+        }
+
     def _check_schedule(self) -> None:
         kind = SchedulerType(self.lr_scheduler_type)
         known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
@@ -206,6 +224,17 @@ class TSTTrainingArguments(TrainingArguments):
                 raise TSTError(
                     f"lr_scheduler_kwargs: the schedule {kind.value} has no option {name!r}, only {', '.join(known)}."
                 )
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        what = f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} do not fit the schedule {kind.value}: "
+        with bad_input(what, (TypeError, ValueError)):
+            get_scheduler(kind, optimizer, 0, 10, self.schedule_options(10))
+
+    def _check_trackers(self) -> None:
+        for name in self.report_to or ():
+            check_choice("report_to", name, integration_utils.INTEGRATION_TO_CALLBACK)
+            is_available = getattr(integration_utils, f"is_{name.split('_')[0]}_available", None)
+            if is_available is not None and not is_available():
+                raise TSTError(f"report_to={name} needs the package {name}: install it, or leave {name} out.")
 
     def _check_superposition(self) -> None:
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):

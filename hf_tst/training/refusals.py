@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.utils import logging
 
-from ..errors import TSTError, whole_message
+from ..errors import TSTError, bad_input, whole_message
 from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
 from ..models.superposition import find_language_model
@@ -42,9 +43,17 @@ def check_arguments(args: Any) -> None:
         )
 
 
+def check_optimizer(args: TSTTrainingArguments, model: Any) -> None:
+    """Raise `TSTError` if the optimizer that arguments name cannot be made, as when its package is missing."""
+    with bad_input(f"optim={args.optim.value} cannot be used: ", (ImportError, ValueError), whole_message):
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
 def check_trainer(trainer: Any) -> None:
     """Raise `TSTError` if a trainer's model, loss or processes do not work with what its arguments ask for."""
     args = trainer.args
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        check_optimizer(args, trainer.model)
     _warn_of_missing_fsdp(trainer)
     if args.mtp_num_heads > 1:
         _check_multi_token_prediction(trainer)

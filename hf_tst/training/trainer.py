@@ -90,6 +90,7 @@ class TSTTrainer(Trainer):
         - `train`: chooses a complete checkpoint, puts extra heads into the model, folds the batches of a subclass's own
           `get_train_dataloader`, and leaves superposition however it ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
+        - `create_scheduler`: `warmup_stable_decay` decays over the last tenth of the steps by default.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.
         - `get_batch_samples`: counts target bags, so that accumulation equals one large batch; measures the wait for data.
@@ -248,6 +249,13 @@ class TSTTrainer(Trainer):
             self.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
         self._shape = find_shape(self.model)
         return values
+
+    @_signature_of(Trainer.create_scheduler)
+    def create_scheduler(self, num_training_steps: int, *positional: Any, **kwargs: Any) -> Any:
+        """The learning rate schedule, with the options that a run of so many steps has."""
+        options = self.args.schedule_options(num_training_steps)
+        with changed_arguments(self.args, lr_scheduler_kwargs=options):
+            return super().create_scheduler(num_training_steps, *positional, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
