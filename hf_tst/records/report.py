@@ -9,7 +9,7 @@ from typing import Any
 
 LogHistory = Sequence[Mapping[str, Any]]
 PHASE_COLUMNS = (
-    "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss", "expert load first",
+    "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval", "expert load first",
     "expert load last",
 )  # fmt: skip
 
