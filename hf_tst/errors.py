@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -40,6 +41,17 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise `TSTError` unless the argument `name` is one of `choices`."""
     if value not in choices:
         raise TSTError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
+
+
+def check_names(
+    names: Iterable[str], known: Collection[str], problem: str, otherwise: str = "see --help."
+) -> None:
+    """Raise `TSTError` at one of `names` that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else otherwise
+            raise TSTError(f"{problem} {name!r}: {hint}")
 
 
 def one_line(error: BaseException) -> str:

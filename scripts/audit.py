@@ -25,8 +25,8 @@ from hf_tst.pretraining.options import (
     micro_batches,
     parse_values,
     pick,
-    quick_start,
 )
+from hf_tst.pretraining.recipes import quick_start
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from hf_tst.cli.main import run_command
-from hf_tst.pretraining.pretrain import main
+from hf_tst.cli.main import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("run_clm_tst.py", main, sys.argv[1:]))
+    sys.exit(run_command("run_clm_tst.py", COMMANDS["train"], sys.argv[1:]))

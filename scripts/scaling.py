@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tables import ROOT, write_table
+from tables import write_table
 from transformers import HfArgumentParser
 
 from hf_tst.planning.estimate import (
@@ -14,8 +14,10 @@ from hf_tst.planning.estimate import (
     memory_per_gpu,
 )
 from hf_tst.planning.flops import flops_per_token
-from hf_tst.pretraining.options import ModelArguments, read_config
+from hf_tst.pretraining.options import ModelArguments
 from hf_tst.pretraining.pretrain import make_config
+from hf_tst.pretraining.recipes import RECIPES as FOLDER
+from hf_tst.pretraining.recipes import read_config
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12
@@ -24,7 +26,7 @@ RECIPES = {"3B": "3b-20k-tst.yaml", "10B-A1B": "10b-a1b-tst.yaml"}
 
 
 def read_shape(name: str) -> ModelShape:
-    values = read_config(str(ROOT / "scripts/configs/recipes" / RECIPES[name]))
+    values = read_config(str(FOLDER / RECIPES[name]))
     args = ModelArguments(model_type=values["model_type"], config_overrides=values["config_overrides"])
     return ModelShape.from_config(make_config(args))
 

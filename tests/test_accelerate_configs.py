@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "scripts" / "configs" / "accelerate"
+FOLDER = ROOT / "hf_tst" / "pretraining" / "accelerate"
 # distributed type, processes, machines
 EXPECTED = {
     "single_gpu": ("NO", 1, 1),
@@ -75,7 +75,7 @@ def test_accelerate_reads_it(name):
 def test_its_comment_says_what_for_and_how(name, environment):
     words, purpose = command(name)
     assert len(purpose) > 60
-    assert f"scripts/configs/accelerate/{name}.yaml" in words
+    assert f"hf_tst/pretraining/accelerate/{name}.yaml" in words
     assert (ROOT / "scripts/run_clm_tst.py").exists()
     args = environment(name)
     assert args.training_script == "scripts/run_clm_tst.py"

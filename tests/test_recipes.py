@@ -19,10 +19,10 @@ from hf_tst.pretraining.options import (
     micro_batches,
     parse_arguments,
     parse_values,
-    read_config,
 )
+from hf_tst.pretraining.recipes import read_config
 
-FOLDER = Path(__file__).parent.parent / "scripts" / "configs" / "recipes"
+FOLDER = Path(__file__).parent.parent / "hf_tst" / "pretraining" / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SIZES = {  # parameters, and how far from the number in the name they may be
     "270m-20k": (267_225_408, 270e6),
@@ -43,8 +43,8 @@ def kind_and_name(recipe):
 def plan_command(recipe):
     """The flags of the plan that the recipe's first lines show."""
     text = (FOLDER / recipe).read_text(encoding="utf-8")
-    (command,) = re.findall(r"hf-tst plan scripts/configs/recipes/(\S+) ?(.*)", text)
-    assert command[0] == recipe
+    (command,) = re.findall(r"hf-tst plan (\S+) ?(.*)", text)
+    assert f"{command[0]}.yaml" == recipe
     return command[1].split()
 
 

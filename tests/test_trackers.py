@@ -1,17 +1,13 @@
-"""Phases as metrics: in TensorBoard's own files, in what W&B and Trackio are given, and in the progress bar."""
+"""Phases as metrics: in TensorBoard's own files, and in what W&B and Trackio are given."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_blocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from hf_tst import TSTTrainer
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 RUN = """
@@ -63,34 +59,3 @@ def test_other_trackers_are_given_numbers(tracked, tracker):
     steps = [line for line in lines if "train/loss" in line]
     assert [line["train/tst_current_bag_size"] for line in steps] == [4, 4, 1, 1, 1, 1]
     assert not [name for line in lines for name in line if "tst_run" in name]
-
-
-def test_the_bar_shows_phase_loss_speed_and_time_left(llama, make_args, capsys):
-    args = make_args(disable_tqdm=False, max_steps=10)
-    TSTTrainer(llama, args, train_dataset=make_blocks(400)).train()
-    bars = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "/10 [" in line]
-    assert any(bar.startswith("superposition: ") for bar in bars)
-    last = bars[-1]
-    assert last.startswith("recovery: 100%")
-    assert re.search(r"\[\d\d:\d\d<00:00, .*loss=\d\.\d{3}, raw tokens/s=[\d.]+k?\]", last)
-
-
-def test_the_time_left_of_a_resumed_run_counts_from_where_it_began(llama, make_args, capsys):
-    args = make_args(disable_tqdm=False, max_steps=10, save_strategy="steps", save_steps=8)
-    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(400))
-    trainer.train()
-    capsys.readouterr()
-    initial = []
-    progress = next(
-        c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PhaseProgressCallback"
-    )
-    begin = progress.on_train_begin
-
-    def noting(*args, **kwargs):
-        begin(*args, **kwargs)
-        initial.append((progress.training_bar.initial, progress.training_bar.n))
-
-    progress.on_train_begin = noting
-    trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-8"))
-    assert initial == [(8, 8)]
-    assert "10/10" in capsys.readouterr().err

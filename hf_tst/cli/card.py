@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from ..pretraining.options import ArgumentParser
+from ..pretraining.parser import ArgumentParser
 from ..records.card import write_model_card
 from ..records.run_record import RunRecord
 

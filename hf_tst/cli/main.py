@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
-from ..errors import RunError, TSTError
+from ..errors import RunError, TSTError, check_names
 from ..version import __version__
 
 # Values of Trainer's own flag `--debug`; without one of them, `--debug` asks for a traceback.
@@ -22,17 +22,20 @@ commands:
   compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
   sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
   card    write the model card of a finished run again, from its record
+  recipes list the recipes that come with the package, with parameters, tokens and GPU-hours
+  env     print versions and devices, for a bug report
 """
 EXAMPLES = """examples:
   hf-tst train                                      the quick start; the model is in runs/quickstart
   hf-tst train recipe.yaml --max_steps 1000         a recipe, and flags that win over it
+  hf-tst train 30m-laptop-tst --dry_run             everything but the steps: data, plan, memory, the first bags
   hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
   hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
   hf-tst sweep recipe.yaml --bag_sizes 2,4,6        losses by bag size and phase ratio, in output_dir
   hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
   accelerate launch --num_processes 8 -m hf_tst train recipe.yaml
 
-`hf-tst COMMAND --help` lists a command's flags. Recipes are in scripts/configs/recipes. Exit status: 0 done,
+`hf-tst COMMAND --help` lists a command's flags. Exit status: 0 done,
 1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
 trained), 130 interrupted, 143 told to end (SIGTERM, with enable_jit_checkpoint), after a checkpoint. --debug, anywhere,
 shows the traceback of what failed.
@@ -44,19 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="hf-tst",
-        usage="hf-tst [-h] [--version] {train,plan,compare,sweep,card} ...",
+        usage="hf-tst [-h] [--version] {" + ",".join(COMMANDS) + "} ...",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hf-tst {__version__}")
-    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
+    parser.add_argument("command", help=argparse.SUPPRESS)
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
     if arguments[0] == "--debug":
         arguments = [*arguments[1:], "--debug"]
     command = parser.parse_args(arguments[:1]).command
+    try:
+        check_names(
+            [command], COMMANDS, "There is no command", otherwise=f"choose from {', '.join(COMMANDS)}."
+        )
+    except TSTError as error:
+        print(f"hf-tst: {error}", file=sys.stderr)
+        return 2
     return run_command(f"hf-tst {command}", COMMANDS[command], arguments[1:])
 
 
@@ -85,23 +95,28 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
         return error.exit_status if isinstance(error, RunError) else 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stderr.close()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join([name, "interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 
 
 def _run(command: str, module: str, argv: list[str], function: str = "main") -> None:
+    from ..pretraining.first_look import announce
+
+    announce(command, argv)
     getattr(import_module(f"hf_tst.{module}"), function)(argv, prog=f"hf-tst {command}")
 
 
 # By command, the function of a module of the package that runs it.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": partial(_run, "train", "pretraining.pretrain"),
+    "train": partial(_run, "train", "cli.train"),
     "plan": partial(_run, "plan", "cli.plan"),
     "compare": partial(_run, "compare", "experiments.compare"),
     "sweep": partial(_run, "sweep", "experiments.compare", function="sweep"),
     "card": partial(_run, "card", "cli.card"),
+    "recipes": partial(_run, "recipes", "cli.recipes"),
+    "env": partial(_run, "env", "cli.env"),
 }
 
 

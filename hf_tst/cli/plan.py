@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,17 +12,16 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from ..bags.phases import PhaseSchedule, check_bag_size, check_phase_ratio
-from ..errors import TSTError, check_at_least
+from ..errors import TSTError, check_at_least, check_names
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.estimate import Alternative, Layout, Precision, RunPlan, plan_run
 from ..planning.flops import FORMULA
 from ..planning.reference import ACCELERATORS, Accelerator
 from ..pretraining.options import (
-    TRAINING,
     DataArguments,
     ModelArguments,
-    check_names,
+    RunArguments,
     choose_block_size,
     micro_batches,
     parse_values,
@@ -29,6 +29,7 @@ from ..pretraining.options import (
 )
 from ..pretraining.pretrain import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.report import format_bytes, format_columns
+from ..training.arguments import TSTTrainingArguments
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, FLOPs, hours, memory, traffic, sizes.
 
@@ -82,7 +83,12 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     Raises:
         TSTError: If an argument is unknown or out of range, or the number of steps or the vocabulary is not known.
     """
-    values = parse_values(argv, [PlanArguments, *TRAINING], DESCRIPTION, prog)
+    values = parse_values(
+        argv,
+        [PlanArguments, TSTTrainingArguments, DataArguments, ModelArguments, RunArguments],
+        DESCRIPTION,
+        prog,
+    )
     args: PlanArguments = pick(vars(values), PlanArguments)
     model_args: ModelArguments = pick(vars(values), ModelArguments)
     data_args: DataArguments = pick(vars(values), DataArguments)
@@ -130,7 +136,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> RunPlan:
     plan, args = plan_from_arguments(argv, prog)
     print(json.dumps(asdict(plan), indent=2) if args.json else format_plan(plan))
     if args.plot:
-        plot_plan(plan, args.plot)
+        print(f"\nThe picture is in {plot_plan(plan, args.plot)}.", file=sys.stderr)
     plan.check_memory()
     return plan
 
@@ -217,7 +223,11 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
     right.set_xlabel("raw tokens (billions)")
     for index, other in enumerate(rows):
         if other.loss is not None:
-            left.text(0, index, f"  loss {other.loss:.3f} (published)", va="center", color="white")
+            left.annotate(
+                f"loss {other.loss:.3f} (published)", (other.gpu_hours or 0, index), xytext=(4, 0),
+                textcoords="offset points", va="center",
+            )  # fmt: skip
+    left.margins(x=0.35)  # for the losses, which stand behind the bars
     left.invert_yaxis()
     figure.savefig(path, dpi=120)
     return Path(path)

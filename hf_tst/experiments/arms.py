@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bags.phases import PhaseSchedule
-from ..errors import TSTError
+from ..errors import TSTError, check_names
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
-from ..pretraining.options import check_names, parse_mapping
+from ..pretraining.options import parse_mapping
 from ..training.arguments import TSTTrainingArguments
 
 BASELINE = "baseline"

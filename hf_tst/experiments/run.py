@@ -177,8 +177,8 @@ def _check_processes(config: Path) -> None:
 
 def _train(config: Path) -> None:
     checkpoint = last_complete_checkpoint(config.parent)
-    resume = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
-    trainer = train([str(config), *resume], prog="run_worker")
+    begins = ["--resume_from_checkpoint", checkpoint] if checkpoint else ["--overwrite_output_dir"]
+    trainer = train([str(config), *begins], prog="run_worker")
     if not trainer.is_world_process_zero():
         return
     args = trainer.args

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cache
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from ..errors import TSTError, bad_input, check_at_least, whole_message
+from ..errors import TSTError, bad_input, check_at_least, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import Reinitialized
+from .parser import ArgumentParser, flag_names
+from .recipes import quick_start, read_config, split_recipe
 
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
-A YAML or JSON file of arguments comes first, if any; flags win over it. With neither dataset_name nor train_file it
-trains a small Llama on Python's standard library, and the defaults below are those of that run. With data, they are
-Trainer's: name it in front of --help to see them.
+A recipe comes first, if any: its name (`hf-tst recipes` lists them), or a YAML or JSON file of arguments. Flags win
+over it. With neither dataset_name nor train_file it trains a small Llama on Python's standard library, and the
+defaults below are those of that run. With data, they are Trainer's: name it in front of --help to see them.
 
   %(prog)s
-  %(prog)s recipe.yaml --max_steps 1000
+  %(prog)s 30m-laptop-tst --max_steps 1000
   %(prog)s --train_file corpus.jsonl --tokenizer_name gpt2 --model_type llama --max_steps 1000
   %(prog)s recipe.yaml --resume_from_checkpoint last     the newest complete checkpoint in output_dir
+  %(prog)s --help_all                                    all flags
 """
 
 
@@ -152,47 +151,30 @@ class DataArguments:
         return not self.dataset_name and not self.train_file
 
 
-# What `hf-tst train` takes.
+@dataclass
+class RunArguments:
+    """What is done besides training."""
+
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Replace the run in output_dir, which is kept until the new one has its first checkpoint.",
+    )
+
+
+# The configuration of a run.
 TRAINING: list[type] = [ModelArguments, DataArguments, TSTTrainingArguments]
-
-
-class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, and shows defaults."""
-
-
-class ArgumentParser(HfArgumentParser):
-    """A parser that raises `TSTError` with one sentence where `argparse` prints its usage and exits."""
-
-    def __init__(
-        self, kinds: Sequence[type], usage: str = "%(prog)s [recipe.yaml] [--flag value ...]", **options: Any
-    ) -> None:
-        super().__init__(kinds, usage=usage, formatter_class=HelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise TSTError(f"{message[:1].upper()}{message[1:]}.")
-
-    def parse_flags(self, argv: Sequence[str]) -> Namespace:
-        """The values of all arguments; `TSTError` for a flag that does not exist, with the nearest that does."""
-        namespace, rest = self.parse_known_args(argv)
-        check_names(flag_names(rest), vars(namespace), "There is no flag")
-        if rest:
-            raise TSTError(f"{rest[0]!r} belongs to no flag: write --name value.")
-        return namespace
-
-
-def flag_names(argv: Iterable[str]) -> list[str]:
-    """The names of the flags on a command line."""
-    return [flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")]
 
 
 def parse_arguments(
     argv: list[str], prog: str | None = None
-) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments]:
-    """Arguments from an optional YAML or JSON file, named first, and flags, which win."""
-    namespace = parse_values(argv, TRAINING, DESCRIPTION, prog)
+) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments, RunArguments]:
+    """Arguments from an optional recipe, named first, and flags, which win."""
+    kinds = [TSTTrainingArguments, DataArguments, ModelArguments, RunArguments]
+    namespace = parse_values(argv, kinds, DESCRIPTION, prog)
     values = vars(namespace)
     values["gradient_accumulation_steps"] = micro_batches(namespace, int(os.environ.get("WORLD_SIZE", 1)))
-    return pick(values, ModelArguments), pick(values, DataArguments), pick(values, TSTTrainingArguments)
+    model, data, training, run = (pick(values, kind) for kind in (*TRAINING, RunArguments))
+    return model, data, training, run
 
 
 def parse_values(
@@ -205,7 +187,7 @@ def parse_values(
     """The values of all arguments, not checked together yet.
 
     Args:
-        argv: A YAML or JSON file of arguments, if the first one ends so, and flags.
+        argv: A recipe, if the first word is no flag, and flags.
         dataclass_types: The dataclasses of arguments.
         description, prog: For `--help`.
         defaults (`dict`, *optional*): Values in the place of the dataclasses' and the quick start's.
@@ -216,8 +198,9 @@ def parse_values(
     parser = ArgumentParser(dataclass_types, description=description, prog=prog)
     values: dict[str, Any] = {}
     of_file: list[str] = []
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        values, argv = read_config(argv[0]), argv[1:]
+    file, argv = split_recipe(list(argv))
+    if file is not None:
+        values = read_config(file)
         actions = {action.dest: action for action in parser._actions}
         check_names(values, actions, "The configuration file has no such argument as")
         of_file = [word for name, value in values.items() for word in _as_flag(actions[name], value)]
@@ -238,15 +221,6 @@ def given_values(namespace: Namespace, dataclass_types: list[type]) -> dict[str,
         if value != default or name in quick_start():
             values[name] = value.value if isinstance(value, Enum) else value
     return values
-
-
-def check_names(names: Iterable[str], known: Iterable[str], problem: str) -> None:
-    """Raise `TSTError` at a name that is not known, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help."
-            raise TSTError(f"{problem} {name!r}: {hint}")
 
 
 def pick(values: Mapping[str, Any], dataclass_type: Any) -> Any:
@@ -313,24 +287,6 @@ def choose_block_size(args: DataArguments, config: Any) -> int:
     if context and length > context:
         raise TSTError(f"block_size={length} is more than the model's context of {context} tokens.")
     return length
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
-    if not Path(path).is_file():
-        raise TSTError(f"There is no configuration file {path}.")
-    errors = (yaml.YAMLError, UnicodeDecodeError)
-    with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(values, dict):
-        raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
-    return {str(k): json.dumps(value) if isinstance(value, dict) else value for k, value in values.items()}
-
-
-@cache
-def quick_start() -> dict[str, Any]:
-    """Names and values of the recipe that runs without data."""
-    return read_config(str(Path(__file__).with_name("quick_start.yaml")))
 
 
 def _as_flag(action: Any, value: Any) -> list[str]:

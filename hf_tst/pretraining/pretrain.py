@@ -5,32 +5,46 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from logging import INFO, basicConfig, getLogger
+from logging import WARNING, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
-from ..errors import PreemptedError, TSTError, bad_input, whole_message
+from ..errors import PreemptedError, TSTError, bad_input, check_names, whole_message
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
+from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
 from ..training.refusals import check_optimizer
 from ..training.trainer import TSTTrainer
-from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
+from .options import DataArguments, ModelArguments, RunArguments, choose_block_size, parse_arguments
+from .overwrite import check_free, discard, put_back, set_aside
 
 QUICK_START_BYTES = 6_000_000
 QUICK_START_VOCABULARY = 8192
+# Of the sample at the end: at most so many tokens are given, and so many follow.
+SAMPLE_TOKENS = 12
+SAMPLE_LETTERS = 60
+SAMPLE_CHOICES = 20
 
 
 def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
@@ -92,7 +106,10 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Se
         return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
     if packed:
         return None
-    raise TSTError("No tokenizer is given: set tokenizer_name (or model_name_or_path).")
+    also = "" if args.model_type else ", and an architecture by model_type or config_name"
+    raise TSTError(
+        f"Text needs a tokenizer: name one by tokenizer_name{also}, such as --tokenizer_name gpt2 --model_type llama."
+    )
 
 
 def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
@@ -227,7 +244,27 @@ def prepare_blocks(
 def prepare_run(
     model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
 ) -> tuple[dict[str, Any], int]:
-    """Make the folder that a run writes to, and load or make its model, tokenizer and packed data.
+    """Make the folder that a run writes to, and what [`load_parts`] returns.
+
+    Raises:
+        TSTError: If one of them cannot be made.
+    """
+    with bad_input(f"Cannot make output_dir={args.output_dir}: ", OSError):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return load_parts(model_args, data_args, args)
+
+
+def load_parts(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TSTTrainingArguments,
+    load: Callable[[ModelArguments, Any], Any] = load_model,
+) -> tuple[dict[str, Any], int]:
+    """Load or make the model of a run, its tokenizer and its packed data.
+
+    Args:
+        model_args, data_args, args: What to load.
+        load (defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
 
     Returns:
         What [`TSTTrainer`] takes, by name: `model`, `train_dataset`, `eval_dataset` (`None` without evaluation data) and
@@ -236,15 +273,13 @@ def prepare_run(
     Raises:
         TSTError: If one of them cannot be loaded or made, or the blocks are longer than the model's context.
     """
-    with bad_input(f"Cannot make output_dir={args.output_dir}: ", OSError):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # The first process downloads and tokenizes; the others read its cache.
     with args.main_process_first(desc="preparing the data"):
         with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
             train_documents, eval_documents = load_documents(data_args, model_args)
         documents = [text for text in (train_documents, eval_documents) if text is not None]
         tokenizer = load_tokenizer(model_args, data_args, documents)
-        model = load_model(model_args, tokenizer)
+        model = load(model_args, tokenizer)
         check_optimizer(args, model)
         for text in documents:
             if isinstance(text, TokenFile):
@@ -259,6 +294,18 @@ def prepare_run(
     return parts, block_size
 
 
+class ReplaceRunCallback(TrainerCallback):
+    """Moves the run in the output folder aside when training begins, and removes it at the first checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            set_aside(Path(args.output_dir))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            discard(Path(args.output_dir))
+
+
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
     """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
     output = Path(trainer.args.output_dir)
@@ -271,9 +318,10 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     at_switch = output / f"checkpoint-{switch}"
     if switch and at_switch.is_dir():
         print(f"at switch   {at_switch}")
-    print(f"card        {output / 'README.md'}")
-    curve = output / "loss_curve.png"
-    print(f"loss curve  {curve if curve.is_file() else 'not drawn: pip install matplotlib'}")
+    has_curve = (output / "loss_curve.png").is_file()
+    print(
+        f"card        {output / 'README.md'}, {'with' if has_curve else 'without (pip install matplotlib)'} loss_curve.png"
+    )
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
@@ -283,17 +331,35 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
         RunError: If the run is stopped: by SIGTERM, by a loss that is not finite, by a disk that takes no checkpoint.
     """
-    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
+    words = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args, run_args = parse_arguments(words, prog)
+    if args.resume_from_checkpoint and run_args.overwrite_output_dir:
+        raise TSTError("Both resume_from_checkpoint and overwrite_output_dir are given: leave one out.")
+    if not (args.resume_from_checkpoint or run_args.overwrite_output_dir):
+        check_free(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
     logging.set_verbosity(args.get_process_log_level())
-    if args.should_log:  # what was packed and dropped, and when the phase switches
-        basicConfig(format="%(name)s: %(message)s")
-        getLogger("hf_tst").setLevel(INFO if args.log_level == "passive" else args.get_process_log_level())
+    if args.should_log:
+        basicConfig(format="%(message)s")
+        getLogger("hf_tst").setLevel(WARNING if args.log_level == "passive" else args.get_process_log_level())
+    with quiet_libraries():
+        return _train(model_args, data_args, args, run_args)
+
+
+def _train(
+    model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments, run_args: RunArguments
+) -> TSTTrainer:
     set_seed(args.seed)
     parts, block_size = prepare_run(model_args, data_args, args)
     model, evaluates = parts["model"], parts["eval_dataset"] is not None
-    getLogger(__name__).info(
-        f"The model is a {type(model).__name__} of {model.num_parameters():,} parameters."
-    )
+    if args.should_log:
+        blocks = [
+            len(part) for part in (parts["train_dataset"], parts["eval_dataset"]) if hasattr(part, "__len__")
+        ]
+        sizes = ", evaluated on ".join(f"{count:,}" for count in blocks) or "a stream"
+        print(
+            f"{type(model).__name__}, {model.num_parameters():,} parameters; blocks of {block_size}: {sizes}",
+            flush=True,
+        )
     if not evaluates:
         args.eval_strategy = "no"
     trainer = TSTTrainer(args=args, **parts)
@@ -305,14 +371,26 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
             f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, as processes share rows "
             "(tensor parallelism): set gradient_accumulation_steps instead."
         )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    folder = Path(args.output_dir)
+    if run_args.overwrite_output_dir:
+        trainer.add_callback(ReplaceRunCallback())
+    try:
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except BaseException as error:
+        if trainer.is_world_process_zero():
+            put_back(folder)
+        if isinstance(error, KeyboardInterrupt) and any(folder.glob("checkpoint-*")):
+            raise KeyboardInterrupt("continue with --resume_from_checkpoint last") from error
+        raise
     if trainer.preempted:
         raise PreemptedError(
-            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: go on with "
+            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: continue with "
             "--resume_from_checkpoint last."
         )
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
+    if trainer.is_world_process_zero():
+        discard(folder)
     trainer.save_metrics("train", result.metrics)
     final_eval = trainer.evaluate() if evaluates else None
     if final_eval:
@@ -324,4 +402,28 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         print_summary(trainer, final_eval)
     if args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.accelerator.num_processes == 1 and parts["processing_class"] is not None:
+        print_sample(trainer)
     return trainer
+
+
+def print_sample(trainer: TSTTrainer) -> None:
+    """Print the beginning of a block, and behind a bar how the model continues it."""
+    tokenizer: Any = trainer.processing_class
+    block = next(iter(trainer.eval_dataset or trainer.train_dataset))["input_ids"]
+    prompt = (
+        torch.as_tensor(block[: len(block) // 4]).reshape(1, -1)[:, :SAMPLE_TOKENS].to(trainer.args.device)
+    )
+    # All is saved: a model that cannot generate is no failure of the run.
+    with suppress(Exception):
+        trainer.model.eval()
+        torch.manual_seed(trainer.args.seed)
+        whole = trainer.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=True,
+            top_k=SAMPLE_CHOICES,
+        )
+        begin, more = (tokenizer.decode(ids) for ids in whole[0].tensor_split([prompt.shape[1]]))
+        print(f"sample      {f'{begin} | {more}'[:SAMPLE_LETTERS]!r}")

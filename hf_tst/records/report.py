@@ -11,7 +11,7 @@ from .run_record import phase_of
 
 LogHistory = Sequence[Mapping[str, Any]]
 PHASE_COLUMNS = (
-    "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval loss", "expert load first",
+    "phase", "steps", "raw tokens", "latent tokens", "loss first", "loss last", "eval", "expert load first",
     "expert load last",
 )  # fmt: skip
 

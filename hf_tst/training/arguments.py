@@ -151,6 +151,8 @@ class TSTTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch would warn
         for lowest, names in LOWEST.items():
             check_at_least(lowest, **{name: getattr(self, name) for name in names})
         for name in ("adam_beta1", "adam_beta2"):

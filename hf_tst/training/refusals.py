@@ -62,7 +62,7 @@ def check_trainer(trainer: Any) -> None:
     if _uses_fsdp1(trainer):
         raise TSTError(
             "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
-            "configuration of accelerate, as scripts/configs/accelerate/fsdp2.yaml does."
+            "configuration of accelerate, as hf_tst/pretraining/accelerate/fsdp2.yaml does."
         )
     _, model = find_language_model(trainer.model)
     check_fusable(model, args.tst_fused_loss)

@@ -1,4 +1,4 @@
-"""Tokens and seconds of training: counted, logged by phase, and shown in the progress bar."""
+"""Tokens and seconds of training: counted, and logged by phase."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..planning.reference import peak_tflops
 from ..records.run_record import RUN_ENTRY, UTILIZATION, notes_of, run_entry
@@ -112,36 +112,3 @@ class TokenMeterCallback(TrainerCallback):
             self._last_report = (step, left_out or 0, self._seconds, flops)
             self._waited = 0.0
         return entries
-
-
-class PhaseProgressCallback(ProgressCallback):
-    """Trainer's progress bar, with the phase in front, and the last logged loss and raw tokens per second behind.
-
-    The time left counts from the step that a resumed run began at.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__()
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
-        self._show_phase(state.global_step)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._show_phase(state.global_step)
-        super().on_step_end(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            shown = {"loss": f"{float(logs['loss']):.3f}"}
-            if "tst_raw_tokens_per_second" in logs:
-                shown["raw tokens/s"] = self.training_bar.format_sizeof(logs["tst_raw_tokens_per_second"])
-            self.training_bar.set_postfix(shown, refresh=False)
-        super().on_log(args, state, control, logs=logs, **kwargs)
-
-    def _show_phase(self, step: int) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_description(self._trainer.schedule.phase(step), refresh=False)

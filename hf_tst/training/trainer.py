@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 from transformers.utils import logging
@@ -34,6 +34,7 @@ from .arguments import TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
 from .collators import end_token_id, make_collator
+from .console import ConsoleCallback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .phase_switch import PhaseSwitchCallback
@@ -41,7 +42,7 @@ from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer, explained_bags
 from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
 from .run_identity import RunIdentityCallback, foreign_checkpoints
-from .token_meter import PhaseProgressCallback, TokenMeterCallback
+from .token_meter import TokenMeterCallback
 
 logger = logging.get_logger(__name__)
 
@@ -152,10 +153,12 @@ class TSTTrainer(Trainer):
         for callback in (self._switch, identity, self._meter, self._mtp, self._non_finite, preemption):
             if callback is not None:
                 self.add_callback(callback)
+        self._console: ConsoleCallback | None = None
         for callback in list(self.callback_handler.callbacks):
-            if type(callback) is ProgressCallback:
+            if type(callback) in (ProgressCallback, PrinterCallback):
                 self.remove_callback(callback)
-                self.add_callback(PhaseProgressCallback(self))
+                self._console = ConsoleCallback(self, has_bar=type(callback) is ProgressCallback)
+                self.add_callback(self._console)
 
     @property
     def preempted(self) -> bool:
@@ -206,6 +209,8 @@ class TSTTrainer(Trainer):
         finally:
             self._switch.close()
             self._preemption.close()
+            if self._console is not None:
+                self._console.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
 

@@ -1,6 +1,6 @@
 """Pre-train a model that one GPU does not hold. The script knows nothing of GPUs: the launcher does.
 
-    accelerate launch --config_file scripts/configs/accelerate/fsdp2.yaml --num_processes 8 \
+    accelerate launch --config_file hf_tst/pretraining/accelerate/fsdp2.yaml --num_processes 8 \
         scripts/examples/fsdp2.py --output_dir out --max_steps 1000 --bf16 True --dataset_config sample-10BT
 
 The weights are made on every process and then sharded; `save_model` writes one ordinary checkpoint, whatever

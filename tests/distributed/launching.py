@@ -16,7 +16,7 @@ LAUNCHERS = {
     # With --cpu accelerate starts a single process; without, it starts all, and the arguments say that they use the CPU.
     "accelerate": [
         "accelerate.commands.launch",
-        f"--config_file={TESTS.parent / 'scripts/configs/accelerate/fsdp2.yaml'}",
+        f"--config_file={TESTS.parent / 'hf_tst/pretraining/accelerate/fsdp2.yaml'}",
         "--mixed_precision=no",
         "--main_process_port=0",
     ],

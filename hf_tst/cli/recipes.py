@@ -1,0 +1,39 @@
+"""The recipes that come with the package, with what they cost: what `hf-tst recipes` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..pretraining.parser import ArgumentParser
+from ..pretraining.recipes import ACCELERATE, RECIPES, read_config, recipe_names
+from ..records.report import format_columns
+from .plan import plan_from_arguments
+
+DESCRIPTION = (
+    "List the recipes that come with the package: parameters, tokens of text, GPU-hours by `hf-tst plan`."
+)
+
+
+def main(argv: Sequence[str], prog: str | None = None) -> None:
+    """Print the table.
+
+    Raises:
+        TSTError: For a flag.
+    """
+    ArgumentParser([], "%(prog)s", description=DESCRIPTION, prog=prog).parse_flags(argv)
+    rows = [("recipe", "parameters", "tokens", "GPU-hours (h100)")]
+    for name in recipe_names():
+        if "model_name_or_path" in read_config(str(RECIPES / f"{name}.yaml")):
+            rows.append((name, "the model's", "-", "-"))  # which is on the Hub
+            continue
+        plan, _ = plan_from_arguments([name])
+        figures = (
+            f"{plan.model.parameters / 1e6:,.0f}M",
+            f"{plan.raw_tokens / 1e9:,.2f}B",
+            f"{plan.gpu_hours:,.1f}",
+        )
+        rows.append((name, *figures))
+    print(format_columns(rows))
+    print(f"\nhf-tst train NAME, hf-tst plan NAME; the files are in\n{RECIPES}\n")
+    names = ", ".join(sorted(path.stem for path in ACCELERATE.glob("*.yaml")))
+    print(f"For accelerate launch --config_file FOLDER/NAME.yaml: {names}, in\n{ACCELERATE}")

@@ -1,0 +1,128 @@
+"""What a command line says before torch is imported: whether its flags exist, and what will be trained.
+
+The names of flags are read from the source of the dataclasses that hold them, which takes a twentieth of a second; importing
+Transformers takes some. All values are parsed and checked afterwards: nothing here decides how a run is done.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import check_names
+from .overwrite import check_free
+from .recipes import quick_start, read_config, split_recipe
+
+PACKAGE = Path(__file__).parent.parent
+# By command, the files whose classes `...Arguments` hold its flags.
+TRAINING = ("pretraining/options.py", "training/arguments.py", "transformers")
+SOURCES = {
+    "train": TRAINING,
+    "plan": ("cli/plan.py", *TRAINING),
+    "compare": ("experiments/options.py", "experiments/compare.py", *TRAINING),
+    "sweep": ("experiments/options.py", "experiments/compare.py", *TRAINING),
+}
+
+
+def announce(command: str, argv: Sequence[str]) -> None:
+    """Check the flags of `command`, and print what it is about to do, if it trains.
+
+    Raises:
+        TSTError: As [`look`]; and for `train`, if the output folder holds a run that the line does not speak of.
+    """
+    values = look(command, argv)
+    if values is None or command == "plan":
+        return
+    if command == "train" and not any(
+        values.get(name) for name in ("resume_from_checkpoint", "overwrite_output_dir", "dry_run")
+    ):
+        check_free(str(values["output_dir"]), f"hf-tst train {shlex.join(argv)}".rstrip())
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(values), flush=True)
+
+
+def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
+    """Check the flags of a command, and return the values that its line and its file of arguments give, as far as they can be
+    told; `None` if only help is asked for.
+
+    Raises:
+        TSTError: For a flag that does not exist, with the nearest that does, and for a file that cannot be read.
+    """
+    if command not in SOURCES or any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
+        return None
+    file, words = split_recipe(list(argv))
+    given = (read_config(file) if file else {}) | flag_values(words)
+    defaults = declared_arguments(SOURCES[command])
+    known = {*defaults, *(f"no_{name}" for name in defaults), "debug", "dry_run"}
+    # `argparse` takes the beginning of a flag for the flag.
+    check_names(
+        (name for name in given if not any(flag.startswith(name) for flag in known)),
+        known,
+        "There is no flag",
+    )
+    own = {} if given.get("train_file") or given.get("dataset_name") else quick_start()
+    return defaults | own | given
+
+
+def flag_values(words: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags on a command line, as text; `True` for a flag without one."""
+    values: dict[str, Any] = {}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            following = words[place + 1] if place + 1 < len(words) else "--"
+            values[name.replace("-", "_")] = (
+                value if has_value else following if following[:2] != "--" else True
+            )
+    return values
+
+
+def declared_arguments(sources: Iterable[str]) -> dict[str, Any]:
+    """The fields of the classes `...Arguments` in source files, with those defaults that are constants."""
+    fields: dict[str, Any] = {}
+    for source in sources:
+        path = PACKAGE / source
+        if source == "transformers":
+            spec = find_spec("transformers")
+            path = Path(spec.submodule_search_locations[0], "training_args.py")  # type: ignore[union-attr,index]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
+                for entry in node.body:
+                    if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name):
+                        keywords = entry.value.keywords if isinstance(entry.value, ast.Call) else []
+                        values = {word.arg: word.value for word in keywords}
+                        default = values.get("default", entry.value)
+                        fields[entry.target.id] = default.value if isinstance(default, ast.Constant) else None
+    return fields
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """What will be trained, on what, how long, and where it goes, in two lines."""
+    trained = values.get("model_name_or_path")
+    model = (
+        f"{trained}, continued"
+        if trained
+        else f"a new {values.get('config_name') or values.get('model_type')}"
+    )
+    data = values.get("train_file") or values.get("dataset_name") or "Python's standard library"
+    length = ""
+    steps, ratio, size = (
+        _number(values.get(name)) for name in ("max_steps", "tst_phase_ratio", "tst_bag_size")
+    )
+    if steps > 0:
+        on_bags = round(ratio * steps) if size > 1 else 0
+        phases = f", the first {on_bags:,} on bags of {size:g} tokens" if on_bags else ", none on bags"
+        length = f"{steps:,.0f} steps{phases}, "
+    return f"{model}, on {data}\n{length}into {values['output_dir']}"
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0

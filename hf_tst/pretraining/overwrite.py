@@ -1,0 +1,68 @@
+"""A run never overwrites another without a word: what is refused, and what happens with `--overwrite_output_dir`.
+
+Then the old run is moved to `_replaced` in its folder when the new one takes its first step, and removed when the new one has
+its first checkpoint, or is over. If the new run fails before, the old one is put back.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import TSTError
+
+REPLACED = "_replaced"
+# What a run leaves in its folder; other files there are the user's.
+RUN_FILES = (
+    "checkpoint-*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
+    "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "*_results.json",
+    "loss_curve.png",
+)  # fmt: skip
+
+
+def check_free(output_dir: str, command: str) -> None:
+    """Raise `TSTError` if a folder holds a run.
+
+    Args:
+        output_dir (`str`): The folder.
+        command (`str`): The command line that would train into it, for the message.
+    """
+    folder = Path(output_dir)
+    if any((folder / name).exists() for name in ("trainer_state.json", "config.json", "adapter_config.json")):
+        raise TSTError(
+            f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
+            f"`{command} --output_dir {output_dir.rstrip('/')}-2` keeps it."
+        )
+    if any(folder.glob("checkpoint-*")) or (folder / REPLACED).is_dir():
+        raise TSTError(
+            f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
+            f"`{command} --overwrite_output_dir` replaces it."
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Move what a run has left in `folder` into `_replaced`; what is there already is older, whole, and stays."""
+    aside = folder / REPLACED
+    keeps = aside.is_dir()
+    aside.mkdir(exist_ok=True)
+    for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+        if not keeps:
+            path.rename(aside / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def put_back(folder: Path) -> None:
+    """Undo [`set_aside`], if what was moved is still there."""
+    aside = folder / REPLACED
+    for path in aside.glob("*"):
+        path.rename(folder / path.name)
+    if aside.is_dir():
+        aside.rmdir()
+
+
+def discard(folder: Path) -> None:
+    """Remove what [`set_aside`] moved."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)

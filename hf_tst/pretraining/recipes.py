@@ -1,0 +1,55 @@
+"""Files of arguments: recipes that the package holds, and those of users. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import TSTError, bad_input, check_names, whole_message
+
+RECIPES = Path(__file__).with_name("recipes")
+# Configurations of `accelerate launch`, for one GPU and for many.
+ACCELERATE = Path(__file__).with_name("accelerate")
+ENDINGS = (".yaml", ".yml", ".json")
+
+
+def recipe_names() -> list[str]:
+    """The names of the package's recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file of arguments that the first word of a command line names, if it is no flag, and the words after it.
+
+    Raises:
+        TSTError: If the word is neither a path that ends as such files do, nor the name of a recipe.
+    """
+    if not argv or argv[0].startswith("-"):
+        return None, argv
+    word = argv[0]
+    if not word.endswith(ENDINGS):
+        check_names([word], recipe_names(), "There is no recipe", otherwise="`hf-tst recipes` lists them.")
+        word = str(RECIPES / f"{word}.yaml")
+    return word, argv[1:]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
+    if not Path(path).is_file():
+        raise TSTError(f"There is no configuration file {path}.")
+    errors = (yaml.YAMLError, UnicodeDecodeError)
+    with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(values, dict):
+        raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
+    return {str(k): json.dumps(value) if isinstance(value, dict) else value for k, value in values.items()}
+
+
+@cache
+def quick_start() -> dict[str, Any]:
+    """Names and values of the recipe that runs without data."""
+    return read_config(str(Path(__file__).with_name("quick_start.yaml")))

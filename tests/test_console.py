@@ -1,0 +1,285 @@
+"""What a person sees of a run: one line per log, nothing overwritten without a word, flags told before torch is imported."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_blocks, write_corpus
+
+from hf_tst import TSTTrainer
+from hf_tst.cli import main as cli
+from hf_tst.cli.plan import PlanArguments
+from hf_tst.experiments.compare import CompareArguments, SweepArguments
+from hf_tst.pretraining import pretrain
+from hf_tst.pretraining.first_look import SOURCES, declared_arguments, flag_values
+from hf_tst.pretraining.options import TRAINING, ArgumentParser, RunArguments, parse_values
+from hf_tst.pretraining.recipes import recipe_names
+
+LINE = re.compile(
+    r"step +\d+/\d+  (superposition|recovery     )  loss \d+\.\d{3}(  eval \d+\.\d{3})?  \S+ raw tok/s  \d\d:\d\d left"
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("console")
+    write_corpus(folder)
+    values = {
+        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
+        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 6, "per_device_train_batch_size": 2,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "max_eval_samples": 4, "save_strategy": "no",
+        "eval_strategy": "steps", "eval_steps": 2,
+        "config_overrides": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 32,
+        },
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe):
+    assert cli.main(["train", str(recipe)]) == 0
+    return recipe.parent / "run"
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A finished run, with a file of the user's."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    return tmp_path / "run"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_not_overwritten(recipe, run_folder, capsys):
+    before = contents(run_folder)
+    assert cli.main(["train", str(recipe), "--output_dir", str(run_folder), "--max_steps", "4"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a finished run" in line
+    assert "--overwrite_output_dir` replaces it" in line
+    assert f"--output_dir {run_folder}-2` keeps it" in line
+    assert contents(run_folder) == before
+
+
+def test_it_is_replaced_when_that_is_asked_for(recipe, run_folder):
+    assert (run_folder / "checkpoint-2").is_dir()
+    flags = ["--output_dir", str(run_folder), "--max_steps", "10", "--overwrite_output_dir"]
+    assert cli.main(["train", str(recipe), *flags]) == 0
+    assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((run_folder / "trainer_state.json").read_text())["max_steps"] == 10
+    assert (run_folder / "notes.txt").read_text() == "mine"
+    assert not list(run_folder.glob("_*"))
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(recipe, run_folder, monkeypatch):
+    class Failing(pretrain.TSTTrainer):
+        def training_step(self, *args, **kwargs):
+            assert not (run_folder / "model.safetensors").exists()
+            raise MemoryError
+
+    before = contents(run_folder)
+    monkeypatch.setattr(pretrain, "TSTTrainer", Failing)
+    with pytest.raises(MemoryError):
+        cli.main(["train", str(recipe), "--output_dir", str(run_folder), "--overwrite_output_dir"])
+    assert contents(run_folder) == before
+
+
+def test_a_half_finished_run_is_resumed_or_replaced(recipe, run_folder, capsys):
+    for name in ("config.json", "trainer_state.json", "model.safetensors"):
+        (run_folder / name).unlink()
+    flags = ["train", str(recipe), "--output_dir", str(run_folder)]
+    assert cli.main(flags) == 2
+    assert "--resume_from_checkpoint last` continues it" in capsys.readouterr().err
+    assert cli.main([*flags, "--resume_from_checkpoint", "last", "--overwrite_output_dir"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+    assert cli.main([*flags, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_a_log_is_one_line_and_the_record_has_all_of_it(llama, make_args, capsys):
+    args = make_args(max_steps=10, eval_strategy="steps", eval_steps=5)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(400), eval_dataset=make_blocks(4, seed=1))
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11
+    assert all(LINE.fullmatch(line) for line in lines[:10])
+    assert ["eval" in line for line in lines[:10]] == [number in (5, 10) for number in range(1, 11)]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {"grad_norm", "learning_rate", "tst_raw_tokens", "tst_data_wait_seconds"} <= logged[0].keys()
+
+
+def test_what_a_script_logs_is_shown(llama, make_args, capsys):
+    class Logging(TSTTrainer):
+        def log(self, logs, *args, **kwargs):
+            super().log({**logs, "own_metric": 0.25}, *args, **kwargs)
+
+    Logging(llama, make_args(max_steps=2), train_dataset=make_blocks(200)).train()
+    assert "own_metric 0.250" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_lines_and_bar_on_a_terminal_of_80_columns(recipe, tmp_path):
+    command = [sys.executable, "-m", "hf_tst", "train", str(recipe), "--output_dir", str(tmp_path / "run")]
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, env=environment)
+    printed = b""
+    while process.poll() is None:
+        time.sleep(0.1)
+        with suppress(BlockingIOError):
+            printed += os.read(leader, 1 << 20)
+    os.close(follower)
+    os.close(leader)
+    assert process.returncode == 0, printed.decode()
+    parts = re.split(r"[\r\n]+", printed.decode().replace("\x1b[A", ""))
+    lines = [part for part in parts if "raw tok/s" in part]
+    assert len(lines) == 6
+    assert all(LINE.fullmatch(line) for line in lines)
+    bars = [part for part in parts if "%|" in part and "left" in part]
+    assert {bar.split()[0] for bar in bars} >= {"superposition", "recovery", "evaluation"}
+    assert all(len(bar) <= 80 for bar in bars)
+    assert "Warning" not in printed.decode()
+    assert "sample " in parts[-2]
+
+
+def test_the_bar_of_a_resumed_run_begins_where_it_stands(llama, make_args, monkeypatch):
+    args = make_args(max_steps=10, disable_tqdm=False, save_strategy="steps", save_steps=8)
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(400))
+    trainer.train()
+    seen = []
+    show = trainer._console._show_phase
+
+    def noting(step):
+        seen.append((trainer._console.training_bar.n, step))
+        show(step)
+
+    monkeypatch.setattr(trainer._console, "_show_phase", noting)
+    trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-8"))
+    assert seen[0] == (8, 8)
+
+
+def without_torch(*arguments):
+    """What a command prints until torch is imported, and whether it is."""
+    code = f"""import sys
+from hf_tst.cli import main as cli
+cli.import_module = lambda name: sys.exit(f"torch {{'torch' in sys.modules}}")
+sys.exit(cli.main({list(arguments)!r}))"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_what_will_be_trained_is_said_before_torch_is_imported(recipe, tmp_path):
+    result = without_torch("train", str(recipe), "--output_dir", str(tmp_path / "x"), "--max_steps=1000")
+    assert result.stderr == "torch False\n"
+    for words in (
+        "a new llama",
+        "corpus.txt",
+        "1,000 steps, the first 300 on bags of 6 tokens",
+        str(tmp_path / "x"),
+    ):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("command", SOURCES)
+def test_a_misspelt_flag_is_told_before_torch_is_imported(command):
+    result = without_torch(command, "--tst_bag_sise", "4")
+    assert result.returncode == 2
+    assert (
+        result.stderr == f"hf-tst {command}: There is no flag 'tst_bag_sise': did you mean 'tst_bag_size'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds"),
+    [
+        ("train", [*TRAINING, RunArguments]),
+        ("plan", [PlanArguments, *TRAINING, RunArguments]),
+        ("compare", [CompareArguments, *TRAINING]),
+        ("sweep", [SweepArguments, *TRAINING]),
+    ],
+)
+def test_the_flags_of_the_source_are_those_of_the_parser(command, kinds):
+    flags = {*vars(ArgumentParser(kinds).parse_flags([]))}
+    assert flags <= declared_arguments(SOURCES[command]).keys()
+
+
+def test_values_of_flags():
+    words = ["--max-steps", "3", "--bf16", "--seed=4", "--streaming"]
+    assert flag_values(words) == {"max_steps": "3", "bf16": True, "seed": "4", "streaming": True}
+
+
+def test_help_has_ours_first_and_the_rest_on_request(capsys):
+    pages = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["train", flag])
+        pages[flag] = capsys.readouterr().out
+    flags = re.findall(r"^  --(\w+)", pages["--help"], re.MULTILINE)
+    assert flags[0] == "tst_phase_ratio"
+    assert flags.index("train_file") < flags.index("model_type") < flags.index("max_steps")
+    assert "adam_beta1" not in flags
+    assert "  --adam_beta1" in pages["--help_all"]
+    assert len(pages["--help"].splitlines()) < 230
+    assert max(map(len, pages["--help"].splitlines())) <= 130
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_have_names(name):
+    values = parse_values([name, "--seed", "5"], TRAINING, "")
+    assert Path(values.output_dir).parent == Path("runs")
+    assert values.seed == 5
+
+
+def test_recipes_are_listed_with_what_they_cost(capsys):
+    assert cli.main(["recipes"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"270m-20k-tst +267M +104\.86B +\d+", table)
+    assert "fsdp2" in table
+
+
+def test_a_dry_run_shows_bags_and_plan_and_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain.TSTTrainer, "train", None)
+    flags = ["--output_dir", str(tmp_path / "run")]
+    assert cli.main(["train", str(recipe), "--dry_run", *flags]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"step 0, bag 0 +'.+'", out)
+    assert "whole run      6 steps" in out
+    assert "checkpoint-2" in out
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["train", str(recipe), "--dry_run", "--max_steps", "100000", *flags]) == 2
+    assert "lower max_steps to about" in capsys.readouterr().err
+
+
+def test_text_without_a_tokenizer_names_both_that_it_needs(recipe, tmp_path, capsys):
+    flags = [
+        "--train_file",
+        str(recipe.parent / "corpus.txt"),
+        "--max_steps",
+        "4",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(["train", *flags, "--use_cpu"]) == 2
+    assert "--tokenizer_name gpt2 --model_type llama" in capsys.readouterr().err
+
+
+def test_versions_for_a_bug_report(capsys):
+    assert cli.main(["env"]) == 0
+    assert re.search(r"torch +\d", capsys.readouterr().out)
