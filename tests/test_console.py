@@ -86,7 +86,7 @@ def test_it_is_replaced_when_that_is_asked_for(recipe, run_folder):
     assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-3"]
     assert json.loads((run_folder / "trainer_state.json").read_text())["max_steps"] == 10
     assert (run_folder / "notes.txt").read_text() == "mine"
-    assert not list(run_folder.glob("_*"))
+    assert [path.name for path in run_folder.glob("_*")] == ["_run.json"]
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(recipe, run_folder, monkeypatch):

@@ -1,6 +1,6 @@
 """A run never overwrites another without a word: what is refused, and what happens with `--overwrite_output_dir`.
 
-Then the old run is moved to `_replaced` in its folder when the new one takes its first step, and removed when the new one has
+Then the old run is moved to `_replaced` in its folder when training begins, and removed when the new one has
 its first checkpoint, or is over. If the new run fails before, the old one is put back.
 """
 
@@ -16,7 +16,7 @@ REPLACED = "_replaced"
 RUN_FILES = (
     "checkpoint-*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
     "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "*_results.json",
-    "loss_curve.png",
+    "loss_curve.png", "_run.json",
 )  # fmt: skip
 
 

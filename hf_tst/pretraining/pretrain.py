@@ -295,11 +295,7 @@ def load_parts(
 
 
 class ReplaceRunCallback(TrainerCallback):
-    """Moves the run in the output folder aside when training begins, and removes it at the first checkpoint."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            set_aside(Path(args.output_dir))
+    """Removes the run that was set aside at the first checkpoint of the new one."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -375,6 +371,8 @@ def _train(
     if run_args.overwrite_output_dir:
         trainer.add_callback(ReplaceRunCallback())
     try:
+        if run_args.overwrite_output_dir and trainer.is_world_process_zero():
+            set_aside(folder)
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException as error:
         if trainer.is_world_process_zero():
