@@ -305,9 +305,12 @@ def test_labels_that_are_not_one_bag_a_position_are_refused(llama, fused_loss):
 def test_a_bag_level_mask_hides_bags(llama):
     bags, labels = make_bags()
     mask = torch.ones(2, 6, dtype=torch.long)
-    with token_superposition(llama, 4):
-        plain = llama(input_ids=bags, labels=labels)
-        assert torch.equal(llama(input_ids=bags, labels=labels, attention_mask=mask).logits, plain.logits)
+    with token_superposition(llama, 4, fused_loss="off"):
+        plain = llama(input_ids=bags, labels=labels).logits
+        assert torch.equal(llama(input_ids=bags, labels=labels, attention_mask=mask).logits, plain)
+        mask[:, 0] = 0
+        hidden = llama(input_ids=bags, labels=labels, attention_mask=mask).logits
+        assert not torch.equal(hidden[:, 1:], plain[:, 1:])
 
 
 def test_models_that_cannot_be_served_say_why():

@@ -122,9 +122,14 @@ class DataPosition(PhaseSchedule, BlockFacts):
             if before != after and name not in free
         ]
         if differences:
+            random = (
+                ""
+                if self.data == now.data
+                else " (a data set that draws its rows at random needs a seed of its own)"
+            )
             raise TSTError(
                 f"The checkpoint at step {self.step} was trained otherwise ({'; '.join(differences)}): "
-                "resume with what it was saved with, or set tst_allow_data_change=True and accept that data may be "
+                f"resume with what it was saved with{random}, or set tst_allow_data_change=True and accept that data may be "
                 "read twice or never."
             )
 

@@ -224,7 +224,7 @@ class MissingLogits(torch.Tensor):
 
 
 # What may be asked of logits that are not there: `__get__` is an attribute, such as the shape.
-_HARMLESS = {"__get__", "size", "dim", "numel", "clone", "detach", "is_floating_point"}
+_HARMLESS = {"__get__", "size", "dim", "numel", "clone", "detach", "is_floating_point", "__repr__"}
 
 
 def _missing(value: Any) -> Any:

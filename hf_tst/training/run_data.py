@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
@@ -109,6 +111,7 @@ class RunData:
                 self._stream_states[state.reader] = state.values
                 self.start = replace(self.start, block_length=state.values["block_length"])
             elif isinstance(self.rows, FoldedBatches) and not self.start.block_length:
+                _check_shared_out(batch["input_ids"])
                 positions = batch["input_ids"].shape[:2].numel()
                 self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
@@ -268,6 +271,16 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
     )
     facts = BlockFacts(None, 0, f"batches of {type(trainer).__name__}")
     return RunData(rows, _position(args, schedule, layout, facts), steps_per_epoch, args.process_index, None)
+
+
+def _check_shared_out(first: Tensor) -> None:
+    """Raise `TSTError` if all processes read the same first batch. Every rank must take part."""
+    digests = gather_object([hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()])
+    if len(digests) > 1 and len(set(digests)) == 1:
+        raise TSTError(
+            f"All {len(digests)} processes read the same batches from get_train_dataloader: let it return "
+            "self.accelerator.prepare(loader), or give the loader a DistributedSampler."
+        )
 
 
 def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:

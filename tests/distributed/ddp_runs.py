@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from conftest import losses, make_blocks, make_model
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import TrainerCallback, default_data_collator
 
-from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst import TSTError, TSTTrainer, TSTTrainingArguments
 
 STEPS, SWITCH = 8, 3
 ROWS = 2  # a micro-batch
@@ -45,6 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mtp_resumed_in_superposition": {**MTP, "resume": ("mtp", 2)},
     "mtp_resumed_at_the_switch": {**MTP, "resume": ("mtp", 3)},
     "mtp_resumed_in_recovery": {**MTP, "resume": ("mtp", 6)},
+    "own_loader": {"own": "loader"},
+    "own_sampler": {"own": "sampler", "gradient_accumulation_steps": 2},
+    "own_loader_resumed_in_superposition": {"own": "loader", "resume": ("own_loader", 2)},
+    "own_loader_resumed_at_the_switch": {"own": "loader", "resume": ("own_loader", 3)},
+    "own_loader_resumed_in_recovery": {"own": "loader", "resume": ("own_loader", 6)},
     "mtp_sequential_moe_resumed_in_recovery": {**MTP_SEQUENTIAL, "resume": ("mtp_sequential_moe", 6)},
 }
 
@@ -74,6 +80,38 @@ class Record(TrainerCallback):
             self.heads = {f"mtp_heads.{k}": v.clone() for k, v in model.mtp_heads.state_dict().items()}
 
 
+class OwnLoader(TSTTrainer):
+    """Batches of a loader that accelerate shares out to the processes."""
+
+    prepares = True
+
+    def get_train_dataloader(self) -> Any:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=ROWS,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(5),
+            collate_fn=default_data_collator,
+        )
+        return self.accelerator.prepare(loader) if self.prepares else loader
+
+
+class NotSharedOut(OwnLoader):
+    """The same, and each process reads all of it."""
+
+    prepares = False
+
+
+class OwnSampler(TSTTrainer):
+    """Rows in their order."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+TRAINERS = {None: TSTTrainer, "loader": OwnLoader, "sampler": OwnSampler}
+
+
 def make_data(unequal: bool) -> list[dict[str, Any]]:
     blocks = make_blocks(200)
     for i, block in enumerate(blocks if unequal else []):
@@ -94,6 +132,7 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
     options = dict(CASES[name])
     model_type, overrides = options.pop("model", ("llama", {}))
     resume, unequal = options.pop("resume", None), options.pop("unequal", False)
+    kind = TRAINERS[options.pop("own", None)]
     accumulation = options.pop("gradient_accumulation_steps", 1) * 2 // world_size
     args = TSTTrainingArguments(
         output_dir=str(folder / "run"),
@@ -118,7 +157,7 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
     )
     record = Record()
     model = make_model(model_type, **overrides)
-    trainer = TSTTrainer(
+    trainer = kind(
         model, args, train_dataset=make_data(unequal), eval_dataset=make_blocks(8, seed=9), callbacks=[record]
     )
     checkpoint = None
@@ -139,6 +178,20 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
     }
 
 
+def refusal(folder: Path) -> str:
+    """What a run is told whose processes read the same batches of a loader."""
+    args = TSTTrainingArguments(
+        output_dir=str(folder), max_steps=4, tst_phase_ratio=0.5, tst_bag_size=4, per_device_train_batch_size=ROWS,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = NotSharedOut(make_model("llama"), args, train_dataset=make_data(False))
+    try:
+        trainer.train()
+    except TSTError as error:
+        return f"{trainer.state.global_step} steps: {error}"
+    return "trained"
+
+
 def main(out: Path) -> None:
     results = {}
     torch.set_num_threads(1)
@@ -147,6 +200,7 @@ def main(out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results[name] = run_case(name, folder, world_size=2, runs=out)
         torch.distributed.barrier()
+    results["not_shared_out"] = refusal(out / "refused")
     rank = torch.distributed.get_rank()
     (out / f"rank{rank}.json").write_text(json.dumps(results))
 

@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_blocks, make_model
+from ddp_runs import OwnLoader
 from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
@@ -31,9 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "baseline": {"tst_phase_ratio": 0, "mtp_loss_weight": 0.5},
     "baseline_sequential": {"tst_phase_ratio": 0, "mtp_kind": "sequential"},
     "bf16_moe": {"model": ("qwen3_moe", AUX), "bf16": True, "mtp_kind": "sequential"},
+    "own_loader": {"own_loader": True},
     "accumulation_moe": {"model": ("qwen3_moe", AUX), "gradient_accumulation_steps": 2},
 }  # fmt: skip
-RESUMED = {"tst": [2, 3, 6], "tst_sequential": [6], "baseline_sequential": [4]}
+RESUMED = {"tst": [2, 3, 6], "tst_sequential": [6], "own_loader": [2, 3], "baseline_sequential": [4]}
 SETTINGS = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -76,6 +78,7 @@ def make_trainer(
     """A trainer of one process, or of one under FSDP with `settings`."""
     options = CASES[name] | more
     model_type, overrides = options.pop("model", ("llama", {}))
+    kind = OwnLoader if options.pop("own_loader", False) else TSTTrainer
     accumulation = options.pop("gradient_accumulation_steps", 1) * 2 // world_size
     options = {"tst_phase_ratio": SWITCH / STEPS, "mtp_num_heads": 3, "save_strategy": "no"} | options
     args = TSTTrainingArguments(
@@ -96,10 +99,10 @@ def make_trainer(
     model = make_model(model_type, **overrides)
     data = {"train_dataset": make_blocks(200), "eval_dataset": make_blocks(8, seed=9)}
     if settings is None:
-        return TSTTrainer(model, args, **data, callbacks=list(callbacks))
+        return kind(model, args, **data, callbacks=list(callbacks))
     assert args.world_size == world_size  # which makes accelerate's PartialState
     with fsdp_on_cpu(**settings):
-        return TSTTrainer(model, args, **data, callbacks=list(callbacks))
+        return kind(model, args, **data, callbacks=list(callbacks))
 
 
 def logs(trainer: TSTTrainer) -> list[dict[str, float]]:

@@ -83,6 +83,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(two, name):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+def test_processes_that_read_the_same_batches_are_told(two):
+    for results in two[1]:
+        assert results["not_shared_out"].startswith("0 steps: All 2 processes read the same batches")
+
+
 def test_ranks_with_unequal_targets_can_be_averaged_without_counting_across(two):
     name = "tokens_of_a_rank_unequal"
     model, losses = make_model("llama"), []

@@ -76,3 +76,29 @@ def test_rows_of_several_lengths_are_refused_with_the_call_that_packs_them(strea
         train(args, Stream(rows) if streamed else rows)
     packed = pack_blocks(datasets.Dataset.from_dict({"input_ids": rows}), block_size=12)
     assert train(args, packed).state.global_step == 2
+
+
+def test_windows_drawn_at_random_without_a_seed_resume_with_the_option_that_the_refusal_names(make_args):
+    class Windows(torch.utils.data.Dataset):
+        def __init__(self):
+            self.text, self.draws = np.concatenate(IDS), np.random.default_rng()
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            start = int(self.draws.integers(len(self.text) - 12))
+            return torch.from_numpy(self.text[start : start + 12])
+
+    def run(resume=None, **options):
+        args = make_args(tst_phase_ratio=0.5, save_strategy="steps", save_steps=4, **options)
+        trainer = TSTTrainer(make_model("llama"), args, train_dataset=Windows())
+        trainer.train(resume and f"{args.output_dir}/checkpoint-4")
+        return trainer.state.global_step
+
+    run()
+    with pytest.raises(
+        TSTError, match=r"at random needs a seed of its own.*or set tst_allow_data_change=True"
+    ):
+        run(resume=True)
+    assert run(resume=True, tst_allow_data_change=True) == 10
