@@ -25,7 +25,7 @@ from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import ReinitializeCallback
-from ..training.refusals import check_optimizer
+from ..training.refusals import check_optimizer, check_tokenizer
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
 
@@ -246,6 +246,8 @@ def prepare_run(
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load_model(model_args, tokenizer)
         check_optimizer(args, model)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model)
         for text in documents:
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)
