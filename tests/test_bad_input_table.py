@@ -103,6 +103,7 @@ RECIPES = {
     "block: one": {"block_size": 1},
     "block: none": {"block_size": 0},
     "block: longer than the context": {"block_size": 64},
+    "block: longer than MPT's context": {"model_type": "mpt", "config_overrides": {"max_seq_len": 8, "d_model": 16, "n_heads": 2}},
     "block: fraction": {"block_size": 16.5},
     "block: word": {"block_size": "long"},
     "tokens a step: no multiple": {"tokens_per_step": 33},

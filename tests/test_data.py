@@ -339,7 +339,7 @@ def test_data_that_is_no_blocks_is_refused(rows, message, as_dataset):
     if as_dataset:
         rows = datasets.Dataset.from_list(rows)
     with pytest.raises(ValueError, match=message):
-        check_blocks(rows, pad_token_id=96, vocab_size=100)
+        check_blocks(rows, BlockRules(pad_token_id=96, vocab_size=100))
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -373,7 +373,7 @@ def test_a_bad_block_that_was_not_looked_at_is_found_when_it_is_read(bad, messag
     plan = DataPlan(904, PhaseSchedule(226, 1, 4), rows_per_step=1, seed=0, shuffle=False)
     rows = PlannedRows(blocks, plan, list(full), rules=rules)
     if source is Blocks:
-        check_blocks(blocks, pad_token_id=96)
+        check_blocks(blocks, BlockRules(pad_token_id=96))
     if source is Blocks or "has 11" not in message:  # stored lengths of a table are all looked at
         assert len(rows[74].columns["input_ids"]) == len(rows[76].columns["input_ids"]) == 4 * BLOCK_LENGTH
     with pytest.raises(ValueError, match=message):

@@ -7,14 +7,20 @@ from types import MethodType, SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import VOCAB_SIZE, make_blocks
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
 from torch.nn.functional import cross_entropy
-from transformers import TrainingArguments
+from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, fused_next_token_loss, token_superposition
+from hf_tst import (
+    DataCollatorForTokenSuperposition,
+    TSTError,
+    TSTTrainer,
+    fused_next_token_loss,
+    token_superposition,
+)
 from hf_tst.models.head import check_loss_is_replaceable
-from hf_tst.training.refusals import check_arguments, check_trainer
+from hf_tst.training.refusals import check_arguments, check_tokenizer, check_trainer
 
 
 @pytest.mark.parametrize(
@@ -180,3 +186,79 @@ def test_the_mode_comes_back_when_the_forward_pass_fails(llama, training):
     check_loss_is_replaceable(llama)
     assert modes == [False, True]
     assert llama.training is training
+
+
+# Ids without an embedding, and rows without a position
+
+BAD_ID = [{"input_ids": [1] * (BLOCK_LENGTH - 1) + [VOCAB_SIZE + 3]}]
+STORED = {
+    "list": lambda blocks: blocks,
+    "dataset": datasets.Dataset.from_list,
+    "stream": lambda blocks: datasets.Dataset.from_list(blocks).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_an_id_without_an_embedding_is_refused_with_its_block(llama, make_args, kind, part, ratio):
+    """The block is none of those that are looked at first; where rows are numbered it is named by its number."""
+    blocks = [{"input_ids": block["input_ids"]} for block in make_blocks(400)]
+    bad = 301 if part == "train_dataset" else 3
+    data = {"train_dataset": blocks, "eval_dataset": blocks[:4]}
+    data[part] = STORED[kind](data[part][:bad] + BAD_ID + data[part][bad + 1 :])
+    args = make_args(
+        tst_phase_ratio=ratio, max_steps=-1 if kind != "stream" or part == "eval_dataset" else 210, num_train_epochs=1,
+        eval_strategy="epoch" if part == "eval_dataset" else "no", per_device_train_batch_size=1,
+    )  # fmt: skip
+    if kind == "stream" and part == "train_dataset" and ratio == 0:
+        args.max_steps = 400
+    trainer = TSTTrainer(llama, args, **data)
+    with pytest.raises(
+        TSTError, match=f"holds the id {VOCAB_SIZE + 3}, but .*resize_token_embeddings"
+    ) as caught:
+        trainer.train()
+    name = f"Block {bad} of the" if (part, ratio) != ("train_dataset", 0) and kind != "stream" else "Block "
+    assert str(caught.value).startswith(name)
+    assert part == "train_dataset" or kind == "stream" or trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_rows_longer_than_a_table_of_positions_are_refused(make_args, ratio, part):
+    data = {"train_dataset": make_blocks(200), "eval_dataset": make_blocks(4)} | {
+        part: make_blocks(200, length=65)
+    }
+    trainer = TSTTrainer(make_model("gpt2"), make_args(tst_phase_ratio=ratio), **data)
+    with pytest.raises(TSTError, match="has 65 tokens, more than the model's context of 64"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    # Rotary positions have no table.
+    TSTTrainer(make_model("llama"), make_args(tst_phase_ratio=ratio, max_steps=2), **data).train()
+
+
+def test_mpt_says_its_context_under_another_name(tmp_path):
+    from hf_tst.pretraining.options import DataArguments, choose_block_size
+
+    config = CONFIG_MAPPING["mpt"](d_model=16, n_layers=2, n_heads=2, max_seq_len=64)
+    assert choose_block_size(DataArguments(train_file="x"), config) == 64
+    with pytest.raises(TSTError, match="block_size=65 is more than the model's context of 64 tokens"):
+        choose_block_size(DataArguments(train_file="x", block_size=65), config)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(llama):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def make(count, **special):
+        vocabulary = {f"t{i}": i for i in range(count)}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), **special
+        )
+
+    check_tokenizer(make(VOCAB_SIZE), llama)
+    check_tokenizer(make(VOCAB_SIZE, pad_token="<pad>"), llama)  # packed text has no padding
+    with pytest.raises(
+        TSTError, match=rf"ids up to {VOCAB_SIZE}, .*resize_token_embeddings\({VOCAB_SIZE + 1}\)"
+    ):
+        check_tokenizer(make(VOCAB_SIZE + 1), llama)

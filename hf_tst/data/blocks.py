@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
     if isinstance(row, (list, tuple)) and len(row) == 1 and np.ndim(row[0]) == 1:
         (row,) = row  # as TensorDataset gives it
     if not isinstance(row, IDS_ALONE):
-        raise _bad_block(index, f"is of the type {type(row).__name__}: give input_ids, or rows of ids alone")
+        raise NO_RULES._bad(
+            index, f"is of the type {type(row).__name__}: give input_ids, or rows of ids alone"
+        )
     return {"input_ids": row}
 
 
@@ -68,11 +70,15 @@ class BlockRules:
         length (`int`, *optional*): Tokens per block, L, where it is known.
         pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
         vocab_size (`int`, *optional*): Ids that the model has an embedding for.
+        context (`int`, *optional*): Positions that the model can tell apart.
+        data (`str`, defaults to `"training"`): What the blocks are for.
     """
 
     length: int | None = None
     pad_token_id: int | None = None
     vocab_size: int | None = None
+    context: int | None = None
+    data: str = "training"
 
     def check(self, block: Any, index: int) -> NDArray[np.int64]:
         """The tokens of block `index` of the data, `(L,)`.
@@ -87,14 +93,69 @@ class BlockRules:
             check_length(len(tokens), self.length, index)
         if "labels" in block and len(block["labels"]) != len(tokens):
             counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
-            raise _bad_block(index, f"has {counts}: give every token its label, or leave the labels out")
-        size = self.vocab_size
-        if (bad := (tokens < 0) | (tokens >= (size or np.iinfo(np.int64).max))).any():
-            known = f"the model has embeddings for 0 to {size - 1}" if size else "ids are not negative"
-            found = f"holds the id {tokens[bad.argmax()]}, but {known}"
-            raise _bad_block(index, f"{found}: tokenize it with the model's own tokenizer")
+            raise self._bad(index, f"has {counts}: give every token its label, or leave the labels out")
+        self.check_context(len(tokens), index)
+        self.check_ids(tokens, [index])
         self.check_padding(block, index)
         return tokens
+
+    def check_context(self, length: int, index: int) -> None:
+        """Raise `TSTError` if block `index`, of `length` tokens, is longer than the model's context."""
+        if self.context is not None and length > self.context:
+            problem = f"has {length} tokens, more than the model's context of {self.context}"
+            advice = "pack the data into shorter blocks, or make the model for longer ones (max_position_embeddings)"
+            raise self._bad(index, f"{problem}: {advice}")
+
+    def check_ids(self, tokens: NDArray[Any], indices: Any) -> None:
+        """Raise `TSTError` if one of some blocks, joined, of equal length unless `indices` has one per token, holds an id that the model has no embedding for."""
+        size = np.iinfo(np.int64).max if self.vocab_size is None else self.vocab_size
+        if not tokens.size or (tokens.min() >= 0 and tokens.max() < size):
+            return
+        at = int(((tokens < 0) | (tokens >= size)).argmax())
+        known = (
+            "ids are not negative"
+            if self.vocab_size is None
+            else f"the model has embeddings for 0 to {size - 1}"
+        )
+        raise self._bad(
+            indices[at * len(indices) // tokens.size],
+            f"holds the id {tokens[at]}, but {known}: tokenize it with the model's own tokenizer, or add rows to the model with "
+            "model.resize_token_embeddings(len(tokenizer))",
+        )
+
+    def check_stored(self, blocks: Any, limit: int | None = None) -> None:
+        """Check ids and lengths of the rows, or the first `limit` ones, of a `datasets.Dataset`, a list or token ids on disk.
+
+        Other data is left alone: reading it may be slow, or draw random numbers. Rows may be of several lengths.
+        """
+        if hasattr(blocks, "select_columns"):
+            if hasattr(blocks, "num_rows") and "input_ids" in blocks.column_names:
+                self._check_table(blocks.select_columns("input_ids"), limit)
+        elif isinstance(blocks, (list, tuple)) or hasattr(blocks, "starts"):
+            for index in range(min(len(blocks), limit or len(blocks))):
+                block = blocks[index]
+                if not isinstance(block, Mapping) or "input_ids" not in block:
+                    return
+                tokens = np.asarray(block["input_ids"])
+                if tokens.ndim == 1 and tokens.dtype.kind in "iu":
+                    self.check_context(len(tokens), index)
+                    self.check_ids(tokens, [index])
+
+    def _check_table(self, blocks: Any, limit: int | None) -> None:
+        import pyarrow.compute as pc
+
+        if not _holds_ids(blocks):
+            return
+        table, end = blocks.with_format("arrow"), min(len(blocks), limit or len(blocks))
+        for start in range(0, end, 1000):
+            column = table[start : min(start + 1000, end)]["input_ids"]
+            lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
+            tokens = np.asarray(pc.list_flatten(column))
+            self.check_context(int(lengths.max()), start + int(lengths.argmax()))
+            self.check_ids(tokens, np.repeat(np.arange(start, start + len(lengths)), lengths))
+
+    def _bad(self, index: Any, problem: str) -> TSTError:
+        return TSTError(f"Block {index} of the {self.data} data {problem}.")
 
     def check_padding(self, row: Mapping[str, Any], index: int) -> None:
         """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
@@ -103,16 +164,16 @@ class BlockRules:
         mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"])[length - 1 :: length]
         if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
             first = index + int(real.argmin()) // length
-            raise _bad_block(first, f"is padded (its attention_mask holds zeros), {advice}")
+            raise self._bad(first, f"is padded (its attention_mask holds zeros), {advice}")
         if self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
             first = index + int(padded.argmax())
-            raise _bad_block(first, f"ends in the padding token {self.pad_token_id}, {advice}")
+            raise self._bad(first, f"ends in the padding token {self.pad_token_id}, {advice}")
 
 
 NO_RULES = BlockRules()
 
 
-def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int | None = None) -> BlockFacts:
+def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     """Check that a map-style data set holds full, equal blocks of tokens.
 
     256 blocks spread over the data are read and, of a `datasets.Dataset`, the first 100 000 stored lengths. Of a list,
@@ -120,8 +181,7 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
 
     Args:
         blocks: The data set.
-        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
-        vocab_size (`int`, *optional*): Ids that the model has an embedding for.
+        rules (`BlockRules`): What each block must keep to, besides being as long as the first.
 
     Raises:
         TSTError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
@@ -132,7 +192,7 @@ def check_blocks(blocks: Any, pad_token_id: int | None = None, vocab_size: int |
     if is_dataset:
         blocks = blocks.with_format("numpy")
     length = len(NO_RULES.check(blocks[0], 0))
-    rules = BlockRules(length, pad_token_id, vocab_size)
+    rules = replace(rules, length=length)
     digest = hashlib.sha256(f"{len(blocks)} blocks".encode())
     for index in sorted({int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)}):
         digest.update(rules.check(blocks[index], index).tobytes())
@@ -155,10 +215,6 @@ def check_length(found: int, length: int, index: int) -> None:
         )
 
 
-def _bad_block(index: int, problem: str) -> TSTError:
-    return TSTError(f"Block {index} of the training data {problem}.")
-
-
 def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
     """The same for an Arrow column that holds a list for each of some blocks."""
     import pyarrow.compute as pc
@@ -179,10 +235,10 @@ def _tokens(block: Mapping[str, Any], index: int) -> NDArray[np.int64]:
     ):
         tokens = np.asarray(block["input_ids"])
     if tokens.shape == (0,):
-        raise _bad_block(index, "holds no token: pack the data into blocks")
+        raise NO_RULES._bad(index, "holds no token: pack the data into blocks")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = f"of shape {tokens.shape} and type {tokens.dtype}"
-        raise _bad_block(
+        raise NO_RULES._bad(
             index, f"needs input_ids that are one row of whole numbers, but they are {found}: tokenize it"
         )
     return tokens.astype(np.int64, copy=False)
@@ -231,6 +287,7 @@ class BlockReader:
                 block = as_block(row, index)
                 for name in block.keys() & TOKEN_COLUMNS:
                     check_length(len(block[name]), self.rules.length, index)
+                self.rules.check_ids(np.asarray(block["input_ids"]), [index])
         found = [self._chosen(row) for row in found]
         return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
@@ -243,12 +300,14 @@ class BlockReader:
 
     def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
         """All blocks at once, each row a view of one array per column."""
-        arrays = []
+        arrays: list[NDArray[np.int64]] = []
         for column in self._blocks[indices].columns:
             lists = column.combine_chunks()
             length = self.rules.length or len(lists[0])
             _check_stored_lengths(lists, length, indices)
             values = lists.flatten().to_numpy(zero_copy_only=False)
+            if len(arrays) == self.columns.index("input_ids"):
+                self.rules.check_ids(values, indices)
             arrays.append(values.astype(np.int64).reshape(-1, size * length))
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 

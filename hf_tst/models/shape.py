@@ -165,6 +165,25 @@ class ModelShape:
         return self.trainable_parameters == self.parameters
 
 
+def embedding_size(model: Any) -> int | None:
+    """Ids that a model has an embedding for; `None` if it does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a model of this configuration can tell apart; `None` if it does not say.
+
+    Some have no such number: those whose attention knows distances alone, or that are recurrent.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
+    values = (getattr(text, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
 def _layer(name: str) -> int:
     """The number of the layer that a parameter or module of this name is in; -1 outside of layers."""
     found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from ..errors import TSTError, bad_input, check_at_least, check_names, whole_message
+from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import Reinitialized
 from .parser import ArgumentParser, flag_names
@@ -282,7 +283,7 @@ def choose_block_size(args: DataArguments, config: Any) -> int:
     Raises:
         TSTError: If blocks are longer than the context, where the model has a limit.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     length = args.block_size or min(1024, context or 1024)
     if context and length > context:
         raise TSTError(f"block_size={length} is more than the model's context of {context} tokens.")

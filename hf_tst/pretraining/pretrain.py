@@ -34,7 +34,7 @@ from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
-from ..training.refusals import check_optimizer
+from ..training.refusals import check_optimizer, check_tokenizer
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, choose_block_size, parse_arguments
 from .overwrite import check_free, discard, put_back, set_aside
@@ -281,6 +281,8 @@ def load_parts(
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load(model_args, tokenizer)
         check_optimizer(args, model)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model)
         for text in documents:
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..data.blocks import IDS_ALONE, as_block
+from ..data.blocks import IDS_ALONE, NO_RULES, BlockRules, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
@@ -23,12 +24,26 @@ class DefaultCollator:
 
     Args:
         default: Trainer's collator.
+        rules (`BlockRules`): What says which ids the model has an embedding for.
     """
 
     default: Any
+    rules: BlockRules = NO_RULES
 
     def __call__(self, features: list[Any]) -> Any:
-        """The batch."""
+        """The batch.
+
+        Raises:
+            TSTError: If it holds an id that the model has no embedding for.
+        """
+        batch = self._collate(features)
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            names = [f"that begins with {row[:8]}" for row in ids[:, :8].tolist()]
+            replace(self.rules, data="given").check_ids(ids.flatten().numpy(), names)
+        return batch
+
+    def _collate(self, features: list[Any]) -> Any:
         if isinstance(features[0], IDS_ALONE):
             features = [as_block(row, index) for index, row in enumerate(features)]
         first = features[0]
@@ -45,7 +60,11 @@ class DefaultCollator:
 
 
 def make_collator(
-    args: TSTTrainingArguments, data_collator: Any, default: Any, eos_token_id: int | None
+    args: TSTTrainingArguments,
+    data_collator: Any,
+    default: Any,
+    eos_token_id: int | None,
+    rules: BlockRules = NO_RULES,
 ) -> Any:
     """The collator of all batches of a run, by the one that the user gave, if any.
 
@@ -54,6 +73,7 @@ def make_collator(
         data_collator: The user's, or `None`.
         default: What Trainer takes in its place.
         eos_token_id (`int`, *optional*): Token that ends a document.
+        rules (`BlockRules`): What says which ids the model has an embedding for.
 
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
@@ -62,7 +82,7 @@ def make_collator(
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation: Any = DefaultCollator(default)
+    evaluation: Any = DefaultCollator(default, rules)
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:

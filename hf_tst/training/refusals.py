@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..data.blocks import SAMPLED_BLOCKS, BlockRules
 from ..errors import TSTError, bad_input, whole_message
 from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
+from ..models.shape import context_length, embedding_size
 from ..models.superposition import find_language_model
 from .arguments import TSTTrainingArguments
 
@@ -47,6 +50,17 @@ def check_optimizer(args: TSTTrainingArguments, model: Any) -> None:
     """Raise `TSTError` if the optimizer that arguments name cannot be made, as when its package is missing."""
     with bad_input(f"optim={args.optim.value} cannot be used: ", (ImportError, ValueError), whole_message):
         Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raise `TSTError` if a tokenizer gives ids that a model has no embedding for; a padding token is not in packed text."""
+    size = embedding_size(model)
+    highest = max((i for i in tokenizer.get_vocab().values() if i != tokenizer.pad_token_id), default=0)
+    if size is not None and highest >= size:
+        raise TSTError(
+            f"The tokenizer gives ids up to {highest}, but the model has embeddings for 0 to {size - 1}: use the model's own tokenizer, "
+            f"or add rows with model.resize_token_embeddings({highest + 1}) and save the model."
+        )
 
 
 def check_trainer(trainer: Any) -> None:
@@ -156,6 +170,42 @@ def explained_bags(name: str, batch: Mapping[str, Any]) -> Iterator[None]:
             f"{whole_message(error)}. Call another model, such as a teacher, inside of token_superposition(teacher, bag_size), and "
             "leave out what needs single tokens where labels have three dimensions."
         ) from error
+
+
+# Rows of tokens
+
+
+def block_rules(model: Any, tokenizer: Any) -> BlockRules:
+    """What blocks must keep to for a model: its vocabulary and its table of positions, and the tokenizer's padding token, if it is nothing else.
+
+    A model without such a table may be trained on rows longer than its configuration says.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
+    config = getattr(model, "config", None)
+    context, tables = context_length(config), []
+    if context is not None and isinstance(model, nn.Module):
+        tables = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    # OPT's table has two rows more, and MPT makes its biases for so many positions.
+    has_table = {context, (context or 0) + 2} & {*tables} or getattr(config, "model_type", None) == "mpt"
+    return BlockRules(
+        pad_token_id=None if pad in others else pad,
+        vocab_size=embedding_size(model),
+        context=context if has_table else None,
+    )
+
+
+def check_stored_rows(trainer: Any) -> None:
+    """Check the rows of stored evaluation data, and the first ones of plain training, before the first step.
+
+    Raises:
+        TSTError: If one holds an id that the model has no embedding for, or is longer than its table of positions.
+    """
+    rules, evaluation = block_rules(trainer.model, None), trainer.eval_dataset
+    for blocks in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+        replace(rules, data="evaluation").check_stored(blocks)
+    if not trainer.args.tst_enabled:
+        rules.check_stored(trainer.train_dataset, limit=SAMPLED_BLOCKS)
 
 
 # Attention inside documents

@@ -23,15 +23,15 @@ from transformers.utils import logging
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..bags.weighting import offset_weights, resolve_weighting
-from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_blocks
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
 from ..losses.multi_hot import count_target_bags
-from ..models.superposition import find_language_model
 from .arguments import TSTTrainingArguments
+from .refusals import block_rules
 
 logger = logging.get_logger(__name__)
 
@@ -192,11 +192,7 @@ def open_run_data(trainer: Any) -> RunData:
     streamed = isinstance(blocks, IterableDataset)
     _check_loader(args, streamed)
     layout = _layout(trainer)
-    embedding = find_language_model(trainer.model)[1].get_input_embeddings()
-    rules = BlockRules(
-        pad_token_id=_padding_token_id(trainer.processing_class),
-        vocab_size=getattr(embedding, "num_embeddings", None),
-    )
+    rules = block_rules(trainer.model, trainer.processing_class)
     respects = args.tst_document_boundaries == "respect"
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
@@ -213,7 +209,7 @@ def open_run_data(trainer: Any) -> RunData:
         rows = StreamedRows(blocks, schedule, layout, workers, used, bag_columns, joins, rules)
         facts = rows.facts
     else:
-        facts = check_blocks(blocks, rules.pad_token_id, rules.vocab_size)
+        facts = check_blocks(blocks, rules)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
         _tell_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
@@ -418,13 +414,6 @@ def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
             "accelerator_config's dispatch_batches=True does not work with a stream, of which each process reads its own rows: "
             "leave it out."
         )
-
-
-def _padding_token_id(tokenizer: Any) -> int | None:
-    """The tokenizer's padding token, if it stands for nothing but padding."""
-    pad = getattr(tokenizer, "pad_token_id", None)
-    others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
-    return None if pad in others else pad
 
 
 def count_targets(batches: Sequence[Any], args: TSTTrainingArguments) -> Tensor:

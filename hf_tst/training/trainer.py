@@ -39,7 +39,7 @@ from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import check_arguments, check_trainer, explained_bags
+from .refusals import block_rules, check_arguments, check_stored_rows, check_trainer, explained_bags
 from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .token_meter import TokenMeterCallback
@@ -143,7 +143,9 @@ class TSTTrainer(Trainer):
         self._has_own_schedule = self.lr_scheduler is not None
         end = end_token_id(self.processing_class, self.model)
         default: Any = self.data_collator  # Trainer's, where the user gave none
-        self.data_collator: Any = make_collator(args, data_collator, default, end)
+        self.data_collator: Any = make_collator(
+            args, data_collator, default, end, block_rules(self.model, None)
+        )
         check_trainer(self)
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
@@ -193,6 +195,7 @@ class TSTTrainer(Trainer):
             RunError: At a loss that is not finite, and if a checkpoint cannot be written.
         """
         args = self.args
+        check_stored_rows(self)
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         filters = args.logging_nan_inf_filter and args.tst_bad_loss != "stop"  # it waits for the device
