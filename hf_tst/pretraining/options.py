@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -220,6 +222,14 @@ def parse_values(
         values, argv = read_config(argv[0]), argv[1:]
         actions = {action.dest: action for action in parser._actions}
         check_names(values, actions, "The configuration file has no such argument as")
+        hints = {name: str(hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in values.items():
+            if (
+                isinstance(value, list)
+                and actions[name].type is str
+                and "list" not in hints.get(name, "list")
+            ):
+                raise TSTError(f"{name} in the configuration file takes one value, but is the list {value}.")
         of_file = [word for name, value in values.items() for word in _as_flag(actions[name], value)]
     names_data = any(values.get(name) or name in flag_names(argv) for name in ("dataset_name", "train_file"))
     # What a flag cannot say, such as an empty value, is a default.
@@ -315,16 +325,26 @@ def choose_block_size(args: DataArguments, config: Any) -> int:
     return length
 
 
+class _NumberLoader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as JSON and YAML 1.2 do. To PyYAML it is text, which a flag understands, but no mapping does."""
+
+
+_NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_config(path: str) -> dict[str, Any]:
     """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
     if not Path(path).is_file():
         raise TSTError(f"There is no configuration file {path}.")
     errors = (yaml.YAMLError, UnicodeDecodeError)
     with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        text = Path(path).read_text(encoding="utf-8")
+        values, typed = yaml.safe_load(text), yaml.load(text, _NumberLoader)  # JSON is YAML
     if not isinstance(values, dict):
         raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
-    return {str(k): json.dumps(value) if isinstance(value, dict) else value for k, value in values.items()}
+    return {str(k): json.dumps(typed[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
 
 @cache
@@ -341,8 +361,9 @@ def _as_flag(action: Any, value: Any) -> list[str]:
         )
     if isinstance(value, bool) and "on" in (action.choices or ()):  # YAML reads `on` and `off` as booleans
         value = "on" if value else "off"
-    elif isinstance(value, float) and action.type is int and value.is_integer():  # such as 2.0e+4
-        value = int(value)
+    elif action.type is int and isinstance(value, (float, str)):  # such as 2e4
+        with suppress(ValueError):
+            value = int(float(value)) if float(value).is_integer() else value
     elif isinstance(value, list) and action.nargs == "+":
         return [f"--{action.dest}", *map(str, value)]
     is_default = value is None or (isinstance(value, list) and action.type is str)
