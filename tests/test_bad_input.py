@@ -7,7 +7,7 @@ import yaml
 from conftest import write_corpus
 from transformers import LlamaConfig
 
-from hf_tst.pretraining.options import ModelArguments
+from hf_tst.pretraining.options import ModelArguments, parse_arguments
 from hf_tst.pretraining.pretrain import main, make_config
 
 OVERRIDES = {
@@ -54,6 +54,7 @@ def values(folder, **changes):
     [
         ({"max_steps": 6.5}, "max_steps.* invalid int value: '6.5'"),
         ({"max_steps": [1, 2]}, r"max_steps.* invalid int value: '\[1, 2\]'"),
+        ({"train_file": ["a.txt", "b.txt"]}, r"train_file .* takes one value, but is the list \['a.txt', 'b.txt'\]"),
         ({"max_steps": None}, "max_steps in the configuration file has no value"),
         ({"learning_rate": "fast"}, "learning_rate.* invalid float value: 'fast'"),
         ({"lr_scheduler_kwargs": "{bad"}, "lr_scheduler_kwargs is not JSON"),
@@ -65,12 +66,12 @@ def values(folder, **changes):
         ({"model_type": "t5", "config_overrides": None}, "Cannot load a model of type t5"),
         ({"attn_implementation": "flash_attention_2"}, "Cannot load a model of type llama: .*[Ff]lash"),
         ({"tokenizer_name": "./nowhere"}, "Cannot load ./nowhere"),
-        ({"train_file": "blank.txt"}, "blank.txt holds nothing but white space"),
+        ({"train_file": "blank.txt"}, "blank.txt holds no text"),
         ({"train_file": "short.txt"}, "validation_split_percentage=5 of the 1 rows .* is 0 rows"),
-        ({"train_file": "broken.jsonl"}, "Cannot read broken.jsonl as json"),
-        ({"train_file": "numbers.jsonl"}, "column 'body' of the data holds int64, not text"),
-        ({"train_file": "broken.csv"}, "Cannot read broken.csv as csv"),
-        ({"train_file": "broken.parquet"}, "Cannot read broken.parquet as parquet"),
+        ({"train_file": "broken.jsonl"}, "Cannot read line 2 of broken.jsonl as JSON"),
+        ({"train_file": "numbers.jsonl"}, "column 'body' of numbers.jsonl holds 3 in line 1, not text"),
+        ({"train_file": "broken.csv"}, "broken.csv has no column 'text'"),
+        ({"train_file": "broken.parquet"}, "Cannot read broken.parquet: "),
         ({"output_dir": "corpus.txt"}, "Cannot make output_dir=corpus.txt"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, but is 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, but is 0"),
@@ -99,6 +100,18 @@ def test_the_file_that_the_bad_ones_are_made_of_trains(in_folder, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values(tmp_path, validation_file=None)), encoding="utf-8")
     assert main([str(path)]).state.global_step == 6
+
+
+def test_numbers_of_a_file_may_have_an_exponent(tmp_path):
+    """PyYAML takes 2e4 for text."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "train_file: a.txt\noutput_dir: x\nmax_steps: 2e4\nlearning_rate: 1e-3\nreport_to: [none]\nrun_name: 1e3\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\n"
+    )
+    _, _, args = parse_arguments([str(path)])
+    assert (args.max_steps, args.learning_rate, args.run_name) == (20_000, 1e-3, "1e3")
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
 def test_a_model_type_alone_is_its_default_configuration():

@@ -61,9 +61,9 @@ def test_bad_data_says_what_to_do(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="set text_column"):
         tokenize_documents(documents, tokenizer, text_column="text")
     with pytest.raises(ValueError, match="do not fill one block of 50"):
-        pack_blocks(tokenize_documents(documents, tokenizer), 50)
+        pack_blocks(tokenize_documents(documents, tokenizer, text_column="content"), 50)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="holds no text"):
         load_text_file(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match="There is no file"):
         load_text_file(str(tmp_path / "missing.jsonl"))
@@ -123,7 +123,7 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
         files = sorted((tmp_path / "cache").rglob("*.arrow"))
         runs.append((result.stdout, [(file, file.stat().st_mtime_ns) for file in files]))
     assert runs[0] == runs[1]
-    assert "hf_tst_blocks" in runs[0][0]
+    assert "hf_tst/blocks-" in runs[0][0]
 
 
 def test_two_processes_may_pack_the_same_documents_at_once(tmp_path):
@@ -142,7 +142,7 @@ def test_two_processes_may_pack_the_same_documents_at_once(tmp_path):
     running = [Script(script, tmp_path / "cache") for _ in range(2)]
     for done in [process.finish() for process in running]:
         assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list((tmp_path / "cache" / "hf_tst_blocks").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "hf_tst").iterdir())) == 1
 
 
 def test_other_inputs_are_packed_anew(tokenizer):

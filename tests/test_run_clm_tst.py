@@ -116,7 +116,7 @@ def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path, data):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train_file", "empty.txt"], "empty.txt is empty"),
+        (["--train_file", "empty.txt"], "empty.txt holds no text"),
         (["--train_file", "nothing.txt"], "There is no file"),
         (["--train_file", "latin.txt"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
         (

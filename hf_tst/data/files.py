@@ -1,9 +1,10 @@
-"""Local files as training data: text, read by `datasets`, and token ids, as one NumPy array on disk."""
+"""Local files as training data: text, as a data set of `datasets`, and token ids, as one NumPy array on disk."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +13,106 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..errors import TSTError, bad_input
+from .text_files import ENDINGS, check_column, choose_column, column_type, columns_of, ending, read_column
+from .written_once import open_arrow, written_once
 
 TOKEN_FILE_SUFFIX = ".npy"
 TOKEN_DTYPES = ("uint16", "uint32")
-FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Part of the name of a file of texts: raise it when the same files would be read differently.
+READING_VERSION = 1
 
 
-def load_text_file(path: str, streaming: bool = False) -> Any:
-    """A `datasets` data set of local text, JSON, CSV or Parquet files.
+def load_text_file(path: str, streaming: bool = False, text_column: str | None = None) -> Any:
+    """A `datasets` data set of one column of local text, JSON, CSV or Parquet files, whose values are checked.
 
     Lines of a text file keep their line breaks, so that they join to the file's text again.
 
     Args:
-        path (`str`): The file, or a pattern such as `"corpus/*.jsonl"` for several of one kind, read in the order of
-            their names; the ending says how to read them. A `.npy` file of token ids is a [`TokenFile`].
+        path (`str`): The file, or a pattern such as `"corpus/**/*.jsonl"` for several of one kind, read in the order of
+            their names; the ending says how to read them, and may be followed by that of a compression. A `.npy` file of
+            token ids is a [`TokenFile`].
         streaming (`bool`, defaults to `False`): Read the files during training; each file is a shard.
+        text_column (`str`, *optional*): The column of text; by default `input_ids`, `text` or the only one.
 
     Raises:
-        TSTError: If a file is missing, empty, of no known kind, text that is not UTF-8, or cannot be read as what its
-            ending says.
+        TSTError: If a file is missing, of no known kind, cannot be read as what its ending says, or holds no text, or
+            something else than text.
+        RunError: If the disk does not take the text.
     """
     files = matching_files(path)
-    if not files or not all(Path(file).is_file() for file in files):
-        raise TSTError(f"There is no file {path}.")
     if path.endswith(TOKEN_FILE_SUFFIX):
         if streaming:
             raise TSTError(f"{path} is always read from disk during training: leave streaming out.")
-        return TokenFile(path)
+        return TokenFile(files[0])
     import datasets
 
-    kinds = sorted({Path(file).suffix for file in files})
-    if len(kinds) > 1 or kinds[0] not in FILE_LOADERS:
-        endings = ", ".join([*FILE_LOADERS, TOKEN_FILE_SUFFIX])
+    kinds = sorted({ending(file) for file in files})
+    if len(kinds) > 1 or kinds[0] not in ENDINGS:
         raise TSTError(
-            f"Cannot read {path} with endings {kinds}: name files of one kind, which must end in one of {endings}."
+            f"Cannot read {path} with endings {kinds}: name files of one kind, which must end in one of "
+            f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}, or in one of these and .gz, .bz2, .zst or .xz."
         )
-    loader = FILE_LOADERS[kinds[0]]
-    if loader != "parquet":
+    column = choose_column(columns_of(files[0]), text_column, f"The file {files[0]}")
+    if streaming:
         for file in files:
-            _check_text(file)
-    options = {"keep_linebreaks": True} if loader == "text" else {}
-    with bad_input(f"Cannot read {path} as {loader}: ", Exception):
-        return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+            check_column(file, column)
+        return datasets.IterableDataset.from_generator(
+            _rows,
+            datasets.Features.from_arrow_schema(_schema(column)),
+            gen_kwargs={"files": files, "column": column},
+        )
+    states = [os.stat(file) for file in files]
+    facts = [
+        (os.path.abspath(f), state.st_size, state.st_mtime_ns) for f, state in zip(files, states, strict=True)
+    ]
+    name = datasets.fingerprint.Hasher.hash((facts, column, READING_VERSION))
+    return open_arrow(
+        written_once(f"text-{name}", lambda folder: _copy(files, column, folder / "text.arrow"))
+    )
 
 
 def matching_files(path: str) -> list[str]:
-    """The file of that name, or those that fit it as a pattern, in the order of their names."""
-    return sorted(glob.glob(path)) if glob.has_magic(path) and not Path(path).exists() else [path]
+    """The file of that name, or those that fit it as a pattern, in the order of their names; `**` is any folders.
+
+    A name that exists, be it only of a folder that the pattern begins with, stands for itself.
+
+    Raises:
+        TSTError: If there is none.
+    """
+    pattern = Path(path).expanduser()
+    if pattern.is_file():
+        return [str(pattern)]
+    if pattern.is_dir():
+        raise TSTError(f"{path} is a folder: name its files, for example with {path.rstrip('/')}/**/*.jsonl.")
+    root = next(folder for folder in pattern.parents if folder.is_dir())
+    found = glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True)
+    files = sorted(str(root / name) for name in found if (root / name).is_file())
+    if not files:
+        raise TSTError(f"There is no file {path}.")
+    return files
 
 
-def _check_text(path: str) -> None:
-    """Read a file through: a stream would come upon bad bytes in the middle of training, and readers may pass them on."""
-    position, blank = 0, True
-    with open(path, "rb") as file:
-        while lines := file.read(1 << 20) + file.readline():
-            try:
-                blank &= lines.decode().isspace()
-            except UnicodeDecodeError as error:
-                raise TSTError(
-                    f"The file {path} is not UTF-8 text: byte {position + error.start} is 0x{lines[error.start]:02x}; "
-                    "convert it, for example with `iconv -f latin1 -t utf-8`."
-                ) from None
-            position += len(lines)
-    if blank:
-        problem = "holds nothing but white space" if position else "is empty"
-        raise TSTError(f"The file {path} {problem}: name one that holds text.")
+def _schema(column: str) -> Any:
+    import pyarrow as pa
+
+    return pa.schema({column: column_type(column)})
+
+
+def _copy(files: Sequence[str], column: str, path: Path) -> None:
+    """Write the rows of text files to an Arrow file."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _schema(column)) as writer:
+        for name in files:
+            for array in read_column(name, column):
+                writer.write_batch(pa.record_batch([array], schema=_schema(column)))
+
+
+def _rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for array in read_column(file, column):
+            for value in array.to_pylist():
+                yield {column: value}
 
 
 class TokenFile(Dataset[dict[str, NDArray[Any]]]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from ..errors import TSTError
+from .text_files import TOKENS, choose_column, is_readable, no_text
+from .written_once import open_arrow, written_once
 
 if TYPE_CHECKING:
     import datasets
@@ -40,37 +41,74 @@ def tokenize_documents(
         documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
             `input_ids` already.
         tokenizer: Its special tokens are not added, but for the end of a document.
-        text_column (`str`, *optional*): The column of text; `"text"` by default, else the first one.
+        text_column (`str`, *optional*): The column of text; by default `input_ids`, `"text"` or the only one.
         append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
+        RunError: If the disk does not take the tokens of a `datasets.Dataset`.
     """
-    columns = list(documents.column_names or next(iter(documents)))
-    if "input_ids" in columns:
+    columns = list(documents.column_names or next(iter(documents), {}))
+    column = choose_column(columns, text_column, "The data")
+    _check_column(documents, column)
+    logger.info(f"The column {column!r} of the data is read, of {', '.join(columns)}.")
+    if column == TOKENS:
         return documents
-    column = text_column or ("text" if "text" in columns else columns[0])
-    kind = getattr((documents.features or {}).get(column), "dtype", "string")
-    if column not in columns or kind not in ("string", "large_string", "null"):
-        problem = f"holds {kind}, not text" if column in columns else "does not exist"
-        raise TSTError(
-            f"The column {column!r} of the data {problem}: set text_column to one that holds text, of {', '.join(columns)}."
-        )
     eos = tokenizer.eos_token_id
     if append_eos and eos is None:
         raise TSTError("The tokenizer has no end-of-sequence token: set append_eos to False, or add one.")
     end = [eos] if append_eos else []
 
     def tokenize(batch: Mapping[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        for text in batch[column]:
+            if text is not None and not isinstance(text, str):
+                raise _not_text(column, reprlib.repr(text))
         texts = [text or "" for text in batch[column]]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+        return {TOKENS: [ids + end for ids in encoded[TOKENS]]}
 
-    options: dict[str, Any] = {"batched": True, "remove_columns": columns}
-    if hasattr(documents, "num_rows"):
-        options |= {"num_proc": num_proc, "desc": "Tokenizing"}
-    return documents.map(tokenize, **options)
+    if not hasattr(documents, "num_rows"):
+        return documents.map(tokenize, batched=True, remove_columns=columns)
+
+    from datasets.fingerprint import update_fingerprint
+
+    name = update_fingerprint(documents._fingerprint, tokenize, {})
+
+    def write(folder: Path) -> None:
+        documents.map(
+            tokenize,
+            batched=True,
+            remove_columns=columns,
+            num_proc=num_proc,
+            new_fingerprint=name,
+            cache_file_name=str(folder / "tokens.arrow"),
+            desc="Tokenizing",
+        )
+
+    return open_arrow(written_once(f"tokens-{name}", write))
+
+
+def _check_column(documents: Any, column: str) -> None:
+    """Raise `TSTError` if a column of a data set is known to hold something else than text, or tokens, or nothing at all."""
+    if not documents.features:
+        return
+    kind = documents.features.arrow_schema.field(column).type
+    if not is_readable(kind, column):
+        raise _not_text(column, str(kind).partition("<")[0])
+    if hasattr(documents, "num_rows") and column != TOKENS:
+        empty = documents.data.column(column).null_count
+        if empty == documents.data.num_rows:
+            raise no_text(f"The column {column!r} of the data")
+        if empty:
+            logger.warning(f"{empty} rows of the column {column!r} are null: each becomes an empty document.")
+
+
+def _not_text(column: str, found: str) -> TSTError:
+    wanted = "lists of whole numbers" if column == TOKENS else "text"
+    return TSTError(
+        f"The column {column!r} of the data holds {found}, not {wanted}: set text_column to one that holds text."
+    )
 
 
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
@@ -88,21 +126,18 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
     Raises:
         TSTError: If the data does not fill one block.
+        RunError: If the disk does not take the blocks.
     """
-    import datasets
+    from datasets.fingerprint import Hasher
 
-    name = datasets.fingerprint.Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst_blocks"
-    packed = list(folder.glob(f"{name}-*.arrow")) if datasets.is_caching_enabled() else []
-    if not packed:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and then renamed: no process opens half-written files, and several may pack at once.
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            tokens = _write_blocks(documents, block_size, Path(unfinished, name))
-            packed = [folder / f"{name}-{tokens}.arrow"]
-            os.replace(Path(unfinished, name), packed[0])
-    blocks = datasets.Dataset.from_file(str(packed[0]))
-    tokens = int(packed[0].stem.rpartition("-")[2])
+    def write(folder: Path) -> None:
+        tokens = _write_blocks(documents, block_size, folder / "blocks.arrow")
+        (folder / "blocks.arrow").rename(folder / f"{tokens}.arrow")
+
+    name = Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
+    (packed,) = written_once(f"blocks-{name}", write)
+    blocks = open_arrow([packed])
+    tokens = int(packed.stem)
     logger.info(
         f"{len(documents)} documents of {tokens} tokens give {len(blocks)} blocks of {block_size}; the last "
         f"{tokens - len(blocks) * block_size} tokens are dropped."

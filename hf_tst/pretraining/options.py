@@ -6,9 +6,10 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers.hf_argparser import HfArg
 
@@ -204,6 +205,14 @@ def parse_values(
         values = read_config(file)
         actions = {action.dest: action for action in parser._actions}
         check_names(values, actions, "The configuration file has no such argument as")
+        hints = {name: str(hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in values.items():
+            if (
+                isinstance(value, list)
+                and actions[name].type is str
+                and "list" not in hints.get(name, "list")
+            ):
+                raise TSTError(f"{name} in the configuration file takes one value, but is the list {value}.")
         of_file = [word for name, value in values.items() for word in _as_flag(actions[name], value)]
     names_data = any(values.get(name) or name in flag_names(argv) for name in ("dataset_name", "train_file"))
     # What a flag cannot say, such as an empty value, is a default.
@@ -298,8 +307,9 @@ def _as_flag(action: Any, value: Any) -> list[str]:
         )
     if isinstance(value, bool) and "on" in (action.choices or ()):  # YAML reads `on` and `off` as booleans
         value = "on" if value else "off"
-    elif isinstance(value, float) and action.type is int and value.is_integer():  # such as 2.0e+4
-        value = int(value)
+    elif action.type is int and isinstance(value, (float, str)):  # such as 2e4
+        with suppress(ValueError):
+            value = int(float(value)) if float(value).is_integer() else value
     elif isinstance(value, list) and action.nargs == "+":
         return [f"--{action.dest}", *map(str, value)]
     is_default = value is None or (isinstance(value, list) and action.type is str)

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
+from ..data.text_files import ending
 from ..errors import PreemptedError, TSTError, bad_input, check_names, whole_message
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
@@ -56,9 +57,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
             return documents, None
         split = documents.train_test_split(test_size=share / 100, seed=0)
         return split["train"], split["test"]
-    validation = load_text_file(args.validation_file) if args.validation_file else None
+    validation = (
+        load_text_file(args.validation_file, text_column=args.text_column) if args.validation_file else None
+    )
     if args.train_file:
-        train = load_text_file(args.train_file, streaming=args.streaming)
+        train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
         import datasets
 
@@ -223,7 +226,7 @@ def prepare_blocks(
         blocks: Any = documents.cut(block_size)
     else:
         source = (args.validation_file if evaluation else None) or args.train_file
-        is_text_file = source is not None and matching_files(source)[0].endswith(".txt")
+        is_text_file = source is not None and ending(matching_files(source)[0]) == ".txt"
         tokenized = tokenize_documents(
             documents,
             tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,26 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
     return word, argv[1:]
 
 
+class _NumberLoader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as JSON and YAML 1.2 do. To PyYAML it is text, which a flag understands, but no mapping does."""
+
+
+_NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_config(path: str) -> dict[str, Any]:
     """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
     if not Path(path).is_file():
         raise TSTError(f"There is no configuration file {path}.")
     errors = (yaml.YAMLError, UnicodeDecodeError)
     with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        text = Path(path).read_text(encoding="utf-8")
+        values, typed = yaml.safe_load(text), yaml.load(text, _NumberLoader)  # JSON is YAML
     if not isinstance(values, dict):
         raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
-    return {str(k): json.dumps(value) if isinstance(value, dict) else value for k, value in values.items()}
+    return {str(k): json.dumps(typed[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
 
 @cache

@@ -1,0 +1,352 @@
+"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. No other column is looked at."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import lzma
+import reprlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import TSTError, bad_input, one_line
+
+TOKENS = "input_ids"
+PART_ROWS = 1000
+BLOCK_BYTES = 1 << 20
+# Text with a larger share of NUL characters is no text.
+NUL_SHARE = 0.1
+# Second endings, and what Arrow calls the compression; it does not read .xz.
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
+# Values of the column in some rows, and a function that says where in the file one of them is.
+Part = tuple[Any, Callable[[int], str]]
+
+
+def ending(path: str) -> str:
+    """The ending of a file's name that says how to read it: `.jsonl` of `a.jsonl`, `a.JSONL` and `a.jsonl.gz`."""
+    name = Path(path.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix
+
+
+def choose_column(columns: Sequence[str], text_column: str | None, source: str) -> str:
+    """The column to train on: `text_column` if given, else `input_ids`, else `text` or `Text`, else the only one.
+
+    Raises:
+        TSTError: If there is no such column, or several could be meant.
+    """
+    if not columns:
+        raise no_text(source)
+    lower = [name for name in columns if name.lower() == "text"]
+    choices = [[text_column]] if text_column else [[TOKENS], ["text"], lower, list(columns)]
+    for names in choices:
+        if len(names) == 1 and columns.count(names[0]) == 1:
+            return str(names[0])
+    name = text_column or "text"
+    found = f"{columns.count(name)} columns" if name in columns else "no column"
+    raise TSTError(
+        f"{source} has {found} {name!r}: set text_column to the one that holds the text, of {', '.join(columns)}."
+    )
+
+
+def column_type(column: str) -> Any:
+    """The Arrow type that a column is read as."""
+    import pyarrow as pa
+
+    return pa.list_(pa.int32()) if column == TOKENS else pa.large_string()
+
+
+def is_readable(kind: Any, column: str) -> bool:
+    """Whether an Arrow type holds text or, in the column `input_ids`, rows of whole numbers."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if column != TOKENS:
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return is_list and (types.is_integer(kind.value_type) or types.is_null(kind.value_type))
+
+
+def columns_of(path: str) -> list[str]:
+    """The names of the columns of a file, as its first row, header or schema says them.
+
+    Raises:
+        TSTError: If it cannot be read.
+    """
+    with _reading(path):
+        return _KINDS[ending(path)][0](path)
+
+
+def read_column(path: str, column: str) -> Iterator[Any]:
+    """The rows of a file: Arrow arrays of the texts in its column or, if that is `input_ids`, of lists of tokens.
+
+    Raises:
+        TSTError: If the file cannot be read, has no such column or no text in it, or something else in a row.
+    """
+    found = False
+    with _reading(path):
+        for values, place in _KINDS[ending(path)][1](path, column):
+            array = _checked(values, place, column, path)
+            found = found or _has_text(array)
+            yield array
+    if not found:
+        raise no_text(f"The column {column!r} of {path}")
+
+
+def check_column(path: str, column: str) -> None:
+    """Read a file through, as `read_column` does; of Parquet, whose schema says what it holds, only up to the first text."""
+    for array in read_column(path, column):
+        if ending(path) == ".parquet" and _has_text(array):
+            return
+
+
+def _has_text(array: Any) -> bool:
+    """Whether an array of texts or token lists holds more than white space."""
+    return any(value and (isinstance(value, list) or not value.isspace()) for value in array.to_pylist())
+
+
+def no_text(source: str) -> TSTError:
+    """What is raised where there is nothing to train on."""
+    return TSTError(f"{source} holds no text: name data that does.")
+
+
+def _reading(path: str) -> AbstractContextManager[None]:
+    import pyarrow as pa
+
+    errors = (OSError, EOFError, csv.Error, lzma.LZMAError, pa.ArrowException)
+    return bad_input(f"Cannot read {path}: ", errors)
+
+
+def _checked(values: Any, place: Callable[[int], str], column: str, path: str) -> Any:
+    """The values as one array of the column's type."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def convert(values: Any) -> Any:
+        array = values if isinstance(values, pa.Array) else pa.array(values)
+        if not pa.types.is_null(array.type) and not is_readable(array.type, column):
+            raise TypeError(array.type)
+        array = array.cast(column_type(column))
+        array.validate(full=True)
+        if column == TOKENS and array.flatten().null_count:
+            raise TypeError("a list with null")
+        return array
+
+    errors = (TypeError, ValueError, pa.ArrowException)
+    try:
+        array = convert(values)
+    except errors:
+        for row in range(len(values)):
+            try:
+                convert(values[row : row + 1])
+            except errors as error:
+                found = one_line(error) if isinstance(values, pa.Array) else reprlib.repr(values[row])[:80]
+                wanted = "a list of whole numbers" if column == TOKENS else "text"
+                raise TSTError(
+                    f"The column {column!r} of {path} holds {found} in {place(row)}, not {wanted}: set text_column to a column "
+                    "of text, or change the file."
+                ) from error
+        raise
+    if column != TOKENS:
+        count, size = pc.sum(pc.count_substring(array, "\0")), pc.sum(pc.binary_length(array))
+        _check_nuls(count.as_py() or 0, size.as_py() or 0, path)
+    return array
+
+
+def _check_nuls(count: int, size: int, path: str) -> None:
+    if count > NUL_SHARE * size:
+        raise TSTError(
+            f"The file {path} is full of NUL characters, as UTF-16 text is that was read as something else: convert the "
+            "original, for example with `iconv -f UTF-16LE -t UTF-8`."
+        )
+
+
+# Bytes and characters
+
+
+def _open(path: str) -> io.BufferedReader | lzma.LZMAFile:
+    """The file, decompressed."""
+    import pyarrow as pa
+
+    suffix = Path(path).suffix.lower()
+    if suffix == ".xz":
+        return lzma.open(path)
+    return io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(suffix)))
+
+
+def _decoded(path: str) -> Iterator[str]:
+    """The text of a file, in blocks of whole lines, without a byte order mark."""
+    position = 0
+    with _open(path) as file:
+        while block := file.read(BLOCK_BYTES) + file.readline():
+            if not position and block.startswith(
+                (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+            ):
+                name = "UTF-32" if block.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
+                raise TSTError(f"The file {path} is {name} text: convert it with `iconv -f {name} -t UTF-8`.")
+            _check_nuls(block.count(0), len(block), path)
+            try:
+                text = block.decode()
+            except UnicodeDecodeError as error:
+                raise TSTError(
+                    f"The file {path} is not UTF-8 text: byte {position + error.start} is 0x{block[error.start]:02x}; find out "
+                    "its encoding, for example with `file`, and convert it with `iconv -f ENCODING -t UTF-8`."
+                ) from None
+            yield text if position else text.removeprefix("\ufeff")
+            position += len(block)
+
+
+def _in_parts(rows: Iterator[tuple[str, Any]]) -> Iterator[Part]:
+    while part := list(islice(rows, PART_ROWS)):
+        places = [place for place, _ in part]
+        yield [value for _, value in part], places.__getitem__
+
+
+# Lines
+
+
+def _line_columns(path: str) -> list[str]:
+    return ["text"]
+
+
+def _read_lines(path: str, column: str) -> Iterator[Part]:
+    """Lines with their ends, which are line feeds, so that they join to the file's text again."""
+    choose_column(_line_columns(path), column, f"The file {path}")
+    for text in _decoded(path):
+        yield io.StringIO(text, newline=None).readlines(), str
+
+
+# JSON
+
+
+def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """The objects of a file that has one per line, a list of them, or a single one."""
+    number = 0
+    for text in _decoded(path):
+        for line in io.StringIO(text, newline="\n"):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if number == 1 and ending(path) == ".json":
+                    yield from _json_list(path)
+                    return
+                reason = one_line(error).replace("line 1 ", "")
+                raise TSTError(f"Cannot read line {number} of {path} as JSON: {reason}.") from error
+            if isinstance(row, list) and number == 1:
+                yield from _json_list(path)
+                return
+            yield f"line {number}", row
+
+
+def _json_list(path: str) -> Iterator[tuple[str, Any]]:
+    with bad_input(f"Cannot read {path} as JSON: ", (ValueError, RecursionError)):
+        rows = json.loads("".join(_decoded(path)))
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f"row {number}", row
+
+
+def _json_columns(path: str) -> list[str]:
+    for _, row in _json_rows(path):
+        return list(row) if isinstance(row, dict) else ["text"]
+    return []
+
+
+def _read_json(path: str, column: str) -> Iterator[Part]:
+    def value(place: str, row: Any) -> Any:
+        if isinstance(row, str) and column == "text":
+            return row
+        if not isinstance(row, dict):
+            raise TSTError(
+                f"The file {path} holds {reprlib.repr(row)} in {place}, not an object with names and values."
+            )
+        if column not in row:
+            choose_column(list(row), column, f"The object in {place} of {path}")
+        return row[column]
+
+    return _in_parts((place, value(place, row)) for place, row in _json_rows(path))
+
+
+# CSV
+
+
+def _csv_rows(path: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a file, the header first; each has as many fields as the header."""
+    separators = SEPARATORS[ending(path)]
+    lines = (line for text in _decoded(path) for line in io.StringIO(text, newline=""))
+    first = next(lines, "")
+    separator = max(separators, key=lambda separator: len(next(csv.reader([first], delimiter=separator), [])))
+    reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
+    fields = 0
+    while True:
+        place = f"line {reader.line_num + 1}"
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise TSTError(f"Cannot read the row in {place} of {path} as CSV: {one_line(error)}.") from error
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        fields = fields or len(row)
+        if row and len(row) != fields:
+            raise TSTError(
+                f"The row in {place} of {path} has {len(row)} fields with {separator!r} between them, but the header has "
+                f"{fields}: put quotes around texts that hold {separator!r}."
+            )
+        if row:
+            yield place, row
+
+
+def _csv_columns(path: str) -> list[str]:
+    return next(_csv_rows(path), ("", []))[1]
+
+
+def _read_csv(path: str, column: str) -> Iterator[Part]:
+    rows = _csv_rows(path)
+    header = next(rows, ("", []))[1]
+    index = header.index(choose_column(header, column, f"The file {path}"))
+    return _in_parts((place, row[index]) for place, row in rows)
+
+
+# Parquet
+
+
+def _parquet_columns(path: str) -> list[str]:
+    from pyarrow import parquet
+
+    return list(parquet.read_schema(path).names)
+
+
+def _read_parquet(path: str, column: str) -> Iterator[Part]:
+    from pyarrow import parquet
+
+    choose_column(_parquet_columns(path), column, f"The file {path}")
+    first = 1
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(PART_ROWS, columns=[column]):
+            yield batch.column(0), lambda row, first=first: f"row {first + row}"  # type: ignore[misc]
+            first += len(batch)
+
+
+# By ending: the names of a file's columns, and a reader of one of them.
+_KINDS: dict[str, tuple[Callable[[str], list[str]], Callable[[str, str], Iterator[Part]]]] = {
+    ".txt": (_line_columns, _read_lines),
+    ".json": (_json_columns, _read_json),
+    ".jsonl": (_json_columns, _read_json),
+    ".ndjson": (_json_columns, _read_json),
+    ".csv": (_csv_columns, _read_csv),
+    ".tsv": (_csv_columns, _read_csv),
+    ".parquet": (_parquet_columns, _read_parquet),
+}
+ENDINGS = tuple(_KINDS)
