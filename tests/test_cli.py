@@ -111,7 +111,7 @@ def test_the_card_is_written_again_from_the_record(trained, capsys):
     assert cli.main(["card", str(trained), *flags]) == 0
     assert capsys.readouterr().out.strip() == str(path)
     again = ModelCard.load(path)
-    assert again.text == first.text.replace("# run", "# model").replace('"run"', '"someone/model"')
+    assert again.text == first.text.replace("# run", "# model").replace(f'"{trained}"', '"someone/model"')
     assert (again.data.license, again.data.datasets, again.data.language) == ("mit", ["some/data"], ["en"])
     assert [result.metric_value for result in again.data.eval_results] == [
         result.metric_value for result in first.data.eval_results

@@ -7,10 +7,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from hf_tst.experiments.arms import Arm, StepCost
 from hf_tst.experiments.budget import ArmRun
-from hf_tst.experiments.report import encode_pictures, format_comparison, render_page, tables, write_report
+from hf_tst.experiments.report import (
+    draw_heat_map,
+    encode_pictures,
+    format_comparison,
+    pictures,
+    render_page,
+    tables,
+    verdicts,
+    write_report,
+)
 from hf_tst.experiments.run import CurvePoint, RunResult
 from hf_tst.experiments.summary import compare_runs
 
@@ -191,3 +201,51 @@ def test_a_comparison_of_which_nothing_has_run(tmp_path):
     comparison = compared(outcome("baseline", 0, "missing"), outcome("tst", 0, None))
     write_report(comparison, tmp_path)
     assert "missing" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_report_begins_with_its_verdict():
+    runs = [
+        outcome(arm, seed, 3.0 - 0.1 * (arm == "tst") + 0.01 * seed)
+        for arm in ("baseline", "tst")
+        for seed in (0, 1, 2)
+    ]
+    comparison = compared(*runs)
+    verdict = "tst is ahead of the baseline by 0.100 ± 0.000 nats, 3 of 3 seeds."
+    for page in ("comparison.html", "comparison.md"):
+        text = render_page(comparison, page)
+        assert "baseline and tst, at equal FLOPs" in text
+        assert text.index(verdict) < text.index("Equal FLOPs. Loss")
+    assert format_comparison(comparison).endswith(verdict)
+    assert "Difference to the baseline over FLOPs" in pictures(comparison)
+    alone = compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 3.2))
+    assert verdicts(alone) == ["tst is behind the baseline by 0.200 nats, one seed only."]
+    assert not verdicts(compared(outcome("baseline", 0, 3.0), outcome("tst", 1, 2.0)))
+
+
+def test_the_switch_is_where_it_is_and_not_at_the_next_evaluation():
+    run = outcome("tst", 0, 2.5)
+    run.result.curve[1] = CurvePoint(40, 1600, 400, 2.4, 4.0)
+    switch = arms(compared(run))["tst"].switch
+    assert (switch.step, switch.raw_tokens, switch.flops) == (50, 50 * 10 * 4, 50 * 10 * 8)
+    assert switch.eval_loss == pytest.approx(4.0 - 1.5 * 10 / 60)
+    assert arms(compared(outcome("baseline", 0, 3.0)))["baseline"].switch is None
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_heat_map_is_centred_on_the_baseline_and_frames_no_cell_of_one_seed(seeds):
+    grid, runs = {}, [outcome("baseline", seed, 3.0) for seed in range(seeds)]
+    for size, final in ((2, 2.8), (4, 3.1)):
+        name = f"s{size}"
+        arm = Arm(name, {}, {"max_steps": 100, "tst_bag_size": size, "tst_phase_ratio": 0.5}, StepCost(6, 6))
+        grid[name] = {
+            "tst_bag_size": size,
+            "tst_phase_ratio": 0.5,
+            "tst_offset_weighting": "uniform",
+            "tst_mode": "full",
+        }
+        runs += [outcome(name, seed, final, arm=arm) for seed in range(seeds)]
+    axes = Figure().subplots()
+    draw_heat_map(compared(*runs, grid=grid), axes, "uniform, full")
+    assert sum(axes.images[0].get_clim()) / 2 == pytest.approx(3.0)
+    assert len(axes.patches) == (seeds > 1)
+    assert f"{seeds} seed" in axes.texts[0].get_text()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from tqdm.auto import tqdm
 
 from ..errors import TSTError, bad_input
 from .run import REFUSAL_FILE, RunResult, read_settings, write_whole
@@ -26,6 +27,9 @@ from .run import REFUSAL_FILE, RunResult, read_settings, write_whole
 SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"
 LOG_FILE = "log.txt"
+# Seconds between two lines on the runs under way, where there is no terminal for a bar.
+TOLD_EVERY = 60.0
+CONTINUE = "what is finished is kept, and the same command does what is missing"
 
 
 class RunRefusedError(TSTError):
@@ -115,11 +119,17 @@ def run_all(
     refusal: RunRefusedError | None = None
     places = _places(processes, launcher)
     active: dict[Popen[bytes], tuple[PlannedRun, dict[str, str]]] = {}
+    bar = tqdm(total=count, disable=None, leave=False, dynamic_ncols=True, bar_format="{n}/{total}  {desc}")
+    began = told = time.monotonic()
     with _noted_signals() as signals:
         try:
             while waiting or active:
                 if signals:
-                    raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+                    raise (
+                        KeyboardInterrupt(CONTINUE)
+                        if signals[0] == signal.SIGINT
+                        else SystemExit(128 + signals[0])
+                    )
                 while waiting and places:
                     run = waiting.pop(0)
                     if time.monotonic() + run.seconds <= until:
@@ -128,6 +138,9 @@ def run_all(
                 ended = [child for child in active if child.poll() is not None]
                 if not ended:
                     time.sleep(0.1)
+                    if time.monotonic() - told > (TOLD_EVERY if bar.disable else 1):
+                        told = time.monotonic()
+                        _tell(bar, [run for run, _ in active.values()])
                 for child in ended:
                     run, place = active.pop(child)
                     places.append(place)
@@ -141,8 +154,14 @@ def run_all(
                         continue
                     if child.poll() or run.result is None:
                         failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
-                    print(f"{done}/{count}  {failures.get(run.name, f'{run.name} is done')}", flush=True)
+                    left = tqdm.format_interval((time.monotonic() - began) / done * (count - done))
+                    tqdm.write(
+                        f"{done}/{count}  {failures.get(run.name) or _describe_result(run)}  {left} left"
+                    )
+                    sys.stdout.flush()
+                    bar.update()
         finally:
+            bar.close()
             for child in active:  # with what it started: not every launcher passes a signal on
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGTERM)
@@ -195,7 +214,7 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
         # In a process group of its own, to which all belongs that a launcher starts.
         return Popen(
             [*command, "-m", "hf_tst.experiments.run", str(path)], stdout=log, stderr=STDOUT,
-            env={**os.environ, **environment}, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True,
         )  # fmt: skip
 
 
@@ -208,6 +227,30 @@ def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
     if launcher or len(gpus) < 2:
         return [common] * processes
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(processes)]
+
+
+def _tell(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
+    """Show the last line of training of the runs under way."""
+    lines = [f"{run.name}  {_last_step(run)}" for run in runs]
+    if bar.disable:
+        print(*lines, sep="\n", flush=True)
+    else:
+        bar.set_description_str(" | ".join(lines))
+
+
+def _last_step(run: PlannedRun) -> str:
+    """The last line of a run's log that tells a step, or that it starts."""
+    with open(run.folder / LOG_FILE, "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+        lines = log.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("step ")), "starts")
+
+
+def _describe_result(run: PlannedRun) -> str:
+    assert run.result is not None
+    loss = run.result.final_eval_loss
+    text = "not finite" if loss is None else f"{loss:.4f}"
+    return f"{run.name} is done: evaluation loss {text}"
 
 
 def _last_line(run: PlannedRun) -> str:

@@ -20,7 +20,6 @@ from .options import UNITS
 from .summary import ArmPoint, ArmSummary, Comparison, RateSummary, rank
 from .where import where_tables
 
-TITLE = "Comparison of training runs"
 COLUMNS = (
     "arm", "best learning rate", "final eval loss", "vs baseline", "seeds", "raw tokens", "latent tokens", "FLOPs",
     "time", "peak memory", "steps to baseline's loss", "FLOPs to it",
@@ -34,6 +33,8 @@ AXES = {
     "raw tokens": "raw_tokens",
     "seconds of training": "seconds",
 }
+# Of them, the one on which arms of a budget end together.
+AXIS_OF_BUDGET = {"flops": "FLOPs", "data": "raw tokens", "time": "seconds of training"}
 # Draws a picture on axes of matplotlib.
 Picture = Callable[[Any], None]
 # Told apart by those who do not see colors, too (Okabe and Ito).
@@ -145,7 +146,36 @@ def format_comparison(comparison: Comparison) -> str:
     texts = [f"{title}\n{format_columns(rows)}" for title, rows in parts.items()]
     if not comparison.grid:
         texts.insert(0, format_columns([*zip(*arms, strict=True)]))
-    return "\n\n".join([*texts, *_captions(comparison)[1:], *comparison.notes])
+    ends = verdicts(comparison) if not comparison.grid else []
+    return "\n\n".join([*texts, *_captions(comparison)[1:], *comparison.notes, *ends])
+
+
+def make_title(comparison: Comparison) -> str:
+    """What is compared, and what is equal."""
+    equal = f"at equal {UNITS[comparison.budget]}"
+    if comparison.grid:
+        return f"Sweep over {len(comparison.grid)} kinds of superposition, {equal}"
+    names = [arm.arm for arm in comparison.arms]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) + f", {equal}"
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """A sentence for each arm: ahead of the baseline or behind, by how much, in how many seeds."""
+    sentences = []
+    for arm in comparison.arms:
+        mean, sd, by_seed = (
+            arm.difference_to_baseline,
+            arm.difference_to_baseline_sd,
+            arm.differences_to_baseline,
+        )
+        if mean is None:
+            continue
+        same = sum(difference * mean > 0 for difference in by_seed.values())
+        seeds = f"{same} of {len(by_seed)} seeds" if len(by_seed) > 1 else "one seed only"
+        spread = "" if sd is None else f" ± {sd:.3f}"
+        place = "ahead of" if mean < 0 else "behind"
+        sentences.append(f"{arm.arm} is {place} the baseline by {abs(mean):.3f}{spread} nats, {seeds}.")
+    return sentences
 
 
 def _captions(comparison: Comparison) -> list[str]:
@@ -157,7 +187,8 @@ def _captions(comparison: Comparison) -> list[str]:
         if arm.arm == BASELINE:
             captions.append(f"Without superposition: {describe_rate(arm.best)}.")
     if lowest := lowest_cell(comparison):
-        captions.append(f"Lowest: {lowest.arm}, {describe_rate(lowest.best)}.")
+        alone = ", of one seed" if len(lowest.best.final_eval_losses) == 1 else ""
+        captions.append(f"Lowest: {lowest.arm}, {describe_rate(lowest.best)}{alone}.")
     return captions
 
 
@@ -186,9 +217,9 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
         color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
             draw(curve, color=color, alpha=0.25, linewidth=0.8)
-        curve, switch = arm.best.curve, arm.switch_step
+        curve = arm.best.curve
         draw(curve, style, color=color, label=arm.arm, linewidth=1.8)
-        draw([point for point in curve if point.step >= switch > 0][:1], "o", color=color, markersize=5)
+        draw([arm.switch] if arm.switch else [], "o", color=color, markersize=5)
         # What is before the first tenth of a run is above the picture.
         late = [point for point in curve if point.step >= 0.1 * curve[-1].step]
         shown += [point.eval_loss for point in late if point.eval_loss is not None]
@@ -205,25 +236,81 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_heat_map(comparison: Comparison, axes: Any, title: str) -> None:
-    """Draw a panel of a grid, bag size s against phase ratio r as in table 4 of the paper, the lowest cell framed.
+def draw_differences(comparison: Comparison, axes: Any) -> None:
+    """Draw how far every arm is from the baseline along the budget: the mean over seeds, and one standard deviation around it.
 
-    All panels have one scale of colors.
+    The baseline's loss is that of the same seed, at the same cost; between evaluations in proportion.
+    """
+    import numpy as np
+
+    label = AXIS_OF_BUDGET[comparison.budget]
+    (baseline,) = (arm.best for arm in comparison.arms if arm.arm == BASELINE)
+
+    def by_seed(rate: RateSummary) -> dict[int, Any]:
+        points = zip(rate.final_eval_losses, rate.curves, strict=True)
+        return {
+            seed: np.array(
+                [(getattr(p, AXES[label]), np.nan if p.eval_loss is None else p.eval_loss) for p in curve]
+            )
+            for seed, curve in points
+        }
+
+    theirs = by_seed(baseline)
+    for number, arm in enumerate(arm for arm in comparison.arms if arm.best.curve):
+        pairs = [(curve, theirs[seed]) for seed, curve in by_seed(arm.best).items() if seed in theirs]
+        if arm.arm == BASELINE or not pairs:
+            continue
+        costs = np.mean([ours[:, 0] for ours, _ in pairs], axis=0)
+        shown = costs >= 0.1 * costs[-1]
+        apart = np.array([ours[:, 1] - np.interp(ours[:, 0], *base.T) for ours, base in pairs])[:, shown]
+        color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
+        axes.plot(costs[shown], apart.mean(axis=0), style, color=color, label=arm.arm, linewidth=1.8)
+        if len(pairs) > 1:
+            spread = apart.std(axis=0, ddof=1)
+            middle = apart.mean(axis=0)
+            axes.fill_between(
+                costs[shown], middle - spread, middle + spread, color=color, alpha=0.2, linewidth=0
+            )
+    axes.axhline(0, color="grey", linestyle=":", linewidth=1)
+    axes.legend()
+    axes.locator_params(axis="x", nbins=6)
+    axes.ticklabel_format(axis="x", scilimits=(-3, 5))
+    axes.set_xlabel(label)
+    axes.set_ylabel("loss minus the baseline's (nats)")
+    axes.grid(alpha=0.3)
+
+
+def draw_heat_map(comparison: Comparison, axes: Any, title: str) -> None:
+    """Draw a panel of a grid, bag size s against phase ratio r as in table 4 of the paper, with the number of seeds of each cell.
+
+    All panels have one scale of colors, in the middle of which is the baseline's loss, if there is one. The lowest cell is
+    framed, unless it has one seed.
     """
     from matplotlib.patches import Rectangle
 
     cells = [arm.best for arm in comparison.arms if arm.arm in comparison.grid]
     known = [cell.mean_final_eval_loss or 0.0 for cell in cells if cell.final_eval_losses]
     low, high = min(known, default=0.0), max(known, default=1.0)
+    middle = next((arm.best.mean_final_eval_loss for arm in comparison.arms if arm.arm == BASELINE), None)
+    if middle is not None:
+        reach = max(high - middle, middle - low) or 0.1
+        low, high = middle - reach, middle + reach
     panel, lowest = panels(comparison)[title], lowest_cell(comparison)
     rows = [[*cells.values()] for cells in panel.values()]
     losses = [[cell.mean_final_eval_loss or float("nan") for cell in row] for row in rows]
-    image = axes.imshow(losses, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(
+        losses, cmap="viridis" if middle is None else "RdBu_r", vmin=low, vmax=high, aspect="auto"
+    )
     for (y, row), x in product(enumerate(rows), range(len(rows[0]))):
         cell, loss = row[x], losses[y][x]
-        text = _loss_of(cell) if cell.mean_final_eval_loss is None else f"{loss:.4f}"
-        axes.text(x, y, text, ha="center", va="center", color="white" if loss < (low + high) / 2 else "black")
-        if lowest and cell is lowest.best:
+        count = len(cell.final_eval_losses)
+        text = f"{loss:.4f}\n{count} seed{'s' if count > 1 else ''}" if count else _loss_of(cell)
+        place = (loss - low) / (high - low)
+        is_dark = place < 0.5 if middle is None else abs(place - 0.5) > 0.3
+        axes.text(
+            x, y, text, ha="center", va="center", fontsize="small", color="white" if is_dark else "black"
+        )
+        if lowest and cell is lowest.best and count > 1:
             axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", lw=2))
     ratios = next(iter(panel.values()))
     axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
@@ -241,7 +328,13 @@ def pictures(comparison: Comparison) -> dict[str, Picture]:
             f"Loss by bag size and phase ratio, {title}": partial(draw_heat_map, comparison, title=title)
             for title in panels(comparison)
         }
-    return {f"Evaluation loss over {label}": partial(draw_curves, comparison, label=label) for label in AXES}
+    found: dict[str, Picture] = {
+        f"Evaluation loss over {label}": partial(draw_curves, comparison, label=label) for label in AXES
+    }
+    if verdicts(comparison):
+        title = f"Difference to the baseline over {AXIS_OF_BUDGET[comparison.budget]}"
+        found = {title: partial(draw_differences, comparison), **found}
+    return found
 
 
 def draw(drawn: Collection[Picture], width: float, height: float, dpi: int) -> bytes:
@@ -252,11 +345,14 @@ def draw(drawn: Collection[Picture], width: float, height: float, dpi: int) -> b
     """
     from matplotlib.figure import Figure
 
-    columns = 1 if len(drawn) % 2 else 2
-    rows = len(drawn) // columns
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    for axes, draw_on in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, draw_on in zip(places, drawn, strict=False):
         draw_on(axes)
+    for axes in places[len(drawn) :]:
+        axes.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, format="png")
     return buffer.getvalue()
@@ -286,7 +382,8 @@ def render_page(comparison: Comparison, template: str, images: Mapping[str, str]
     )  # fmt: skip
     environment.filters |= {"markdown": escape_markdown, "code": _code, "table": markdown_table}
     return environment.get_template(template).render(
-        title=TITLE, captions=_captions(comparison), tables=tables(comparison), facts=comparison.facts,
+        title=make_title(comparison), verdicts=[] if comparison.grid else verdicts(comparison),
+        captions=_captions(comparison), tables=tables(comparison), facts=comparison.facts,
         notes=comparison.notes, pictures=images or {}, has_curves=not comparison.grid,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from .budget import ArmRun
 from .run import CurvePoint
 
 # What summaries hold for pictures only.
-NOT_IN_JSON = ("switch_step", "curves")
+NOT_IN_JSON = ("switch", "curves")
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,20 @@ class RateSummary:
 class ArmSummary:
     """An arm at its best learning rate, with the others beside it.
 
-    `difference_to_baseline` is the mean over seeds of the loss minus the baseline's with the same seed.
+    `differences_to_baseline` are the loss minus the baseline's with the same seed, by seed; `difference_to_baseline` is their mean.
     `reached_baseline_loss` is the first evaluation at which the mean loss is down to the baseline's final one; `None` if it
-    never is, or if there are no evaluations between the start and the end.
+    never is, or if there are no evaluations between the start and the end. `switch` is where superposition ends, with the loss
+    between the evaluations before and after it.
     """
 
     arm: str
     best: RateSummary
     difference_to_baseline: float | None
     difference_to_baseline_sd: float | None
+    differences_to_baseline: dict[int, float]
     reached_baseline_loss: ArmPoint | None
     learning_rates: list[RateSummary]
-    switch_step: int
+    switch: ArmPoint | None
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,38 @@ def _mean_point(points: Sequence[ArmPoint]) -> ArmPoint:
 
 
 def _summarize_arm(arm: Arm, rates: list[RateSummary], baseline: RateSummary | None) -> ArmSummary:
-    best, reached, differences = min(rates, key=rank), None, []
+    best, reached = min(rates, key=rank), None
+    differences: dict[int, float] = {}
     target = baseline.mean_final_eval_loss if baseline else None
     if target is not None and len(best.curve) > 2:
         reached = next((p for p in best.curve if p.eval_loss is not None and p.eval_loss <= target), None)
     if baseline is not None and arm.name != BASELINE:
         ours, theirs = best.final_eval_losses, baseline.final_eval_losses
-        differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return ArmSummary(arm.name, best, *_mean_and_sd(differences), reached, rates, arm.schedule.switch_step)
+        differences = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    middle = _mean_and_sd([*differences.values()])
+    return ArmSummary(arm.name, best, *middle, differences, reached, rates, _switch_point(arm, best.curve))
+
+
+def _switch_point(arm: Arm, curve: Sequence[ArmPoint]) -> ArmPoint | None:
+    """The end of superposition on a curve; `None` without superposition, and where the curve does not reach it."""
+    step = arm.schedule.switch_step
+    after = next((place for place, point in enumerate(curve) if point.step >= step), 0)
+    if not step or not after:
+        return None
+    before, end = curve[after - 1], curve[after]
+    share = (step - before.step) / (end.step - before.step)
+    loss = None
+    if before.eval_loss is not None and end.eval_loss is not None:
+        loss = before.eval_loss + share * (end.eval_loss - before.eval_loss)
+    per_step = end.latent_tokens // end.step
+    return ArmPoint(
+        step=step,
+        raw_tokens=arm.schedule.tokens_seen(step, per_step),
+        latent_tokens=step * per_step,
+        seconds=before.seconds + share * (end.seconds - before.seconds),
+        eval_loss=loss,
+        flops=arm.flops_until(step, step * per_step),
+    )
 
 
 def _mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:

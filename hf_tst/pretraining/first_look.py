@@ -65,7 +65,9 @@ def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
         known,
         "There is no flag",
     )
-    own = {} if given.get("train_file") or given.get("dataset_name") else quick_start()
+    own: dict[str, Any] = {} if given.get("train_file") or given.get("dataset_name") else quick_start()
+    if command in ("compare", "sweep"):
+        own = own | {"output_dir": f"runs/{command}"}
     return defaults | own | given
 
 

@@ -32,7 +32,7 @@ def write_model_card(
     Args:
         folder: Where the model is saved.
         record (`RunRecord`): The run.
-        repo_id (`str`, *optional*): Name of the model's repository; that of the folder by default.
+        repo_id (`str`, *optional*): Name of the model's repository; the folder by default.
         metadata: See [`make_model_card`].
 
     Returns:
@@ -52,7 +52,8 @@ def write_model_card(
         plot_loss_curve(record.log_history, folder / CURVE_FILE, record.switch_step)
     except ImportError:  # matplotlib is an extra
         curve = None
-    make_model_card(record, repo_id=repo_id or folder.absolute().name, curve=curve, **metadata).save(path)
+    here = str(folder if folder.name else folder.absolute())
+    make_model_card(record, repo_id=repo_id or here, curve=curve, **metadata).save(path)
     return path
 
 
