@@ -109,7 +109,7 @@ def test_numbers_of_a_file_may_have_an_exponent(tmp_path):
         "train_file: a.txt\noutput_dir: x\nmax_steps: 2e4\nlearning_rate: 1e-3\nreport_to: [none]\nrun_name: 1e3\n"
         "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\n"
     )
-    _, _, args = parse_arguments([str(path)])
+    _, _, args, _ = parse_arguments([str(path)])
     assert (args.max_steps, args.learning_rate, args.run_name) == (20_000, 1e-3, "1e3")
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
 

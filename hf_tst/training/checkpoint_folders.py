@@ -96,7 +96,7 @@ def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
         clear_unfinished(run_dir)  # what is half written may be what fills the disk
     wait_for_everyone()
     earlier = "Earlier checkpoints are as they were: continue with resume_from_checkpoint='last'"
-    if not _checkpoints(run_dir):
+    if not list_checkpoints(run_dir):
         earlier = "There is no earlier checkpoint: start again"
     raise RunError(
         f"Writing {checkpoint} failed: {problems[0]} ({shutil.disk_usage(run_dir).free / 1e9:.2f} GB are free "
