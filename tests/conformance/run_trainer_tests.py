@@ -181,6 +181,10 @@ def main(argv: list[str] | None = None) -> int:
             copy_tests(args.checkout, Path(folder), mode, args.seconds)
             outcomes[mode] = run_tests(Path(folder), args.modules, args.pytest_args)
         passed = sum(message is None for message in outcomes[mode].values())
+        if mode == AS_IT_IS and not passed:
+            sys.exit(
+                "No test passes as it is: give a checkout of the Transformers that is installed, and install what its tests need."
+            )
         print(f"{mode}: {passed} of {len(outcomes[mode])} tests pass", flush=True)
     found = {mode: differences(outcomes[AS_IT_IS], outcomes[mode]) for mode in args.modes}
     if args.report:
