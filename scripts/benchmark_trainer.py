@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,8 +43,9 @@ from transformers import (
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.planning.flops import step_flops
 from hf_tst.planning.reference import peak_tflops
+from hf_tst.pretraining.recipes import RECIPES
 
-RECIPE = Path(__file__).parent / "configs" / "recipes" / "270m-20k-tst.yaml"
+RECIPE = RECIPES / "270m-20k-tst.yaml"
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "vocab_size": 97,

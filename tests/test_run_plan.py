@@ -12,7 +12,7 @@ from hf_tst.planning.estimate import GIB
 from hf_tst.planning.reference import ACCELERATORS, PUBLISHED
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "scripts" / "configs" / "recipes"
+RECIPES = ROOT / "hf_tst" / "pretraining" / "recipes"
 
 
 def plan(recipe, *flags):

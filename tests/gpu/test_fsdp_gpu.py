@@ -28,7 +28,7 @@ pytestmark = [
 needs_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "scripts" / "configs" / "accelerate"
+CONFIGS = ROOT / "hf_tst" / "pretraining" / "accelerate"
 # options of the run, configuration of accelerate
 CASES = {
     "bf16": ({}, "fsdp2"),
