@@ -131,6 +131,24 @@ def test_a_file_that_was_changed_is_read_again():
     assert load_text_file("a.jsonl").num_rows == 2 * len(TEXTS)
 
 
+def test_a_stream_of_lines_resumes_at_any_row(tokenizer):
+    write({f"{i}.txt": f"line {i}\n".encode() * 5000 + b"end" for i in range(3)})
+
+    def stream():
+        return tokenize_documents(load_text_file("*.txt", streaming=True), tokenizer)
+
+    assert stream().num_shards == 3
+    whole = list(stream())
+    assert len(whole) == 3 * 5001
+    for stop in (1, 999, 1000, 5001, 12_345):
+        begun, resumed = stream(), stream()
+        rows = iter(begun)
+        for _ in range(stop):
+            next(rows)
+        resumed.load_state_dict(begun.state_dict())
+        assert list(resumed) == whole[stop:]
+
+
 UTF16 = "some text\n" * 20
 GOOD = lines(ROWS * 200)
 # By name: files, what is named, and what the sentence says.

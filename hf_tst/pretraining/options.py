@@ -108,15 +108,17 @@ class DataArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set.")
     train_file: str | None = HfArg(
         default=None,
-        help="Text to train on: .txt, .jsonl, .json, .csv or .parquet, or a pattern such as 'corpus/*.jsonl'; or token ids in a "
-        ".npy file, one row of uint16 or uint32, as scripts/pack_ids.py writes.",
+        help="Text to train on: .txt, .jsonl, .json, .csv, .tsv or .parquet, also .gz, .bz2, .zst or .xz of these, or a pattern such as "
+        "'corpus/**/*.jsonl'; or token ids in a .npy file, one row of uint16 or uint32, as scripts/pack_ids.py writes.",
     )
     validation_file: str | None = HfArg(default=None, help="Text or token ids to evaluate on.")
     validation_split_percentage: int = HfArg(
         default=5,
         help="Without validation data, evaluate on the first rows of training data: how many percent.",
     )
-    text_column: str | None = HfArg(default=None, help="Column of text; by default 'text', or the first.")
+    text_column: str | None = HfArg(
+        default=None, help="Column of text; by default 'input_ids' (tokens), 'text' or the only one."
+    )
     block_size: int | None = HfArg(
         default=None, help="Tokens per block, L; by default the model's context, up to 1024."
     )

@@ -226,7 +226,7 @@ def prepare_blocks(
         blocks: Any = documents.cut(block_size)
     else:
         source = (args.validation_file if evaluation else None) or args.train_file
-        is_text_file = source is not None and ending(matching_files(source)[0]) == ".txt"
+        is_text_file = bool(source) and ending(matching_files(str(source))[0]) == ".txt"
         tokenized = tokenize_documents(
             documents,
             tokenizer,

@@ -54,7 +54,7 @@ def read_config(path: str) -> dict[str, Any]:
     errors = (yaml.YAMLError, UnicodeDecodeError)
     with bad_input(f"The configuration file {path} is not YAML: ", errors, whole_message):
         text = Path(path).read_text(encoding="utf-8")
-        values, typed = yaml.safe_load(text), yaml.load(text, _NumberLoader)  # JSON is YAML
+        values, typed = yaml.safe_load(text), _NumberLoader(text).get_single_data()  # JSON is YAML
     if not isinstance(values, dict):
         raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
     return {str(k): json.dumps(typed[k]) if isinstance(v, dict) else v for k, v in values.items()}
