@@ -316,6 +316,7 @@ DATA = {
     "data: nested": ids(*[[1, 2]] * BLOCK_LENGTH),
     "data: ragged": ids(*[[1], [1, 2]]),
     "data: no token": ids(),
+    "data: one token": ids(1),
     "data: negative id": ids(*[-5] * BLOCK_LENGTH),
     "data: id above the vocabulary": ids(*[VOCAB_SIZE] * BLOCK_LENGTH),
     "data: other lengths": [*ids(*[1] * BLOCK_LENGTH), {"input_ids": [1] * 5}],

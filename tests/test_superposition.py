@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 
 import pytest
@@ -348,3 +349,13 @@ def test_peft_adapters_train_through_the_wrapper(llama):
         loss.backward()
     torch.testing.assert_close(loss, expected)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("fused_loss", ["auto", "off"])
+def test_arguments_may_come_by_position(fused_loss):
+    model = make_model("llama")
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    bags, labels = torch.randint(0, 97, (2, 2, 5, 4))
+    given = [{"input_ids": bags, "labels": labels}.get(name) for name in names[: names.index("labels") + 1]]
+    with token_superposition(model, 4, fused_loss=fused_loss):
+        assert torch.equal(model(*given).loss, model(input_ids=bags, labels=labels).loss)
