@@ -137,6 +137,7 @@ RECIPES = {
     "overrides: unknown": {"config_overrides": OVERRIDES | {"hidden_siz": 16}},
     "overrides: type": {"config_overrides": OVERRIDES | {"hidden_size": "wide"}},
     "overrides: small vocabulary": {"config_overrides": OVERRIDES | {"vocab_size": 10}},
+    "overrides: type of a flag": {"config_overrides": "hidden_size=16.5"},
     "dtype: unknown": {"dtype": "bogus"},
     "dtype: whole numbers": {"dtype": "int8"},
     "attention: missing": {"attn_implementation": "flash_attention_2"},
