@@ -24,7 +24,7 @@ from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.phase_switch import ReinitializeCallback
-from ..training.refusals import check_optimizer, check_tokenizer
+from ..training.refusals import check_model, check_optimizer, check_tokenizer
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, check_names, choose_block_size, parse_arguments
 
@@ -254,6 +254,7 @@ def prepare_run(
         documents = [text for text in (train_documents, eval_documents) if text is not None]
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load_model(model_args, tokenizer)
+        check_model(args, model)
         check_optimizer(args, model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model)
