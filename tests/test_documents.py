@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from hf_tst import DataCollatorForTokenSuperposition, TSTTrainer, token_superposition
+from hf_tst import (
+    DataCollatorForTokenSuperposition,
+    TSTTrainer,
+    fused_next_token_loss,
+    token_superposition,
+)
 from hf_tst.bags.folding import (
     average_embeddings,
     document_bags,
@@ -394,3 +399,21 @@ def test_what_cannot_respect_documents_is_refused_before_the_first_step(llama, m
         TSTTrainer(recurrent, make_args(**respect()), train_dataset=packed()).train()
     assert steps
     assert True not in steps
+
+
+@pytest.mark.parametrize("bag_size", [1, 4])
+@pytest.mark.parametrize("fused_loss", ["auto", "off"])
+def test_a_loop_of_one_s_own_keeps_documents_apart_though_the_model_makes_a_cache(bag_size, fused_loss):
+    """The loss of two documents in a row is what it is of each alone, weighted by its targets."""
+    model = make_model("llama", use_cache=True)
+    generator = torch.Generator().manual_seed(0)
+    documents = [[*torch.randint(0, EOS, (23,), generator=generator).tolist(), EOS] for _ in range(2)]
+    collate = DataCollatorForTokenSuperposition(bag_size, document_boundaries="respect", eos_token_id=EOS)
+    if bag_size > 1:
+        context = token_superposition(model, bag_size, fused_loss=fused_loss, document_boundaries="respect")
+    else:
+        context = fused_next_token_loss(model, fused_loss)
+    with context:
+        together = model(**collate([{"input_ids": documents[0] + documents[1]}])).loss
+        alone = [model(**collate([{"input_ids": ids}])).loss for ids in documents]
+    assert together.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)

@@ -314,3 +314,14 @@ def test_what_does_not_fit_is_refused(change, message):
             multi_hot_cross_entropy(
                 F.linear(hidden, weight), arguments["labels"], weights=change.get("weights")
             )
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0.0)])
+def test_no_items_beside_targets_make_no_finite_loss_fused_or_not(items):
+    """A count of 0 for a batch with targets is a mistake, which must show."""
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([[1, 2], [3, -100], [0, 0]])
+    for loss in (
+        linear_multi_hot_cross_entropy(hidden, weight, labels, num_items_in_batch=items),
+        multi_hot_cross_entropy(hidden @ weight.T, labels, num_items_in_batch=items),
+    ):
+        assert loss.item() == float("inf")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +124,19 @@ def test_prompt_learning_is_refused(llama, make_args):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="virtual tokens"):
         TSTTrainer(peft.get_peft_model(llama, config), make_args(), train_dataset=make_blocks(200))
+
+
+def test_the_card_of_an_adapter_tells_of_the_run(llama, make_args):
+    """PEFT saves an adapter with a card in which nothing is filled in; one that somebody has written stays."""
+    trainer = TSTTrainer(adapt(llama, "attention"), make_args(), train_dataset=make_blocks(200))
+    trainer.train()
+    trainer.save_model()
+    path = Path(trainer.args.output_dir) / "README.md"
+    assert "More Information Needed" in path.read_text()
+    trainer.create_model_card()
+    assert "More Information Needed" not in path.read_text()
+    assert "superposition" in path.read_text()
+    trainer.model.create_or_update_model_card(trainer.args.output_dir)
+    path.write_text(path.read_text().replace("generated_from_trainer", "mine") + "\nMy words.\n")
+    trainer.create_model_card()
+    assert "My words." in path.read_text()

@@ -262,6 +262,21 @@ def test_epochs_resume_within_an_epoch(llama, make_args, tmp_path):
     assert history(resumed) == history(whole)
 
 
+@pytest.mark.parametrize(("ratio", "stop"), [(0, 30), (0, 20), (0.3, 16)])
+def test_epochs_resume_with_loader_processes_that_stay(llama, make_args, tmp_path, ratio, stop):
+    """At an epoch's end and within one, with dropout: a new loader draws a seed for its processes, one that stays does not."""
+    other = copy.deepcopy(set_dropout(llama))
+    common = {
+        "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": stop, "tst_phase_ratio": ratio,
+        "dataloader_num_workers": 1, "dataloader_persistent_workers": True,
+    }  # fmt: skip
+    TSTTrainer(llama, make_args(**common), train_dataset=make_blocks(60)).train()
+    args = make_args(**common, output_dir=str(tmp_path / "resumed"))
+    checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
+    TSTTrainer(other, args, train_dataset=make_blocks(60)).train(checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("source", ["blocks", "block stream"])
 @pytest.mark.parametrize(
     "length", [{}, {"tst_phase_ratio": 0}, {"max_steps": -1, "num_train_epochs": 2}], ids=str

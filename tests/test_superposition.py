@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 
 import pytest
@@ -340,6 +341,24 @@ def test_models_that_cannot_be_served_say_why():
         assert decoder(torch.zeros(1, 2, 4, dtype=torch.long)).logits.shape == (1, 2, 50)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "reason"),
+    [
+        ("git", {"vision_config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}},
+         "does not hand its labels to `loss_function` as they are"),
+        ("deepseek_v4", {"head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "n_routed_experts": 4, "moe_intermediate_size": 8},
+         "looks tokens up outside of its input embedding"),
+    ],
+)  # fmt: skip
+def test_newer_models_that_cannot_be_served_say_why(model_type, sizes, reason):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("not in this version of Transformers")
+    common = TINY["llama"] | {"hidden_size": 16, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**common | sizes))
+    with pytest.raises(ValueError, match=reason), token_superposition(model, 4):
+        pass
+
+
 def test_peft_adapters_train_through_the_wrapper(llama):
     peft = pytest.importorskip("peft")
     bags, labels = make_bags()
@@ -351,3 +370,13 @@ def test_peft_adapters_train_through_the_wrapper(llama):
         loss.backward()
     torch.testing.assert_close(loss, expected)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("fused_loss", ["auto", "off"])
+def test_arguments_may_come_by_position(fused_loss):
+    model = make_model("llama")
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    bags, labels = torch.randint(0, 97, (2, 2, 5, 4))
+    given = [{"input_ids": bags, "labels": labels}.get(name) for name in names[: names.index("labels") + 1]]
+    with token_superposition(model, 4, fused_loss=fused_loss):
+        assert torch.equal(model(*given).loss, model(input_ids=bags, labels=labels).loss)

@@ -91,6 +91,10 @@ class BlockRules:
         tokens = _tokens(block, index)
         if self.length is not None:
             check_length(len(tokens), self.length, index)
+        if len(tokens) < 2:
+            raise self._bad(
+                index, "has a single token, so that nothing is predicted: pack the data into longer blocks"
+            )
         if "labels" in block and len(block["labels"]) != len(tokens):
             counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
             raise self._bad(index, f"has {counts}: give every token its label, or leave the labels out")

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ..errors import TSTError
 from .kernels import select_kernel
-from .multi_hot import as_scalar, check_labels, check_shape, check_weights, count_target_bags, resolve_weights
+from .multi_hot import (
+    check_labels,
+    check_shape,
+    check_weights,
+    count_target_bags,
+    resolve_divisor,
+    resolve_weights,
+)
 
 # Bytes of logits that are held at a time, at most. On a CPU more than these make nothing faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
@@ -75,8 +82,7 @@ def linear_multi_hot_cross_entropy(
         raise TSTError(f"softcap must be more than 0, or None for no cap, but is {softcap}.")
     device_type, labels = hidden.device.type, labels.to(hidden.device)
     weights = resolve_weights(weights, labels)
-    if num_items_in_batch is None:
-        num_items_in_batch = count_target_bags(labels, weights=weights, ignore_index=ignore_index)
+    targets = count_target_bags(labels, weights=weights, ignore_index=ignore_index)
     if torch.is_autocast_enabled(device_type):
         matmul_dtype = torch.get_autocast_dtype(device_type)
     else:
@@ -87,7 +93,7 @@ def linear_multi_hot_cross_entropy(
         bias,
         labels.flatten(0, -2),
         weights,
-        as_scalar(num_items_in_batch, hidden.device),
+        resolve_divisor(num_items_in_batch, targets),
         ignore_index,
         softcap,
         1.0 if logit_scale is None else float(logit_scale),
@@ -140,7 +146,7 @@ def _operator(
     hidden_gradient, weight_gradient, bias_gradient = gradients
     bias_gradient.zero_()
     rows, device = hidden.shape[0], hidden.device
-    reciprocal = _reciprocal(divisor)
+    reciprocal = 1 / divisor
     gradient_scale = torch.ones_like(reciprocal) if matmul_dtype == torch.float16 else reciprocal
     kernel = select_kernel(device)
 
@@ -175,11 +181,6 @@ def _operator(
             if needs_bias:
                 bias_gradient += logits.sum(0, dtype=torch.float32)
     return losses.sum() * reciprocal, *gradients
-
-
-def _reciprocal(divisor: Tensor) -> Tensor:
-    """1 / divisor; where there is nothing to predict, and the divisor is 0, the sum it divides is 0 too."""
-    return torch.where(divisor == 0, 0.0, 1 / divisor)
 
 
 def _allocate_gradients(
@@ -246,7 +247,7 @@ def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor |
         divisor, *saved = ctx.saved_tensors
         scale = loss_gradient.float()
         if not ctx.divided:
-            scale = scale * _reciprocal(divisor)
+            scale = scale * (1 / divisor)
         for i, needed in enumerate(ctx.needs_grad):
             if needed:
                 gradient, dtype = saved[i], ctx.dtypes[i]

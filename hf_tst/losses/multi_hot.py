@@ -57,8 +57,7 @@ def multi_hot_cross_entropy(
     weights = weights * valid
     cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
     total = (weights * cross_entropies).sum()
-    divisor = as_scalar(weights.sum() if num_items_in_batch is None else num_items_in_batch, total.device)
-    return total / torch.where(divisor == 0, 1.0, divisor)  # without targets the sum is 0
+    return total / resolve_divisor(num_items_in_batch, weights.sum())
 
 
 def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -88,6 +87,15 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     check_shape("weights", weights, (bag_size,))
     # A copy from the host need not be waited for; one to it would be read before it is there.
     return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
+
+
+def resolve_divisor(num_items_in_batch: Tensor | float | None, targets: Tensor) -> Tensor:
+    """What the sum of the losses is divided by: the number given, or that of targets.
+
+    It is 1 where both are 0, as then the sum is 0. A number of 0 beside targets makes the loss infinite.
+    """
+    divisor = targets if num_items_in_batch is None else as_scalar(num_items_in_batch, targets.device)
+    return torch.where((divisor == 0) & (targets == 0), 1.0, divisor)
 
 
 def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ between head and loss it does to the empty tensor; a scale or a cap it would hav
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ def replaced_loss(
             "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
         )
     head = _choose_head(model, choice, next_token=weights is None)
-    loss = TSTLoss(model.loss_function, weights, head)
+    names, takes_cache = _argument_names(called), "use_cache" in _argument_names(model)
+    loss = TSTLoss(model.loss_function, weights, head, names, takes_cache)
     with (
         # In front of FSDP's hook, which casts every float to the dtype of its mixed precision, divisors too.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
@@ -109,12 +111,16 @@ class TSTLoss:
         own_loss: The model's own loss function.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
         head (`LinearHead`, *optional*): The head to fuse the loss with.
+        argument_names (`tuple[str, ...]`): Of what is called, by position.
+        takes_cache (`bool`): Whether the model has an argument `use_cache`.
         fuses_evaluation (`bool`, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
     own_loss: Callable[..., Tensor]
     weights: Tensor | None
     head: LinearHead | None
+    argument_names: tuple[str, ...] = ()
+    takes_cache: bool = False
     fuses_evaluation: bool = False
     _given: dict[str, Any] = field(default_factory=dict)
     _fuses: bool = False
@@ -122,8 +128,18 @@ class TSTLoss:
     _trains: bool = False
     _loss: Tensor | None = None
 
-    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused."""
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused.
+
+        Arguments get their names. A pass with labels has no use for a cache, with which models of Transformers let attention
+        cross documents.
+        """
+        if args and len(args) <= len(self.argument_names):
+            args, kwargs = (), dict(zip(self.argument_names, args, strict=False)) | kwargs
+        if self.takes_cache and kwargs.get("labels") is not None and kwargs.get("use_cache") is None:
+            kwargs = kwargs | {"use_cache": False}
         self._given, self._trains, self._has_fused = kwargs, module.training, False
         labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
@@ -132,6 +148,7 @@ class TSTLoss:
         else:
             is_usual = self.own_loss is LOSS_MAPPING["ForCausalLM"]
             self._fuses = self.fuses_evaluation and dimensions == 2 and is_usual
+        return args, kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the pass is over, also when it failed; logits that were never computed cannot be used."""
@@ -190,6 +207,12 @@ class TSTLoss:
             check_shape("labels", labels, (*labels.shape[:-1], len(weights)))
         options = {"weights": weights, "num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
         return labels, options
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a module takes by position."""
+    parameters = [*inspect.signature(type(module).forward).parameters.values()][1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 class _NoLogits(torch.autograd.Function):

@@ -107,6 +107,11 @@ def check_loss_is_replaceable(model: Any) -> None:
                 f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
             )
             return
+        labels = given.get("labels")
+        if given and (not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS)):
+            raise TSTError(
+                f"{name} does not hand its labels to `loss_function` as they are, so superposition cannot replace its loss."
+            )
         if not given:
             raise TSTError(
                 f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "

@@ -83,7 +83,7 @@ class ModelShape:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         text = config.get_text_config()
         heads = getattr(text, "num_attention_heads", None) or 0
-        head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+        head_dim = _own_value(text, "head_dim") or (text.hidden_size // heads if heads else 0)
         top_k, experts = experts_per_position(config) or 0, experts_in_layer(config) or 0
         of_experts = {
             id(parameter)
@@ -124,7 +124,7 @@ class ModelShape:
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            kv_heads=_own_value(text, "num_key_value_heads") or heads,
             head_dim=head_dim,
             score_width=scores.total(),
             last_layer_score_width=scores[last] if layers else 0,
@@ -182,6 +182,11 @@ def context_length(config: Any) -> int | None:
     names = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
     values = (getattr(text, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _own_value(config: Any, name: str) -> Any:
+    """A field of a configuration; its own where layers differ, of which Transformers would rather hear (Gemma 4)."""
+    return vars(config).get(name) or getattr(config, name, None)
 
 
 def _layer(name: str) -> int:

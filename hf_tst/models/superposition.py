@@ -179,7 +179,10 @@ def _check_model(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
-        raise TSTError(f"{name} is no causal language model: load the model with AutoModelForCausalLM.")
+        raise TSTError(
+            f"{name} is no causal language model of text alone: load the model with AutoModelForCausalLM, or with its own "
+            "...ForCausalLM class where that gives this one."
+        )
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())
     for part in model.modules():

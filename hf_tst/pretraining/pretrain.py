@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shlex
@@ -35,7 +34,7 @@ from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
-from ..training.refusals import check_optimizer, check_tokenizer
+from ..training.refusals import check_model, check_optimizer, check_tokenizer
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, choose_block_size, parse_arguments
 from .overwrite import check_free, discard, put_back, set_aside
@@ -154,15 +153,25 @@ def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
     pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
     with bad_input(f"config_overrides must be name=value,… or JSON, but is {overrides!r}: "):
         changes: dict[str, Any] = json.loads(overrides) if is_json else dict(pairs)
-    known = {*config.to_dict(), *config.attribute_map, "head_dim"}
-    check_names(changes, known, f"config_overrides: {config.model_type} has no field")
-    if is_json or not changes:
+    fields = {"head_dim": None} | config.to_dict()
+    fields |= {name: fields.get(field) for name, field in config.attribute_map.items()}
+    check_names(changes, fields, f"config_overrides: {config.model_type} has no field")
+    if is_json:
         return changes
-    typed = copy.copy(config)
-    typed.head_dim = getattr(config, "head_dim", None) or 0
-    with bad_input("config_overrides: ", (TypeError, ValueError)):
-        typed.update_from_string(",".join(map("=".join, pairs)))
-    return {name: getattr(typed, name) for name in changes}
+    return {name: _read_value(name, text, fields[name]) for name, text in changes.items()}
+
+
+def _read_value(name: str, text: str, default: Any) -> Any:
+    """The value that `text` says, of the type of the field's default; a whole number also says a float."""
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        raise TSTError(f"config_overrides: {name} must be of type {type(default).__name__}, but is {text!r}.")
+    return value
 
 
 def load_model(args: ModelArguments, tokenizer: Any) -> Any:
@@ -283,6 +292,7 @@ def load_parts(
         documents = [text for text in (train_documents, eval_documents) if text is not None]
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load(model_args, tokenizer)
+        check_model(args, model)
         check_optimizer(args, model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model)

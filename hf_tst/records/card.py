@@ -58,14 +58,19 @@ def write_model_card(
 
 
 def _is_generated(path: Path) -> bool:
-    """Whether a trainer wrote the card; one that cannot be read is somebody's own."""
+    """Whether a trainer wrote the card, or PEFT, with nothing in it; one that cannot be read is somebody's own."""
     import yaml
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     try:
-        return GENERATED_TAG in (ModelCard.load(path).data.tags or [])
+        card = ModelCard.load(path)
     except (yaml.YAMLError, ValueError):
         return False
+    # An adapter is saved with the empty template, and PEFT's version at its end.
+    empty = ModelCard.from_template(ModelCardData()).text.splitlines()
+    added = [line for line in card.text.splitlines() if line.strip() and line not in empty]
+    is_empty = all(line.startswith(("### Framework versions", "- PEFT")) for line in added)
+    return is_empty or GENERATED_TAG in (card.data.tags or [])
 
 
 def make_model_card(

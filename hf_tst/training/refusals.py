@@ -52,6 +52,15 @@ def check_optimizer(args: TSTTrainingArguments, model: Any) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
+def check_model(args: TSTTrainingArguments, model: Any) -> None:
+    """Raise `TSTError` if a model cannot be trained with the loss that arguments ask for."""
+    if args.tst_replaces_loss:
+        _, core = find_language_model(model)
+        check_fusable(core, args.tst_fused_loss)
+        if args.tst_enabled:
+            check_loss_is_replaceable(core)
+
+
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """Raise `TSTError` if a tokenizer gives ids that a model has no embedding for; a padding token is not in packed text."""
     size = embedding_size(model)
@@ -78,8 +87,7 @@ def check_trainer(trainer: Any) -> None:
             "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
             "configuration of accelerate, as hf_tst/pretraining/accelerate/fsdp2.yaml does."
         )
-    _, model = find_language_model(trainer.model)
-    check_fusable(model, args.tst_fused_loss)
+    check_model(args, trainer.model)
     if trainer.compute_loss_func is not None:
         raise TSTError(
             "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
@@ -87,7 +95,6 @@ def check_trainer(trainer: Any) -> None:
         )
     if not args.tst_enabled:
         return
-    check_loss_is_replaceable(model)
     for kind, size in _parallel_sizes(trainer).items():
         if kind != "tensor" and size > 1:
             raise TSTError(

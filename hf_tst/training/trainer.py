@@ -224,8 +224,14 @@ class TSTTrainer(Trainer):
             TSTError: If the data has no full blocks of equal length, or too few of them.
         """
         self._data = self.schedule = None
-        if not self.args.tst_enabled or self.train_dataset is None:
-            return super().get_train_dataloader()
+        args = self.args
+        if not args.tst_enabled or self.train_dataset is None:
+            loader = super().get_train_dataloader()
+            if self._checkpoint and args.dataloader_persistent_workers and args.dataloader_num_workers:
+                # An uninterrupted run has drawn a seed for its loader processes in its first epoch, from the numbers of training.
+                base: Any = getattr(loader, "base_dataloader", loader)
+                base.generator = torch.Generator().manual_seed(args.seed)
+            return loader
         if overrides(self, Trainer._get_train_sampler):
             return self._begin(fold_own_loader(self, super().get_train_dataloader()))
         return self._begin(open_run_data(self))
