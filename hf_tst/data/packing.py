@@ -52,7 +52,9 @@ def tokenize_documents(
     columns = list(documents.column_names or next(iter(documents), {}))
     column = choose_column(columns, text_column, "The data")
     _check_column(documents, column)
-    logger.info(f"The column {column!r} of the data is read, of {', '.join(columns)}.")
+    # Nobody has named the column, and it is not the usual one: said where people look.
+    level = logger.info if column in (text_column, "text") else logger.warning
+    level(f"The column {column!r} of the data is read, of {', '.join(columns)}.")
     if column == TOKENS:
         return documents
     eos = tokenizer.eos_token_id
