@@ -300,6 +300,7 @@ def test_the_console_command(tiny_recipe, tmp_path, capfd, caplog, flags):
     write({"run[1].jsonl": lines([{"body": "some text " * 400}]), "run1.jsonl": lines([{"text": [1]}])})
     assert main(["train", "recipe.yaml", "--train_file", "run[1].jsonl", *flags]) == 0
     assert "column 'body'" in caplog.text
-    assert main(["train", "recipe.yaml", "--train_file", "run1.jsonl", *flags]) == 2
+    other = ["--output_dir", str(tmp_path / "other")]
+    assert main(["train", "recipe.yaml", "--train_file", "run1.jsonl", *other, *flags]) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("hf-tst train: The column 'text' of run1.jsonl holds [1] in line 1, not text")
