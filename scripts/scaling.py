@@ -15,7 +15,7 @@ from hf_tst.planning.estimate import (
 )
 from hf_tst.planning.flops import flops_per_token
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.pretrain import make_config
+from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.recipes import RECIPES as FOLDER
 from hf_tst.pretraining.recipes import read_config
 

@@ -8,7 +8,8 @@ from conftest import write_corpus
 from transformers import LlamaConfig
 
 from hf_tst.pretraining.options import ModelArguments, parse_arguments
-from hf_tst.pretraining.pretrain import main, make_config
+from hf_tst.pretraining.parts import make_config
+from hf_tst.pretraining.pretrain import main
 
 OVERRIDES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -39,7 +39,7 @@ from hf_tst.cli import plan as planning
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.resume_position import DataPosition
-from hf_tst.pretraining import pretrain
+from hf_tst.pretraining import parts
 from hf_tst.pretraining.pretrain import main
 from hf_tst.records.run_record import RunRecord
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position
@@ -282,7 +282,7 @@ def refused(tmp_path, capfd):
 def test_recipes(folder, tmp_path, monkeypatch, refused, name):
     monkeypatch.chdir(folder)
     if name.startswith(("schedule", "optimizer", "trackers")):
-        monkeypatch.setattr(pretrain, "prepare_blocks", lambda *_, **__: pytest.fail("text is tokenized"))
+        monkeypatch.setattr(parts, "prepare_blocks", lambda *_, **__: pytest.fail("text is tokenized"))
     refused(name, lambda: main([write_recipe(folder, tmp_path, RECIPES[name])]))
 
 

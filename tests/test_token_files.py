@@ -12,9 +12,9 @@ import yaml
 
 from hf_tst import TSTError
 from hf_tst.data.files import TokenFile
-from hf_tst.pretraining import pretrain
+from hf_tst.pretraining import parts, pretrain
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.pretrain import load_documents, prepare_blocks
+from hf_tst.pretraining.parts import load_documents, prepare_blocks
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,13 +75,13 @@ def test_training_on_ids_is_training_on_the_same_ids_in_rows(packed_recipe, tmp_
     trainer = pretrain.main([str(packed_recipe)])
     ids = np.load(tmp_path / "train.npy")
     table = datasets.Dataset.from_dict({"input_ids": ids[:4000].reshape(250, 16).astype(np.int32)})
-    whole = pretrain.prepare_blocks
+    whole = parts.prepare_blocks
 
     def as_rows(args, documents, tokenizer, size, *, evaluation=False):
         blocks = whole(args, documents, tokenizer, size, evaluation=evaluation)
         return blocks if evaluation else table
 
-    monkeypatch.setattr(pretrain, "prepare_blocks", as_rows)
+    monkeypatch.setattr(parts, "prepare_blocks", as_rows)
     other = pretrain.main([str(packed_recipe), "--output_dir", str(tmp_path / "other")])
 
     def numbers(trainer):

@@ -27,7 +27,7 @@ from ..pretraining.options import (
     parse_values,
     pick,
 )
-from ..pretraining.pretrain import QUICK_START_VOCABULARY, load_tokenizer, make_config
+from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.report import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..pretraining import pretrain
 from ..pretraining.options import ModelArguments, parse_arguments
+from ..pretraining.parts import load_model, load_parts, make_config
 from ..records.report import format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.audit import audit_step, plan_of_arguments
@@ -40,7 +41,7 @@ def dry_run(argv: list[str], prog: str | None = None) -> None:
         TSTError: For bad input; if the data is too short for the steps, too.
     """
     model_args, data_args, args, _ = parse_arguments(argv, prog)
-    parts, length = pretrain.load_parts(model_args, data_args, args, load=load_on_meta)
+    parts, length = load_parts(model_args, data_args, args, load=load_on_meta)
     blocks, tokenizer = parts["train_dataset"], parts["processing_class"]
     facts = [("training data", "a stream")]
     max_steps, switch = args.max_steps, 0
@@ -68,10 +69,8 @@ def load_on_meta(args: ModelArguments, tokenizer: Any) -> Any:
     """The model that would be trained, without memory for its weights."""
     with torch.device("meta"):
         if not args.model_name_or_path:
-            return pretrain.load_model(args, tokenizer)
-        return AutoModelForCausalLM.from_config(
-            pretrain.make_config(args), trust_remote_code=args.trust_remote_code
-        )
+            return load_model(args, tokenizer)
+        return AutoModelForCausalLM.from_config(make_config(args), trust_remote_code=args.trust_remote_code)
 
 
 def _show_bags(ids: Sequence[int], size: int, tokenizer: Any) -> list[tuple[str, str]]:

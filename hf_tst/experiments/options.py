@@ -17,7 +17,7 @@ from ..models.shape import ModelShape
 from ..models.superposition import find_language_model
 from ..mtp.heads import MTPHeads
 from ..pretraining.options import TRAINING, given_values, micro_batches, parse_mapping, parse_values, pick
-from ..pretraining.pretrain import prepare_run
+from ..pretraining.parts import prepare_run
 from ..training.arguments import TSTTrainingArguments
 from .arms import Arm, check_arms, make_arm, setting
 

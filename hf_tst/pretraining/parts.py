@@ -1,0 +1,293 @@
+"""What a run is made of: text, tokenizer, configuration, model and packed blocks, loaded or made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from ..data.files import TokenFile, load_text_file, matching_files
+from ..data.packing import BlockStream, pack_blocks, tokenize_documents
+from ..data.quickstart import standard_library_documents, train_tokenizer
+from ..data.text_files import ending
+from ..errors import TSTError, bad_input, check_names, whole_message
+from ..training.arguments import TSTTrainingArguments
+from ..training.refusals import check_model, check_optimizer, check_tokenizer
+from .options import DataArguments, ModelArguments, choose_block_size
+
+QUICK_START_BYTES = 6_000_000
+QUICK_START_VOCABULARY = 8192
+
+
+def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
+    """Training and validation text, as `datasets` data sets or token files."""
+    share = args.validation_split_percentage
+    if args.is_quick_start:
+        documents = standard_library_documents(QUICK_START_BYTES)
+        if not share:
+            return documents, None
+        split = documents.train_test_split(test_size=share / 100, seed=0)
+        return split["train"], split["test"]
+    validation = (
+        load_text_file(args.validation_file, text_column=args.text_column) if args.validation_file else None
+    )
+    if args.train_file:
+        train = load_text_file(args.train_file, args.streaming, args.text_column)
+    else:
+        import datasets
+
+        source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
+        splits = datasets.load_dataset(*source, cache_dir=cache_dir, streaming=args.streaming)
+        if "train" not in splits:
+            raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
+        train = splits["train"]
+        if validation is None:
+            validation = splits.get("validation")
+    if validation is not None or not share:
+        return train, validation
+    if args.streaming:
+        raise TSTError("A stream cannot be split: give a validation_file, or validation_split_percentage=0.")
+    held_out = round(len(train) * share / 100)
+    if not 0 < held_out < len(train):
+        raise TSTError(
+            f"validation_split_percentage={share} of the {len(train)} rows of training data is {held_out} rows: "
+            "give more text or a validation_file, or set it to 0."
+        )
+    return train.select(range(held_out, len(train))), train.select(range(held_out))
+
+
+def _hub_options(args: ModelArguments) -> dict[str, Any]:
+    """From where, and how, anything of a named model is loaded."""
+    return {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]) -> Any:
+    """The tokenizer that the arguments name; the quick start's is made from its own text. `None` if token files need none.
+
+    Raises:
+        TSTError: If it cannot be loaded, or none is named.
+    """
+    packed = all(isinstance(text, TokenFile) for text in documents)
+    name = args.tokenizer_name or args.model_name_or_path or (None if packed else args.config_name)
+    if name:
+        with explained_loading(name):
+            return AutoTokenizer.from_pretrained(name, **_hub_options(args))
+    if data_args.is_quick_start:
+        return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
+    if packed:
+        return None
+    also = "" if args.model_type else ", and an architecture by model_type or config_name"
+    raise TSTError(
+        f"Text needs a tokenizer: name one by tokenizer_name{also}, such as --tokenizer_name gpt2 --model_type llama."
+    )
+
+
+def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
+    """The configuration of the model to train, a trained one's or a new one's.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
+
+    Raises:
+        TSTError: If no architecture is named, or it has no such field as `config_overrides` names.
+    """
+    name = args.model_name_or_path or args.config_name
+    if name:
+        with explained_loading(name):
+            config = AutoConfig.from_pretrained(name, **_hub_options(args))
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise TSTError(
+            f"model_type is {args.model_type!r}: name an architecture such as llama, or set config_name or model_name_or_path."
+        )
+    if args.model_name_or_path:
+        return config
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    changes = _parse_overrides(config, args.config_overrides or "")
+    if args.config_name:
+        config.update(changes)
+        return config
+    with bad_input(f"config_overrides make no {config.model_type}: ", (StrictDataclassError, TypeError)):
+        # A new object, so that fields which follow from others (the head size of Llama) follow from the changed ones.
+        return type(config)(**{"vocab_size": config.vocab_size} | changes)
+
+
+def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
+    """The changes that `config_overrides` asks for, as JSON or `name=value,…` with the types of the fields."""
+    is_json = overrides.lstrip().startswith("{")
+    pairs = [pair.split("=", 1) for pair in overrides.split(",") if pair]
+    with bad_input(f"config_overrides must be name=value,… or JSON, but is {overrides!r}: "):
+        changes: dict[str, Any] = json.loads(overrides) if is_json else dict(pairs)
+    fields = {"head_dim": None} | config.to_dict()
+    fields |= {name: fields.get(field) for name, field in config.attribute_map.items()}
+    check_names(changes, fields, f"config_overrides: {config.model_type} has no field")
+    if is_json:
+        return changes
+    return {name: _read_value(name, text, fields[name]) for name, text in changes.items()}
+
+
+def _read_value(name: str, text: str, default: Any) -> Any:
+    """The value that `text` says, of the type of the field's default; a whole number also says a float."""
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        raise TSTError(f"config_overrides: {name} must be of type {type(default).__name__}, but is {text!r}.")
+    return value
+
+
+def load_model(args: ModelArguments, tokenizer: Any) -> Any:
+    """The trained model to continue, whole or with an adapter; or a new one, whose vocabulary fits the tokenizer, if any."""
+    if args.model_name_or_path:
+        with explained_loading(args.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model_name_or_path,
+                dtype=args.torch_dtype() or "auto",
+                attn_implementation=args.attn_implementation,
+                **_hub_options(args),
+            )
+        if args.lora_rank is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, args.lora_config())
+    config = make_config(args, None if tokenizer is None else len(tokenizer))
+    if tokenizer is not None:
+        if config.vocab_size < len(tokenizer):
+            raise TSTError(
+                f"vocab_size={config.vocab_size} in config_overrides is less than the tokenizer's {len(tokenizer)} tokens: raise it."
+            )
+        for name in ("bos", "eos", "pad"):
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    # The same dtype for all weights, whatever the configuration says: FSDP cannot shard what some models make in float32
+    # with the rest.
+    dtype = args.torch_dtype() or torch.float32
+    with explained_loading(f"a model of type {config.model_type}"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype  # older versions of Transformers keep the configuration's
+    # config_name is an architecture, not weights that a card could name as base model.
+    model.config.name_or_path = ""
+    return model
+
+
+def explained_loading(name: str) -> AbstractContextManager[None]:
+    """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
+    errors = (OSError, ImportError, StrictDataclassError, ValueError)
+    return bad_input(f"Cannot load {name}: ", errors, whole_message)
+
+
+def prepare_blocks(
+    args: DataArguments, documents: Any, tokenizer: Any, block_size: int, *, evaluation: bool = False
+) -> Any:
+    """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
+
+    `max_train_samples` takes the first blocks, and `max_eval_samples` blocks at equal distances: neighbours come from the
+    same few documents, and their loss says little of the rest.
+    """
+    limit = "max_eval_samples" if evaluation else "max_train_samples"
+    max_samples = getattr(args, limit)
+    if isinstance(documents, TokenFile):
+        blocks: Any = documents.cut(block_size)
+    else:
+        source = (args.validation_file if evaluation else None) or args.train_file
+        is_text_file = bool(source) and ending(matching_files(str(source))[0]) == ".txt"
+        tokenized = tokenize_documents(
+            documents,
+            tokenizer,
+            text_column=args.text_column,
+            append_eos=not is_text_file if args.append_eos is None else args.append_eos,
+            num_proc=args.preprocessing_num_workers,
+        )
+        if not hasattr(tokenized, "num_rows"):
+            if max_samples is not None:
+                raise TSTError(f"A stream has no number of blocks for {limit}={max_samples}: leave it out.")
+            return BlockStream(tokenized, block_size)
+        blocks = pack_blocks(tokenized, block_size)
+    if max_samples is None or max_samples >= len(blocks):
+        return blocks
+    return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
+
+
+def prepare_run(
+    model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
+) -> tuple[dict[str, Any], int]:
+    """Make the folder that a run writes to, and what [`load_parts`] returns.
+
+    Raises:
+        TSTError: If one of them cannot be made.
+    """
+    with bad_input(f"Cannot make output_dir={args.output_dir}: ", OSError):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return load_parts(model_args, data_args, args)
+
+
+def load_parts(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TSTTrainingArguments,
+    load: Callable[[ModelArguments, Any], Any] = load_model,
+) -> tuple[dict[str, Any], int]:
+    """Load or make the model of a run, its tokenizer and its packed data.
+
+    Args:
+        model_args, data_args, args: What to load.
+        load (defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
+
+    Returns:
+        What [`TSTTrainer`] takes, by name: `model`, `train_dataset`, `eval_dataset` (`None` without evaluation data) and
+        `processing_class` (the tokenizer; `None` where token files need none). And tokens per block, L.
+
+    Raises:
+        TSTError: If one of them cannot be loaded or made, or the blocks are longer than the model's context.
+    """
+    # The first process downloads and tokenizes; the others read its cache.
+    with args.main_process_first(desc="preparing the data"):
+        with explained_loading(data_args.dataset_name or data_args.train_file or "the standard library"):
+            train_documents, eval_documents = load_documents(data_args, model_args)
+        documents = [text for text in (train_documents, eval_documents) if text is not None]
+        tokenizer = load_tokenizer(model_args, data_args, documents)
+        model = load(model_args, tokenizer)
+        if model.device.type != "meta":  # a model without numbers, of a dry run, cannot be tried
+            check_model(args, model)
+        check_optimizer(args, model)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model)
+        for text in documents:
+            if isinstance(text, TokenFile):
+                text.check_ids(model.get_input_embeddings().num_embeddings)
+        block_size = choose_block_size(data_args, model.config)
+        parts = {"model": model, "processing_class": tokenizer, "eval_dataset": None}
+        parts["train_dataset"] = prepare_blocks(data_args, train_documents, tokenizer, block_size)
+        if eval_documents is not None:
+            parts["eval_dataset"] = prepare_blocks(
+                data_args, eval_documents, tokenizer, block_size, evaluation=True
+            )
+    return parts, block_size
