@@ -55,7 +55,8 @@ def test_weighted_input_is_traced_whole(weighting, boundaries):
             torch.compile(model, backend="eager", fullgraph=True), input_ids=bags, labels=labels
         )
     assert torch.equal(found[0].loss, expected[0].loss)
-    assert all(torch.equal(found[1][f"_orig_mod.{name}"], gradient) for name, gradient in expected[1].items())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][f"_orig_mod.{name}"], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_a_body_that_was_compiled_before_averages_bags():

@@ -182,6 +182,10 @@ def test_the_cards_here_are_what_their_records_give(folder):
     card = ModelCard.load(CARDS / folder / "README.md")
     record = RunRecord.from_folder(CARDS / folder)
     again = make_model_card(
-        record, repo_id=folder, license=card.data.license, curve="loss_curve.png", language=card.data.language
+        record,
+        repo_id=f"runs/{folder}",
+        license=card.data.license,
+        curve="loss_curve.png",
+        language=card.data.language,
     )
     assert str(again).strip() == str(card).strip()

@@ -126,6 +126,22 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
     assert "hf_tst/blocks-" in runs[0][0]
 
 
+def test_what_is_made_of_packed_data_is_not_taken_for_it(tokenizer):
+    """`datasets` caches what a data set is shuffled or mapped to in the folder of its file."""
+
+    def pack():
+        return pack_blocks(tokenize_documents(load_text_file("text.txt"), tokenizer), 8)
+
+    Path("text.txt").write_text("".join(f"line {i} of the text\n" for i in range(60)))
+    blocks = pack()
+    blocks.shuffle(seed=0).map(lambda block: {"input_ids": block["input_ids"][::-1]})
+    load_text_file("text.txt").map(lambda row: {"text": "other\n"})
+    tokenize_documents(load_text_file("text.txt"), tokenizer).filter(
+        lambda row, index: index < 3, with_indices=True
+    )
+    assert pack()["input_ids"] == blocks["input_ids"]
+
+
 def test_two_processes_may_pack_the_same_documents_at_once(tmp_path):
     script = tmp_path / "pack.py"
     script.write_text(

@@ -89,7 +89,7 @@ def test_the_table_has_a_row_per_bag_size_and_a_column_per_ratio(tmp_path):
     ]
     text = format_comparison(made)
     assert "Without superposition: 3.0000." in text
-    assert "Lowest: s2-r0.3, 1.7000." in text
+    assert "Lowest: s2-r0.3, 1.7000, of one seed." in text
     write_report(made, tmp_path)
     assert "![Loss by bag size and phase ratio" in (tmp_path / "comparison.md").read_text()
     assert '<td data-label="0.3">1.7000</td>' in (tmp_path / "comparison.html").read_text()

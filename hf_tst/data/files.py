@@ -64,7 +64,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
     ]
     name = datasets.fingerprint.Hasher.hash((facts, column, READING_VERSION))
     return open_arrow(
-        written_once(f"text-{name}", lambda folder: _copy(files, column, folder / "text.arrow"))
+        written_once(f"text-{name}", lambda folder: _copy(files, column, folder / "data-text.arrow"))
     )
 
 

@@ -84,7 +84,7 @@ def tokenize_documents(
             remove_columns=columns,
             num_proc=num_proc,
             new_fingerprint=name,
-            cache_file_name=str(folder / "tokens.arrow"),
+            cache_file_name=str(folder / "data-tokens.arrow"),
             desc="Tokenizing",
         )
 
@@ -134,12 +134,12 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
     def write(folder: Path) -> None:
         tokens = _write_blocks(documents, block_size, folder / "blocks.arrow")
-        (folder / "blocks.arrow").rename(folder / f"{tokens}.arrow")
+        (folder / "blocks.arrow").rename(folder / f"data-{tokens}.arrow")
 
     name = Hasher.hash((documents._fingerprint, block_size, PACKING_VERSION))
     (packed,) = written_once(f"blocks-{name}", write)
     blocks = open_arrow([packed])
-    tokens = int(packed.stem)
+    tokens = int(packed.stem.removeprefix("data-"))
     logger.info(
         f"{len(documents)} documents of {tokens} tokens give {len(blocks)} blocks of {block_size}; the last "
         f"{tokens - len(blocks) * block_size} tokens are dropped."

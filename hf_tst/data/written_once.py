@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
-    """The files that `write` makes, in the order of their names.
+    """The files `data-*` that `write` makes, in the order of their names.
 
-    They are written aside, and their folder is then renamed: no process opens half-written files, several may write at
+    What a data set of these files is mapped or shuffled to, `datasets` caches beside them, under other names. They are written aside, and their folder is then renamed: no process opens half-written files, several may write at
     once, and nothing is left of a failure.
 
     Args:
@@ -42,9 +42,10 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
         except OSError as error:
             free = f" ({shutil.disk_usage(root).free / 1e9:.2f} GB are free there)" if root.is_dir() else ""
             raise RunError(
-                f"Writing to {root} failed: {whole_message(error)}{free}. Make room, or set HF_DATASETS_CACHE to a folder on another disk."
+                f"Writing to {root} failed: {whole_message(error)}{free}. Make room, or set HF_DATASETS_CACHE to a folder on another "
+                "disk."
             ) from error
-    return sorted(folder.iterdir())
+    return sorted(folder.glob("data-*"))
 
 
 def _put(made: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from ..version import __version__
 # Where `trainer_state.json` holds notes: beside the log history, of which scripts expect that its entries are logs.
 NOTES = "TSTTrainer"
 RUN_ENTRY = "tst_run"
+RUN_ID = "tst_run_id"
 UTILIZATION = "tst_model_flops_utilization"
 # Of the arguments, those that a card tells; the others hold paths and names of this machine.
 ARGUMENTS = (

@@ -11,17 +11,15 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..records.run_record import notes_of
+from ..records.run_record import RUN_ID, notes_of
 
 logger = logging.get_logger(__name__)
 
-RUN_ID = "tst_run_id"
 RUN_FILE = "_run.json"
 
 # The starts of a run, each as the step that it started from and its id. Checkpoints of the plain Trainer have none.
@@ -29,10 +27,9 @@ Starts = list[tuple[int, str]]
 
 
 class RunIdentityCallback(TrainerCallback):
-    """Gives each start of training an id, notes it in the output folder, and names checkpoints of other runs there."""
+    """Writes the ids of a run into its output folder when it starts, and names checkpoints of other runs there."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        notes_of(vars(state)).append({"step": state.global_step, RUN_ID: uuid4().hex[:12]})
         if not args.should_save:
             return
         path = Path(args.output_dir) / RUN_FILE

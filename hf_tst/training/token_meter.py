@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+from uuid import uuid4
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..planning.reference import peak_tflops
-from ..records.run_record import RUN_ENTRY, UTILIZATION, notes_of, run_entry
+from ..records.run_record import RUN_ENTRY, RUN_ID, UTILIZATION, notes_of, run_entry
 
 
 class TokenMeterCallback(TrainerCallback):
@@ -36,7 +37,8 @@ class TokenMeterCallback(TrainerCallback):
         self._rows_per_step = self._trainer.get_total_train_batch_size(args)
         run = run_entry(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
         peak = args.tst_peak_tflops or peak_tflops(args.device)
-        notes_of(vars(state)).append({"step": state.global_step, RUN_ENTRY: run | {"peak_tflops": peak}})
+        entry = {RUN_ID: uuid4().hex[:12], RUN_ENTRY: run | {"peak_tflops": peak}}
+        notes_of(vars(state)).append({"step": state.global_step, **entry})
         self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
         self._last_report = (state.global_step, self._tokens_left_out() or 0, 0.0, state.total_flos)

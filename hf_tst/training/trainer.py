@@ -152,7 +152,7 @@ class TSTTrainer(Trainer):
         self._non_finite, self._preemption = NonFiniteCallback(self), PreemptionCallback()
         preemption = self._preemption if args.enable_jit_checkpoint else None
         identity = RunIdentityCallback()
-        for callback in (self._switch, identity, self._meter, self._mtp, self._non_finite, preemption):
+        for callback in (self._switch, self._meter, identity, self._mtp, self._non_finite, preemption):
             if callback is not None:
                 self.add_callback(callback)
         self._console: ConsoleCallback | None = None
