@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
     """The files `data-*` that `write` makes, in the order of their names.
 
-    What a data set of these files is mapped or shuffled to, `datasets` caches beside them, under other names. They are written aside, and their folder is then renamed: no process opens half-written files, several may write at
-    once, and nothing is left of a failure.
+    They are written aside, and their folder is then renamed: no process opens half-written files, several may write at
+    once, and nothing is left of a failure. Beside them, under other names, `datasets` caches what they are mapped or shuffled to.
 
     Args:
         name (`str`): Names the files by what they are made of. If they are there, nothing is written.
