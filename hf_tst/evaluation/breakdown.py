@@ -35,7 +35,7 @@ class LossTally:
             logits (`torch.FloatTensor` of shape `(B, l, V)`): What the model predicts.
             targets (`torch.LongTensor` of shape `(B, l)`): The token that each position predicts; -100 is left out.
         """
-        targets = targets.long().to(logits.device)
+        targets = targets.to(logits.device)
         losses = cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -75,7 +75,9 @@ def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> Loss
     model.eval()
     try:
         for start in range(0, len(rows), batch_size):
-            ids = torch.as_tensor(np.asarray(rows[start : start + batch_size]), device=model.device)
+            ids = torch.as_tensor(
+                np.asarray(rows[start : start + batch_size], dtype=np.int64), device=model.device
+            )
             tally.add(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
     finally:
         model.train(was_training)

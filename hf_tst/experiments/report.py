@@ -218,8 +218,11 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
             draw(curve, color=color, alpha=0.25, linewidth=0.8)
         curve = arm.best.curve
-        draw(curve, style, color=color, label=arm.arm, linewidth=1.8)
-        draw([arm.switch] if arm.switch else [], "o", color=color, markersize=5)
+        switch = [arm.switch] if arm.switch else []
+        # What a step reads changes at the switch, so that the line bends there.
+        bent = sorted([*curve, *switch], key=lambda point: point.step)
+        draw(bent, style, color=color, label=arm.arm, linewidth=1.8)
+        draw(switch, "o", color=color, markersize=5)
         # What is before the first tenth of a run is above the picture.
         late = [point for point in curve if point.step >= 0.1 * curve[-1].step]
         shown += [point.eval_loss for point in late if point.eval_loss is not None]
