@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -129,15 +130,22 @@ def make_model_card(
     )
 
 
-def write_card_of_trainer(trainer: Any, **metadata: Any) -> None:
-    """Write the card of a [`TSTTrainer`]'s run into its output folder; `metadata` as for [`make_model_card`]."""
+def write_card_of_trainer(trainer: Any, *positional: Any, **kwargs: Any) -> None:
+    """Write the card of a [`TSTTrainer`]'s run into its output folder; arguments as for `Trainer.create_model_card`."""
+    from transformers import Trainer
+
+    given = inspect.signature(Trainer.create_model_card).bind(trainer, *positional, **kwargs).arguments
+    names = {"finetuned_from": "base_model", "dataset": "datasets"}
+    names |= {name: name for name in ("language", "license", "tags")}
+    metadata = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    repo_id = trainer.hub_model_id or given.get("model_name")
     output_dir = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     switch_step = trainer.schedule.switch_step if trainer.schedule else 0
     now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
     record = RunRecord.from_state(vars(trainer.state), now)
     try:
-        write_model_card(output_dir, record, **metadata)
+        write_model_card(output_dir, record, repo_id=repo_id, **metadata)
     except TSTError as error:
         logger.warning(error)
         return

@@ -15,6 +15,7 @@ from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
 from .arguments import TSTTrainingArguments
+from .refusals import block_rules
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,23 @@ class DefaultCollator:
         return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def make_collator(
-    args: TSTTrainingArguments,
-    data_collator: Any,
-    default: Any,
-    eos_token_id: int | None,
-    rules: BlockRules = NO_RULES,
-) -> Any:
+def make_collator(trainer: Any, data_collator: Any) -> Any:
     """The collator of all batches of a run, by the one that the user gave, if any.
 
     Args:
-        args (`TSTTrainingArguments`): The run's arguments.
+        trainer (`TSTTrainer`): The trainer, with its arguments, model and tokenizer, and the collator that Trainer has chosen.
         data_collator: The user's, or `None`.
-        default: What Trainer takes in its place.
-        eos_token_id (`int`, *optional*): Token that ends a document.
-        rules (`BlockRules`): What says which ids the model has an embedding for.
 
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
+    args: TSTTrainingArguments = trainer.args
     boundaries = args.tst_document_boundaries
+    eos_token_id = end_token_id(trainer.processing_class, trainer.model)
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation: Any = DefaultCollator(default, rules)
+    evaluation: Any = DefaultCollator(trainer.data_collator, block_rules(trainer.model, None))
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import ProgressCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging as transformers_logging
 
@@ -144,6 +144,17 @@ class ConsoleCallback(ProgressCallback):
     def _show_phase(self, step: int) -> None:
         if self.training_bar is not None:
             self.training_bar.set_description_str(self._trainer.schedule.phase(step), refresh=False)
+
+
+def replace_progress_callback(trainer: Any) -> ConsoleCallback | None:
+    """Put a [`ConsoleCallback`] in the place of Trainer's own bar or printer, if it has one of these, and return it."""
+    console = None
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+            console = ConsoleCallback(trainer, has_bar=type(callback) is ProgressCallback)
+            trainer.add_callback(console)
+    return console
 
 
 def _figures(logs: Mapping[str, Any]) -> list[str]:

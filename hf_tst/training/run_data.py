@@ -421,3 +421,14 @@ def count_targets(batches: Sequence[Any], args: TSTTrainingArguments) -> Tensor:
     weighting = resolve_weighting(args.tst_mode, args.tst_offset_weighting)
     weights = offset_weights(weighting, args.tst_bag_size)
     return torch.stack([count_target_bags(batch["labels"], weights=weights) for batch in batches]).sum()
+
+
+def plain_loader(loader: Any, args: TSTTrainingArguments) -> Any:
+    """The loader of plain training that resumes, whose processes take no seed from the random numbers of training.
+
+    An uninterrupted run has drawn that seed in its first epoch, if its loader processes stay.
+    """
+    if args.dataloader_persistent_workers and args.dataloader_num_workers:
+        base: Any = getattr(loader, "base_dataloader", loader)
+        base.generator = torch.Generator().manual_seed(args.seed)
+    return loader

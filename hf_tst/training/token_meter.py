@@ -71,6 +71,11 @@ class TokenMeterCallback(TrainerCallback):
             start = time.perf_counter()
         self._waited += time.perf_counter() - start
 
+    def gather_left_out(self) -> None:
+        """Add up over the ranks the tokens that found no place in a bag. Every rank must take part."""
+        if (data := self._trainer._data) is not None:
+            data.gather_left_out(self._trainer.accelerator.reduce)
+
     def _tokens_left_out(self) -> int | None:
         return None if self._trainer._data is None else self._trainer._data.tokens_left_out
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
-from transformers.utils import logging
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import bad_input
@@ -33,28 +30,17 @@ from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
-from .collators import end_token_id, make_collator
-from .console import ConsoleCallback
+from .collators import make_collator
+from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
+from .overriding import choose_fused_loss, is_superposed, overrides, signature_of
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import block_rules, check_arguments, check_stored_rows, check_trainer, explained_bags
-from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data
+from .refusals import check_arguments, check_stored_rows, check_trainer, explained_bags
+from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .token_meter import TokenMeterCallback
-
-logger = logging.get_logger(__name__)
-
-
-def _signature_of(method: Any) -> Any:
-    """Decorator of an override that hands arguments on: it has the signature of Trainer's method, whatever the version."""
-    return wraps(method, assigned=())
-
-
-def overrides(trainer: Trainer, method: Any) -> bool:
-    """Whether a trainer has another method in the place of `method` of its base class."""
-    return getattr(type(trainer), method.__name__) is not method
 
 
 class TSTTrainer(Trainer):
@@ -116,8 +102,7 @@ class TSTTrainer(Trainer):
         *positional: Any,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = TSTTrainingArguments(output_dir="tmp_trainer")
+        args = args or TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
         self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
@@ -129,23 +114,9 @@ class TSTTrainer(Trainer):
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(model, args, data_collator, *positional, **kwargs)
-        self.fused_loss: FusedLoss = args.tst_fused_loss
-        if (
-            args.tst_replaces_loss
-            and args.tst_fused_loss == "auto"
-            and overrides(self, TSTTrainer.compute_loss)
-        ):
-            self.fused_loss = "off"
-            logger.warning(
-                f"{type(self).__name__} has its own compute_loss, so logits are kept, which takes memory for each position and "
-                "token of the vocabulary: set tst_fused_loss='on' if it does not read them, or 'off' to silence this."
-            )
+        self.fused_loss: FusedLoss = choose_fused_loss(self, TSTTrainer.compute_loss)
         self._has_own_schedule = self.lr_scheduler is not None
-        end = end_token_id(self.processing_class, self.model)
-        default: Any = self.data_collator  # Trainer's, where the user gave none
-        self.data_collator: Any = make_collator(
-            args, data_collator, default, end, block_rules(self.model, None)
-        )
+        self.data_collator: Any = make_collator(self, data_collator)
         check_trainer(self)
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
@@ -155,12 +126,7 @@ class TSTTrainer(Trainer):
         for callback in (self._switch, self._meter, identity, self._mtp, self._non_finite, preemption):
             if callback is not None:
                 self.add_callback(callback)
-        self._console: ConsoleCallback | None = None
-        for callback in list(self.callback_handler.callbacks):
-            if type(callback) in (ProgressCallback, PrinterCallback):
-                self.remove_callback(callback)
-                self._console = ConsoleCallback(self, has_bar=type(callback) is ProgressCallback)
-                self.add_callback(self._console)
+        self._console = replace_progress_callback(self)
 
     @property
     def preempted(self) -> bool:
@@ -183,7 +149,7 @@ class TSTTrainer(Trainer):
 
     # Training
 
-    @_signature_of(Trainer.train)
+    @signature_of(Trainer.train)
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any
     ) -> TrainOutput:
@@ -224,14 +190,9 @@ class TSTTrainer(Trainer):
             TSTError: If the data has no full blocks of equal length, or too few of them.
         """
         self._data = self.schedule = None
-        args = self.args
-        if not args.tst_enabled or self.train_dataset is None:
+        if not self.args.tst_enabled or self.train_dataset is None:
             loader = super().get_train_dataloader()
-            if self._checkpoint and args.dataloader_persistent_workers and args.dataloader_num_workers:
-                # An uninterrupted run has drawn a seed for its loader processes in its first epoch, from the numbers of training.
-                base: Any = getattr(loader, "base_dataloader", loader)
-                base.generator = torch.Generator().manual_seed(args.seed)
-            return loader
+            return plain_loader(loader, self.args) if self._checkpoint else loader
         if overrides(self, Trainer._get_train_sampler):
             return self._begin(fold_own_loader(self, super().get_train_dataloader()))
         return self._begin(open_run_data(self))
@@ -264,7 +225,7 @@ class TSTTrainer(Trainer):
         self._shape = find_shape(self.model)
         return values
 
-    @_signature_of(Trainer.create_scheduler)
+    @signature_of(Trainer.create_scheduler)
     def create_scheduler(self, num_training_steps: int, *positional: Any, **kwargs: Any) -> Any:
         """The learning rate schedule, with the options that a run of so many steps has."""
         options = self.args.schedule_options(num_training_steps)
@@ -281,7 +242,7 @@ class TSTTrainer(Trainer):
             return [], None
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
-        if not samples or not _is_superposed(samples[0]):
+        if not samples or not is_superposed(samples[0]):
             return super().get_batch_samples(iter(samples), num_batches, device)
         if not self.model_accepts_loss_kwargs:
             return samples, None
@@ -294,9 +255,8 @@ class TSTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass; notes the loss, which must be finite."""
-        first = (
-            not self._has_trained_bags and _is_superposed(inputs) and overrides(self, TSTTrainer.compute_loss)
-        )
+        own = overrides(self, TSTTrainer.compute_loss)
+        first = own and is_superposed(inputs) and not self._has_trained_bags
         with explained_bags(type(self).__name__, inputs) if first else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._has_trained_bags |= first
@@ -340,7 +300,7 @@ class TSTTrainer(Trainer):
         if self._shape is None or not isinstance(input_ids, Tensor):
             return 0
         rows, length = input_ids.shape[:2]
-        phase: Phase = "superposition" if _is_superposed(inputs) else "recovery"
+        phase: Phase = "superposition" if is_superposed(inputs) else "recovery"
         per_token = flops_per_token(self._shape, length, phase, args.mtp_num_heads, args.mtp_kind)
         return rows * length * per_token // self.get_tp_size()
 
@@ -353,7 +313,7 @@ class TSTTrainer(Trainer):
             # Training is over: with a limit of 1, Trainer would now remove all checkpoints but the best, also that to go on
             # from. `train` puts the limit back.
             self.args.save_total_limit = None
-        self._gather_left_out()
+        self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(self.accelerator.reduce)
@@ -365,11 +325,7 @@ class TSTTrainer(Trainer):
         # What Trainer and callbacks have added belongs to the caller's, from which the best model is chosen.
         logs.update({name: value for name, value in entries.items() if name == "epoch" or name not in ours})
 
-    def _gather_left_out(self) -> None:
-        if self._data is not None:
-            self._data.gather_left_out(self.accelerator.reduce)
-
-    @_signature_of(Trainer.evaluation_loop)
+    @signature_of(Trainer.evaluation_loop)
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -414,7 +370,7 @@ class TSTTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # every checkpoint is from before the first bad number
-        self._gather_left_out()
+        self._meter.gather_left_out()
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
         write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
@@ -469,7 +425,7 @@ class TSTTrainer(Trainer):
 
     # The Hub
 
-    @_signature_of(Trainer.push_to_hub)
+    @signature_of(Trainer.push_to_hub)
     def push_to_hub(self, *positional: Any, **kwargs: Any) -> Any:
         """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
 
@@ -480,21 +436,12 @@ class TSTTrainer(Trainer):
         with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
             return super().push_to_hub(*positional, **kwargs)
 
-    @_signature_of(Trainer.create_model_card)
+    @signature_of(Trainer.create_model_card)
     def create_model_card(self, *positional: Any, **kwargs: Any) -> None:
         """Write `README.md` in the output folder from the record of the run, with its loss curve.
 
         Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
         results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
         """
-        given = inspect.signature(Trainer.create_model_card).bind(self, *positional, **kwargs).arguments
-        names = {"finetuned_from": "base_model", "dataset": "datasets"}
-        names |= {name: name for name in ("language", "license", "tags")}
-        metadata = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
         if self.is_world_process_zero():
-            write_card_of_trainer(self, repo_id=self.hub_model_id or given.get("model_name"), **metadata)
-
-
-def _is_superposed(batch: Any) -> bool:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and labels.dim() == 3
+            write_card_of_trainer(self, *positional, **kwargs)
