@@ -128,6 +128,22 @@ def write_corpus(folder: Path, lines: int = 400) -> list[str]:
     return texts
 
 
+def write_recipe(folder: Path, lines: int, sizes: dict[str, int], **values: Any) -> Path:
+    """Write a recipe of a tiny Llama into a folder, with a corpus of so many lines and a tokenizer beside it."""
+    write_corpus(folder, lines)
+    values |= {
+        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
+        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "report_to": "none", "use_cpu": True,
+        "config_overrides": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 32, **sizes,
+        },
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
 # Arguments of Trainer for a run of a second.
 TINY_RUN: dict[str, Any] = {
     "max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
@@ -147,22 +163,12 @@ def make_args(tmp_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 40 steps of a tiny Llama, with a tokenizer and a corpus beside it; it saves every 10 steps."""
-    folder = tmp_path_factory.mktemp("tiny_recipe")
-    write_corpus(folder, 1500)
-    values = {
-        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
-        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 40, "tst_bag_size": 4,
-        "per_device_train_batch_size": 4, "max_eval_samples": 16, "learning_rate": 1e-2, "warmup_steps": 4,
-        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 8}, "logging_steps": 2,
-        "eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "report_to": "none", "use_cpu": True,
-        "config_overrides": {
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": 512,
-        },
-    }  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_recipe(
+        tmp_path_factory.mktemp("tiny_recipe"), 1500, {"vocab_size": 512}, max_steps=40, tst_bag_size=4,
+        per_device_train_batch_size=4, max_eval_samples=16, learning_rate=1e-2, warmup_steps=4,
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 8}, logging_steps=2,
+        eval_strategy="steps", eval_steps=10, save_steps=10,
+    )  # fmt: skip
 
 
 class Ended:

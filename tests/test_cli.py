@@ -8,8 +8,7 @@ import time
 from importlib.metadata import entry_points
 
 import pytest
-import yaml
-from conftest import write_corpus
+from conftest import write_recipe
 from huggingface_hub import ModelCard
 from processes import run_script
 from transformers import AutoModelForCausalLM
@@ -22,20 +21,10 @@ from hf_tst.training.checkpoint_folders import last_complete_checkpoint
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    write_corpus(folder)
-    values = {
-        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
-        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 6, "per_device_train_batch_size": 2,
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3,
-        "config_overrides": {
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 32, "vocab_size": 512,
-        },
-    }  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_recipe(
+        tmp_path_factory.mktemp("cli"), 400, {"vocab_size": 512}, max_steps=6, per_device_train_batch_size=2, logging_steps=1,
+        disable_tqdm=True, learning_rate=1e-3,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import make_blocks, write_corpus
+from conftest import make_blocks, write_recipe
 
 from hf_tst import TSTTrainer
 from hf_tst.cli import main as cli
@@ -34,21 +33,10 @@ LINE = re.compile(
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("console")
-    write_corpus(folder)
-    values = {
-        "output_dir": str(folder / "run"), "model_type": "llama", "train_file": str(folder / "corpus.txt"),
-        "tokenizer_name": str(folder / "tokenizer"), "block_size": 16, "max_steps": 6, "per_device_train_batch_size": 2,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "max_eval_samples": 4, "save_strategy": "no",
-        "eval_strategy": "steps", "eval_steps": 2,
-        "config_overrides": {
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 32,
-        },
-    }  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_recipe(
+        tmp_path_factory.mktemp("console"), 400, {}, max_steps=6, per_device_train_batch_size=2, logging_steps=1,
+        max_eval_samples=4, save_strategy="no", eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ class BlockRules:
             counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
             raise self._bad(index, f"has {counts}: give every token its label, or leave the labels out")
         self.check_context(len(tokens), index)
-        self.check_ids(tokens, [index])
+        self.check_ids(tokens, index)
         self.check_padding(block, index)
         return tokens
 
@@ -110,20 +110,25 @@ class BlockRules:
             advice = "pack the data into shorter blocks, or make the model for longer ones (max_position_embeddings)"
             raise self._bad(index, f"{problem}: {advice}")
 
-    def check_ids(self, tokens: NDArray[Any], indices: Any) -> None:
-        """Raise `TSTError` if one of some blocks, joined, of equal length unless `indices` has one per token, holds an id that the model has no embedding for."""
+    def check_ids(self, tokens: NDArray[Any], index: Any) -> None:
+        """Raise `TSTError` if block `index`, of these tokens, holds an id that the model has no embedding for."""
+        if (at := self.find_bad_id(tokens)) is not None:
+            raise self.bad_id(index, tokens[at])
+
+    def find_bad_id(self, tokens: NDArray[Any]) -> int | None:
+        """The place of the first id that the model has no embedding for, if there is one."""
         size = np.iinfo(np.int64).max if self.vocab_size is None else self.vocab_size
         if not tokens.size or (tokens.min() >= 0 and tokens.max() < size):
-            return
-        at = int(((tokens < 0) | (tokens >= size)).argmax())
-        known = (
-            "ids are not negative"
-            if self.vocab_size is None
-            else f"the model has embeddings for 0 to {size - 1}"
-        )
-        raise self._bad(
-            indices[at * len(indices) // tokens.size],
-            f"holds the id {tokens[at]}, but {known}: tokenize it with the model's own tokenizer, or add rows to the model with "
+            return None
+        return int(((tokens < 0) | (tokens >= size)).argmax())
+
+    def bad_id(self, index: Any, token: int) -> TSTError:
+        """The error of block `index`, which holds such an id."""
+        size = self.vocab_size
+        known = "ids are not negative" if size is None else f"the model has embeddings for 0 to {size - 1}"
+        return self._bad(
+            index,
+            f"holds the id {token}, but {known}: tokenize it with the model's own tokenizer, or add rows to the model with "
             "model.resize_token_embeddings(len(tokenizer))",
         )
 
@@ -143,7 +148,7 @@ class BlockRules:
                 tokens = np.asarray(block["input_ids"])
                 if tokens.ndim == 1 and tokens.dtype.kind in "iu":
                     self.check_context(len(tokens), index)
-                    self.check_ids(tokens, [index])
+                    self.check_ids(tokens, index)
 
     def _check_table(self, blocks: Any, limit: int | None) -> None:
         import pyarrow.compute as pc
@@ -156,7 +161,8 @@ class BlockRules:
             lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
             tokens = np.asarray(pc.list_flatten(column))
             self.check_context(int(lengths.max()), start + int(lengths.argmax()))
-            self.check_ids(tokens, np.repeat(np.arange(start, start + len(lengths)), lengths))
+            if (at := self.find_bad_id(tokens)) is not None:
+                raise self.bad_id(start + int((lengths.cumsum() <= at).sum()), tokens[at])
 
     def _bad(self, index: Any, problem: str) -> TSTError:
         return TSTError(f"Block {index} of the {self.data} data {problem}.")
@@ -291,7 +297,7 @@ class BlockReader:
                 block = as_block(row, index)
                 for name in block.keys() & TOKEN_COLUMNS:
                     check_length(len(block[name]), self.rules.length, index)
-                self.rules.check_ids(np.asarray(block["input_ids"]), [index])
+                self.rules.check_ids(np.asarray(block["input_ids"]), index)
         found = [self._chosen(row) for row in found]
         return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
@@ -310,8 +316,9 @@ class BlockReader:
             length = self.rules.length or len(lists[0])
             _check_stored_lengths(lists, length, indices)
             values = lists.flatten().to_numpy(zero_copy_only=False)
-            if len(arrays) == self.columns.index("input_ids"):
-                self.rules.check_ids(values, indices)
+            is_ids = len(arrays) == self.columns.index("input_ids")
+            if is_ids and (at := self.rules.find_bad_id(values)) is not None:
+                raise self.rules.bad_id(indices[at // length], values[at])
             arrays.append(values.astype(np.int64).reshape(-1, size * length))
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 

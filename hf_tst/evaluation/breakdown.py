@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,18 @@ class LossTally:
         return _means(self.by_position, (torch.arange(length) + 0.5) / length)
 
 
-@torch.inference_mode()
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Context in which a model is in evaluation mode, and nothing is kept for gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> LossTally:
     """The losses of a causal language model on blocks, whose first token is not predicted.
 
@@ -71,16 +83,12 @@ def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> Loss
         blocks: Rows with `input_ids`, all of one length.
         batch_size (`int`, defaults to 8): Rows per batch.
     """
-    rows, tally, was_training = [block["input_ids"] for block in blocks], LossTally(), model.training
-    model.eval()
-    try:
+    rows, tally = [block["input_ids"] for block in blocks], LossTally()
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
-            ids = torch.as_tensor(
-                np.asarray(rows[start : start + batch_size], dtype=np.int64), device=model.device
-            )
+            batch = np.asarray(rows[start : start + batch_size], dtype=np.int64)
+            ids = torch.as_tensor(batch, device=model.device)
             tally.add(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
-    finally:
-        model.train(was_training)
     return tally
 
 

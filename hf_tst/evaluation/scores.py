@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TSTError
-from .breakdown import IGNORED, LossTally
+from .breakdown import IGNORED, LossTally, evaluating
 
 METRIC_FILE = Path(__file__).parent / "metric.py"
 # Most tokens per window by default: some models name contexts that no machine has the memory for.
@@ -103,7 +103,6 @@ def evaluate_checkpoint(
     return score_texts(model, tokenizer, texts, max_length=max_length, batch_size=batch_size).to_dict()
 
 
-@torch.inference_mode()
 def score_texts(
     model: Any, tokenizer: Any, texts: Iterable[str], *, max_length: int | None = None, batch_size: int = 8
 ) -> TextScores:
@@ -136,14 +135,10 @@ def score_texts(
     if not windows:
         raise TSTError("There is no text to predict.")
     windows.sort(key=lambda window: len(window[0]))
-    tally, was_training = LossTally(), model.training
-    model.eval()
-    try:
-        batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-        for batch in batches:
-            _add(tally, model, batch, first)
-    finally:
-        model.train(was_training)
+    tally = LossTally()
+    with evaluating(model):
+        for start in range(0, len(windows), batch_size):
+            _add(tally, model, windows[start : start + batch_size], first)
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(predicted for _, predicted in windows)
     return TextScores(tally.nats, tokens, size, tally.loss_by_frequency(), tally.loss_by_position())

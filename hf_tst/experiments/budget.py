@@ -12,10 +12,11 @@ from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
+from ..records.run_record import write_whole
 from .arms import BASELINE, Arm, StepCost, is_superposed, setting
 from .options import UNITS, Experiment, parse_list
 from .queue import PlannedRun, run_all
-from .run import read_whole, write_whole
+from .run import read_whole
 
 # How far from the budget whole steps may end.
 TOLERANCE = 0.01

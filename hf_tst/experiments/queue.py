@@ -22,7 +22,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..errors import TSTError, bad_input
-from .run import REFUSAL_FILE, RunResult, read_settings, write_whole
+from ..records.run_record import write_whole
+from .run import REFUSAL_FILE, RunResult, read_settings
 
 SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"

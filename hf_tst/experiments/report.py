@@ -214,7 +214,7 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
 
     shown: list[float] = []
     for number, arm in enumerate(arm for arm in comparison.arms if arm.best.curve):
-        color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
+        color, style = _line_style(number)
         for curve in arm.best.curves if len(arm.best.curves) > 1 else []:
             draw(curve, color=color, alpha=0.25, linewidth=0.8)
         curve = arm.best.curve
@@ -232,11 +232,7 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
         margin = 0.05 * (max(shown) - min(shown)) or 0.1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.legend()
-    axes.locator_params(axis="x", nbins=6)
-    axes.ticklabel_format(axis="x", scilimits=(-3, 5))
-    axes.set_xlabel(label)
-    axes.set_ylabel("evaluation loss (nats)")
-    axes.grid(alpha=0.3)
+    _finish_curves(axes, label, "evaluation loss (nats)")
 
 
 def draw_differences(comparison: Comparison, axes: Any) -> None:
@@ -266,7 +262,7 @@ def draw_differences(comparison: Comparison, axes: Any) -> None:
         costs = np.mean([ours[:, 0] for ours, _ in pairs], axis=0)
         shown = costs >= 0.1 * costs[-1]
         apart = np.array([ours[:, 1] - np.interp(ours[:, 0], *base.T) for ours, base in pairs])[:, shown]
-        color, style = COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
+        color, style = _line_style(number)
         axes.plot(costs[shown], apart.mean(axis=0), style, color=color, label=arm.arm, linewidth=1.8)
         if len(pairs) > 1:
             spread = apart.std(axis=0, ddof=1)
@@ -276,10 +272,19 @@ def draw_differences(comparison: Comparison, axes: Any) -> None:
             )
     axes.axhline(0, color="grey", linestyle=":", linewidth=1)
     axes.legend()
+    _finish_curves(axes, label, "loss minus the baseline's (nats)")
+
+
+def _line_style(number: int) -> tuple[str, str]:
+    """Color and dashes of the curves of an arm, by its number."""
+    return COLORS[number % len(COLORS)], ("-", "--", "-.", ":")[number % 4]
+
+
+def _finish_curves(axes: Any, label: str, y_label: str) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.ticklabel_format(axis="x", scilimits=(-3, 5))
     axes.set_xlabel(label)
-    axes.set_ylabel("loss minus the baseline's (nats)")
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
 
 

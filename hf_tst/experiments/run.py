@@ -22,7 +22,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input, whole_message
 from ..evaluation.breakdown import tally_blocks
 from ..pretraining.pretrain import main as train
-from ..records.run_record import TimedSteps, run_entry, timed_steps
+from ..records.run_record import TimedSteps, run_entry, timed_steps, write_whole
 from ..training.checkpoint_folders import last_complete_checkpoint
 
 T = TypeVar("T")
@@ -106,13 +106,6 @@ class RunResult:
             return cls(**{**values, "curve": [CurvePoint(**point) for point in values["curve"]]})
 
         return read_whole(Path(folder) / RESULT_FILE, parse)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_whole(path: Path, parse: Callable[[str], T], removed: str = "it") -> T | None:

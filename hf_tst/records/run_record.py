@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,3 +212,10 @@ def loaded_from(model: Any) -> str | None:
     """Hub id that a model was loaded from; `None` if it was made from a configuration or a local folder."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if name and not Path(name).exists() else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

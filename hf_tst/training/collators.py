@@ -40,8 +40,10 @@ class DefaultCollator:
         batch = self._collate(features)
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            names = [f"that begins with {row[:8]}" for row in ids[:, :8].tolist()]
-            replace(self.rules, data="given").check_ids(ids.flatten().numpy(), names)
+            tokens = ids.flatten().numpy()
+            if (at := self.rules.find_bad_id(tokens)) is not None:
+                row = ids[at // ids.shape[1], :8].tolist()
+                raise self.rules.bad_id(f"that begins with {row}", tokens[at])
         return batch
 
     def _collate(self, features: list[Any]) -> Any:
@@ -76,7 +78,8 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation: Any = DefaultCollator(trainer.data_collator, block_rules(trainer.model, None))
+    rules = replace(block_rules(trainer.model, None), data="given")
+    evaluation: Any = DefaultCollator(trainer.data_collator, rules)
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:

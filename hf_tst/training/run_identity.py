@@ -1,14 +1,13 @@
 """Which checkpoints of an output folder belong to the run that trains there, and which to another one.
 
 Each start of training gets an id. It is among the notes in `trainer_state.json`, with the step that training started from, so a
-checkpoint holds the ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there last. Names with `_`
-are left out of a push to the Hub.
+checkpoint holds the ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there
+last. Names with `_` are left out of a push to the Hub.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..records.run_record import RUN_ID, notes_of
+from ..records.run_record import RUN_ID, notes_of, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -32,10 +31,7 @@ class RunIdentityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
             return
-        path = Path(args.output_dir) / RUN_FILE
-        unfinished = path.with_name(f"{RUN_FILE}.tmp")
-        unfinished.write_text(json.dumps({"starts": _starts(vars(state))}) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(Path(args.output_dir) / RUN_FILE, json.dumps({"starts": _starts(vars(state))}) + "\n")
         if foreign := foreign_checkpoints(args.output_dir):
             logger.warning(
                 f"{args.output_dir} holds {', '.join(folder.name for folder in foreign)} of another run: "
