@@ -3,13 +3,15 @@
 import pytest
 import torch
 from conftest import make_model
+from processes import start_process
 from test_fused import gradients
 from test_superposition import make_bags
 from versions import fails_before
 
-from hf_tst import token_superposition
+from hf_tst import TSTError, fused_next_token_loss, token_superposition
 from hf_tst.bags.folding import next_window_labels
 from hf_tst.bags.weighting import INPUT_WEIGHTINGS
+from hf_tst.models.fused import TSTLoss
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,3 +72,22 @@ def test_a_body_that_was_compiled_before_averages_bags():
         with token_superposition(model, 4), token_superposition(compiled, 4):
             assert torch.equal(compiled(tokens, labels=tokens).loss, model(tokens, labels=tokens).loss)
             assert torch.equal(compiled(bags, labels=labels).loss, model(bags, labels=labels).loss)
+
+
+def test_hooks_that_run_as_they_are_in_a_compiled_model_give_the_loss():
+    """Dynamo leaves a function alone for good once it has failed on it, and compiles what the function calls."""
+    process = start_process(train_with_a_skipped_hook)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def train_with_a_skipped_hook() -> None:
+    torch._dynamo.eval_frame.skip_code(TSTLoss.after_forward.__code__)
+    model = make_model("llama", num_hidden_layers=1).train()
+    tokens = make_bags()[0][..., 0].contiguous()
+    with fused_next_token_loss(model):
+        expected = model(tokens, labels=tokens).loss
+        found = torch.compile(model, backend="eager")(tokens, labels=tokens)
+    torch.testing.assert_close(found.loss, expected)
+    with pytest.raises(TSTError):
+        found.logits.mean()

@@ -155,11 +155,7 @@ class TSTLoss:
         self._fuses, self._given, self._loss = False, {}, None
         if not self._has_fused or torch.compiler.is_compiling():
             return None
-        if isinstance(output, tuple):
-            return tuple(_missing(value) for value in output)
-        if isinstance(output, Mapping) and "logits" in output:
-            output["logits"] = _missing(output["logits"])  # type: ignore[index]
-        return None
+        return _without_logits(output)
 
     def head_forward(self, hidden: Tensor) -> Tensor:
         """The head's forward: logits, or an empty tensor in their place once the loss is computed."""
@@ -248,6 +244,16 @@ class MissingLogits(torch.Tensor):
 
 # What may be asked of logits that are not there: `__get__` is an attribute, such as the shape.
 _HARMLESS = {"__get__", "size", "dim", "numel", "clone", "detach", "is_floating_point", "__repr__"}
+
+
+@torch.compiler.disable  # Dynamo cannot trace this subclass, and traces calls of hooks that it does not trace themselves.
+def _without_logits(output: Any) -> Any:
+    """The result of the forward hook: a tuple whose empty logits are missing ones, or `None` for a mapping, changed in place."""
+    if isinstance(output, tuple):
+        return tuple(_missing(value) for value in output)
+    if isinstance(output, Mapping) and "logits" in output:
+        output["logits"] = _missing(output["logits"])  # type: ignore[index]
+    return None
 
 
 def _missing(value: Any) -> Any:
