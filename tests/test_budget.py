@@ -77,11 +77,11 @@ def test_stages_of_the_schedule_are_as_long_in_proportion():
 
 
 def changed(name, values):
-    return make_arm(name, define_arms(values)[name], values, SHAPE, 16).values
+    return make_arm(name, define_arms(values)[name], {"max_steps": 10} | values, SHAPE, 16).values
 
 
 def test_an_arm_changes_what_the_table_says():
-    values = {"tst_bag_size": 4, "learning_rate": 1e-3}
+    values = {"max_steps": 10, "tst_bag_size": 4, "learning_rate": 1e-3}
     assert changed("tst", values) == values
     assert changed("baseline", values) == values | {"tst_phase_ratio": 0.0, "tst_fused_loss": "on"}
     assert changed("baseline", values | {"tst_fused_loss": "off"})["tst_fused_loss"] == "off"
@@ -106,7 +106,7 @@ def test_tst_without_superposition_is_refused():
 
 
 def test_the_flops_of_an_arm_are_those_of_its_steps():
-    cost = make_arm("mtp", {"mtp_num_heads": 3}, {}, SHAPE, 16).flops
+    cost = make_arm("mtp", {"mtp_num_heads": 3}, {"max_steps": 10}, SHAPE, 16).flops
     assert 2 * 16 * cost.superposition == step_flops(CONFIG, 2, 16, phase="superposition", mtp_num_heads=3)
     assert 2 * 16 * cost.recovery == step_flops(CONFIG, 2, 16, mtp_num_heads=3)
     assert cost.recovery > cost.superposition

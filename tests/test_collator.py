@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,19 @@ def test_output_mode_keeps_the_input():
     batch = DataCollatorForTokenSuperposition(bag_size=2, mode="output")([{"input_ids": [1, 2, 3]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3]]
     assert batch["labels"].tolist() == [[[2, 3], [3, -100], [-100, -100]]]
+
+
+def test_more_rows_are_the_blocks_of_a_row_each_folded_by_itself():
+    row = {"input_ids": list(range(8)), "position_ids": [0, 1, 2, 3, 0, 1, 0, 1]}
+    collator = DataCollatorForTokenSuperposition(bag_size=2, superposition_rows="more")
+    batch = collator([row])
+    assert batch["input_ids"].tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert batch["labels"].tolist() == [[[2, 3], [-100, -100]], [[6, 7], [-100, -100]]]
+    respecting = dataclasses.replace(collator, document_boundaries="respect")([row])
+    assert respecting["position_ids"].tolist() == [[0, 1], [0, 0]]
+    assert respecting["labels"].tolist() == [[[2, 3], [-100, -100]], [[-100, -100], [-100, -100]]]
+    with pytest.raises(ValueError, match="no multiple of the bag size"):
+        collator([{"input_ids": list(range(6))}])
 
 
 def test_bags_of_one_are_an_ordinary_batch():

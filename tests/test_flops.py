@@ -17,10 +17,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from versions import fails_before, params
 
 from hf_tst import MTPHeads, TSTTrainer, token_superposition
+from hf_tst.bags.phases import SUPERPOSITION_ROWS
+from hf_tst.experiments.arms import make_arm
 from hf_tst.models.shape import ModelShape
 from hf_tst.mtp.heads import MTP_KINDS
+from hf_tst.planning.estimate import Layout, plan_run
 from hf_tst.planning.flops import step_flops
-from hf_tst.planning.reference import peak_tflops
+from hf_tst.planning.reference import ACCELERATORS, peak_tflops
 from hf_tst.training import token_meter
 
 SIZES = {
@@ -251,6 +254,32 @@ def test_utilization_is_the_flops_of_the_steps_over_their_time_and_the_peak(fami
     resumed.train(resume_from_checkpoint=str(Path(args.output_dir, "checkpoint-4")))
     assert utilizations(resumed) == expected
     assert resumed.state.total_flos == trainer.state.total_flos
+
+
+def test_more_rows_take_less_attention(make_args):
+    found = {}
+    for rows in SUPERPOSITION_ROWS:
+        model = make("llama", False)
+        trainer = CountingTrainer(
+            model,
+            make_args(tst_superposition_rows=rows, tst_fused_loss="off"),
+            train_dataset=make_blocks(200),
+        )
+        trainer.train()
+        assert trainer.state.total_flos == pytest.approx(trainer.counted, rel=0.02)
+        found[rows] = trainer.state.total_flos
+        layout = Layout(1, 1, rows=2, length=BLOCK_LENGTH)
+        plan = plan_run(ModelShape.from_config(model.config), trainer.schedule, layout, ACCELERATORS["h100"])
+        assert plan.flops == found[rows]
+        arm = make_arm(
+            "x",
+            {},
+            {"max_steps": 10, "tst_bag_size": 4, "tst_superposition_rows": rows},
+            plan.model,
+            BLOCK_LENGTH,
+        )
+        assert arm.flops_until(10, plan.latent_tokens) == found[rows]
+    assert found["more"] < found["longer"]
 
 
 def test_rows_of_several_lengths_count_as_long_as_they_are(make_args, clock):

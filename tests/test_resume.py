@@ -414,7 +414,7 @@ def test_every_checkpoint_says_which_data_it_was_trained_on(llama, make_args, ac
         superposed, recovered = min(step, 3) * rows * 4, max(0, step - 3) * rows
         assert found.pop("data")
         assert found == {
-            "version": 1, "step": step, "max_steps": 10, "phase_ratio": 0.3, "bag_size": 4, "mode": "full",
+            "version": 1, "step": step, "max_steps": 10, "phase_ratio": 0.3, "bag_size": 4, "mode": "full", "superposition_rows": "longer",
             "document_boundaries": "ignore", "seed": 42, "shuffle": True, "rows_per_step": rows,
             "per_device_batch_size": 2, "accumulation_steps": accumulation, "world_size": 1,
             "block_length": BLOCK_LENGTH, "num_blocks": 200, "split_by_rank": False, "tokens_left_out": 0, "stream_workers": 0,
@@ -433,6 +433,7 @@ CHANGES = {
     "batch": ({"per_device_train_batch_size": 4}, None, "rows_per_step was 2 and is 4"),
     "accumulation": ({"gradient_accumulation_steps": 3}, None, "was 2 and is 6"),
     "mode": ({"tst_mode": "input"}, None, "tst_mode was full and is input"),
+    "rows": ({"tst_superposition_rows": "more"}, None, "tst_superposition_rows was longer and is more"),
     "offset weighting": ({"tst_offset_weighting": "power_law"}, None, "tst_offset_weighting was uniform and is power_law"),
     "input weighting": ({"tst_input_weighting": "linear"}, None, "tst_input_weighting was uniform and is linear"),
     "seed": ({"data_seed": 7}, None, "seed was 42 and is 7"),

@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy
@@ -441,3 +442,25 @@ def test_the_model_is_clean_after_training_and_after_a_failure(llama, make_args)
     TSTTrainer(llama, make_args(tst_phase_ratio=1), train_dataset=make_blocks(200)).train()
     assert "_loss_function" not in vars(llama)
     assert not llama._forward_pre_hooks
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_more_rows_are_what_a_loader_of_the_users_own_gives(llama, make_args, accumulation):
+    """The planned run against one whose ready batches are folded as they come, in the same order."""
+
+    class OwnLoader(TSTTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=2, collate_fn=default_data_collator
+            )
+
+    options = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": accumulation}
+    runs = []
+    for trainer_class in (TSTTrainer, OwnLoader):
+        args = make_args(tst_superposition_rows="more", **options)
+        trainer = trainer_class(copy.deepcopy(llama), args, train_dataset=make_blocks(200))
+        trainer.train()
+        runs.append(trainer)
+    assert losses(runs[0]) == losses(runs[1])
+    assert weights_equal(runs[0].model, runs[1].model)
+    assert runs[0].state.total_flos == runs[1].state.total_flos

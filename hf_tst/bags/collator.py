@@ -22,7 +22,7 @@ from .folding import (
     next_window_labels,
     positions_in_documents,
 )
-from .phases import MODES, TSTMode, check_bag_size
+from .phases import MODES, SUPERPOSITION_ROWS, SuperpositionRows, TSTMode, check_bag_size, check_folds
 
 
 @dataclass
@@ -40,6 +40,7 @@ class DataCollatorForTokenSuperposition:
       bag t + 1, the last position -100.
     - `bag_size` s > 1, `mode` `"output"`: `input_ids` `(B, l)` and `labels` `(B, l, s)`; position t holds tokens
       t+1 … t+s, -100 beyond the row.
+    - `superposition_rows` `"more"` folds each of the s blocks of a row by itself: `(B·s, l/s, s)` in place of `(B, l, s)`.
     - `bag_size` 1: `input_ids` `(B, l)` and `labels` `(B, l)`, unshifted, for the model's own loss; other columns are kept.
 
     With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
@@ -53,6 +54,7 @@ class DataCollatorForTokenSuperposition:
         bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
         ignore_index (`int`, defaults to -100): Label that is no target.
+        superposition_rows (`"longer" | "more"`, defaults to `"longer"`): See `TSTTrainingArguments.tst_superposition_rows`.
         document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
             `TSTTrainingArguments.tst_document_boundaries`.
         eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
@@ -78,12 +80,14 @@ class DataCollatorForTokenSuperposition:
     bag_size: int
     mode: TSTMode = "full"
     ignore_index: int = -100
+    superposition_rows: SuperpositionRows = "longer"
     document_boundaries: DocumentBoundaries = "ignore"
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         check_bag_size(self.bag_size)
         check_choice("mode", self.mode, MODES)
+        check_choice("superposition_rows", self.superposition_rows, SUPERPOSITION_ROWS)
         check_choice("document_boundaries", self.document_boundaries, DOCUMENT_BOUNDARIES)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -107,8 +111,8 @@ class DataCollatorForTokenSuperposition:
                 "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
                 "pack the data into full blocks."
             )
-        tokens = _stack(features, "input_ids")
-        targets = _stack(features, "labels") if "labels" in features[0] else tokens
+        tokens = self._stack(features, "input_ids")
+        targets = self._stack(features, "labels") if "labels" in features[0] else tokens
         if self.document_boundaries == "respect":
             return self._collate_documents(features, tokens, targets)
         if self.mode == "output":
@@ -145,9 +149,9 @@ class DataCollatorForTokenSuperposition:
     def _follows_an_end(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
         """Whether each token but the row's first is the first one of a document, `(B, n - 1)`."""
         if "document_ids" in features[0]:
-            return _stack(features, "document_ids").diff() != 0
+            return self._stack(features, "document_ids").diff() != 0
         if "position_ids" in features[0]:
-            return _stack(features, "position_ids").diff() != 1
+            return self._stack(features, "position_ids").diff() != 1
         if self.eos_token_id is None:
             raise TSTError(
                 "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
@@ -155,7 +159,11 @@ class DataCollatorForTokenSuperposition:
             )
         return tokens[:, :-1] == self.eos_token_id
 
-
-def _stack(features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
-    """A column of all rows as int64, copied once."""
-    return torch.from_numpy(np.stack([feature[column] for feature in features], dtype=np.int64))
+    def _stack(self, features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
+        """A column of all rows as int64, copied once."""
+        stacked = torch.from_numpy(np.stack([feature[column] for feature in features], dtype=np.int64))
+        if self.bag_size == 1 or self.superposition_rows == "longer" or self.mode == "output":
+            return stacked
+        length = stacked.shape[1] // self.bag_size
+        check_folds(length, self.bag_size)
+        return stacked.reshape(-1, length)

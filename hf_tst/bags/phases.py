@@ -9,8 +9,10 @@ from ..errors import TSTError, check_at_least, check_choice
 
 Phase = Literal["superposition", "recovery"]
 TSTMode = Literal["full", "input", "output"]
+SuperpositionRows = Literal["longer", "more"]
 
 MODES: tuple[TSTMode, ...] = get_args(TSTMode)
+SUPERPOSITION_ROWS: tuple[SuperpositionRows, ...] = get_args(SuperpositionRows)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class PhaseSchedule:
         phase_ratio (`float`): Fraction r of the steps that is superposition, in [0, 1].
         bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
+        superposition_rows (`"longer" | "more"`, defaults to `"longer"`): See `TSTTrainingArguments.tst_superposition_rows`.
 
     Raises:
         TSTError: If an argument is outside its range.
@@ -43,12 +46,14 @@ class PhaseSchedule:
     phase_ratio: float
     bag_size: int
     mode: TSTMode = "full"
+    superposition_rows: SuperpositionRows = "longer"
 
     def __post_init__(self) -> None:
         check_at_least(1, max_steps=self.max_steps)
         check_phase_ratio(self.phase_ratio)
         check_bag_size(self.bag_size)
         check_choice("mode", self.mode, MODES)
+        check_choice("superposition_rows", self.superposition_rows, SUPERPOSITION_ROWS)
 
     @property
     def switch_step(self) -> int:
@@ -63,6 +68,17 @@ class PhaseSchedule:
     def phase(self, step: int) -> Phase:
         """Phase of optimizer step `step` (`int`, counted from 0): `"superposition"` or `"recovery"`."""
         return "superposition" if step < self.switch_step else "recovery"
+
+    def positions_per_row(self, phase: Phase, block_length: int) -> int:
+        """Latent positions per row that the model sees in `phase`: L, or L/s in the rows of single blocks of `"more"`.
+
+        Raises:
+            TSTError: If `block_length` is no multiple of the bag size where single blocks are folded.
+        """
+        if phase == "recovery" or self.superposition_rows == "longer" or self.mode == "output":
+            return block_length
+        check_folds(block_length, self.bag_size)
+        return block_length // self.bag_size
 
     def blocks_needed(self, rows_per_step: int) -> int:
         """Blocks that the whole run reads.
@@ -96,3 +112,12 @@ def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
     """Raise `TSTError` unless the argument `name` is an integer of at least 1."""
     if isinstance(bag_size, bool) or not isinstance(bag_size, int) or bag_size < 1:
         raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
+
+
+def check_folds(block_length: int, bag_size: int) -> None:
+    """Raise `TSTError` unless a block of `block_length` tokens can be folded into bags by itself."""
+    if block_length % bag_size:
+        raise TSTError(
+            f"superposition_rows='more' folds each block into bags by itself, but {block_length} tokens per block are no "
+            f"multiple of the bag size {bag_size}: change block_size or tst_bag_size, or use 'longer'."
+        )

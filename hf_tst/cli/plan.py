@@ -115,7 +115,13 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     superposed = values.tst_phase_ratio > 0 and values.tst_bag_size > 1
     plan = plan_run(
         ModelShape.from_config(config, model_args.lora_config()),
-        PhaseSchedule(values.max_steps, values.tst_phase_ratio, values.tst_bag_size, values.tst_mode),
+        PhaseSchedule(
+            values.max_steps,
+            values.tst_phase_ratio,
+            values.tst_bag_size,
+            values.tst_mode,
+            values.tst_superposition_rows,
+        ),
         layout,
         args.accelerator(values.tst_peak_tflops),
         args.mfu,

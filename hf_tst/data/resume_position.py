@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
     @property
     def schedule(self) -> PhaseSchedule:
         """The phases of the run."""
-        return PhaseSchedule(self.max_steps, self.phase_ratio, self.bag_size, self.mode)
+        return PhaseSchedule(*(getattr(self, field.name) for field in fields(PhaseSchedule)))
 
     @property
     def layout(self) -> BatchLayout:
@@ -139,7 +139,9 @@ _FOLLOWING = ("rows_per_step", "consumed")
 # What may change between save and resume, besides the number of processes where they share what they read.
 _FREE = {"step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version"}
 # What a refusal calls a field, where it is not the field's name.
-_ARGUMENTS = ("phase_ratio", "bag_size", "mode", "offset_weighting", "input_weighting", "document_boundaries")
+_ARGUMENTS = (
+    "phase_ratio", "bag_size", "mode", "superposition_rows", "offset_weighting", "input_weighting", "document_boundaries",
+)  # fmt: skip
 _NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
     "data": "the data's fingerprint",
     "stream_workers": "dataloader_num_workers",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from ..bags.phases import PhaseSchedule
+from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError, check_names
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
@@ -59,8 +59,7 @@ class Arm:
     @property
     def schedule(self) -> PhaseSchedule:
         """The phases of its runs."""
-        names = ("max_steps", "tst_phase_ratio", "tst_bag_size", "tst_mode")
-        return PhaseSchedule(*(setting(self.values, name) for name in names))
+        return _schedule(self.values)
 
     @property
     def tokens(self) -> StepCost:
@@ -151,8 +150,17 @@ def make_arm(
     elif not is_superposed(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"
     heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
-    flops = [flops_per_token(shape, length, phase, *heads) for phase in ("superposition", "recovery")]
+    schedule, phases = _schedule(changed), get_args(Phase)
+    flops = [
+        flops_per_token(shape, schedule.positions_per_row(phase, length), phase, *heads) for phase in phases
+    ]
     return Arm(name, changes, changed, StepCost(*flops))
+
+
+def _schedule(values: Mapping[str, Any]) -> PhaseSchedule:
+    """The phases of a configuration."""
+    names = ("max_steps", "tst_phase_ratio", "tst_bag_size", "tst_mode", "tst_superposition_rows")
+    return PhaseSchedule(*(setting(values, name) for name in names))
 
 
 def setting(values: Mapping[str, Any], name: str) -> Any:

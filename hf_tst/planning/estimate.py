@@ -297,7 +297,8 @@ def plan_run(
 
     def cost(phase: Phase, first: int, end: int) -> PhaseCost:
         raw = schedule.tokens_seen(end, tokens) - schedule.tokens_seen(first, tokens)
-        per_token = flops_per_token(shape, layout.length, phase, mtp_num_heads, mtp_kind)
+        positions = schedule.positions_per_row(phase, layout.length) if end > first else layout.length
+        per_token = flops_per_token(shape, positions, phase, mtp_num_heads, mtp_kind)
         latent = (end - first) * tokens
         flops = latent * per_token
         return PhaseCost(phase, end - first, raw, latent, flops, accelerator.gpu_hours(flops, mfu))

@@ -24,6 +24,7 @@ from ..data.text_files import ending
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
+from ..training.run_data import make_schedule
 from .options import DataArguments, ModelArguments, choose_block_size
 
 QUICK_START_BYTES = 6_000_000
@@ -284,6 +285,8 @@ def load_parts(
             if isinstance(text, TokenFile):
                 text.check_ids(model.get_input_embeddings().num_embeddings)
         block_size = choose_block_size(data_args, model.config)
+        if args.tst_enabled:
+            make_schedule(args, 1).positions_per_row("superposition", block_size)  # or its refusal
         parts = {"model": model, "processing_class": tokenizer, "eval_dataset": None}
         parts["train_dataset"] = prepare_blocks(data_args, train_documents, tokenizer, block_size)
         if eval_documents is not None:

@@ -17,7 +17,14 @@ from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries
-from ..bags.phases import MODES, TSTMode, check_bag_size, check_phase_ratio
+from ..bags.phases import (
+    MODES,
+    SUPERPOSITION_ROWS,
+    SuperpositionRows,
+    TSTMode,
+    check_bag_size,
+    check_phase_ratio,
+)
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FUSED_LOSSES, FusedLoss
@@ -25,7 +32,7 @@ from ..mtp.heads import MTPKind, check_mtp
 
 BadLoss = Literal["stop", "skip", "ignore"]
 CHOICES: dict[str, tuple[str, ...]] = {
-    "tst_mode": MODES, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
+    "tst_mode": MODES, "tst_superposition_rows": SUPERPOSITION_ROWS, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
     "tst_bad_loss": get_args(BadLoss),
 }  # fmt: skip
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
@@ -55,6 +62,10 @@ class TSTTrainingArguments(TrainingArguments):
         tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
             averages the input and predicts the first token of the next bag; `"output"` reads single tokens and predicts the
             next s.
+        tst_superposition_rows (`str`, defaults to `"longer"`): How s blocks of L tokens become rows of bags: `"longer"`, the
+            paper's, joins them to one row of L bags; `"more"` folds each by itself to a row of L/s bags. Both have the same
+            number of positions per step. `"more"` has less attention and no context longer than a block, and needs L to be a
+            multiple of s.
         tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
         tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head, so that the logits of a batch never
             exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run
@@ -110,6 +121,11 @@ class TSTTrainingArguments(TrainingArguments):
         default="full",
         help="What is superposed: full (average the input, predict the next bag), input (average the input, "
         "predict the first token of the next bag) or output (read tokens, predict the next s).",
+    )
+    tst_superposition_rows: SuperpositionRows = HfArg(
+        default="longer",
+        help="Rows of bags from s blocks: longer (joined to one row, as in the paper) or more (each block is a row of its own, "
+        "with less attention).",
     )
     tst_save_at_switch: bool = HfArg(
         default=True, help="Save a checkpoint when superposition ends, whatever save_strategy says."
@@ -248,6 +264,11 @@ class TSTTrainingArguments(TrainingArguments):
             raise TSTError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} sorts rows by length, but superposition needs "
                 "blocks of equal length in their order: use 'random' or 'sequential'."
+            )
+
+        if self.tst_superposition_rows == "more" and self.tst_mode == "output":
+            raise TSTError(
+                "tst_superposition_rows='more' folds blocks into bags, but tst_mode='output' reads single tokens: leave one of them out."
             )
 
     def _check_loss(self) -> None:

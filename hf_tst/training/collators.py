@@ -75,7 +75,10 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     args: TSTTrainingArguments = trainer.args
     boundaries = args.tst_document_boundaries
     eos_token_id = end_token_id(trainer.processing_class, trainer.model)
-    options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
+    options: Any = {
+        "mode": args.tst_mode, "superposition_rows": args.tst_superposition_rows, "document_boundaries": boundaries,
+        "eos_token_id": eos_token_id,
+    }  # fmt: skip
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
     rules = replace(block_rules(trainer.model, None), data="given")
@@ -89,11 +92,13 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
             "document_boundaries='respect')."
         )
     if ours and data_collator.bag_size > 1:
-        bags, asked = (data_collator.bag_size, data_collator.mode), (args.tst_bag_size, args.tst_mode)
-        if args.tst_enabled and bags != asked:
+        names = ("bag_size", "mode", "superposition_rows")
+        differing = [name for name in names if getattr(data_collator, name) != getattr(args, f"tst_{name}")]
+        if args.tst_enabled and differing:
+            name = differing[0]
             raise TSTError(
-                f"data_collator makes bags of {bags[0]} in mode {bags[1]!r}, but the arguments say tst_bag_size={asked[0]} "
-                f"and tst_mode={asked[1]!r}: leave data_collator out."
+                f"data_collator has {name}={getattr(data_collator, name)!r}, but the arguments have "
+                f"tst_{name}={getattr(args, f'tst_{name}')!r}: leave data_collator out."
             )
         superposition = data_collator
     elif data_collator is not None:

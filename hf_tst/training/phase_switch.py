@@ -41,7 +41,8 @@ class PhaseSwitchCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.tst_document_boundaries == "respect":
-            check_document_attention(kwargs["model"], rows=min(2, args.per_device_train_batch_size))
+            rows = 2 if args.tst_superposition_rows == "more" else min(2, args.per_device_train_batch_size)
+            check_document_attention(kwargs["model"], rows=rows)
         self._enter(args, state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

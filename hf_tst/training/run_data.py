@@ -38,7 +38,8 @@ logger = logging.get_logger(__name__)
 
 def make_schedule(args: TSTTrainingArguments, steps: int) -> PhaseSchedule:
     """The phases of a run of `steps` optimizer steps."""
-    return PhaseSchedule(steps, args.tst_phase_ratio, args.tst_bag_size, args.tst_mode)
+    rows = args.tst_superposition_rows
+    return PhaseSchedule(steps, args.tst_phase_ratio, args.tst_bag_size, args.tst_mode, rows)
 
 
 def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -> DataPlan:
@@ -229,6 +230,8 @@ def open_run_data(trainer: Any) -> RunData:
         split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
         stream_workers=workers,
     )
+    if facts.block_length and schedule.switch_step:
+        schedule.positions_per_row("superposition", facts.block_length)  # or its refusal
     rank = args.process_index // (args.world_size // layout.world_size)
     return RunData(rows, position, _steps_per_epoch(args, schedule), rank, 0 if respects else None)
 
