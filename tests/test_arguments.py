@@ -30,6 +30,7 @@ def test_defaults():
         "mtp_num_heads": 1,
         "mtp_kind": "parallel",
         "mtp_loss_weight": None,
+        "mtp_loss_weight_end": None,
         "tst_bad_loss": "stop",
         "tst_peak_tflops": None,
     }
@@ -72,6 +73,7 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"mtp_num_heads": True}, "mtp_num_heads"),
         ({"mtp_kind": "tree"}, "mtp_kind"),
         ({"mtp_loss_weight": -1}, "mtp_loss_weight"),
+        ({"mtp_loss_weight_end": "none"}, "mtp_loss_weight_end"),
         ({"mtp_loss_weight": math.nan}, "mtp_loss_weight"),
         (
             {"tst_phase_ratio": 0, "tst_fused_loss": "on", "label_smoothing_factor": 0.1},

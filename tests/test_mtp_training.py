@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model, set_dropout
 from safetensors.torch import load_file
+from test_resume import StopAt
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
@@ -335,6 +336,30 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
         assert "mtp_loss" not in plain
         assert entry["loss"] - entry.get("mtp_loss", 0) == pytest.approx(plain["loss"], abs=2e-5)
         assert not trains or entry["mtp_loss"] > 1
+
+
+@pytest.mark.parametrize("stop", [None, 2, 6])
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_the_weight_falls_in_a_straight_line_over_next_token_training(llama, make_args, ratio, stop):
+    """The loss of untrained heads is the same in all steps but for its weight; also in a resumed run."""
+    args = make_args(
+        tst_phase_ratio=ratio, mtp_num_heads=2, mtp_loss_weight=0.9, mtp_loss_weight_end=0.1, learning_rate=0,
+        gradient_accumulation_steps=2, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    callbacks = [] if stop is None else [StopAt(stop)]
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200), callbacks=callbacks)
+    trainer.train()
+    if stop:
+        trainer = TSTTrainer(llama, args, train_dataset=make_blocks(200))
+        trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-{stop}")
+    entries = [entry for entry in trainer.state.log_history if "mtp_loss" in entry]
+    first = SWITCH if ratio else 0
+    assert len(entries) == 10 - first
+    weights = [0.9 - 0.8 * i / (9 - first) for i in range(10 - first)]
+    assert [entry["mtp_loss_weight"] for entry in entries] == pytest.approx(weights, abs=1e-6)
+    losses_of_heads = [entry["mtp_loss"] / weight for entry, weight in zip(entries, weights, strict=True)]
+    # The extra head has 10 targets where the next token has 11.
+    assert losses_of_heads == pytest.approx([10 / 11 * math.log(VOCAB_SIZE)] * len(entries), rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["full", "output"])

@@ -46,9 +46,14 @@ def check_mtp(
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
     check_choice(f"{prefix}kind", kind, MTP_KINDS)
+    check_loss_weight(f"{prefix}loss_weight", loss_weight)
+
+
+def check_loss_weight(name: str, loss_weight: float | None) -> None:
+    """Raise `TSTError` unless the argument `name` is the weight of a loss, or `None`."""
     is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
     if loss_weight is not None and not (is_number and 0 <= loss_weight < math.inf):
-        raise TSTError(f"{prefix}loss_weight must be a finite number of at least 0, but is {loss_weight!r}.")
+        raise TSTError(f"{name} must be a finite number of at least 0, but is {loss_weight!r}.")
 
 
 class MTPHeads(nn.Module):

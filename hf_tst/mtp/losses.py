@@ -13,7 +13,7 @@ which takes the opposite way, FSDP has gathered the weight before, and sums grad
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,8 @@ from ..models.sharding import is_sharded, own_class
 
 _IGNORED = -100
 _POSITIONS = 3
+# The heads of arXiv 2404.19737 weigh what the next token weighs; DeepSeek-V3's weight for most of its training.
+LOSS_WEIGHTS = {"parallel": 1.0, "sequential": 0.3}
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
@@ -173,11 +175,14 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def extra_losses(model: Any, heads: Any, loss_weight: float | None = None) -> Iterator[None]:
+def extra_losses(
+    model: Any, heads: Any, loss_weight: float | Callable[[], float] | None = None
+) -> Iterator[None]:
     """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before.
 
     Args:
-        model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As there.
+        model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As there; or what returns the
+            weight of the forward pass that begins.
     """
     losses = _ExtraLosses(model, heads, loss_weight)
     with (
@@ -192,11 +197,9 @@ def extra_losses(model: Any, heads: Any, loss_weight: float | None = None) -> It
 class _ExtraLosses:
     """Hooks on a model and, in next-token training passes, on its last layer and its head."""
 
-    def __init__(self, model: Any, heads: Any, loss_weight: float | None) -> None:
+    def __init__(self, model: Any, heads: Any, loss_weight: float | Callable[[], float] | None) -> None:
         self.model, self.heads, self.end = model, heads, heads.end
-        # DeepSeek-V3's weight for most of its training; the heads of arXiv 2404.19737 weigh what the next token weighs.
-        weight, parts = (1.0, 1) if heads.kind == "parallel" else (0.3, len(heads.heads))
-        self.weight = (weight if loss_weight is None else float(loss_weight)) / parts
+        self.loss_weight = LOSS_WEIGHTS[heads.kind] if loss_weight is None else loss_weight
         self.signature = inspect.signature(type(model).forward)
         self._hooks = ExitStack()
         self._forget()
@@ -268,7 +271,10 @@ class _ExtraLosses:
         divisor = self._given["num_items_in_batch"]
         if divisor is None:
             divisor = (labels[:, 1:] != _IGNORED).sum()
-        self._loss = self.weight * head.loss(states, targets.unsqueeze(-1), num_items_in_batch=divisor)
+        weight = self.loss_weight() if callable(self.loss_weight) else float(self.loss_weight)
+        if self.heads.kind == "sequential":
+            weight /= count
+        self._loss = weight * head.loss(states, targets.unsqueeze(-1), num_items_in_batch=divisor)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""

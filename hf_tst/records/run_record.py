@@ -24,7 +24,7 @@ ARGUMENTS = (
     "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_input_weighting", "tst_mode",
     "tst_superposition_rows",
     "tst_document_boundaries", "tst_fused_loss",
-    "mtp_num_heads", "mtp_kind", "mtp_loss_weight",
+    "mtp_num_heads", "mtp_kind", "mtp_loss_weight", "mtp_loss_weight_end",
     "optim", "learning_rate", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16", "load_best_model_at_end",
 )  # fmt: skip
 

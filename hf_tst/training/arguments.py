@@ -28,7 +28,7 @@ from ..bags.phases import (
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FUSED_LOSSES, FusedLoss
-from ..mtp.heads import MTPKind, check_mtp
+from ..mtp.heads import MTPKind, check_loss_weight, check_mtp
 
 BadLoss = Literal["stop", "skip", "ignore"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -82,6 +82,8 @@ class TSTTrainingArguments(TrainingArguments):
             `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
         mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
             if sequential; 1 if parallel and 0.3 if sequential by default.
+        mtp_loss_weight_end (`float`, *optional*): Weight in the last step of the run. From the first next-token step on the
+            weight goes there in a straight line; by default it stays.
         tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
@@ -156,6 +158,10 @@ class TSTTrainingArguments(TrainingArguments):
         default=None,
         help="Weight of the extra heads' losses: of their sum if parallel (default 1), of their mean if sequential (0.3).",
     )
+    mtp_loss_weight_end: float | None = HfArg(
+        default=None,
+        help="Weight in the last step; from the first next-token step on it goes there in a straight line. It stays by default.",
+    )
     tst_bad_loss: BadLoss = HfArg(
         default="stop",
         help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
@@ -181,7 +187,9 @@ class TSTTrainingArguments(TrainingArguments):
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
-        check_mtp(self.mtp_num_heads, self.mtp_kind, self.mtp_loss_weight, prefix="mtp_")
+        check_mtp(self.mtp_num_heads, self.mtp_kind, prefix="mtp_")
+        for name in ("mtp_loss_weight", "mtp_loss_weight_end"):
+            check_loss_weight(name, getattr(self, name))
         if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
             raise TSTError(f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}.")
         if self.tst_enabled:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ..errors import TSTError
 from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 from ..mtp.heads import MTPHeads, attached_heads
-from ..mtp.losses import extra_losses
+from ..mtp.losses import LOSS_WEIGHTS, extra_losses
 from .arguments import TSTTrainingArguments
 
 FILE_NAME = "mtp_heads.safetensors"
@@ -61,7 +61,7 @@ class MTPCallback(TrainerCallback):
                 "trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
         self._hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
-        self._hooks.enter_context(extra_losses(self._trainer.model, self.heads, args.mtp_loss_weight))
+        self._hooks.enter_context(extra_losses(self._trainer.model, self.heads, self.loss_weight))
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._trainer.schedule.phase(state.global_step) == "superposition":
@@ -69,8 +69,22 @@ class MTPCallback(TrainerCallback):
             for parameter in self.heads.parameters():
                 parameter.grad = None
 
+    def loss_weight(self, step: int | None = None) -> float:
+        """The weight of the extra heads' losses in an optimizer step, by default in the one that training is in.
+
+        It goes in a straight line from its start in the first next-token step to its end in the last step of the run.
+        """
+        args, schedule, state = self._trainer.args, self._trainer.schedule, self._trainer.state
+        start = LOSS_WEIGHTS[args.mtp_kind] if args.mtp_loss_weight is None else args.mtp_loss_weight
+        if args.mtp_loss_weight_end is None:
+            return float(start)
+        step = state.global_step if step is None else step
+        done = (step - schedule.switch_step) / max(1, schedule.max_steps - 1 - schedule.switch_step)
+        return float(start + (args.mtp_loss_weight_end - start) * done)
+
     def report(self) -> dict[str, float]:
-        """`mtp_loss`: what the extra heads have added to `loss` since the last report; nothing where they did not train.
+        """`mtp_loss`: what the extra heads have added to `loss` since the last report, and `mtp_loss_weight` of the last step;
+        nothing where they did not train.
 
         Every rank must take part.
         """
@@ -83,7 +97,9 @@ class MTPCallback(TrainerCallback):
         by_step = trainer.model_accepts_loss_kwargs
         summed = by_step and args.average_tokens_across_devices
         total = trainer.accelerator.reduce(loss.float(), "sum" if summed else "mean").item()
-        return {"mtp_loss": round(total / steps / (1 if by_step else args.gradient_accumulation_steps), 6)}
+        added = total / steps / (1 if by_step else args.gradient_accumulation_steps)
+        weight = self.loss_weight(trainer.state.global_step - 1)
+        return {"mtp_loss": round(added, 6), "mtp_loss_weight": round(weight, 6)}
 
     def save(self, folder: str | Path) -> None:
         """Write the extra heads beside the model in a checkpoint. Every rank must take part."""
