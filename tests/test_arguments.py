@@ -32,6 +32,9 @@ def test_defaults():
         "mtp_loss_weight": None,
         "mtp_loss_weight_end": None,
         "tst_bad_loss": "stop",
+        "tst_spikes": "ignore",
+        "tst_spike_threshold": 6.0,
+        "tst_spike_window": 128,
         "tst_peak_tflops": None,
     }
 
@@ -73,6 +76,9 @@ def test_arguments_survive_a_round_trip(weighting):
         ({"mtp_num_heads": True}, "mtp_num_heads"),
         ({"mtp_kind": "tree"}, "mtp_kind"),
         ({"mtp_loss_weight": -1}, "mtp_loss_weight"),
+        ({"tst_spikes": "hope"}, "tst_spikes"),
+        ({"tst_spike_threshold": math.nan}, "tst_spike_threshold"),
+        ({"tst_spike_window": 1}, "tst_spike_window"),
         ({"mtp_loss_weight_end": "none"}, "mtp_loss_weight_end"),
         ({"mtp_loss_weight": math.nan}, "mtp_loss_weight"),
         (

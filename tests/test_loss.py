@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hf_tst import multi_hot_cross_entropy, offset_weights
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
-from hf_tst.losses.multi_hot import count_target_bags
+from hf_tst.losses.multi_hot import count_target_bags, sum_bag_entropies
 
 
 def naive_loss(logits, labels, weights):
@@ -122,3 +124,22 @@ def test_without_targets_the_loss_is_zero_and_so_is_its_gradient(items):
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+def test_the_entropy_of_bags_is_the_loss_of_the_best_logits(weighting):
+    """Logits of the shares of a bag's tokens have that loss, and others a higher one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (40, 4), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    labels[:2] = torch.tensor([[3, 3, 3, 3], [-100] * 4])
+    weights = offset_weights(weighting, 4)
+    shares = torch.zeros(40, 6)
+    shares.scatter_add_(1, labels.masked_fill(labels < 0, 5), weights * (labels >= 0))
+    best = shares[:, :5].log().clamp_min(-1e4)
+    options = {"weights": weights, "num_items_in_batch": 1}
+    entropies = sum_bag_entropies(labels, weights=weights)
+    torch.testing.assert_close(multi_hot_cross_entropy(best, labels, **options), entropies)
+    other = best.clamp_min(-3) + 0.3 * torch.randn(best.shape, generator=generator)
+    assert multi_hot_cross_entropy(other, labels, **options) > entropies
+    assert sum_bag_entropies(torch.tensor([[1, 2, 3, 4]])).item() == pytest.approx(math.log(4))

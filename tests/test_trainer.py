@@ -316,6 +316,22 @@ def test_logs_name_phase_and_tokens(llama, make_args):
         assert ratio == pytest.approx(4 if step <= 3 else 1, rel=0.01)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_above_the_floor_is_logged(llama, make_args, accumulation):
+    """Of bags of one token four times the floor is 0, of bags of four tokens log 4."""
+    once, four_times = [1, 2, 3, 4, 2, 1, 4, 3, 5, 6, 7, 8], [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    for tokens, floor in (four_times, 0.0), (once, math.log(4)):
+        blocks = [{"input_ids": tokens}] * 200
+        args = make_args(gradient_accumulation_steps=accumulation, logging_steps=2)
+        trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=blocks)
+        trainer.train()
+        for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+            assert ("tst_loss_above_floor" in entry) == (entry["tst_current_bag_size"] == 4)
+            assert entry.get("tst_loss_above_floor", entry["loss"] - floor) == pytest.approx(
+                entry["loss"] - floor, abs=1e-4
+            )
+
+
 @pytest.mark.parametrize("boundaries", ["ignore", "respect"])
 @pytest.mark.parametrize("mode", ["full", "output"])
 def test_trainer_counts_input_tokens_as_raw_tokens(llama, make_args, mode, boundaries):

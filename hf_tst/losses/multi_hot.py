@@ -75,6 +75,27 @@ def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_i
     return (resolve_weights(weights, labels) * valid_by_offset).sum()
 
 
+def sum_bag_entropies(labels: Tensor, *, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Sum over the positions of the lowest multi-hot loss that a model can have: the entropy of each target bag.
+
+    A bag whose valid targets weigh W in all has the loss sum of w_i · CE_i >= sum of w_i · log(W / q_i), where q_i is the weight of
+    all its tokens that are token i. With s different tokens of weight 1/s that is log s, and 0 with s equal ones.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(..., s)`), weights (`torch.FloatTensor` of shape `(s,)`, *optional*),
+            ignore_index (`int`, defaults to -100): As in [`multi_hot_cross_entropy`].
+
+    Returns:
+        `torch.FloatTensor`: In nats, 0-dim float32.
+    """
+    shares = resolve_weights(weights, labels) * (labels != ignore_index)
+    equal = torch.zeros_like(shares)
+    for offset in range(labels.shape[-1]):
+        equal += shares[..., offset, None] * (labels == labels[..., offset, None])
+    whole = shares.sum(dim=-1, keepdim=True)
+    return torch.where(shares > 0, shares * (whole / equal).log(), 0.0).sum()
+
+
 def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     """The weight of each offset, float32 of shape `(s,)` beside `labels`: those given, or `1/s` each.
 

@@ -31,9 +31,10 @@ from ..models.fused import FUSED_LOSSES, FusedLoss
 from ..mtp.heads import MTPKind, check_loss_weight, check_mtp
 
 BadLoss = Literal["stop", "skip", "ignore"]
+Spikes = Literal["ignore", "skip", "stop"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "tst_mode": MODES, "tst_superposition_rows": SUPERPOSITION_ROWS, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
-    "tst_bad_loss": get_args(BadLoss),
+    "tst_bad_loss": get_args(BadLoss), "tst_spikes": get_args(Spikes),
 }  # fmt: skip
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
 LOWEST = {
@@ -88,6 +89,11 @@ class TSTTrainingArguments(TrainingArguments):
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
             `"ignore"` it, as the plain `Trainer` does.
+        tst_spikes (`str`, defaults to `"ignore"`): What to do with a loss or gradient norm that is finite, but more than
+            `tst_spike_threshold` standard deviations above the mean of the last `tst_spike_window` steps of its phase: `"skip"` the
+            optimizer step and record it in `trainer_state.json`, or `"stop"` the run before it.
+        tst_spike_threshold (`float`, defaults to 6.0): In standard deviations.
+        tst_spike_window (`int`, defaults to 128): In optimizer steps. Nothing is a spike before half of them are done.
         tst_peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s (10¹² FLOPs per second), dense, in the precision
             of training. `tst_model_flops_utilization` is logged against it; by default the bfloat16 peak of the device,
             where it is known.
@@ -166,6 +172,17 @@ class TSTTrainingArguments(TrainingArguments):
         default="stop",
         help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
     )
+    tst_spikes: Spikes = HfArg(
+        default="ignore",
+        help="At a loss or gradient norm far above its running level: ignore, skip the optimizer step (and record it) or stop.",
+    )
+    tst_spike_threshold: float = HfArg(
+        default=6.0, help="What is far above, in standard deviations above the mean of the window."
+    )
+    tst_spike_window: int = HfArg(
+        default=128,
+        help="Optimizer steps of the running level; nothing is a spike before half of them are done.",
+    )
     tst_peak_tflops: float | None = HfArg(
         default=None,
         help="Peak of one device in TFLOP/s, for tst_model_flops_utilization; by default its bfloat16 peak, where known.",
@@ -190,6 +207,9 @@ class TSTTrainingArguments(TrainingArguments):
         check_mtp(self.mtp_num_heads, self.mtp_kind, prefix="mtp_")
         for name in ("mtp_loss_weight", "mtp_loss_weight_end"):
             check_loss_weight(name, getattr(self, name))
+        check_at_least(2, tst_spike_window=self.tst_spike_window)
+        if not self.tst_spike_threshold > 0:
+            raise TSTError(f"tst_spike_threshold must be more than 0, but is {self.tst_spike_threshold}.")
         if self.tst_peak_tflops is not None and not self.tst_peak_tflops > 0:
             raise TSTError(f"tst_peak_tflops must be more than 0, but is {self.tst_peak_tflops}.")
         if self.tst_enabled:

@@ -71,9 +71,7 @@ class NonFiniteCallback(TrainerCallback):
         elif choice == "skip":
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             if not torch.isfinite(whole):  # the norm is that of all ranks, so they agree
-                # An optimizer leaves parameters without gradient, and their moments, alone.
-                for parameter in model.parameters():
-                    parameter.grad = None
+                drop_gradient(model)
                 self.skipped_steps += 1
                 logger.warning(f"{self._describe(step, _GRADIENT, 0, float(whole))}: it is skipped.")
 
@@ -97,12 +95,22 @@ class NonFiniteCallback(TrainerCallback):
             )
 
     def _describe(self, step: int, micro_batch: float, reader: int, value: float) -> str:
-        data = self._trainer._data
         what, number = ("gradient", None) if micro_batch == _GRADIENT else ("loss", int(micro_batch))
-        phase = "training" if data is None else self._trainer.schedule.phase(step)
-        text = f"The {what} of optimizer step {step} ({phase}) is {value}"
-        blocks = None if data is None else data.blocks_of_step(step, reader, number)
-        if blocks is None:  # plain training, or a stream, which knows no numbers of blocks
-            return text
-        named = ", ".join(map(str, blocks[:_NAMED_BLOCKS])) + (", …" if len(blocks) > _NAMED_BLOCKS else "")
-        return f"{text}; it was computed on blocks {named} of the training data"
+        phase = "training" if self._trainer._data is None else self._trainer.schedule.phase(step)
+        blocks = name_blocks(self._trainer, step, reader, number)
+        return f"The {what} of optimizer step {step} ({phase}) is {value}{blocks}"
+
+
+def drop_gradient(model: nn.Module) -> None:
+    """Leave an optimizer step out: an optimizer leaves parameters without gradient, and their moments, alone."""
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def name_blocks(trainer: Any, step: int, reader: int = 0, micro_batch: int | None = None) -> str:
+    """Which blocks a micro-batch, or by default all of a step, was computed on: the end of a sentence, empty if nobody knows."""
+    blocks = None if trainer._data is None else trainer._data.blocks_of_step(step, reader, micro_batch)
+    if blocks is None:  # plain training, or a stream, which knows no numbers of blocks
+        return ""
+    named = ", ".join(map(str, blocks[:_NAMED_BLOCKS])) + (", …" if len(blocks) > _NAMED_BLOCKS else "")
+    return f"; it was computed on blocks {named} of the training data"

@@ -78,6 +78,11 @@ def check_trainer(trainer: Any) -> None:
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         check_optimizer(args, trainer.model)
     _warn_of_missing_fsdp(trainer)
+    if args.tst_spikes != "ignore" and (args.fp16 or trainer.is_deepspeed_enabled):
+        raise TSTError(
+            f"tst_spikes={args.tst_spikes!r} needs gradients as they are, which fp16 scales and DeepSpeed keeps to itself: use bf16 "
+            "without DeepSpeed, or leave tst_spikes at 'ignore'."
+        )
     if args.mtp_num_heads > 1:
         _check_multi_token_prediction(trainer)
     if not args.tst_replaces_loss:

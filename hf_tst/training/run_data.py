@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -22,14 +22,12 @@ from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..bags.weighting import offset_weights, resolve_weighting
 from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
-from ..losses.multi_hot import count_target_bags
 from .arguments import TSTTrainingArguments
 from .refusals import block_rules
 
@@ -417,13 +415,6 @@ def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
             "accelerator_config's dispatch_batches=True does not work with a stream, of which each process reads its own rows: "
             "leave it out."
         )
-
-
-def count_targets(batches: Sequence[Any], args: TSTTrainingArguments) -> Tensor:
-    """Target bags of some batches of superposition, those that weigh less than a whole one in part."""
-    weighting = resolve_weighting(args.tst_mode, args.tst_offset_weighting)
-    weights = offset_weights(weighting, args.tst_bag_size)
-    return torch.stack([count_target_bags(batch["labels"], weights=weights) for batch in batches]).sum()
 
 
 def plain_loader(loader: Any, args: TSTTrainingArguments) -> Any:

@@ -38,8 +38,10 @@ from .overriding import choose_fused_loss, is_superposed, overrides, signature_o
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_stored_rows, check_trainer, explained_bags
-from .run_data import RunData, count_targets, fold_own_loader, make_loader, open_run_data, plain_loader
+from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback, foreign_checkpoints
+from .spikes import SpikeCallback
+from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
 
 
@@ -109,7 +111,7 @@ class TSTTrainer(Trainer):
         self._checkpoint: str | None = None  # that training resumes from
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._has_trained_bags = False  # by a subclass's own compute_loss
-        self._expert_load = ExpertLoadMeter()
+        self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
@@ -120,12 +122,12 @@ class TSTTrainer(Trainer):
         check_trainer(self)
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
-        self._non_finite, self._preemption = NonFiniteCallback(self), PreemptionCallback()
+        self._non_finite, self._spikes = NonFiniteCallback(self), SpikeCallback(self)
+        self._preemption = PreemptionCallback()
         preemption = self._preemption if args.enable_jit_checkpoint else None
-        identity = RunIdentityCallback()
-        for callback in (self._switch, self._meter, identity, self._mtp, self._non_finite, preemption):
-            if callback is not None:
-                self.add_callback(callback)
+        ours = (self._switch, self._meter, RunIdentityCallback(), self._mtp, self._non_finite, self._spikes)
+        for callback in filter(None, (*ours, preemption)):
+            self.add_callback(callback)
         self._console = replace_progress_callback(self)
 
     @property
@@ -207,6 +209,7 @@ class TSTTrainer(Trainer):
         """Take `data` for the run that begins or resumes; returns its loader."""
         self._data, self.schedule, self._has_trained_bags = data, data.start.schedule, False
         self._expert_load.clear()
+        self._target_bags.clear()
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
         return make_loader(self, data)
@@ -246,10 +249,7 @@ class TSTTrainer(Trainer):
             return super().get_batch_samples(iter(samples), num_batches, device)
         if not self.model_accepts_loss_kwargs:
             return samples, None
-        bags = count_targets(samples, self.args).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            bags = self.accelerator.gather(bags).sum()
-        return samples, bags / self.get_tp_size()
+        return samples, self._target_bags.count(samples, device) / self.get_tp_size()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -261,11 +261,13 @@ class TSTTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._has_trained_bags |= first
         self._non_finite.note_loss(loss)
+        self._spikes.note_loss(loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         self._non_finite.note_norm(model, norm)
+        self._spikes.note_norm(model, norm)
         return norm
 
     def compute_loss(
@@ -317,9 +319,10 @@ class TSTTrainer(Trainer):
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(self.accelerator.reduce)
+            entries |= self._target_bags.report(logs["loss"])
             entries |= {} if self._mtp is None else self._mtp.report()
-        if self._non_finite.skipped_steps:
-            entries["tst_skipped_steps"] = self._non_finite.skipped_steps
+        if skipped := self._non_finite.skipped_steps + self._spikes.skipped_steps:
+            entries["tst_skipped_steps"] = skipped
         ours = set(entries)
         super().log(entries, start_time)
         # What Trainer and callbacks have added belongs to the caller's, from which the best model is chosen.

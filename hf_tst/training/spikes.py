@@ -1,0 +1,106 @@
+"""Losses and gradients far above their running level: the step is skipped, or the run stops, on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, pstdev
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from ..errors import RunError
+from .non_finite import drop_gradient, name_blocks
+
+logger = logging.get_logger(__name__)
+
+# Where `trainer_state.json` holds the running levels and the spikes found, among `stateful_callbacks`.
+SPIKES = "TSTSpikes"
+
+
+class SpikeCallback(TrainerCallback):
+    """Does with a spike of the loss or of the gradient norm what `tst_spikes` says.
+
+    A spike is a number of one optimizer step that is more than `tst_spike_threshold` standard deviations above the mean of the last
+    `tst_spike_window` steps of its phase; nothing is one before half of them are there. A spike counts in that mean as the
+    highest number that would be none, so a lasting change of the level is followed. Both numbers are those of all ranks. With
+    `"ignore"` nothing is computed; else training waits for the device once per step.
+
+    Args:
+        trainer (`TSTTrainer`): The trainer, with its arguments, state, schedule, accelerator and data.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._loss: Tensor | None = None  # of the micro-batches of this step, on this rank
+        self.skipped_steps = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._loss, self.skipped_steps = None, 0
+        if args.tst_spikes != "ignore" and state.global_step == 0:
+            state.stateful_callbacks.pop(SPIKES, None)
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch to that of the step; does not wait for the device."""
+        if self._trainer.args.tst_spikes != "ignore":
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def note_norm(self, model: nn.Module, norm: Any) -> None:
+        """Judge a step by its loss and the norm of its gradient, before the optimizer's step. Every rank must take part.
+
+        Raises:
+            RunError: On all ranks, at a spike with `tst_spikes="stop"`.
+        """
+        args, loss, self._loss = self._trainer.args, self._loss, None
+        if args.tst_spikes == "ignore" or loss is None or not isinstance(norm, Tensor):
+            return
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        numbers = {
+            "loss": float(self._trainer.accelerator.reduce(loss.float(), "mean")),
+            "gradient norm": float(whole),
+        }
+        if not all(map(math.isfinite, numbers.values())):
+            return  # for `tst_bad_loss`
+        if spikes := self._find(numbers):
+            self._handle(model, spikes)
+
+    def _find(self, numbers: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """The numbers of a step that are spikes, each with the highest one that would be none; all join the running level."""
+        args, state = self._trainer.args, self._trainer.state
+        phase = self._trainer.schedule.phase(state.global_step)
+        kept = state.stateful_callbacks.setdefault(SPIKES, {"phase": phase, "levels": {}, "found": []})
+        if kept["phase"] != phase:  # another loss
+            kept |= {"phase": phase, "levels": {}}
+        found = {}
+        for name, number in numbers.items():
+            level = kept["levels"].setdefault(name, [])
+            limit = math.inf
+            if len(level) >= max(2, args.tst_spike_window // 2):
+                limit = fmean(level) + args.tst_spike_threshold * pstdev(level)
+            if number > limit:
+                found[name] = number, limit
+            level.append(min(number, limit))
+            del level[: -args.tst_spike_window]
+        return found
+
+    def _handle(self, model: nn.Module, spikes: dict[str, tuple[float, float]]) -> None:
+        args, state = self._trainer.args, self._trainer.state
+        step, blocks = state.global_step, name_blocks(self._trainer, state.global_step)
+        told = " and ".join(
+            f"{name} {number:.4g} (limit {limit:.4g})" for name, (number, limit) in spikes.items()
+        )
+        text = (
+            f"Optimizer step {step} ({state.stateful_callbacks[SPIKES]['phase']}) has a spike: {told}{blocks}"
+        )
+        if args.tst_spikes == "stop":
+            raise RunError(
+                f"{text}. Training stops: look at the data, lower learning_rate, or resume with tst_spikes='skip'."
+            )
+        drop_gradient(model)
+        self.skipped_steps += 1
+        record = {name: {"value": number, "limit": limit} for name, (number, limit) in spikes.items()}
+        data = self._trainer._data
+        numbers = None if data is None else data.blocks_of_step(step, data.rank, None)
+        state.stateful_callbacks[SPIKES]["found"].append({"step": step, "blocks": numbers, **record})
+        logger.warning(f"{text}. It is skipped.")
