@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation("the same without fusion", "losses/multi_hot.py", "weights = weights * valid", "weights = weights.mean() * valid", "loss"),
     Mutation("target of a bag", "bags/folding.py", "torch.cat([bags[:, 1:], last], dim=1)", "torch.cat([bags[:, :-1], last], dim=1)", "bags collator superposition"),
     Mutation("targets of a window", "bags/folding.py", "torch.cat([tokens[:, 1:], beyond], dim=1).unfold", "torch.cat([tokens, beyond[:, 1:]], dim=1).unfold", "bags collator superposition"),
-    Mutation("targets of a step, accumulated", "training/target_bags.py", "for batch in batches]).sum()", "for batch in batches]).mean()", "trainer"),
+    Mutation("targets of a step, accumulated", "training/target_bags.py", "torch.stack(parts).sum()", "torch.stack(parts).mean()", "trainer"),
     Mutation("order of the data, by seed", "data/read_order.py", "(self.seed, int(data_pass),", "(0, int(data_pass),", "data audit"),
     Mutation("order of the data, by step", "data/read_order.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),

@@ -43,11 +43,8 @@ class TargetBagMeter:
         )
 
         def total(function: Callable[..., Tensor]) -> Tensor:
-            return (
-                torch.stack([function(batch["labels"], weights=weights) for batch in batches])
-                .sum()
-                .to(device)
-            )
+            parts = [function(batch["labels"], weights=weights) for batch in batches]
+            return torch.stack(parts).sum().to(device)
 
         bags = total(count_target_bags)
         if args.average_tokens_across_devices and args.world_size > 1:

@@ -46,6 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "mtp_resumed_in_superposition": {**MTP, "resume": ("mtp", 2)},
     "mtp_resumed_at_the_switch": {**MTP, "resume": ("mtp", 3)},
     "mtp_resumed_in_recovery": {**MTP, "resume": ("mtp", 6)},
+    # With so narrow a level some steps of random data are spikes, and both processes must skip the same.
+    "spikes": {"tst_spikes": "skip", "tst_spike_window": 2, "tst_spike_threshold": 0.5, "unequal": True},
+    "more_rows": {"tst_superposition_rows": "more"},
     "own_loader": {"own": "loader"},
     "own_sampler": {"own": "sampler", "gradient_accumulation_steps": 2},
     "own_loader_resumed_in_superposition": {"own": "loader", "resume": ("own_loader", 2)},

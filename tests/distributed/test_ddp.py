@@ -40,6 +40,11 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
     for key in ("tst_raw_tokens", "tst_expert_load_max", "tst_expert_load_min", "tst_experts_unused"):
         assert [entry.get(key) for entry in result["logs"]] == [entry.get(key) for entry in one["logs"]]
+    floors = [[entry.get("tst_loss_above_floor", 0) for entry in run["logs"]] for run in (result, one)]
+    torch.testing.assert_close(*floors, rtol=1e-4, atol=1e-4)
+    assert [e.get("tst_skipped_steps") for e in result["logs"]] == [
+        e.get("tst_skipped_steps") for e in one["logs"]
+    ]
     assert ("tst_expert_load_max" in result["logs"][0]) == ("moe" in name)
     _, start = CASES[name].get("resume", (None, 0))
     shares = [
@@ -51,6 +56,7 @@ def test_two_processes_train_as_one_does(two, tmp_path, name):
 
 def test_what_the_cases_are_about_happens(two):
     results = two[1][0]
+    assert results["spikes"]["logs"][-1]["tst_skipped_steps"] > 0
     assert min(results["clipped"]["grad_norms"]) > 0.05  # so clipping cut
     assert max(results["unequal_targets"]["losses"]) != max(results["llama"]["losses"])
     assert (
