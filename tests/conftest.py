@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# What the machine has in its environment and caches stays out of the tests; processes that they start inherit this.
+if "hf_tst_tests" not in os.environ.get("HF_HOME", ""):
+    for name in [*os.environ]:
+        if name.startswith(("ACCELERATE_", "HF_", "TRANSFORMERS_")) and not name.startswith("HF_TST_"):
+            del os.environ[name]
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_tst_tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are too small to share out, and threads that wait for each other slow down whatever runs beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -82,6 +92,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         pattern = CORE.get(item.path.stem)
         if pattern is None or not re.search(pattern, item.name):
             item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that names no folder writes into its own, not into the checkout."""
+    monkeypatch.chdir(tmp_path)
 
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent / "distributed")]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+# Seconds after which a process is taken to hang, however busy the machine is.
+PATIENCE = 1800.0
 PRELOADED = ["conftest", "datasets", "matplotlib.pyplot", "hf_tst.pretraining.pretrain"]
 
 
@@ -50,7 +52,7 @@ class Script:
         environment = {**os.environ, **environment}
         self.process = start_process(run_here, self.command, cwd or Path.cwd(), environment, self._printed)
 
-    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def finish(self, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
         """Wait for its end; what it printed, and its status."""
         self.process.join(timeout)
         status = self.process.exitcode

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 from conftest import write_recipe
 from huggingface_hub import ModelCard
-from processes import run_script
+from processes import PATIENCE, run_script
 from transformers import AutoModelForCausalLM
 
 from hf_tst import PreemptedError, RunError
@@ -248,12 +248,11 @@ def test_sigterm_ends_training_with_a_checkpoint_and_143(recipe, tmp_path):
     process = subprocess.Popen(
         [*command, "--enable_jit_checkpoint"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    for _ in range(3000):
-        if list(folder.glob("checkpoint-*")) or process.poll() is not None:
-            break
+    deadline = time.monotonic() + PATIENCE
+    while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    message = process.communicate(timeout=100)[1].splitlines()[-1]
+    message = process.communicate()[1].splitlines()[-1]
     assert process.returncode == 143
     found = re.fullmatch(
         rf"hf-tst train: SIGTERM after optimizer step (\d+), with a checkpoint in {folder}: continue with "

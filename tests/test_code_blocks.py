@@ -1,244 +1,142 @@
-"""Every fenced block of README, CONTRIBUTING, docs/ and model_cards/ is run, parsed or compared with what is so."""
+"""What the pages show works: Python is run, commands have their options, and output is what the program prints."""
 
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
-import documented_commands
 import pytest
 import torch
-import yaml
-from code_blocks import PAGES, ROOT, all_blocks, blocks_of, commands_of, find_block
-from conftest import VOCAB_SIZE, make_blocks, make_model, write_corpus
-from documented_commands import UnknownCommandError
+from accelerate.commands.launch import launch_command_parser
+from conftest import make_blocks, make_model, write_recipe
 from jinja2 import Template
+from processes import run_script
 from safetensors.torch import load_file
-from tiny_recipes import RUN, SHAPE
 
-from hf_tst.pretraining import pretrain
+from hf_tst.cli import main as cli
+from hf_tst.experiments.compare import CompareArguments, SweepArguments
+from hf_tst.experiments.options import parse_experiment
 from hf_tst.pretraining.options import parse_arguments
 from hf_tst.records.report import format_columns, phase_rows
 
-BLOCKS = all_blocks()
-LLAMA_SIZES = {
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "vocab_size",
-}  # fmt: skip
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/**/*.md")])
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Page, language and text of each block of code.
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), *block)
+    for page in PAGES
+    for block in FENCED.findall(page.read_text(encoding="utf-8"))
+]
 
 
-class UnknownBlockError(Exception):
-    """No rule says how a block of the documentation is tested."""
+def blocks(*languages):
+    found = [(page, text) for page, language, text in BLOCKS if language in languages]
+    return [pytest.param(*block, id=f"{block[0]}-{number}") for number, block in enumerate(found)]
 
 
-@pytest.fixture(scope="session")
+def commands(text):
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with what the documentation names: text, a tokenizer, recipes, a finished run."""
-    folder = tmp_path_factory.mktemp("documented")
-    write_corpus(folder)
-    (folder / "corpus.txt").rename(folder / "text.txt")
-    values = RUN | {
-        "train_file": "text.txt", "tokenizer_name": "tokenizer", "model_type": "llama", "report_to": "none",
-        "output_dir": "runs/quickstart", "config_overrides": {name: SHAPE[name] for name in LLAMA_SIZES},
-    }  # fmt: skip
-    for name in ("config", "recipe"):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        pretrain.main(["recipe.yaml"])
-    shutil.copytree(folder / "runs" / "quickstart", folder / "quickstart")
+    """A folder with what the pages name: a recipe, text, a finished run."""
+    folder = tmp_path_factory.mktemp("pages")
+    recipe = write_recipe(folder, 400, {}, max_steps=4, per_device_train_batch_size=2)
+    shutil.copy(recipe, folder / "config.yaml")
+    shutil.copy(folder / "corpus.txt", folder / "text.txt")
+    assert cli.main(["train", str(recipe), "--output_dir", str(folder / "runs" / "quickstart")]) == 0
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def workplace(finished, tmp_path, monkeypatch):
     """A copy of that folder, in which the test is."""
     shutil.copytree(finished, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
 
 
-def check_block(block):
-    """Test a block by its language.
-
-    Raises:
-        UnknownBlockError, UnknownCommandError: If no rule knows it.
-    """
-    if block.language in CHECKS:
-        CHECKS[block.language](block)
-    elif re.match(r"\{[\w-]+\}", block.language) and block.page.startswith("docs/"):
-        pass  # a directive of Sphinx: tests/test_docs.py builds the site
-    else:
-        raise UnknownBlockError(f"{block}: a block of {block.language!r} is tested nowhere")
-
-
-def check_bash(block):
-    commands = commands_of(block.text)
-    assert commands
-    for words in commands:
-        documented_commands.check(words)
-
-
-def check_python(block):
-    text = block.text
-    if block.page.endswith("template.md"):
-        text = Template(text).render(repo_id="quickstart")
-    exec(compile(text, str(block), "exec"), names_of_python())
-
-
-def names_of_python():
+def given():
     """What blocks of Python take as given, as the text around them says."""
-    return {
-        "model": make_model("llama"),
-        "rows": make_blocks(2, length=72),
-        "blocks": make_blocks(200),
-        "tokens": torch.tensor([block["input_ids"] for block in make_blocks(2)]),
-        "tokenizer": None,
-    }
+    tokens = torch.tensor([block["input_ids"] for block in make_blocks(2)])
+    names = {"model": make_model("llama"), "rows": make_blocks(2, length=72), "blocks": make_blocks(200)}
+    return names | {"tokens": tokens, "tokenizer": None}
 
 
-def check_diff(block):
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_python_runs(page, text):
+    if page.endswith("template.md"):
+        text = Template(text).render(repo_id="runs/quickstart")
+    exec(compile(text, page, "exec"), given())
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("diff"))
+def test_both_sides_of_a_difference_train_and_save_the_same_tensors(page, text):
+    saved = []
     for side in "-+":
-        names = run_side(block, side, Path(f"side{side}"))
-        assert names["trainer"].state.global_step == 6
+        script = "\n".join(line[1:] for line in text.splitlines() if line[:1] in (side, " "))
+        options = f'output_dir="side{side}", use_cpu=True, report_to="none", per_device_train_batch_size=2'
+        script = script.replace('output_dir="out"', options).replace("20_000", "6")
+        exec(f"{script}\nassert trainer.state.global_step == 6\ntrainer.save_model()", given())
+        saved.append(load_file(f"side{side}/model.safetensors").keys())
+    assert saved[0] == saved[1]
 
 
-def run_side(block, side, output):
-    """Run one side of a difference as a script, with 6 steps on the CPU."""
-    script = "\n".join(line[1:] for line in block.text.splitlines() if line[:1] in (side, " "))
-    tiny = f'output_dir="{output}", use_cpu=True, report_to="none", per_device_train_batch_size=2'
-    script = script.replace('output_dir="out"', tiny).replace("20_000", "6")
-    assert tiny in script
-    names = names_of_python()
-    exec(script + "\ntrainer.save_model()", names)
-    assert set(load_file(output / "model.safetensors")) == set(make_model("llama").state_dict())
-    return names
+@pytest.mark.parametrize(("page", "text"), blocks("bash"))
+def test_commands_have_their_options(page, text, capsys):
+    for words in commands(text):
+        check_command(words, capsys)
 
 
-def check_arguments(block):
-    """A file of arguments, as `hf-tst train` reads it."""
-    Path("block.yaml").write_text(block.text, encoding="utf-8")
-    parse_arguments(["block.yaml", "--use_cpu", "True"])
+def check_command(words, capsys):
+    """Check a command of ours as if it ran in the current folder; nothing is trained."""
+    words = [str(ROOT / word) if word.startswith("scripts/configs/") else word for word in words]
+    if words[:2] == ["accelerate", "launch"]:
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.config_file is None or (ROOT / args.config_file).is_file()
+        words = ["python", args.training_script, *args.training_script_args]
+    match words:
+        case ["hf-tst", "train", *flags] | ["python", "scripts/run_clm_tst.py", *flags]:
+            parse_arguments([*flags, "--use_cpu"])
+        case ["hf-tst", ("compare" | "sweep") as command, *flags]:
+            kind = CompareArguments if command == "compare" else SweepArguments
+            values, args = parse_experiment([*flags, "--use_cpu"], kind)
+            args.select_arms(values)
+        case ["hf-tst", "plan", *_]:
+            assert cli.main(words[1:]) == 0
+        case ["hf-tst", command, *flags]:
+            with pytest.raises(SystemExit):
+                cli.main([command, "--help"])
+            check_flags(flags, capsys.readouterr().out)
+        case ["python", "-c", code]:
+            exec(code, {})
+        case ["python", script, *flags] if script.endswith(".py"):
+            check_flags(flags, run_script(ROOT / script, "--help").stdout)
 
 
-def check_citation(block):
-    (entry,) = re.findall(r"@article\{[\s\S]*\}", block.text)
-    assert entry == re.search(r"@article\{[\s\S]*?\n\}", (ROOT / "model_cards/template.md").read_text())[0]
-    assert "2605.06546" in entry
+def check_flags(flags, page):
+    named = {flag for flag in flags if flag.startswith("--")}
+    assert named <= set(re.findall(r"--[\w-]+", page)), page
 
 
-def check_output(block):
-    """Text that a program wrote, or that names files."""
-    if block.text.startswith("hf_tst/"):
-        check_map(block)
-    elif block.page == "README.md":
-        check_output_of_the_quick_start(block)
-    elif block.page == "docs/plans.md":
-        (words, *_) = commands_of(find_block(block.page, "bash", "hf-tst plan").text)
-        assert block.text in documented_commands.run_plan(words[2:])
-    else:
-        raise UnknownBlockError(f"{block}: say here what wrote this text")
+def only_block(page, language, holding):
+    (text,) = [text for p, lang, text in BLOCKS if (p, lang) == (page, language) and holding in text]
+    return text
 
 
-def check_map(block):
-    """A file or folder a line, and in words also names of files, which exist."""
-    for line in block.text.splitlines():
-        assert list(ROOT.glob(line.split()[0])), line
-        for name in re.findall(r"\w+\.py", line):
-            assert list(ROOT.glob(f"*/{name}")), line
-
-
-def check_output_of_the_quick_start(block):
+def test_the_output_of_the_quick_start_is_that_of_the_run_on_record():
     history = json.loads((ROOT / "model_cards/quickstart/trainer_state.json").read_text())["log_history"]
     loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
     last = f"final evaluation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
-    assert block.text == f"{format_columns(phase_rows(history))}\n\n{last}\n"
+    shown = only_block("README.md", "text", "final evaluation loss")
+    assert shown == f"{format_columns(phase_rows(history))}\n\n{last}\n"
 
 
-CHECKS = {
-    "bash": check_bash,
-    "python": check_python,
-    "diff": check_diff,
-    "yaml": check_arguments,
-    "json": check_arguments,
-    "bibtex": check_citation,
-    "text": check_output,
-}
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_does_what_it_says(block, workplace):
-    check_block(block)
-
-
-def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
-    block = find_block("README.md", "python", "DataCollatorForTokenSuperposition")
-    losses = []
-    names = names_of_python() | {"note": lambda loss: losses.append(loss.item())}
-    exec(block.text.replace("\n# here", "\nnote(loss)\n# here"), names)
-    losses.append(names["loss"].item())
-    assert losses == pytest.approx([math.log(VOCAB_SIZE)] * 2, rel=0.02)
-
-
-def test_all_pages_are_looked_at():
-    pages = {path.relative_to(ROOT).as_posix() for path in PAGES}
-    assert {"README.md", "CONTRIBUTING.md", "docs/plans.md", "model_cards/template.md"} <= pages
-    for path in PAGES:
-        fences = re.findall(r"^\s*```", path.read_text(encoding="utf-8"), re.MULTILINE)
-        found = [block for block in BLOCKS if block.page == path.relative_to(ROOT).as_posix()]
-        assert len(fences) == 2 * len(found), path
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "```\nno language\n```",
-        "```rust\nfn main() {}\n```",
-        "    indented\n",
-        "```text\nwritten by nobody knows what\n```",
-        "```{toctree}\nindex\n```",  # outside docs/
-        "```bash\nmake docs\n```",
-        "```bash\npython scripts/unheard_of.py\n```",
-        "```bash\nhf-tst plan recipe.yaml | head\n```",
-    ],
-)
-def test_what_no_rule_knows_is_an_error(text, workplace):
-    (block,) = blocks_of(text)
-    with pytest.raises((UnknownBlockError, UnknownCommandError)):
-        check_block(block)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "```bash\nhf-tst train recipe.yaml --tst_bagsize 4\n```",
-        "```bash\nhf-tst plan recipe.yaml --gpus b200\n```",
-        "```bash\nhf-tst compare recipe.yaml --armz tst\n```",
-        "```bash\nhf-tst compare recipe.yaml --learning_rates 1e-3,fast\n```",
-        "```bash\nhf-tst sweep recipe.yaml --bag_sizes 1,2\n```",
-        "```bash\nhf-tst card out --licence mit\n```",
-        "```bash\nhf-tst train missing.yaml\n```",
-        "```bash\npython scripts/audit.py --num_blocks 4000 --worldsize 2 --steps 0\n```",
-        "```bash\naccelerate launch --num_process_of_mine 8 scripts/run_clm_tst.py config.yaml\n```",
-        "```bash\naccelerate launch scripts/run_clm_tst.py config.yaml --block_sizes 3\n```",
-        "```bash\npython -m pytest --no-such-flag\n```",
-        "```bash\nsphinx-build --no-such-flag docs out\n```",
-        "```python\nmodel.forward_all()\n```",
-        "```yaml\ntst_bagsize: 4\n```",
-        '```json\n{"tst_phase_ratio": 2}\n```',
-    ],
-)
-def test_a_block_that_is_wrong_is_an_error(text, workplace):
-    (block,) = blocks_of(text)
-    with pytest.raises((AssertionError, ValueError, AttributeError, SystemExit)):
-        check_block(block)
-
-
-def test_ci_runs_the_blocks_that_set_up():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert {'run_block "Quick start"', 'run_block "Tests"'} <= set(script.splitlines())
-
-
-def test_commands_are_split_as_a_shell_splits_them():
-    text = "a --b \\\n  c 'd e'  # note\n\n# all of it\nf 'g|h' | i\n"
-    assert commands_of(text) == [["a", "--b", "c", "d e"], ["f", "g|h", "|", "i"]]
+def test_the_plan_that_is_shown_is_what_its_command_prints(capsys):
+    (command, *_) = commands(only_block("docs/plans.md", "bash", "hf-tst plan"))
+    assert cli.main(command[1:]) == 0
+    assert only_block("docs/plans.md", "text", "steps") in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """hf-tst compare: what it plans, that runs are done once and go on where they stopped, and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from conftest import Ended
 from filelock import FileLock
+from processes import PATIENCE
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
@@ -315,23 +317,20 @@ def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_
 
 
 def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr("hf_tst.experiments.budget.TOLERANCE", 0.05)  # of few steps, one is more than 1 %
     flags = ("--budget", "time", "--calibration_steps", "8", "--output_dir", str(tmp_path))
-    runs = planned(tiny_recipe, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "TOLERANCE", math.inf)  # what is measured is noise here
+        planned(tiny_recipe, *flags)
     assert in_process == ["calibration-baseline", "calibration-tst"]
-    paces = {
-        arm: json.loads((tmp_path / f"calibration-{arm}" / "result.json").read_text())["seconds_per_step"]
-        for arm in ("baseline", "tst")
-    }
-    assert paces["baseline"].keys() == {"recovery"}
-    assert paces["tst"].keys() == {"superposition", "recovery"}
-    steps = {run.arm.name: run.settings["max_steps"] for run in runs}
-    assert steps["baseline"] == 40
-    switch = round(0.3 * steps["tst"])
-    seconds = switch * paces["tst"]["superposition"] + (steps["tst"] - switch) * paces["tst"]["recovery"]
-    assert seconds == pytest.approx(40 * paces["baseline"]["recovery"], rel=0.05)
-    again = planned(tiny_recipe, *flags)
-    assert [run.settings for run in again] == [run.settings for run in runs]
+    paces = {"baseline": {"recovery": 0.01}, "tst": {"superposition": 0.0125, "recovery": 0.01}}
+    for arm, seconds in paces.items():
+        path = tmp_path / f"calibration-{arm}" / "result.json"
+        result = json.loads(path.read_text())
+        assert result["seconds_per_step"].keys() == seconds.keys()
+        path.write_text(json.dumps(result | {"seconds_per_step": seconds}))
+    steps = {run.arm.name: run.settings["max_steps"] for run in planned(tiny_recipe, *flags)}
+    # 11 steps of 12.5 ms and 26 of 10 ms are 397.5 ms.
+    assert steps == {"baseline": 40, "tst": 37}
     assert len(in_process) == 2
 
 
@@ -425,7 +424,7 @@ def test_lists():
 def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     seen = []
 
     def run(command, env, **_):
@@ -483,7 +482,7 @@ def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_
     flags = ["--arms", "tst", "--seeds", "0", "--output_dir", str(tmp_path / "out")]
     (arm,) = main([str(tmp_path / "recipe.yaml"), *flags]).arms
     assert arm.best.curve[-1].latent_tokens == 40 * 64
-    monkeypatch.setattr("hf_tst.experiments.budget.TOLERANCE", 0.5)  # times are noise here
+    monkeypatch.setattr(budget, "TOLERANCE", math.inf)  # times are noise here
     flags[-1] = str(tmp_path / "time")
     (arm,) = main(
         [str(tmp_path / "recipe.yaml"), *flags, "--budget", "time", "--calibration_steps", "4"]
@@ -580,7 +579,7 @@ def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
     def wait_for(condition):
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline
             assert parent.poll() is None
@@ -592,8 +591,8 @@ def test_a_signal_ends_what_was_started(tmp_path, number, names, deaf):
     children = psutil.Process(parent.pid).children(recursive=True)
     time.sleep(0.3)  # for the refusal to be seen
     parent.send_signal(number)
-    assert parent.wait(60) in (128 + number, -number, 1)
-    _, alive = psutil.wait_procs(children, timeout=10)
+    assert parent.wait(PATIENCE) in (128 + number, -number, 1)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert not alive
 
 

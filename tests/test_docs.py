@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-from xml.etree import ElementTree
 
 import mutations
 import options
 import pytest
-import yaml
 from bs4 import BeautifulSoup
 from conftest import BLOCK_LENGTH, make_blocks, make_model
 
@@ -38,28 +36,8 @@ def test_the_table_of_options_is_that_of_the_arguments():
 def test_the_table_of_mutations_is_about_lines_that_are_there(mutation):
     module = (ROOT / "hf_tst" / mutation.file).read_text(encoding="utf-8")
     assert module.count(mutation.line) == 1
-    table = (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8")
-    assert mutations.row(mutation, "").removesuffix("  |") in table, "run scripts/mutations.py"
     for name in mutation.tests.split():
         assert (ROOT / "tests" / f"test_{name}.py").is_file()
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) < 305
-
-
-def test_the_picture_is_whole_and_legible_on_any_page():
-    root = ElementTree.parse(ROOT / "docs" / "images" / "tst.svg").getroot()
-    _, _, width, height = map(float, root.get("viewBox").split())
-    shapes = [shape for shape in root if shape.tag.rpartition("}")[2] in ("rect", "text")]
-    background, *others = shapes
-    size = {"width": f"{width:g}", "height": f"{height:g}", "fill": "#ffffff"}
-    assert size.items() <= background.attrib.items()
-    for shape in others:
-        right = float(shape.get("x")) + float(shape.get("width", 0))
-        bottom = float(shape.get("y")) + float(shape.get("height", 0))
-        assert right < width
-        assert bottom < height
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -70,9 +48,9 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_of_commands_exist(page):
+def test_files_and_folders_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
-    for path in re.findall(r"(?:scripts|tests|hf_tst)/[\w./-]+\.(?:py|yaml)", text):
+    for path in re.findall(r"(?<![\w/.])(?:scripts|tests|hf_tst)/(?:[\w./-]+\.(?:py|yaml)|[\w/]+/)", text):
         assert (ROOT / path).exists(), path
 
 
@@ -109,29 +87,13 @@ def test_options_that_are_named_exist(page):
         assert name in names | logged, name
 
 
-def test_the_map_has_every_room_and_nothing_else():
-    page = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^hf_tst/(\w+)/", page, re.MULTILINE))
-    assert named == {path.parent.name for path in (ROOT / "hf_tst").glob("*/__init__.py")}
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The pages as `sphinx-build -W` makes them, by path from the site's root."""
     folder = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-d",
-        folder / "doctrees",
-        "docs",
-        folder / "html",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    options = ["-W", "--keep-going", "-q", "-d", folder / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", *options, "docs", folder / "html"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pages = (folder / "html").rglob("*.html")
     return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages}
@@ -165,14 +127,3 @@ def test_links_of_the_site_lead_somewhere(site):
 def test_docstrings_are_rendered(site):
     (page,) = [content.find("article") for path, content in site.items() if path.name == "api.html"]
     assert not re.findall(r"\[`|`\]|:py:|\*optional\*|\|---", page.text)
-    trainer = page.find(id="hf_tst.TSTTrainer").find_next("dd")
-    assert trainer.select_one('a[href="#hf_tst.TSTTrainingArguments"]')
-    assert "Parameters" in trainer.text
-    assert "Overrides" in trainer.text
-
-
-def test_read_the_docs_builds_what_the_test_builds():
-    config = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text(encoding="utf-8"))
-    assert (ROOT / config["sphinx"]["configuration"]).is_file()
-    assert config["sphinx"]["fail_on_warning"]
-    assert ".[docs]" in "".join(config["build"]["jobs"]["install"])

@@ -49,7 +49,7 @@ def executed(tmp_path_factory):
     for cell in code_cells(notebook):
         cell.outputs = []
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": folder}}
     )
     client.execute()
     nbformat.write(notebook, folder / NOTEBOOK.name)

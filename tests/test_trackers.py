@@ -37,7 +37,7 @@ def tracked(tmp_path_factory):
     }
     result = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(options)], cwd=Path(__file__).parent, env=environment, capture_output=True,
-        text=True, timeout=300,
+        text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return folder

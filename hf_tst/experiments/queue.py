@@ -221,7 +221,7 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
 
 def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
     """What is added to the environment of a run, for as many as run at the same time."""
-    cores = str(max(1, (os.cpu_count() or 1) // processes))
+    cores = str(max(1, len(os.sched_getaffinity(0)) // processes))
     common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [*map(str, range(torch.cuda.device_count()))] if named is None else named.replace(",", " ").split()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from processes import PATIENCE
+
 TESTS = Path(__file__).parent.parent
 LAUNCHERS = {
     # The rendezvous finds a free port by itself.
@@ -46,7 +48,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=PATIENCE,
     )
 
 

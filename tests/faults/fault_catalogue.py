@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from faulty_run import halve, main
-from processes import start_process
+from processes import PATIENCE, start_process
 
 from hf_tst.training.checkpoint_folders import last_complete_checkpoint, manifest_problem
 
@@ -131,7 +131,7 @@ def start(folder: Path, **options: Any) -> Any:
 def run(folder: Path, **options: Any) -> str:
     """Train in `folder` to the end, whichever it is; returns how it ended."""
     process = start(folder, **options)
-    process.join(timeout=300)
+    process.join(timeout=PATIENCE)
     assert process.exitcode is not None, "the run hangs"
     return describe_ending(process.exitcode, folder)
 

@@ -24,7 +24,7 @@ def in_namespace(script, *arguments):
         "bash",
         *map(str, arguments),
     ]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE)
 
 
 def test_a_disk_that_fills_up_and_is_given_room_again(tmp_path):
