@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20
 # Text with a larger share of NUL characters is no text.
 NUL_SHARE = 0.1
 # Second endings, and what Arrow calls the compression; it does not read .xz.
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
+COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 # Values of the column in some rows, and a function that says where in the file one of them is.
 Part = tuple[Any, Callable[[int], str]]
@@ -98,6 +98,16 @@ def read_column(path: str, column: str) -> Iterator[Any]:
             yield array
     if not found:
         raise no_text(f"The column {column!r} of {path}")
+
+
+def read_text(path: str) -> str:
+    """The text of a file, with line feeds at the ends of lines.
+
+    Raises:
+        TSTError: If it cannot be read, or is not UTF-8 text.
+    """
+    with _reading(path):
+        return io.StringIO("".join(_decoded(path)), newline=None).read()
 
 
 def check_column(path: str, column: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -47,6 +49,12 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     else:
         import datasets
 
+        folder = os.path.abspath(args.dataset_name or "")
+        if os.path.isdir(folder) and glob.has_magic(folder):
+            raise TSTError(
+                f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
+                "one of *?[ in it, or name the files by train_file."
+            )
         source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
         splits = datasets.load_dataset(*source, cache_dir=cache_dir, streaming=args.streaming)
         if "train" not in splits:
