@@ -63,6 +63,7 @@ def values(folder, **changes):
         ({"config_overrides": "hidden_size=abc"}, "config_overrides: hidden_size .*'abc'"),
         ({"config_overrides": "{bad"}, "config_overrides must be name=value,… or JSON"),
         ({"config_overrides": OVERRIDES | {"hidden_size": 15}}, "config_overrides make no llama: .* multiple"),
+        ({"model_type": "falcon", "config_overrides": {"head_dim": 8}}, "config_overrides make no falcon: .*'head_dim'"),
         ({"config_overrides": OVERRIDES | {"hidden_siz": 16}}, "did you mean 'hidden_size'"),
         ({"dtype": "bogus"}, "dtype must be auto, float32, bfloat16 or float16, but is 'bogus'"),
         ({"model_type": "t5", "config_overrides": None}, "Cannot load a model of type t5"),

@@ -15,7 +15,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import TSTError, bad_input, one_line
+
+logger = logging.get_logger(__name__)
 
 TOKENS = "input_ids"
 PART_ROWS = 1000
@@ -53,6 +57,14 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
     raise TSTError(
         f"{source} has {found} {name!r}: set text_column to the one that holds the text, of {', '.join(columns)}."
     )
+
+
+def tell_column(column: str, columns: Sequence[str], source: str) -> None:
+    """Log which column is read, where there are several; once, since training and evaluation may be parts of the same data."""
+    if len(columns) > 1:
+        logger.warning_once(
+            f"Of {source} the column {column!r} is read, not {', '.join(name for name in columns if name != column)}."
+        )
 
 
 def column_type(column: str) -> Any:

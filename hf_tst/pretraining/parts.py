@@ -130,10 +130,11 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     if vocab_size is not None:
         config.vocab_size = vocab_size
     changes = _parse_overrides(config, args.config_overrides or "")
-    if args.config_name:
-        config.update(changes)
-        return config
-    with bad_input(f"config_overrides make no {config.model_type}: ", (StrictDataclassError, TypeError)):
+    errors = (StrictDataclassError, TypeError, AttributeError)  # the last of what follows from other fields
+    with bad_input(f"config_overrides make no {config.model_type}: ", errors):
+        if args.config_name:
+            config.update(changes)
+            return config
         # A new object, so that fields which follow from others (the head size of Llama) follow from the changed ones.
         return type(config)(**{"vocab_size": config.vocab_size} | changes)
 
