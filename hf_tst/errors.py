@@ -11,6 +11,10 @@ from typing import ClassVar
 class TSTError(ValueError):
     """Bad input: an argument, a file, a data set or a checkpoint that cannot be used. The message is one sentence."""
 
+    def __str__(self) -> str:
+        # A loader's process hands an error on as the text of its traceback, which ends in the message.
+        return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2].rstrip()
+
 
 class RunError(RuntimeError):
     """Stops a run whose input is right, for example a full disk or a loss that is not finite.

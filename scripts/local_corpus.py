@@ -9,7 +9,6 @@ Then train or compare with `--train_file runs/corpus/corpus.jsonl --tokenizer_na
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import sys
@@ -21,10 +20,10 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_tst.data.quickstart import standard_library_files, train_tokenizer
+from hf_tst.data.text_files import ending, read_text
+from hf_tst.errors import TSTError
 
-# .dz, a dictionary's file, is gzip, too.
 TEXT_SUFFIXES = (".txt", ".rst", ".md", ".dict")
-GZIP_SUFFIXES = (".gz", ".dz")
 DOCUMENT_CHARACTERS = 100_000
 
 
@@ -38,7 +37,7 @@ class Arguments:
     folders: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Take the text files (.txt, .rst, .md, .dict, also as .gz or .dz) of these folders, not sources."
+            "help": "Take the text files (.txt, .rst, .md, .dict, also compressed) of these folders, not sources."
         },
     )
     max_bytes: int = field(default=200_000_000, metadata={"help": "Stop after so many bytes of text."})
@@ -53,17 +52,18 @@ def text_files(folders: list[str]) -> list[Path]:
         if not Path(folder).is_dir():
             sys.exit(f"--folders names {folder}, which is not a folder.")
         for path in sorted(Path(folder).rglob("*")):
-            name = path.with_suffix("") if path.suffix in GZIP_SUFFIXES else path
-            if name.suffix in TEXT_SUFFIXES and path.is_file():
+            if ending(str(path)) in TEXT_SUFFIXES and path.is_file():
                 found.append(path)
     return found
 
 
 def read(path: Path) -> str:
-    """The text of a file, which may be compressed, with line feeds at the ends of lines."""
-    opener = gzip.open if path.suffix in GZIP_SUFFIXES else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        return file.read()
+    """The text of a file; none, and a word on stderr, if it cannot be read or is not UTF-8."""
+    try:
+        return read_text(str(path))
+    except TSTError as error:
+        print(f"Left out: {error}", file=sys.stderr)
+        return ""
 
 
 def documents(path: Path) -> Iterator[str]:

@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
         "broken.yaml": "a: [1\nb: 2",
         "list.yaml": "- 1\n",
     }
+    (folder / "[D]").mkdir()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
@@ -62,12 +63,14 @@ def values(folder, **changes):
         ({"config_overrides": "hidden_size=abc"}, "config_overrides: hidden_size .*'abc'"),
         ({"config_overrides": "{bad"}, "config_overrides must be name=value,… or JSON"),
         ({"config_overrides": OVERRIDES | {"hidden_size": 15}}, "config_overrides make no llama: .* multiple"),
+        ({"model_type": "falcon", "config_overrides": {"head_dim": 8}}, "config_overrides make no falcon: .*'head_dim'"),
         ({"config_overrides": OVERRIDES | {"hidden_siz": 16}}, "did you mean 'hidden_size'"),
         ({"dtype": "bogus"}, "dtype must be auto, float32, bfloat16 or float16, but is 'bogus'"),
         ({"model_type": "t5", "config_overrides": None}, "Cannot load a model of type t5"),
         ({"attn_implementation": "flash_attention_2"}, "Cannot load a model of type llama: .*[Ff]lash"),
         ({"tokenizer_name": "./nowhere"}, "Cannot load ./nowhere"),
         ({"train_file": "blank.txt"}, "blank.txt holds no text"),
+        ({"train_file": None, "dataset_name": "[D]"}, r"dataset_name=\[D\] is the folder .* takes for a pattern"),
         ({"train_file": "short.txt"}, "validation_split_percentage=5 of the 1 rows .* is 0 rows"),
         ({"train_file": "broken.jsonl"}, "Cannot read line 2 of broken.jsonl as JSON"),
         ({"train_file": "numbers.jsonl"}, "column 'body' of numbers.jsonl holds 3 in line 1, not text"),
@@ -85,7 +88,7 @@ def test_bad_values_of_a_file(in_folder, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message) as caught:
         main([str(path)])
     assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "out" / "trainer_state.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

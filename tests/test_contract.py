@@ -24,6 +24,10 @@ METHODS = {
         "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
         "makes the loader of the rows, with all dataloader_ arguments; without it no run with superposition starts",
     ),
+    "_prepare_inputs": (
+        "inputs",
+        "is given every batch; without it an id that has no embedding in a batch of one's own loader is an IndexError",
+    ),
     "_get_grad_norm": (
         "model, grad_norm",
         "is called once per optimizer step, in front of it; without it a gradient that is not finite is trained on",

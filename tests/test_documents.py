@@ -417,3 +417,15 @@ def test_a_loop_of_one_s_own_keeps_documents_apart_though_the_model_makes_a_cach
         together = model(**collate([{"input_ids": documents[0] + documents[1]}])).loss
         alone = [model(**collate([{"input_ids": ids}])).loss for ids in documents]
     assert together.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)
+
+
+def test_bags_without_labels_keep_documents_apart_though_the_model_makes_a_cache():
+    model = make_model("llama", use_cache=True).eval()
+    documents = [[1, 2, 3, 4, 5, 6, 7, EOS], [8, 9, 10, 11, 12, 13, 14, EOS]]
+    collate = DataCollatorForTokenSuperposition(2, document_boundaries="respect", eos_token_id=EOS)
+    with token_superposition(model, 2, document_boundaries="respect"), torch.no_grad():
+        together, alone = (
+            model(**{k: v for k, v in collate([{"input_ids": ids}]).items() if k != "labels"}).logits
+            for ids in (documents[0] + documents[1], documents[1])
+        )
+    torch.testing.assert_close(together[:, 4:], alone)

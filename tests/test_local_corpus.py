@@ -24,12 +24,14 @@ def test_text_files_of_folders(tmp_path):
     (books / "packed.rst.gz").write_bytes(gzip.compress("a packed text: é\n".encode()))
     (books / "empty.md").write_text("  \n")
     (books / "picture.png").write_bytes(b"\x89PNG")
+    (books / "wide.txt").write_bytes("a wide text\n".encode("utf-16"))
     long = "".join(f"line {number} of a long book\n" for number in range(12_000))
     (books / "words.dict.dz").write_bytes(gzip.compress(long.encode()))
 
     done = write_corpus_of([books], tmp_path / "out")
 
     assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "Left out" in line and "wide.txt is UTF-16" in line]
     texts = [
         json.loads(line)["text"] for line in (tmp_path / "out" / "corpus.jsonl").read_text().splitlines()
     ]

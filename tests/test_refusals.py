@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -221,6 +222,43 @@ def test_an_id_without_an_embedding_is_refused_with_its_block(llama, make_args, 
     name = f"Block {bad} of the" if (part, ratio) != ("train_dataset", 0) and kind != "stream" else "Block "
     assert str(caught.value).startswith(name)
     assert part == "train_dataset" or kind == "stream" or trainer.state.global_step == 0
+
+
+def spoil(rows):
+    """The batch of a collator of one's own, with an id that has no embedding in place of 0."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids.where(ids != 0, VOCAB_SIZE + 3), "labels": ids}
+
+
+class OwnLoaders(TSTTrainer):
+    """Loaders that are not Trainer's."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=spoil)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return DataLoader(self.eval_dataset, batch_size=2, collate_fn=spoil)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+@pytest.mark.parametrize("own", ["collator", "collator in a process", "loader"])
+def test_an_id_without_an_embedding_of_one_s_own_batches_is_one_sentence(llama, make_args, own, part, ratio):
+    bad = [{"input_ids": [1 + token % 90 for token in block["input_ids"]]} for block in make_blocks(60)]
+    bad[40] = {"input_ids": [0] * BLOCK_LENGTH}
+    args = make_args(
+        tst_phase_ratio=ratio, tst_bag_size=2, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=2,
+        dataloader_num_workers=int("process" in own), remove_unused_columns=False,
+    )  # fmt: skip
+    data = {"train_dataset": bad, "eval_dataset": bad}
+    own_collator = () if own == "loader" else (spoil,)
+    trainer = (OwnLoaders if own == "loader" else TSTTrainer)(llama, args, *own_collator, **data)
+    act = trainer.train if part == "training" else trainer.evaluate
+    with pytest.raises(
+        TSTError, match=f"holds the id {VOCAB_SIZE + 3}, but .*resize_token_embeddings"
+    ) as caught:
+        act()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("ratio", [0, 0.3])

@@ -215,18 +215,17 @@ def test_what_is_no_text_is_refused_before_any_is_tokenized(name, streaming, cac
 
 def test_the_log_names_the_column(tokenizer, caplog):
     write({"a.csv": table(",", NUMBERS, TEXTS, header=["Id", "Text"])})
-    logger = logging.getLogger("hf_tst.data.packing")
-    logger.addHandler(caplog.handler)
-    level = logger.level
+    loggers = [logging.getLogger(f"hf_tst.data.{name}") for name in ("packing", "text_files")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
     try:
-        with caplog.at_level("INFO", logger="hf_tst.data.packing"):
-            tokenize_documents(load_text_file("a.csv"), tokenizer)
-            assert "column 'Text'" in caplog.text
-            tokenize_documents(datasets.Dataset.from_dict({"text": ["a", None]}), tokenizer)
-            assert "1 rows of the column 'text' are null" in caplog.text
+        tokenize_documents(load_text_file("a.csv"), tokenizer)
+        assert "the column 'Text' is read, not Id" in caplog.text
+        tokenize_documents(datasets.Dataset.from_dict({"text": ["a", None]}), tokenizer)
+        assert "1 rows of the column 'text' are null" in caplog.text
     finally:
-        logger.removeHandler(caplog.handler)
-        logger.setLevel(level)
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ class DataCollatorForTokenSuperposition:
     a document is nobody's target. Documents are told apart by a column `document_ids`, else `position_ids` (which
     count up within a document), else by the end-of-sequence token that ends them.
 
+    A model of Transformers that makes a cache lets attention cross documents. [`TSTTrainer`], [`token_superposition`] and
+    [`fused_next_token_loss`] switch the cache off. In a loop outside of them, no code of this package is called: pass
+    `use_cache=False` to the model, or set `model.config.use_cache = False`.
+
     Args:
         bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.

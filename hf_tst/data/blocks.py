@@ -115,6 +115,25 @@ class BlockRules:
         if (at := self.find_bad_id(tokens)) is not None:
             raise self.bad_id(index, tokens[at])
 
+    def check_batch(self, batch: Any) -> None:
+        """Raise `TSTError` if a batch in main memory, whoever made it, holds an id that the model has no embedding for."""
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if (
+            not isinstance(ids, Tensor)
+            or ids.device.type != "cpu"
+            or ids.dim() < 2
+            or ids.is_floating_point()
+        ):
+            return
+        tokens = ids.flatten().numpy()
+        if ids.dim() > 2:
+            tokens = tokens[tokens != -100]  # empty places of bags that end with a document
+        if (at := self.find_bad_id(tokens)) is not None:
+            raise self.bad_id(
+                f"that begins with {ids[(ids == tokens[at]).nonzero()[0, 0]].flatten()[:8].tolist()}",
+                tokens[at],
+            )
+
     def find_bad_id(self, tokens: NDArray[Any]) -> int | None:
         """The place of the first id that the model has no embedding for, if there is one."""
         size = np.iinfo(np.int64).max if self.vocab_size is None else self.vocab_size

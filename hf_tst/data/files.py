@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..errors import TSTError, bad_input
-from .text_files import ENDINGS, check_column, choose_column, column_type, columns_of, ending, read_column
+from .text_files import (
+    ENDINGS,
+    check_column,
+    choose_column,
+    column_type,
+    columns_of,
+    ending,
+    read_column,
+    tell_column,
+)
 from .written_once import open_arrow, written_once
 
 TOKEN_FILE_SUFFIX = ".npy"
@@ -52,7 +61,9 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
             f"Cannot read {path} with endings {kinds}: name files of one kind, which must end in one of "
             f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}, or in one of these and .gz, .bz2, .zst or .xz."
         )
-    column = choose_column(columns_of(files[0]), text_column, f"The file {files[0]}")
+    columns = columns_of(files[0])
+    column = choose_column(columns, text_column, f"The file {files[0]}")
+    tell_column(column, columns, path)
     if streaming:
         for file in files:
             check_column(file, column)

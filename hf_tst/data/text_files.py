@@ -15,7 +15,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import TSTError, bad_input, one_line
+
+logger = logging.get_logger(__name__)
 
 TOKENS = "input_ids"
 PART_ROWS = 1000
@@ -23,7 +27,7 @@ BLOCK_BYTES = 1 << 20
 # Text with a larger share of NUL characters is no text.
 NUL_SHARE = 0.1
 # Second endings, and what Arrow calls the compression; it does not read .xz.
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
+COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 # Values of the column in some rows, and a function that says where in the file one of them is.
 Part = tuple[Any, Callable[[int], str]]
@@ -53,6 +57,14 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
     raise TSTError(
         f"{source} has {found} {name!r}: set text_column to the one that holds the text, of {', '.join(columns)}."
     )
+
+
+def tell_column(column: str, columns: Sequence[str], source: str) -> None:
+    """Log which column is read, where there are several; once, since training and evaluation may be parts of the same data."""
+    if len(columns) > 1:
+        logger.warning_once(
+            f"Of {source} the column {column!r} is read, not {', '.join(name for name in columns if name != column)}."
+        )
 
 
 def column_type(column: str) -> Any:
@@ -98,6 +110,16 @@ def read_column(path: str, column: str) -> Iterator[Any]:
             yield array
     if not found:
         raise no_text(f"The column {column!r} of {path}")
+
+
+def read_text(path: str) -> str:
+    """The text of a file, with line feeds at the ends of lines.
+
+    Raises:
+        TSTError: If it cannot be read, or is not UTF-8 text.
+    """
+    with _reading(path):
+        return io.StringIO("".join(_decoded(path)), newline=None).read()
 
 
 def check_column(path: str, column: str) -> None:

@@ -133,15 +133,16 @@ class TSTLoss:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused.
 
-        Arguments get their names. A pass with labels has no use for a cache, with which models of Transformers let attention
-        cross documents.
+        Arguments get their names. A pass with labels, or over bags, has no use for a cache, with which models of Transformers
+        let attention cross documents.
         """
         if args and len(args) <= len(self.argument_names):
             args, kwargs = (), dict(zip(self.argument_names, args, strict=False)) | kwargs
-        if self.takes_cache and kwargs.get("labels") is not None and kwargs.get("use_cache") is None:
+        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        generates = labels is None and not (isinstance(ids, Tensor) and ids.dim() == 3)
+        if self.takes_cache and not generates and kwargs.get("use_cache") is None:
             kwargs = kwargs | {"use_cache": False}
         self._given, self._trains, self._has_fused = kwargs, module.training, False
-        labels = kwargs.get("labels")
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
         if self._trains:
             self._fuses = dimensions == (2 if self.weights is None else 3)

@@ -7,6 +7,8 @@ its first checkpoint, or is over. If the new run fails before, the old one is pu
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import TSTError
@@ -38,6 +40,20 @@ def check_free(output_dir: str, command: str) -> None:
             f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
             f"`{command} --overwrite_output_dir` replaces it."
         )
+
+
+@contextmanager
+def nothing_left(output_dir: str) -> Iterator[None]:
+    """Context that removes the folders which it made, if it fails before anything is in them."""
+    folder = Path(output_dir)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):  # not made, or not empty
+                path.rmdir()
+        raise
 
 
 def set_aside(folder: Path) -> None:

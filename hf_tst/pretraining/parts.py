@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,6 +50,12 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     else:
         import datasets
 
+        folder = os.path.abspath(args.dataset_name or "")
+        if os.path.isdir(folder) and glob.has_magic(folder):
+            raise TSTError(
+                f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
+                "one of *?[ in it, or name the files by train_file."
+            )
         source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
         splits = datasets.load_dataset(*source, cache_dir=cache_dir, streaming=args.streaming)
         if "train" not in splits:
@@ -123,10 +131,11 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     if vocab_size is not None:
         config.vocab_size = vocab_size
     changes = _parse_overrides(config, args.config_overrides or "")
-    if args.config_name:
-        config.update(changes)
-        return config
-    with bad_input(f"config_overrides make no {config.model_type}: ", (StrictDataclassError, TypeError)):
+    errors = (StrictDataclassError, TypeError, AttributeError)  # the last of what follows from other fields
+    with bad_input(f"config_overrides make no {config.model_type}: ", errors):
+        if args.config_name:
+            config.update(changes)
+            return config
         # A new object, so that fields which follow from others (the head size of Llama) follow from the changed ones.
         return type(config)(**{"vocab_size": config.vocab_size} | changes)
 

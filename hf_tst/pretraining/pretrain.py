@@ -25,7 +25,7 @@ from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
-from .overwrite import check_free, discard, put_back, set_aside
+from .overwrite import check_free, discard, nothing_left, put_back, set_aside
 from .parts import prepare_run
 
 # Of the sample at the end: at most so many tokens are given, and so many follow.
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     if args.should_log:
         basicConfig(format="%(message)s")
         getLogger("hf_tst").setLevel(WARNING if args.log_level == "passive" else args.get_process_log_level())
-    with quiet_libraries():
+    with quiet_libraries(), nothing_left(args.output_dir):
         return _train(model_args, data_args, args, run_args)
 
 

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..data.blocks import IDS_ALONE, NO_RULES, BlockRules, as_block
+from ..data.blocks import IDS_ALONE, BlockRules, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
 from .arguments import TSTTrainingArguments
-from .refusals import block_rules
+
+
+@dataclass(frozen=True)
+class CheckingCollator:
+    """A collator whose batches are checked where they are made: on a GPU, an id without an embedding would end the process.
+
+    Args:
+        collate: Makes the batch.
+        rules (`BlockRules`): What says which ids the model has an embedding for.
+    """
+
+    collate: Any
+    rules: BlockRules
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The batch.
+
+        Raises:
+            TSTError: If it holds an id that the model has no embedding for.
+        """
+        batch = self.collate(features)
+        self.rules.check_batch(batch)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -25,28 +46,12 @@ class DefaultCollator:
 
     Args:
         default: Trainer's collator.
-        rules (`BlockRules`): What says which ids the model has an embedding for.
     """
 
     default: Any
-    rules: BlockRules = NO_RULES
 
     def __call__(self, features: list[Any]) -> Any:
-        """The batch.
-
-        Raises:
-            TSTError: If it holds an id that the model has no embedding for.
-        """
-        batch = self._collate(features)
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(ids, Tensor) and ids.dim() == 2:
-            tokens = ids.flatten().numpy()
-            if (at := self.rules.find_bad_id(tokens)) is not None:
-                row = ids[at // ids.shape[1], :8].tolist()
-                raise self.rules.bad_id(f"that begins with {row}", tokens[at])
-        return batch
-
-    def _collate(self, features: list[Any]) -> Any:
+        """The batch."""
         if isinstance(features[0], IDS_ALONE):
             features = [as_block(row, index) for index, row in enumerate(features)]
         first = features[0]
@@ -81,8 +86,7 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     }  # fmt: skip
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery = DataCollatorForTokenSuperposition(1, **options)
-    rules = replace(block_rules(trainer.model, None), data="given")
-    evaluation: Any = DefaultCollator(trainer.data_collator, rules)
+    evaluation: Any = DefaultCollator(trainer.data_collator)
     ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
     respects = ours and data_collator.document_boundaries == "respect"
     if data_collator is not None and boundaries == "respect" and not respects:

@@ -207,6 +207,11 @@ def block_rules(model: Any, tokenizer: Any) -> BlockRules:
     )
 
 
+def batch_rules(model: Any) -> BlockRules:
+    """What every batch must keep to, whoever made it."""
+    return BlockRules(vocab_size=embedding_size(model), data="given")
+
+
 def check_stored_rows(trainer: Any) -> None:
     """Check the rows of stored evaluation data, and the first ones of plain training, before the first step.
 

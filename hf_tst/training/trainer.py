@@ -30,14 +30,14 @@ from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
-from .collators import make_collator
+from .collators import CheckingCollator, make_collator
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .overriding import choose_fused_loss, is_superposed, overrides, signature_of
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import check_arguments, check_stored_rows, check_trainer, explained_bags
+from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer, explained_bags
 from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .spikes import SpikeCallback
@@ -79,6 +79,7 @@ class TSTTrainer(Trainer):
         - `train`: chooses a complete checkpoint, puts extra heads into the model, folds the batches of a subclass's own
           `get_train_dataloader`, and leaves superposition however it ends.
         - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
+        - `_get_dataloader`, `_prepare_inputs`: ids that the model has no embedding for, in one sentence.
         - `create_scheduler`: `warmup_stable_decay` decays over the last tenth of the steps by default.
         - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
         - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.
@@ -198,6 +199,17 @@ class TSTTrainer(Trainer):
         if overrides(self, Trainer._get_train_sampler):
             return self._begin(fold_own_loader(self, super().get_train_dataloader()))
         return self._begin(open_run_data(self))
+
+    @signature_of(Trainer._get_dataloader)
+    def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
+        """A loader of Trainer's, whose collator also checks the ids."""
+        checking = CheckingCollator(self.data_collator, batch_rules(self.model))
+        with replaced(self.__dict__, "data_collator", checking):
+            return super()._get_dataloader(*positional, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch_rules(self.model).check_batch(inputs)  # of somebody else's loader
+        return super()._prepare_inputs(inputs)
 
     def _fold_own_loader(self) -> Any:
         """What `get_train_dataloader` of a subclass gives, folded unless it is made of our rows."""
