@@ -29,7 +29,7 @@ def test_defaults():
         "mtp_num_heads": 1,
         "mtp_kind": "parallel",
         "mtp_loss_weight": None,
-        "tst_bad_loss": "stop",
+        "tst_nonfinite_loss": "stop",
         "tst_peak_tflops": None,
     }
 

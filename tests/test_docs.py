@@ -81,7 +81,7 @@ def test_everything_that_is_logged_or_saved_is_on_its_page(make_args):
     model = make_model("mixtral", output_router_logits=True)
     args = make_args(
         tst_document_boundaries="respect",
-        tst_bad_loss="skip",
+        tst_nonfinite_loss="skip",
         tst_peak_tflops=1,
         mtp_num_heads=2,
         save_steps=5,

@@ -23,10 +23,10 @@ from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FUSED_LOSSES, FusedLoss
 from ..mtp.heads import MTPKind, check_mtp
 
-BadLoss = Literal["stop", "skip", "ignore"]
+NonFiniteLoss = Literal["stop", "skip", "ignore"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "tst_mode": MODES, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
-    "tst_bad_loss": get_args(BadLoss),
+    "tst_nonfinite_loss": get_args(NonFiniteLoss),
 }  # fmt: skip
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
 LOWEST = {
@@ -40,7 +40,7 @@ class TSTTrainingArguments(TrainingArguments):
     """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
-    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_bad_loss`).
+    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_nonfinite_loss`).
 
     Args:
         tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
@@ -71,7 +71,7 @@ class TSTTrainingArguments(TrainingArguments):
             `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
         mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
             if sequential; 1 if parallel and 0.3 if sequential by default.
-        tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
+        tst_nonfinite_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
             `"ignore"` it, as the plain `Trainer` does.
@@ -140,7 +140,7 @@ class TSTTrainingArguments(TrainingArguments):
         default=None,
         help="Weight of the extra heads' losses: of their sum if parallel (default 1), of their mean if sequential (0.3).",
     )
-    tst_bad_loss: BadLoss = HfArg(
+    tst_nonfinite_loss: NonFiniteLoss = HfArg(
         default="stop",
         help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
     )
