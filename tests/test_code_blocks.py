@@ -131,7 +131,7 @@ def check_output(block):
     """Text that a program wrote, or that names files."""
     if block.text.startswith("hf_tst/"):
         check_map(block)
-    elif block.page == "README.md":
+    elif block.page == "docs/first_run.md":
         check_output_of_the_quick_start(block)
     elif block.page == "docs/plans.md":
         (words, *_) = commands_of(find_block(block.page, "bash", "hf-tst plan").text)
@@ -172,7 +172,7 @@ def test_a_block_does_what_it_says(block, workplace):
 
 
 def test_the_loop_of_ones_own_has_losses_that_start_at_log_v():
-    block = find_block("README.md", "python", "DataCollatorForTokenSuperposition")
+    block = find_block("docs/migration.md", "python", "DataCollatorForTokenSuperposition")
     losses = []
     names = names_of_python() | {"note": lambda loss: losses.append(loss.item())}
     exec(block.text.replace("\n# here", "\nnote(loss)\n# here"), names)

@@ -69,7 +69,13 @@ def test_the_same_seed_gives_the_same_weights(root):
 
 def test_a_step_that_is_skipped_leaves_weights_and_moments_alone(root):
     """A NaN once in ten steps: the others train, and the run gets to its end without it."""
-    skipped = {"fault": "nan gradient", "at": 5, "tst_nonfinite_loss": "skip", "logging_steps": 1, "save_steps": 1}
+    skipped = {
+        "fault": "nan gradient",
+        "at": 5,
+        "tst_nonfinite_loss": "skip",
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
     assert run(root / "skip", **skipped) == "status 0"
     read = {
         step: (root / "skip" / f"checkpoint-{step}" / "model.safetensors").read_bytes()
