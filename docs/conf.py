@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,35 @@ from hf_tst import __version__
 
 project = "hf_tst"
 author = "the authors of hf_tst"
+project_copyright = f"2026, {author}"
 release = version = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hf_tst {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+pygments_style = "friendly"  # a diff has red and green lines
+pygments_dark_style = "github-dark"
 
+ROOT = Path(__file__).parent.parent
+# The address of the repository: pyproject.toml is the only place that has it.
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+if REPOSITORY := URLS.get("Repository", "").rstrip("/"):
+    html_theme_options = {
+        "source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/",
+    }  # fmt: skip
+
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+copybutton_exclude = ".linenos, .gp, .go"
 nb_execution_mode = "off"  # a test runs the notebooks
 
 # Docstrings are written as those of Transformers: Markdown's code spans, and [`name`] for links.
@@ -32,9 +55,20 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings tell types
 napoleon_custom_sections = ["Overrides"]
 
-ROOT = Path(__file__).parent.parent
+RECORDS = [*(ROOT / "model_cards" / "comparisons").glob("*/*.md")]
 # Files of the repository that are pages here, as a page of this folder includes them.
-PAGES = {"README.md": "readme", "CONTRIBUTING.md": "contributing"}
+PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing"} | {
+    path.relative_to(ROOT).as_posix(): f"comparisons/{path.parent.name}" for path in RECORDS
+}
+RECORD_PAGE = """# {name}
+
+[Configuration](../../scripts/configs/comparisons/{name}.yaml), [all results](../results.md)
+
+```{{include}} {path}
+:heading-offset: 1
+:relative-images:
+```
+"""
 
 
 class RepositoryLinks(SphinxTransform):
@@ -77,6 +111,29 @@ def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     lines[:] = [re.sub(r"\[`(~?[\w.]+)`\]", r":py:obj:`\1`", line) for line in lines]
 
 
+def write_record_pages(app: Sphinx) -> None:
+    """A page for each comparison on record, in docs/comparisons, which git ignores."""
+    folder = Path(app.srcdir) / "comparisons"
+    folder.mkdir(exist_ok=True)
+    for path in RECORDS:
+        page = folder / f"{path.parent.name}.md"
+        text = RECORD_PAGE.format(name=path.parent.name, path=os.path.relpath(path, folder))
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def add_badge(app: Sphinx, name: str, source: list[str]) -> None:
+    """A link that opens a notebook elsewhere, below its title, once the repository has an address on GitHub."""
+    if name == "notebooks/token_superposition" and REPOSITORY.startswith("https://github.com/"):
+        place = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/main/docs/{name}.ipynb"
+        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{place})"
+        notebook = json.loads(source[0])
+        notebook["cells"][0]["source"].insert(1, f"\n{badge}\n")
+        source[0] = json.dumps(notebook)
+
+
 def setup(app: Sphinx) -> None:
     app.add_transform(RepositoryLinks)
+    app.connect("builder-inited", write_record_pages)
+    app.connect("source-read", add_badge)
     app.connect("autodoc-process-docstring", link_names, priority=400)  # before napoleon

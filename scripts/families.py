@@ -1,4 +1,4 @@
-"""Write the table of model families, `docs/families.md`, and its short form in README, from what tiny models of each do.
+"""Write the tables of model families in `docs/families.md`, long and short, from what tiny models of each do.
 
 Nothing in the table is typed in: where the embeddings are scaled, what is added to them, and whether the loss is fused
 is measured on the models of `tests/tiny_families.py`, the same that `tests/test_families.py` trains.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+SUMMARY = "<!-- summary: begin -->", "<!-- summary: end -->"
 COLUMNS = ("family", "`model_type`", "averaged embedding", "fused loss", "note")
 
 
@@ -37,9 +38,8 @@ class TableArguments:
 
     output: str = field(
         default="docs/families.md",
-        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+        metadata={"help": "Markdown file whose tables, between markers, are overwritten. '-' prints them."},
     )
-    summary: str = field(default="README.md", metadata={"help": "The same for the names alone."})
 
 
 def describe(family: Family) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def markdown(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def summary(rows: Sequence[tuple[str, ...]]) -> str:
-    """The table's rows, without its head, as README has them: the names of families by what they are."""
+    """The table's rows, without its head, in short: the names of families by kind."""
     kinds: dict[str, list[str]] = {
         "attention": [],
         "mixture of experts": [],
@@ -177,7 +177,7 @@ def main() -> None:
     (args,) = parser.parse_args_into_dataclasses()
     rows = list(map(describe, FAMILIES))
     write_table(args.output, BEGIN, END, markdown([COLUMNS, *rows]))
-    write_table(args.summary, BEGIN, END, summary(rows))
+    write_table(args.output, *SUMMARY, summary(rows))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class TableArguments:
 
     output: str = field(
         default="docs/faults.md",
-        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
     )
 
 

@@ -73,7 +73,7 @@ class TableArguments:
 
     output: str = field(
         default="docs/mutations.md",
-        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
     )
     only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text, printed."})
 

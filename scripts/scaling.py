@@ -42,7 +42,7 @@ class PlanArguments:
 
     output: str = field(
         default="docs/scaling.md",
-        metadata={"help": "Markdown file whose table, between two markers, is written anew. '-' prints it."},
+        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
     )
     length: int = field(default=4096, metadata={"help": "Latent positions a row, l."})
     rows: int = field(default=4, metadata={"help": "Rows of a micro-batch on a GPU, B."})

@@ -1,4 +1,4 @@
-"""Tables in the documents that a script writes anew."""
+"""Write tables between markers of the documents."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_defaults():
         "mtp_kind": "parallel",
         "mtp_loss_weight": None,
         "mtp_loss_weight_end": None,
-        "tst_bad_loss": "stop",
+        "tst_nonfinite_loss": "stop",
         "tst_spikes": "ignore",
         "tst_spike_threshold": 6.0,
         "tst_spike_window": 128,

@@ -93,7 +93,7 @@ RECIPES = {
     "fused loss": {"tst_fused_loss": "maybe"},
     "documents": {"tst_document_boundaries": "sometimes"},
     "documents without superposition": {"tst_document_boundaries": "respect", "tst_phase_ratio": 0},
-    "bad loss": {"tst_bad_loss": "hope"},
+    "non-finite loss": {"tst_nonfinite_loss": "hope"},
     "peak: none": {"tst_peak_tflops": 0},
     "peak: word": {"tst_peak_tflops": "fast"},
     "smoothing": {"label_smoothing_factor": 0.1},

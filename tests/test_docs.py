@@ -12,6 +12,7 @@ import options
 import pytest
 from bs4 import BeautifulSoup
 from conftest import BLOCK_LENGTH, make_blocks, make_model
+from test_code_blocks import BLOCKS
 
 import hf_tst
 from hf_tst import TSTTrainer, TSTTrainingArguments
@@ -23,11 +24,10 @@ ORDINARY_FILES = {"config.json", "generation_config.json", "model.safetensors", 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_table_of_options_is_that_of_the_arguments():
+def test_the_page_of_options_is_that_of_the_arguments():
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options.render(), (
         "run scripts/options.py"
     )
-    assert f"{options.BEGIN}\n{options.make_table()}\n{options.END}" in README, "run scripts/options.py"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,18 @@ def test_files_and_folders_that_are_named_exist(page):
         assert (ROOT / path).exists(), path
 
 
+def test_code_fits_the_page():
+    for page, language, text in BLOCKS:
+        if language in ("bash", "python", "diff") and not page.startswith("model_cards"):
+            assert max(map(len, text.splitlines())) <= 85, page
+
+
 def test_everything_that_is_logged_or_saved_is_on_its_page(make_args):
     page = (ROOT / "docs" / "logs.md").read_text(encoding="utf-8")
     model = make_model("mixtral", output_router_logits=True)
     args = make_args(
         tst_document_boundaries="respect",
-        tst_bad_loss="skip",
+        tst_nonfinite_loss="skip",
         tst_peak_tflops=1,
         mtp_num_heads=2,
         save_steps=5,
@@ -106,7 +112,13 @@ def test_the_site_has_every_page_and_every_public_name(site):
             assert folder / page.relative_to(ROOT / "docs").with_suffix(".html") in site, page
     documented = {tag["id"] for tag in site[folder / "api.html"].find_all(id=re.compile(r"^hf_tst\.\w+$"))}
     assert documented == {f"hf_tst.{name}" for name in hf_tst.__all__}
-    assert site[folder / "readme.html"].find("h1").text.startswith("hf_tst")
+    front = site[folder / "index.html"].find("article")
+    assert front.find("h1").text.startswith("hf_tst")
+    assert front.find("img")
+    assert front.find(class_="highlight-python")
+    records = {path.name for path in (ROOT / "model_cards" / "comparisons").iterdir()}
+    for record in records:  # each with its picture
+        assert site[folder / "comparisons" / f"{record}.html"].find("article").find("img"), record
 
 
 def test_links_of_the_site_lead_somewhere(site):

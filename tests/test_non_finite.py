@@ -37,7 +37,7 @@ class Data:
 @pytest.fixture
 def watch():
     """What looks at the numbers of a trainer of one process."""
-    args = SimpleNamespace(tst_bad_loss="stop", process_index=0, world_size=1)
+    args = SimpleNamespace(tst_nonfinite_loss="stop", process_index=0, world_size=1)
     state, accelerator = SimpleNamespace(global_step=0), SimpleNamespace(scaler=None)
     schedule = PhaseSchedule(max_steps=10, phase_ratio=0.1, bag_size=4)
     return NonFiniteCallback(
@@ -98,8 +98,8 @@ def test_stopping_waits_for_the_device_less_often_than_the_plain_trainer(llama, 
     unfiltered = waits_per_step(llama, make_args, Trainer, **options, logging_nan_inf_filter=False)
     assert plain == unfiltered + 2 * accumulation
     assert waits_per_step(llama, make_args, TSTTrainer, **options) == unfiltered
-    assert waits_per_step(llama, make_args, TSTTrainer, **options, tst_bad_loss="ignore") == plain
-    assert waits_per_step(llama, make_args, TSTTrainer, **options, tst_bad_loss="skip") == plain + 1
+    assert waits_per_step(llama, make_args, TSTTrainer, **options, tst_nonfinite_loss="ignore") == plain
+    assert waits_per_step(llama, make_args, TSTTrainer, **options, tst_nonfinite_loss="skip") == plain + 1
 
 
 def test_the_filter_of_logged_losses_is_as_before_when_training_is_over(llama, make_args):

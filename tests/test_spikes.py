@@ -127,7 +127,7 @@ def test_a_number_that_is_not_finite_is_no_spike(llama, make_args):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * (torch.inf if self.state.global_step == 16 else 1)
 
-    args = make_args(**OPTIONS, tst_spikes="stop", tst_bad_loss="skip")
+    args = make_args(**OPTIONS, tst_spikes="stop", tst_nonfinite_loss="skip")
     trainer = Breaks(llama, args, train_dataset=make_blocks(400))
     trainer.train()
     assert trainer.state.global_step == 20

@@ -25,7 +25,7 @@ T = TypeVar("T")
 UNITS: Mapping[str, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
 EVERY_RUN = """Every run is a process with
 a folder of its own in output_dir. Started again, the command does what is missing, and an interrupted run continues from its
-last checkpoint. Every run is evaluated before training, too, continues to its end if it diverges (tst_bad_loss=ignore), and
+last checkpoint. Every run is evaluated before training, too, continues to its end if it diverges (tst_nonfinite_loss=ignore), and
 has no progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where there are none
 (eval_strategy=no), come 20 times per run."""
 
@@ -139,7 +139,7 @@ def parse_experiment(
                 f"{name} cannot go with several runs that are compared after as many steps: leave it out."
             )
     # So that there are curves, of runs that diverge, too.
-    values |= {"eval_on_start": True, "disable_tqdm": True, "tst_bad_loss": "ignore"}
+    values |= {"eval_on_start": True, "disable_tqdm": True, "tst_nonfinite_loss": "ignore"}
     interval = max(1, steps // 20)
     if str(namespace.eval_strategy) == "no":
         values |= {"eval_strategy": "steps", "eval_steps": interval}

@@ -30,11 +30,11 @@ from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FUSED_LOSSES, FusedLoss
 from ..mtp.heads import MTPKind, check_loss_weight, check_mtp
 
-BadLoss = Literal["stop", "skip", "ignore"]
+NonFiniteLoss = Literal["stop", "skip", "ignore"]
 Spikes = Literal["ignore", "skip", "stop"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "tst_mode": MODES, "tst_superposition_rows": SUPERPOSITION_ROWS, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
-    "tst_bad_loss": get_args(BadLoss), "tst_spikes": get_args(Spikes),
+    "tst_nonfinite_loss": get_args(NonFiniteLoss), "tst_spikes": get_args(Spikes),
 }  # fmt: skip
 # Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
 LOWEST = {
@@ -48,7 +48,7 @@ class TSTTrainingArguments(TrainingArguments):
     """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
-    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_bad_loss`).
+    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_nonfinite_loss`).
 
     Args:
         tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
@@ -85,7 +85,7 @@ class TSTTrainingArguments(TrainingArguments):
             if sequential; 1 if parallel and 0.3 if sequential by default.
         mtp_loss_weight_end (`float`, *optional*): Weight in the last step of the run. From the first next-token step on the
             weight goes there in a straight line; by default it stays.
-        tst_bad_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
+        tst_nonfinite_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
             in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
             checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
             `"ignore"` it, as the plain `Trainer` does.
@@ -168,7 +168,7 @@ class TSTTrainingArguments(TrainingArguments):
         default=None,
         help="Weight in the last step; from the first next-token step on it goes there in a straight line. It stays by default.",
     )
-    tst_bad_loss: BadLoss = HfArg(
+    tst_nonfinite_loss: NonFiniteLoss = HfArg(
         default="stop",
         help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
     )

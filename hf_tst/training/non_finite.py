@@ -25,7 +25,7 @@ _GRADIENT = math.inf
 
 
 class NonFiniteCallback(TrainerCallback):
-    """Does with a loss or gradient that is not finite what `tst_bad_loss` says.
+    """Does with a loss or gradient that is not finite what `tst_nonfinite_loss` says.
 
     `"stop"` keeps each loss and gradient norm on the device, and looks at them where training waits for the device anyway:
     when it logs, before it saves, and at its end. `"skip"` looks at each gradient norm before the optimizer's step.
@@ -52,7 +52,7 @@ class NonFiniteCallback(TrainerCallback):
 
     def note_loss(self, loss: Tensor) -> None:
         """Note the loss of the next micro-batch; does not wait for the device."""
-        if self._trainer.args.tst_bad_loss != "stop":
+        if self._trainer.args.tst_nonfinite_loss != "stop":
             return
         step = self._trainer.state.global_step
         micro_batch = self._notes[-1][1] + 1 if self._notes and self._notes[-1][0] == step else 0
@@ -60,7 +60,7 @@ class NonFiniteCallback(TrainerCallback):
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
         """Note the norm of a step's gradient; `"skip"` waits for it, and drops a gradient that is not finite."""
-        choice = self._trainer.args.tst_bad_loss
+        choice = self._trainer.args.tst_nonfinite_loss
         # A gradient scaler looks for itself, and finds infinities as a matter of course.
         if not isinstance(norm, Tensor) or getattr(self._trainer.accelerator, "scaler", None) is not None:
             return
@@ -81,7 +81,7 @@ class NonFiniteCallback(TrainerCallback):
         Raises:
             RunError: On all ranks, if a number of one of them is not finite.
         """
-        if self._trainer.args.tst_bad_loss != "stop":
+        if self._trainer.args.tst_nonfinite_loss != "stop":
             return
         notes, self._notes = self._notes, []
         are_bad = [~torch.isfinite(number).to(notes[0][2].device) for _, _, number in notes]
@@ -91,7 +91,7 @@ class NonFiniteCallback(TrainerCallback):
         if found := gather_object(first):
             raise RunError(
                 f"{self._describe(*min(found))}. Training stops, and checkpoints are from before it: look at the data, lower "
-                "learning_rate, or continue with resume_from_checkpoint='last' and tst_bad_loss='skip'."
+                "learning_rate, or continue with resume_from_checkpoint='last' and tst_nonfinite_loss='skip'."
             )
 
     def _describe(self, step: int, micro_batch: float, reader: int, value: float) -> str:

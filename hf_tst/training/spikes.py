@@ -61,7 +61,7 @@ class SpikeCallback(TrainerCallback):
             "gradient norm": float(whole),
         }
         if not all(map(math.isfinite, numbers.values())):
-            return  # for `tst_bad_loss`
+            return  # for `tst_nonfinite_loss`
         if spikes := self._find(numbers):
             self._handle(model, spikes)
 

@@ -167,7 +167,7 @@ class TSTTrainer(Trainer):
         check_stored_rows(self)
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
-        filters = args.logging_nan_inf_filter and args.tst_bad_loss != "stop"  # it waits for the device
+        filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"  # it waits for the device
         # These two are changed below.
         kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()

@@ -69,7 +69,13 @@ def test_the_same_seed_gives_the_same_weights(root):
 
 def test_a_step_that_is_skipped_leaves_weights_and_moments_alone(root):
     """A NaN once in ten steps: the others train, and the run gets to its end without it."""
-    skipped = {"fault": "nan gradient", "at": 5, "tst_bad_loss": "skip", "logging_steps": 1, "save_steps": 1}
+    skipped = {
+        "fault": "nan gradient",
+        "at": 5,
+        "tst_nonfinite_loss": "skip",
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
     assert run(root / "skip", **skipped) == "status 0"
     read = {
         step: (root / "skip" / f"checkpoint-{step}" / "model.safetensors").read_bytes()
@@ -85,7 +91,7 @@ def test_a_step_that_is_skipped_leaves_weights_and_moments_alone(root):
     assert "it is skipped" in log
     history = json.loads((root / "skip" / "checkpoint-10" / "trainer_state.json").read_text())["log_history"]
     assert [entry.get("tst_skipped_steps") for entry in history if "loss" in entry] == [None] * 5 + [1] * 5
-    assert run(root / "ignored", **{**skipped, "tst_bad_loss": "ignore"}) == "status 0"
+    assert run(root / "ignored", **{**skipped, "tst_nonfinite_loss": "ignore"}) == "status 0"
     assert (root / "ignored" / "checkpoint-10" / "model.safetensors").read_bytes().count(
         b"\x00\x00\xc0\x7f"
     ) > 100

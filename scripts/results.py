@@ -1,0 +1,284 @@
+#!/usr/bin/env python
+"""Write the tables of docs/results.md and README, and their plots, from the comparisons on record in model_cards/comparisons.
+
+python scripts/results.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tables import ROOT, write_table
+
+RECORDS = ROOT / "model_cards" / "comparisons"
+IMAGES = ROOT / "docs" / "images" / "results"
+S4, SWEEPS = "s4-r0.3-uniform-full", ("prose-16k-sweep", "prose-16k-sweep-seeds")
+COLORS = ("#0072b2", "#d55e00", "#009e73")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: one arm against its baseline.
+
+    Args:
+        labels (`tuple[str, ...]`): The first cells of the row.
+        record (`str`): Folder of `model_cards/comparisons`, and name of the configuration that makes it.
+        arm (`str`): Its arm.
+        rate (`float`, *optional*): Learning rate of both; by default each arm's best.
+        also (`tuple[str, ...]`, *optional*): Records with further seeds, or with the baseline.
+        also_arm (`str`, *optional*): Name of the arm in them, if it has another one there.
+    """
+
+    labels: tuple[str, ...]
+    record: str
+    arm: str = "tst"
+    rate: float | None = None
+    also: tuple[str, ...] = ()
+    also_arm: str | None = None
+
+    def losses(self, arm: str, also_arm: str) -> dict[str, float]:
+        """The final evaluation losses of an arm, by seed."""
+        found = read_losses(self.record, arm, self.rate)
+        for record in self.also:
+            found = read_losses(record, also_arm, self.rate) | found
+        return dict(sorted(found.items()))
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """The losses of the baseline, by seed."""
+        return self.losses("baseline", "baseline")
+
+    @property
+    def differences(self) -> list[float]:
+        """The loss minus the baseline's, seed by seed."""
+        ours, base = self.losses(self.arm, self.also_arm or self.arm), self.baseline
+        return [loss - base[seed] for seed, loss in ours.items()]
+
+
+def read_losses(record: str, arm: str, rate: float | None = None) -> dict[str, float]:
+    """The final evaluation losses of an arm in a record, by seed; empty if the record has no such arm."""
+    (path,) = (RECORDS / record).glob("*.json")
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for cell in known.get("cells", []):  # of a sweep, in the form that sweeps had first
+        if cell["name"] == arm:
+            return cell["final_eval_losses"]
+    for found in known.get("arms", []):
+        if found["arm"] == arm:
+            rates = found["learning_rates"] if rate else [found["best"]]
+            (chosen,) = (each for each in rates if rate in (None, each["learning_rate"]))
+            return chosen["final_eval_losses"]
+    return {}
+
+
+def _weighting(steps: int) -> list[Row]:
+    names = {"uniform": "", "linear": "-linear", "exponential": "-exponential"}
+    return [
+        Row((f"{steps:,}", inputs, "uniform" if not power else "power law"), f"bag-weighting-{steps}", f"tst{name}{power}")
+        for inputs, name in names.items()
+        for power in ("", "-power")
+    ]  # fmt: skip
+
+
+# By question: the columns that tell rows apart, and the rows.
+QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
+    "steps": (
+        ("steps", "vocabulary", "bag weights"),
+        [
+            Row(("1,000", "16k", "uniform"), "bag-weighting-1000"),
+            Row(("4,000", "16k", "uniform"), "bag-weighting-4000"),
+            Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
+            Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
+            Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
+            Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
+            Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
+            Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
+        ],
+    ),
+    "vocabulary": (
+        ("vocabulary", "width"),
+        [
+            Row(("1k", "64"), "prose-1k"),
+            Row(("4k", "256"), "prose-4k-d256"),
+            Row(("16k", "64"), SWEEPS[1], S4, also=SWEEPS[:1]),
+            Row(("16k", "256"), "prose-16k-d256"),
+            Row(("32k", "64"), "prose-32k-4000"),
+        ],
+    ),
+    "tokens": (
+        ("tokens per step", "learning rate"),
+        [
+            Row(("256", "2e-3"), SWEEPS[1], S4, also=SWEEPS[:1]),
+            Row(("2,048", "1e-3"), "prose-16k-2048-rates", rate=1e-3),
+            Row(("2,048", "2e-3"), "prose-16k-2048"),
+            Row(("2,048", "4e-3"), "prose-16k-2048-rates", rate=4e-3),
+        ],
+    ),
+    "text": (
+        ("text",),
+        [
+            Row(("prose",), SWEEPS[1], S4, also=SWEEPS[:1]),
+            Row(("code",), "code-16k-4000"),
+        ],
+    ),
+    "bag-size": (
+        ("s",),
+        [
+            Row(("2",), "prose-16k-s2", also=SWEEPS, also_arm="s2-r0.3-uniform-full"),
+            Row(("3",), SWEEPS[1], "s3-r0.3-uniform-full", also=SWEEPS[:1]),
+            Row(("4",), SWEEPS[1], S4, also=SWEEPS[:1]),
+            Row(("6",), SWEEPS[0], "s6-r0.3-uniform-full"),
+            Row(("8",), SWEEPS[0], "s8-r0.3-uniform-full"),
+        ],
+    ),
+    "bag-weighting": (("steps", "input", "targets"), [*_weighting(1000), *_weighting(4000)]),
+    "offset-weighting": (
+        ("targets",),
+        [
+            Row(("uniform",), SWEEPS[1], S4, also=SWEEPS[:1]),
+            *(
+                Row((weighting.replace("_", " "),), "prose-16k-weightings", f"s4-r0.3-{weighting}-full", also=SWEEPS)
+                for weighting in ("power_law", "fitted_power_law", "exponential", "first_token")
+            ),
+        ],
+    ),
+    "mode": (
+        ("mode",),
+        [
+            Row(("full",), SWEEPS[1], S4, also=SWEEPS[:1]),
+            *(
+                Row((mode,), "prose-16k-modes", f"s4-r0.3-uniform-{mode}", also=SWEEPS)
+                for mode in ("input", "output")
+            ),
+        ],
+    ),
+    "mtp": (
+        ("arm",),
+        [
+            Row(("TST",), "prose-16k-mtp"),
+            Row(("MTP, one extra head",), "prose-16k-mtp", "mtp"),
+            Row(("TST and MTP",), "prose-16k-mtp", "tst+mtp"),
+        ],
+    ),
+}  # fmt: skip
+# What README shows: by name of a curve, its rows, by steps.
+CURVES = {
+    "mean of the bag (the paper)": {1000: 0, 4000: 1, 16000: 2},
+    "last token weighs most": {1000: 6, 4000: 7},
+}
+
+
+def describe(values: Sequence[float], spec: str) -> str:
+    """Mean ± standard deviation, without a sign for a difference that rounds to 0."""
+    mean = statistics.mean(values)
+    text = format(mean if f"{abs(mean):.3f}" != "0.000" else 0.0, spec)
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def make_table(name: str) -> str:
+    """The table of a question."""
+    columns, rows = QUESTIONS[name]
+    cells = []
+    for row in rows:
+        apart = row.differences
+        ahead = f"{sum(each < 0 for each in apart)} of {len(apart)}"
+        links = f"[page](../model_cards/comparisons/{row.record}/{page_of(row.record)}), [YAML](../scripts/configs/comparisons/{row.record}.yaml)"
+        cells.append(
+            (*row.labels, describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead, links)
+        )
+    return table([*columns, "baseline", "TST - baseline", "seeds ahead", "record"], cells)  # fmt: skip
+
+
+def page_of(record: str) -> str:
+    """The file name of a record's page."""
+    (path,) = (RECORDS / record).glob("*.md")
+    return path.name
+
+
+def make_grid() -> str:
+    """The losses of the sweep, bag size against phase ratio."""
+    ratios = (0.1, 0.2, 0.3, 0.4)
+    rows = [
+        (str(size), *(f"{read_losses(SWEEPS[0], f's{size}-r{ratio}-uniform-full')['0']:.3f}" for ratio in ratios))
+        for size in (2, 3, 4, 6, 8)
+    ]  # fmt: skip
+    return table(["s", *(f"r = {ratio}" for ratio in ratios)], rows)
+
+
+def make_summary() -> str:
+    """README's table: the difference to the baseline by steps."""
+    rows = QUESTIONS["steps"][1]
+    cells = []
+    for steps, first in CURVES["mean of the bag (the paper)"].items():
+        others = [curve.get(steps) for curve in CURVES.values()]
+        losses = ["not measured" if i is None else describe(rows[i].differences, "+.3f") for i in others]
+        cells.append((f"{steps:,}", describe([*rows[first].baseline.values()], ".3f"), *losses))
+    return table(["steps", "baseline", *(f"TST, {name}" for name in CURVES)], cells)
+
+
+def draw_rows(name: str) -> Any:
+    """The differences of a question's rows, with the standard deviation over seeds, as a figure."""
+    from matplotlib.figure import Figure
+
+    rows = QUESTIONS[name][1]
+    figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        apart = row.differences
+        mean = statistics.mean(apart)
+        spread = statistics.stdev(apart) if len(apart) > 1 else 0.0
+        color = COLORS[0] if mean + spread < 0 else COLORS[1] if mean - spread > 0 else "#666666"
+        axes.errorbar(mean, place, xerr=spread, fmt="o", color=color, capsize=3)
+        axes.plot(apart, [place] * len(apart), "|", color=color, alpha=0.5)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [", ".join(row.labels) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("loss minus the baseline's (nats); left of 0, TST is ahead")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_summary() -> Any:
+    """README's plot: the difference over the number of steps, with its spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, places), color, style in zip(CURVES.items(), COLORS, ("o-", "s--"), strict=False):
+        apart = [QUESTIONS["steps"][1][place].differences for place in places.values()]
+        means, spreads = [*map(statistics.mean, apart)], [*map(statistics.stdev, apart)]
+        axes.errorbar([*places], means, yerr=spreads, fmt=style, color=color, capsize=4, label=f"TST, {name}")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.text(16000, 0.004, "baseline", ha="right")
+    axes.set_xscale("log")
+    steps = [*CURVES["mean of the bag (the paper)"]]
+    axes.set_xticks(steps, [f"{step:,}" for step in steps])
+    axes.minorticks_off()
+    axes.set_xlabel("optimizer steps of the run")
+    axes.set_ylabel("loss minus the baseline's (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def all_tables() -> list[tuple[str, str, str]]:
+    """File, name between the markers, and table."""
+    found = [("docs/results.md", name, make_table(name)) for name in QUESTIONS]
+    return [*found, ("docs/results.md", "grid", make_grid()), ("README.md", "results", make_summary())]
+
+
+if __name__ == "__main__":
+    for file, name, text in all_tables():
+        write_table(file, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", text)
+    IMAGES.mkdir(exist_ok=True)
+    for name in QUESTIONS:
+        draw_rows(name).savefig(IMAGES / f"{name}.png", dpi=110)
+    draw_summary().savefig(IMAGES.parent / "results.png", dpi=120)
