@@ -14,7 +14,7 @@ from ..data.blocks import IDS_ALONE, NO_RULES, BlockRules, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 from .refusals import block_rules
 
 
@@ -72,7 +72,7 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
-    args: TSTTrainingArguments = trainer.args
+    args: TSTArguments = trainer.args
     boundaries = args.tst_document_boundaries
     eos_token_id = end_token_id(trainer.processing_class, trainer.model)
     options: Any = {"mode": args.tst_mode, "document_boundaries": boundaries, "eos_token_id": eos_token_id}
