@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .mtp.heads import MTPHeads as MTPHeads
     from .mtp.heads import multi_token_prediction as multi_token_prediction
     from .planning.flops import step_flops as step_flops
+    from .training.arguments import TSTArguments as TSTArguments
     from .training.arguments import TSTTrainingArguments as TSTTrainingArguments
     from .training.trainer import TSTTrainer as TSTTrainer
 
@@ -49,7 +50,7 @@ _NAMES = {
     "models.superposition": ["fused_evaluation_loss", "fused_next_token_loss", "token_superposition"],
     "mtp.heads": ["MTPHeads", "multi_token_prediction"],
     "planning.flops": ["step_flops"],
-    "training.arguments": ["TSTTrainingArguments"],
+    "training.arguments": ["TSTArguments", "TSTTrainingArguments"],
     "training.trainer": ["TSTTrainer"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

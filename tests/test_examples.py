@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def has_trainer(example):
-    return "TSTTrainingArguments" in example.read_text(encoding="utf-8")
+    return "TSTTrainer" in example.read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -174,6 +174,32 @@ def test_a_fused_loss_that_was_patched_in_for_training_is_refused(llama, make_ar
     assert outputs.loss.item() == pytest.approx(math.log(VOCAB_SIZE), rel=0.02)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0])
+def test_a_model_of_unsloth_is_refused(llama, make_args, ratio):
+    """It replaces the forward of the model's class; short batches have logits and a loss of its own, long ones no logits at all."""
+
+    def fast_forward(self, input_ids=None, attention_mask=None, labels=None, *args, **kwargs):
+        self.model._has_no_labels = labels is None
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+        rows, length, _ = hidden.shape
+        count = kwargs.get("num_items_in_batch") or kwargs.get("n_items")
+        logits, loss = self.lm_head(hidden.to(self.lm_head.weight.dtype)), None
+        if labels is not None:
+            targets = torch.full_like(labels, -100)
+            targets[..., :-1] = labels[..., 1:]
+            assert labels.shape == (rows, length)
+            total = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            loss = total / ((targets != -100).sum() if count is None else count)
+        return CausalLMOutputWithPast(loss=loss, logits=logits if rows * length <= 1024 else torch.empty(0))
+
+    llama.__class__ = type("LlamaForCausalLM", (type(llama),), {"forward": fast_forward})
+    args = make_args(tst_phase_ratio=ratio, tst_fused_loss="auto" if ratio else "on")
+    with pytest.raises(
+        TSTError, match=r"Unsloth must be loaded with Transformers|does not call loss_function"
+    ):
+        TSTTrainer(llama, args, train_dataset=make_blocks(4))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back_when_the_forward_pass_fails(llama, training):
     original, modes = llama.forward, []

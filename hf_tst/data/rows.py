@@ -67,6 +67,11 @@ class PlannedRows(Dataset[Row]):
         self._read_bags = BlockReader(self.blocks, bag_columns, rules=self.rules).read
         self._read = BlockReader(self.blocks, self.columns, self.joins, self.rules).read
 
+    @property
+    def column_names(self) -> list[str]:
+        """As `datasets` names them, for trainers that look there."""
+        return list(self.columns)
+
     def __len__(self) -> int:
         return self.plan.total_rows
 
@@ -163,6 +168,11 @@ class StreamedRows(Dataset[Row]):
         self._rows_per_batch = self.layout.per_device_batch_size * shared_by
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
         self._next_batch: int | None = None
+
+    @property
+    def column_names(self) -> list[str] | None:
+        """As `datasets` names them, for trainers that look there; `None` where only the stream knows them."""
+        return None if self.columns is None else list(self.columns)
 
     def __len__(self) -> int:
         return self.schedule.max_steps * self.layout.rows_per_step

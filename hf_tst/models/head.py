@@ -116,7 +116,8 @@ def check_loss_is_replaceable(model: Any) -> None:
             raise TSTError(
                 f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
                 "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
-                "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl)."
+                "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl); a model of Unsloth "
+                "must be loaded with Transformers instead."
             )
 
 

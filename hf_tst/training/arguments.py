@@ -1,4 +1,4 @@
-"""TSTTrainingArguments: the ordinary TrainingArguments and the fields of token superposition."""
+"""TSTArguments, the fields of token superposition, and TSTTrainingArguments, the ordinary TrainingArguments with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -42,10 +42,15 @@ LOWEST = {
     0: ("dataloader_num_workers", "learning_rate", "weight_decay", "adam_epsilon"),
 }
 
+_Base: Any = TrainingArguments if TYPE_CHECKING else object
+
 
 @dataclass
-class TSTTrainingArguments(TrainingArguments):
-    """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+class TSTArguments(_Base):
+    """What token superposition and multi-token prediction add to arguments of training.
+
+    Any dataclass derived from [`~transformers.TrainingArguments`] that inherits it serves [`TSTTrainer`], best with this class
+    first: `class Mine(TSTArguments, OtherArguments)`. Then its checks run when the arguments are made, and else when the trainer is.
 
     With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
     `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_nonfinite_loss`).
@@ -192,6 +197,10 @@ class TSTTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch would warn
+        self.check()
+
+    def check(self) -> None:
+        """Raise `TSTError` if a field is out of range, or another argument cannot go with superposition."""
         for lowest, names in LOWEST.items():
             check_at_least(lowest, **{name: getattr(self, name) for name in names})
         for name in ("adam_beta1", "adam_beta2"):
@@ -227,12 +236,12 @@ class TSTTrainingArguments(TrainingArguments):
         # Trainer pickles its arguments into training_args.bin, beside the model, and pushes it.
         return vars(self) | {"hub_token": None}
 
-    def __copy__(self) -> TSTTrainingArguments:
+    def __copy__(self) -> TSTArguments:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TSTTrainingArguments:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TSTArguments:
         other = copy.copy(self)
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
@@ -312,8 +321,13 @@ class TSTTrainingArguments(TrainingArguments):
             )
 
 
+@dataclass
+class TSTTrainingArguments(TSTArguments, TrainingArguments):
+    """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and of [`TSTArguments`]."""
+
+
 @contextmanager
-def changed_arguments(args: TSTTrainingArguments, **values: Any) -> Iterator[None]:
+def changed_arguments(args: TSTArguments, **values: Any) -> Iterator[None]:
     """Context in which some arguments have other values."""
     before = {name: getattr(args, name) for name in values}
     args.__dict__.update(values)

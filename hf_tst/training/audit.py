@@ -9,7 +9,7 @@ import numpy as np
 from ..data.read_order import BatchLayout, DataPlan
 from ..data.resume_position import DataPosition
 from ..errors import TSTError
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 from .run_data import make_plan
 
 # Rows that are looked at at a time when a whole plan is verified.
@@ -17,12 +17,12 @@ _CHUNK_ROWS = 1 << 16
 
 
 def plan_of_arguments(
-    args: TSTTrainingArguments, num_blocks: int, world_size: int = 1
+    args: TSTArguments, num_blocks: int, world_size: int = 1
 ) -> tuple[DataPlan, BatchLayout]:
     """The plan that [`TSTTrainer`] follows with these arguments on a data set of `num_blocks` blocks.
 
     Args:
-        args (`TSTTrainingArguments`): The run's arguments, with superposition on.
+        args (`TSTArguments`): The run's arguments, with superposition on.
         num_blocks (`int`): Blocks in the training data.
         world_size (`int`, defaults to 1): Ranks that read data of their own.
 

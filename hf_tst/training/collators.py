@@ -13,7 +13,7 @@ from ..data.blocks import IDS_ALONE, BlockRules, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
 from ..errors import TSTError
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     Raises:
         TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
     """
-    args: TSTTrainingArguments = trainer.args
+    args: TSTArguments = trainer.args
     boundaries = args.tst_document_boundaries
     eos_token_id = end_token_id(trainer.processing_class, trainer.model)
     options: Any = {

@@ -13,7 +13,7 @@ from ..errors import TSTError
 from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
 from ..mtp.heads import MTPHeads, attached_heads
 from ..mtp.losses import LOSS_WEIGHTS, extra_losses
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
@@ -34,7 +34,7 @@ class MTPCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        args: TSTTrainingArguments = trainer.args
+        args: TSTArguments = trainer.args
         self._trainer = trainer
         self.heads = MTPHeads(trainer.model, args.mtp_num_heads, args.mtp_kind, seed=args.seed)
         self._reported_step = 0
@@ -68,6 +68,17 @@ class MTPCallback(TrainerCallback):
             # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.
             for parameter in self.heads.parameters():
                 parameter.grad = None
+        elif self._left_out(kwargs["model"]):
+            raise TSTError(
+                f"mtp_num_heads={args.mtp_num_heads}, but the loss holds nothing of the extra heads: {type(self._trainer).__name__} takes "
+                "another loss than the one that the model returns. Set mtp_num_heads=1."
+            )
+
+    def _left_out(self, model: Any) -> bool:
+        """Whether the heads have no gradient where the model has one; a step that is skipped leaves none at all."""
+        ours = {id(parameter) for parameter in self.heads.parameters()}
+        trained = {id(p) for p in model.parameters() if p.grad is not None}
+        return bool(trained) and not trained & ours
 
     def loss_weight(self, step: int | None = None) -> float:
         """The weight of the extra heads' losses in an optimizer step, by default in the one that training is in.
@@ -129,7 +140,7 @@ class MTPCallback(TrainerCallback):
         return nullcontext()
 
 
-def check_same_heads(folder: str | Path, args: TSTTrainingArguments) -> None:
+def check_same_heads(folder: str | Path, args: TSTArguments) -> None:
     """Raise `TSTError` if a checkpoint has other extra heads than a run, or only one of the two has any."""
     saved = {name: value for name, value in _saved_description(folder).items() if name != TRAINED}
     if saved != (wanted := _description(args)):
@@ -139,7 +150,7 @@ def check_same_heads(folder: str | Path, args: TSTTrainingArguments) -> None:
         )
 
 
-def _description(args: TSTTrainingArguments) -> dict[str, str]:
+def _description(args: TSTArguments) -> dict[str, str]:
     """What a file of the heads says of them."""
     kind = {"mtp_kind": args.mtp_kind} if args.mtp_num_heads > 1 else {}
     return {**kind, "mtp_num_heads": str(args.mtp_num_heads)}

@@ -1,4 +1,4 @@
-"""Who overrides what: TSTTrainer's methods look like Trainer's, and it knows which of them a subclass has replaced."""
+"""Who overrides what: TSTTrainer's methods look like Trainer's, and it knows which of them a subclass, or another parent, has."""
 
 from __future__ import annotations
 
@@ -25,17 +25,37 @@ def overrides(trainer: Trainer, method: Any) -> bool:
     return getattr(type(trainer), method.__name__) is not method
 
 
-def choose_fused_loss(trainer: Trainer, method: Any) -> FusedLoss:
-    """`tst_fused_loss`, or `"off"` where that is `"auto"` and a subclass has another `compute_loss` than `method`."""
+def other_parent(trainer: Trainer, ours: type, name: str) -> str | None:
+    """The class that has the method `name` which `super()` gives in `ours`, if that is not Trainer: another parent of a composed trainer."""
+    mro = type(trainer).__mro__
+    owner = next(parent for parent in mro[mro.index(ours) + 1 :] if name in vars(parent))
+    return None if owner is Trainer else owner.__name__
+
+
+def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedLoss]:
+    """`tst_fused_loss` in superposition and in recovery; where that is `"auto"`, `"off"` if another `compute_loss` may read logits.
+
+    Args:
+        trainer: The trainer.
+        ours: Its base class whose `compute_loss` does not.
+    """
     args: Any = trainer.args
     chosen: FusedLoss = args.tst_fused_loss
-    if not args.tst_replaces_loss or chosen != "auto" or not overrides(trainer, method):
-        return chosen
+    name, parent = type(trainer).__name__, other_parent(trainer, ours, "compute_loss")
+    if args.tst_enabled and parent:
+        logger.warning(
+            f"{parent}.compute_loss is left out in superposition, whose loss is the model's own, of bags: what it adds to the loss, or "
+            "logs, begins with recovery."
+        )
+    if not args.tst_replaces_loss or chosen != "auto":
+        return chosen, chosen
+    if not overrides(trainer, ours.compute_loss):  # type: ignore[attr-defined]
+        return "auto", "off" if parent else "auto"
     logger.warning(
-        f"{type(trainer).__name__} has its own compute_loss, so logits are kept, which takes memory for each position and "
+        f"{name} has its own compute_loss, so logits are kept, which takes memory for each position and "
         "token of the vocabulary: set tst_fused_loss='on' if it does not read them, or 'off' to silence this."
     )
-    return "off"
+    return "off", "off"
 
 
 def is_superposed(batch: Any) -> bool:

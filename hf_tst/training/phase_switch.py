@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..models.superposition import fused_next_token_loss, token_superposition
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 from .refusals import check_document_attention
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class PhaseSwitchCallback(TrainerCallback):
         """Give the model its own input and loss back."""
         self._context.close()
 
-    def _enter(self, args: TSTTrainingArguments, step: int, model: Any) -> None:
+    def _enter(self, args: TSTArguments, step: int, model: Any) -> None:
         """Leave the phase that the model is in, and enter that of `step`."""
         self.close()
         if self._trainer.schedule.phase(step) == "superposition":
@@ -72,7 +72,7 @@ class PhaseSwitchCallback(TrainerCallback):
                 document_boundaries=args.tst_document_boundaries,
             )
         elif args.tst_replaces_loss:
-            context = fused_next_token_loss(model, self._trainer.fused_loss)
+            context = fused_next_token_loss(model, self._trainer.fused_recovery)
         else:
             return
         self._context.enter_context(context)

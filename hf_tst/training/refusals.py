@@ -21,7 +21,7 @@ from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
 from ..models.shape import context_length, embedding_size
 from ..models.superposition import find_language_model
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 
 logger = logging.get_logger(__name__)
 
@@ -33,12 +33,13 @@ _ROUNDING = 0.1
 
 
 def check_arguments(args: Any) -> None:
-    """Raise `TSTError` if arguments are not those of this package, or ask for several GPUs in one process."""
-    if not isinstance(args, TSTTrainingArguments):
+    """Raise `TSTError` if arguments lack those of this package, contradict each other, or ask for several GPUs in one process."""
+    if not isinstance(args, TSTArguments):
         raise TSTError(
-            f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where "
-            "the arguments are made."
+            f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where the arguments are "
+            f"made, or let the class inherit hf_tst.TSTArguments."
         )
+    args.check()
     if args.tst_replaces_loss and args.n_gpu > 1:
         raise TSTError(
             f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
@@ -46,13 +47,13 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def check_optimizer(args: TSTTrainingArguments, model: Any) -> None:
+def check_optimizer(args: TSTArguments, model: Any) -> None:
     """Raise `TSTError` if the optimizer that arguments name cannot be made, as when its package is missing."""
     with bad_input(f"optim={args.optim.value} cannot be used: ", (ImportError, ValueError), whole_message):
         Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
-def check_model(args: TSTTrainingArguments, model: Any) -> None:
+def check_model(args: TSTArguments, model: Any) -> None:
     """Raise `TSTError` if a model cannot be trained with the loss that arguments ask for."""
     if args.tst_replaces_loss:
         _, core = find_language_model(model)

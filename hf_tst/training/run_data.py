@@ -28,23 +28,23 @@ from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
-from .arguments import TSTTrainingArguments
+from .arguments import TSTArguments
 from .refusals import block_rules
 
 logger = logging.get_logger(__name__)
 
 
-def make_schedule(args: TSTTrainingArguments, steps: int) -> PhaseSchedule:
+def make_schedule(args: TSTArguments, steps: int) -> PhaseSchedule:
     """The phases of a run of `steps` optimizer steps."""
     rows = args.tst_superposition_rows
     return PhaseSchedule(steps, args.tst_phase_ratio, args.tst_bag_size, args.tst_mode, rows)
 
 
-def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -> DataPlan:
+def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPlan:
     """The plan of a run over a map-style data set: from the arguments and the number of blocks alone.
 
     Args:
-        args (`TSTTrainingArguments`): The run's arguments.
+        args (`TSTArguments`): The run's arguments.
         num_blocks (`int`): Blocks in the data set.
         rows_per_step (`int`): Rows per optimizer step, over all ranks and accumulation steps.
 
@@ -61,7 +61,7 @@ def make_plan(args: TSTTrainingArguments, num_blocks: int, rows_per_step: int) -
     return plan(args.max_steps)
 
 
-def _order(args: TSTTrainingArguments) -> tuple[int, bool]:
+def _order(args: TSTArguments) -> tuple[int, bool]:
     seed = args.seed if args.data_seed is None else args.data_seed
     return seed, args.train_sampling_strategy != "sequential"
 
@@ -286,7 +286,7 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
     Raises:
         TSTError: If neither `max_steps` nor the length of the data says how many steps there are.
     """
-    args: TSTTrainingArguments = trainer.args
+    args: TSTArguments = trainer.args
     if args.max_steps > 0:
         return make_schedule(args, args.max_steps)
     if not has_length(data):
@@ -300,7 +300,7 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
 
 def _tell_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
     """Say how many steps a run by epochs has; `steps_per_pass` are those of recovery in one pass over the data."""
-    args: TSTTrainingArguments = trainer.args
+    args: TSTArguments = trainer.args
     if args.max_steps > 0:
         return
     plain = math.ceil(args.num_train_epochs * math.ceil(steps_per_pass))
@@ -322,7 +322,7 @@ def _layout(trainer: Any) -> BatchLayout:
 
 
 def _position(
-    args: TSTTrainingArguments,
+    args: TSTArguments,
     schedule: PhaseSchedule,
     layout: BatchLayout,
     facts: BlockFacts,
@@ -350,7 +350,7 @@ def _position(
     )
 
 
-def _steps_per_epoch(args: TSTTrainingArguments, schedule: PhaseSchedule) -> int:
+def _steps_per_epoch(args: TSTArguments, schedule: PhaseSchedule) -> int:
     return math.ceil(schedule.max_steps / (1 if args.max_steps > 0 else max(1, args.num_train_epochs)))
 
 
@@ -405,7 +405,7 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
     return loader
 
 
-def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
+def _check_loader(args: TSTArguments, streamed: bool) -> None:
     if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
         raise TSTError(
             "dataloader_in_order=False would mix the batches of both phases: leave it at True, or set dataloader_num_workers=0."
@@ -417,7 +417,7 @@ def _check_loader(args: TSTTrainingArguments, streamed: bool) -> None:
         )
 
 
-def plain_loader(loader: Any, args: TSTTrainingArguments) -> Any:
+def plain_loader(loader: Any, args: TSTArguments) -> Any:
     """The loader of plain training that resumes, whose processes take no seed from the random numbers of training.
 
     An uninterrupted run has drawn that seed in its first epoch, if its loader processes stay.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -27,14 +28,14 @@ from ..models.superposition import fused_evaluation_loss
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
-from .arguments import TSTTrainingArguments, changed_arguments
+from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
 from .collators import CheckingCollator, make_collator
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
-from .overriding import choose_fused_loss, is_superposed, overrides, signature_of
+from .overriding import choose_fused_losses, is_superposed, other_parent, overrides, signature_of
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer, explained_bags
@@ -55,13 +56,16 @@ class TSTTrainer(Trainer):
     A subclass may bring its own `get_train_dataloader` or `_get_train_sampler`. Their batches of rows of L tokens are then
     folded as they come: superposition joins `tst_bag_size` batches, each row cut into L/s bags (see [`FoldedBatches`]).
 
+    It may be the first parent of two, `class Mine(TSTTrainer, OtherTrainer)`. Bags then get the model's own loss and tokens that of the
+    other trainer's `compute_loss`, whose loader or sampler, if it has one of its own, is folded as a subclass's.
+
     `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to
     read, and the number of steps is derived from the blocks that each phase consumes; what Trainer calls an epoch is then
     an equal share of the steps. Blocks that do not fill a whole optimizer step at the end are not read.
 
     Args:
         model (`PreTrainedModel`): As for [`~transformers.Trainer`].
-        args (`TSTTrainingArguments`): See [`TSTTrainingArguments`].
+        args ([`TSTTrainingArguments`]): Or of any class of training arguments that inherits [`TSTArguments`].
         data_collator (*optional*): Collates the blocks of both phases, and evaluation; by default labels are a copy of
             `input_ids`.
         positional, kwargs: All other arguments of [`~transformers.Trainer`].
@@ -71,8 +75,8 @@ class TSTTrainer(Trainer):
         RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
 
     `schedule` has the phases of the run, from when the training data is loaded; `fused_loss` is `tst_fused_loss`, or `"off"` where
-    that is `"auto"` and a subclass has its own `compute_loss`; `preempted` is true once SIGTERM has ended
-    it (`enable_jit_checkpoint`).
+    that is `"auto"` and a subclass has its own `compute_loss`; `fused_recovery` is the same of recovery and evaluation, where another
+    parent's `compute_loss` counts, too; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
 
     Overrides, in the order of a run:
         - `init_hf_repo`: a refusal of the Hub in one sentence, before training.
@@ -95,12 +99,12 @@ class TSTTrainer(Trainer):
         - `push_to_hub`, `create_model_card`: errors in one sentence; a card from the record of the run.
     """
 
-    args: TSTTrainingArguments
+    args: TSTArguments
 
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: TSTTrainingArguments | None = None,
+        args: TSTArguments | None = None,
         data_collator: Any = None,
         *positional: Any,
         **kwargs: Any,
@@ -115,9 +119,15 @@ class TSTTrainer(Trainer):
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
         # PreemptionCallback takes the place of Trainer's own.
+        given = (
+            inspect.signature(Trainer.__init__).bind(self, model, args, data_collator, *positional).arguments
+        )
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
-            super().__init__(model, args, data_collator, *positional, **kwargs)
-        self.fused_loss: FusedLoss = choose_fused_loss(self, TSTTrainer.compute_loss)
+            # By name, since another parent may take others by position.
+            super().__init__(**{name: value for name, value in given.items() if name != "self"}, **kwargs)
+        self.fused_loss: FusedLoss
+        self.fused_recovery: FusedLoss
+        self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
         self._has_own_schedule = self.lr_scheduler is not None
         self.data_collator: Any = make_collator(self, data_collator)
         check_trainer(self)
@@ -196,7 +206,9 @@ class TSTTrainer(Trainer):
         if not self.args.tst_enabled or self.train_dataset is None:
             loader = super().get_train_dataloader()
             return plain_loader(loader, self.args) if self._checkpoint else loader
-        if overrides(self, Trainer._get_train_sampler):
+        if other_parent(self, TSTTrainer, "get_train_dataloader") or overrides(
+            self, Trainer._get_train_sampler
+        ):
             return self._begin(fold_own_loader(self, super().get_train_dataloader()))
         return self._begin(open_run_data(self))
 
@@ -226,9 +238,7 @@ class TSTTrainer(Trainer):
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
         return make_loader(self, data)
 
-    def set_initial_training_values(
-        self, args: TSTTrainingArguments, dataloader: DataLoader
-    ) -> tuple[Any, ...]:
+    def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
         if self._data is not None:
             self.args.ignore_data_skip = True  # the rows begin where training stands; `train` puts it back
@@ -290,7 +300,11 @@ class TSTTrainer(Trainer):
         What a model adds to its loss, such as a router's auxiliary loss, is a mean over a micro-batch. Where superposition
         or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
         on their mean, and evaluation is that of one rank. Plain training adds them up, as [`~transformers.Trainer`] does.
+
+        Another parent's `compute_loss` has tokens to itself, and does not see bags, whose labels have a dimension more than it knows.
         """
+        if not is_superposed(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         parts = 1
         if num_items_in_batch is not None and self.args.tst_replaces_loss and adds_to_loss(self.model.config):
             parts = self.current_gradient_accumulation_steps if model.training else 1
@@ -301,7 +315,7 @@ class TSTTrainer(Trainer):
             num_items_in_batch = num_items_in_batch / parts
         if self._mtp is not None:
             self._mtp.heads.share = 1 / parts
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
         if model.training and isinstance(outputs, Mapping) and outputs.get("router_logits") is not None:
             mask = inputs.get("attention_mask")
@@ -353,7 +367,7 @@ class TSTTrainer(Trainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         fuses = prediction_loss_only and self.args.tst_replaces_loss
-        with fused_evaluation_loss(self.model, self.fused_loss) if fuses else nullcontext():
+        with fused_evaluation_loss(self.model, self.fused_recovery) if fuses else nullcontext():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *positional, **kwargs
             )

@@ -7,14 +7,13 @@ superposition joins neighbouring rows.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import load_dataset
-from transformers import AutoTokenizer, HfArgumentParser, Trainer
+from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
+from hf_tst import TSTArguments, TSTTrainer, pack_blocks, tokenize_documents
 
 
 @dataclass
@@ -25,17 +24,12 @@ class Data:
 
 
 @dataclass
-class TSTSFTConfig(SFTConfig, TSTTrainingArguments):
-    """In this order trl's defaults hold: bfloat16, gradient checkpointing."""
+class TSTSFTConfig(TSTArguments, SFTConfig):
+    """trl's defaults hold: bfloat16, gradient checkpointing."""
 
 
 class TSTSFTTrainer(TSTTrainer, SFTTrainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Bags get the model's own loss, which superposition has replaced, and tokens that of SFTTrainer."""
-        of = Trainer if inputs["labels"].dim() == 3 else SFTTrainer
-        return of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+    """Bags get the model's own loss, which superposition has replaced, and tokens that of SFTTrainer."""
 
 
 def main() -> None:
