@@ -193,14 +193,22 @@ def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> 
 
 
 @contextmanager
-def explained_bags(name: str, batch: Mapping[str, Any]) -> Iterator[None]:
+def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     """Context in which the `compute_loss` or `training_step` of a trainer's subclass `name` meets its first batch of bags.
 
     Raises:
-        TSTError: If it fails, but for want of memory.
+        TSTError: If it fails, but for want of memory, or never gives the model ids of as many dimensions as the batch has.
     """
+    dimensions = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        dimensions.add(ids.dim() if isinstance(ids, Tensor) else None)
+
+    called, _ = find_language_model(model)
     try:
-        yield
+        with called.register_forward_pre_hook(note, prepend=True, with_kwargs=True):
+            yield
     except TSTError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
@@ -212,6 +220,11 @@ def explained_bags(name: str, batch: Mapping[str, Any]) -> Iterator[None]:
             f"{whole_message(error)}. Call another model, such as a teacher, inside of token_superposition(teacher, bag_size), and "
             "leave out what needs single tokens where labels have three dimensions."
         ) from error
+    if (expected := batch["input_ids"].dim()) not in dimensions:
+        raise TSTError(
+            f"{name} does not give the model the input_ids of its batch, of shape {tuple(batch['input_ids'].shape)}, but others: hand "
+            f"them on with their {expected} dimensions, in which the last is that of bags."
+        )
 
 
 # Rows of tokens

@@ -278,7 +278,7 @@ class TSTTrainer(Trainer):
         check_batch(self, inputs, num_items, *self._counted)
         own = overrides(self, TSTTrainer.compute_loss) or overrides(self, TSTTrainer.training_step)
         first = own and is_superposed(inputs) and not self._has_trained_bags
-        with explained_bags(type(self).__name__, inputs) if first else nullcontext():
+        with explained_bags(type(self).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items)
         self._has_trained_bags |= first
         return loss

@@ -36,6 +36,12 @@ class CallsEmbedding(TSTTrainer):
         return model(inputs_embeds=embedded, labels=inputs["labels"]).loss
 
 
+class UnfoldsBags(TSTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        views = {name: ids.reshape(-1, ids.shape[-1]) for name, ids in inputs.items()}
+        return model(**views).loss
+
+
 class HasItsOwnLoss(TSTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
@@ -80,6 +86,7 @@ class LoadsRowsOfManyLengths(TSTTrainer):
         (CallsForward, "call the model itself"),
         (CallsBody, "call the model itself"),
         (CallsEmbedding, "call the model itself"),
+        (UnfoldsBags, "does not give the model the input_ids of its batch, of shape"),
         (HasItsOwnLoss, "HasItsOwnLoss's own loss fails on a batch of superposition"),
         (TakesItsOwnSamples, "does not call super"),
         (CountsItsOwnTargets, "num_items_in_batch=88 to training_step, but the step has 22 targets"),
