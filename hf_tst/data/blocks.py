@@ -7,7 +7,7 @@ nothing is turned into Python objects on the way.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,13 +95,20 @@ class BlockRules:
             raise self._bad(
                 index, "has a single token, so that nothing is predicted: pack the data into longer blocks"
             )
-        if "labels" in block and len(block["labels"]) != len(tokens):
-            counts = f"{len(tokens)} input_ids and {len(block['labels'])} labels"
-            raise self._bad(index, f"has {counts}: give every token its label, or leave the labels out")
+        if "labels" in block:
+            self._check_labels(block["labels"], len(tokens), index)
         self.check_context(len(tokens), index)
         self.check_ids(tokens, index)
         self.check_padding(block, index)
         return tokens
+
+    def _check_labels(self, labels: Any, length: int, index: int) -> None:
+        found, advice = np.asarray(labels), "give every token its label, or leave the labels out"
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            kind = f"of shape {found.shape} and type {found.dtype}"
+            raise self._bad(index, f"has labels {kind}, which are no row of token ids: {advice}")
+        if len(found) != length:
+            raise self._bad(index, f"has {length} input_ids and {len(found)} labels: {advice}")
 
     def check_context(self, length: int, index: int) -> None:
         """Raise `TSTError` if block `index`, of `length` tokens, is longer than the model's context."""
@@ -232,6 +239,33 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
         stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
         _check_stored_lengths(stored["input_ids"], length, range(len(stored)))
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
+
+
+def check_columns(block: Mapping[str, Any], passed_on: Collection[str] | None) -> None:
+    """Check that superposition drops no column of a block that recovery hands to the model or to `compute_loss`.
+
+    Args:
+        block: The columns of a block.
+        passed_on (`Collection[str]`, *optional*): Names of columns that are handed on; all by default.
+
+    Raises:
+        TSTError: If it would.
+    """
+    known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS, "special_tokens_mask"}
+    if "labels" in block:
+        known |= {"label", "label_ids"}  # collators prefer `labels`
+    if passed_on is None:
+        known.add("token_type_ids")  # which tokenizers make, and most models leave unread
+    lost = sorted(
+        name
+        for name, value in block.items()
+        if name not in known and not isinstance(value, str) and (passed_on is None or name in passed_on)
+    )
+    if lost:
+        advice = ", or set remove_unused_columns=True" if passed_on is None else ""
+        raise TSTError(
+            f"The training data has the columns {', '.join(lost)}, which have no place in a bag: leave them out{advice}."
+        )
 
 
 def check_length(found: int, length: int, index: int) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS
+from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, as_block
 
 
 @dataclass(eq=False, repr=False)
@@ -67,7 +67,15 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
             raise TSTError(
                 "The training loader's batches must be mappings with the same columns in all of them."
             )
-        joined = {name: torch.cat([torch.as_tensor(batch[name]) for batch in batches]) for name in first}
+        tensors = {name: [torch.as_tensor(batch[name]) for batch in batches] for name in first}
+        for name, parts in tensors.items():
+            if len(shapes := {part.shape[1:] for part in parts}) > 1:
+                found = " and ".join(sorted(str((None, *shape)) for shape in shapes))
+                raise TSTError(
+                    f"The training loader's batches hold {name} of several shapes ({found}), but bags are made of batches with rows of one "
+                    "length: pack the data into blocks."
+                )
+        joined = {name: torch.cat(parts) for name, parts in tensors.items()}
         return fold_batch(joined, len(next(iter(joined.values()))), self.collator)
 
     def _all_batches(self, skipped: int) -> Iterator[Any]:
@@ -133,4 +141,14 @@ class FoldingCollator:
 
     def __call__(self, rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         """A batch of rows, each given as its consecutive blocks."""
-        return fold_batch(self.blocks([block for row in rows for block in row]), len(rows), self.bags)
+        blocks = [block for row in rows for block in row]
+        batch = self.blocks(blocks)
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            given = sum(len(as_block(block)["input_ids"]) for block in blocks)
+            made = torch.as_tensor(batch["input_ids"]).numel()
+            if given != made:
+                raise TSTError(
+                    f"The collator makes {made} tokens of the {given} that it is given, but a row of bags is made of whole blocks: let it "
+                    "keep all of them, and set labels to -100 where a token is no target."
+                )
+        return fold_batch(batch, len(rows), self.bags)

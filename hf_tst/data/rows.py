@@ -15,7 +15,16 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockReader, BlockRules, as_block, join_blocks
+from .blocks import (
+    NO_RULES,
+    TOKEN_COLUMNS,
+    BlockFacts,
+    BlockReader,
+    BlockRules,
+    as_block,
+    check_columns,
+    join_blocks,
+)
 from .packing import open_stream, stream_state
 from .read_order import BatchLayout, DataPlan
 
@@ -207,6 +216,7 @@ class StreamedRows(Dataset[Row]):
         group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
         if superposed and self.joins:
             blocks = [as_block(row) for row in group]
+            check_columns(blocks[0], self.columns)
             return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in blocks])
         rows = [self._chosen(row) for row in group]
         return rows if superposed else rows[0]

@@ -89,6 +89,7 @@ def token_superposition(
         replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss),
         called.register_forward_pre_hook(bags.before_forward, with_kwargs=True),
         called.register_forward_hook(bags.after_forward, always_call=True),
+        core.base_model.register_forward_pre_hook(bags.before_body, with_kwargs=True),
         # Around other hooks on the embedding, which see its ordinary input and output.
         embedding.register_forward_pre_hook(bags.before_embedding, prepend=True),
         embedding.register_forward_hook(bags.after_embedding),
@@ -262,9 +263,14 @@ class _BagInput:
         stand_ins = input_ids.new_full(positions, -1, dtype=torch.int32)
         return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
 
+    def before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model's body, which sees stand-ins: bags reach it where it is called on its own."""
+        _refuse_bags(args[0] if args else kwargs.get("input_ids"))
+
     def before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook: the embedding looks up the tokens of all bags."""
         if self._bags is None:
+            _refuse_bags(args[0])
             return None
         bags = self._bags
         if self.ignore_index is not None:
@@ -280,6 +286,15 @@ class _BagInput:
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the pass is over, also when it failed."""
         self._bags = None
+
+
+def _refuse_bags(input_ids: Any) -> None:
+    """Raise `TSTError` if a part of the model is given bags, which some families would take for rows of tokens."""
+    if isinstance(input_ids, Tensor) and input_ids.dim() == 3:
+        raise TSTError(
+            f"input_ids of shape {tuple(input_ids.shape)} are bags, but a part of the model, or its forward, was called with them: "
+            "call the model itself, as in model(**inputs), which averages them."
+        )
 
 
 def _check_targets(bags: Tensor, labels: Tensor) -> None:

@@ -285,7 +285,10 @@ class TSTArguments(_Base):
             get_scheduler(kind, optimizer, 0, 10, self.schedule_options(10))
 
     def _check_trackers(self) -> None:
-        for name in self.report_to or ():
+        # Trainer makes [None] of None, which its type allows, and then knows no such tracker.
+        names = [name for name in self.report_to or () if name is not None]
+        self.__dict__.update(report_to=names)
+        for name in names:
             check_choice("report_to", name, integration_utils.INTEGRATION_TO_CALLBACK)
             is_available = getattr(integration_utils, f"is_{name.split('_')[0]}_available", None)
             if is_available is not None and not is_available():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,15 @@ class CheckingCollator:
 @dataclass(frozen=True)
 class DefaultCollator:
     """Collator of evaluation, and of plain training: Trainer's own, but rows may be their ids alone, rows of tokens without
-    labels get a copy of them, and blocks of equal length need no padding token.
+    labels get a copy of them as labels, and blocks of equal length need no padding token.
 
     Args:
         default: Trainer's collator.
+        adds_labels (`bool`, defaults to `True`): Whether rows without labels get them; those of prediction have no need of them.
     """
 
     default: Any
+    adds_labels: bool = True
 
     def __call__(self, features: list[Any]) -> Any:
         """The batch."""
@@ -60,11 +62,15 @@ class DefaultCollator:
         given = {"label", "labels", "label_ids"} & set(first)
         per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
         if per_token and len({len(row["input_ids"]) for row in features}) == 1:
-            return DataCollatorForTokenSuperposition(1)(features)
-        batch = self.default(features)
-        if given:
-            return batch
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+            batch: Any = DataCollatorForTokenSuperposition(1)(features)
+        else:
+            batch = self.default(features)
+            if not given:
+                padding = batch["attention_mask"] == 0
+                batch = {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+        if not given and not self.adds_labels:
+            del batch["labels"]
+        return batch
 
 
 def make_collator(trainer: Any, data_collator: Any) -> Any:
@@ -112,6 +118,13 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     if args.tst_enabled:
         return PhaseCollator(superposition, recovery, evaluation)
     return evaluation if data_collator is None and boundaries == "ignore" else recovery
+
+
+def without_added_labels(collator: Any) -> Any:
+    """The collator of prediction: that of a run, but rows without labels get none, as Trainer's do."""
+    if isinstance(collator, PhaseCollator):
+        return without_added_labels(collator.evaluation)
+    return replace(collator, adds_labels=False) if isinstance(collator, DefaultCollator) else collator
 
 
 def end_token_id(tokenizer: Any, model: Any) -> int | None:

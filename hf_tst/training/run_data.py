@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
+from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
@@ -201,6 +201,11 @@ def open_run_data(trainer: Any) -> RunData:
     if args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         used = [*trainer._signature_columns, *document_columns]
+        if "input_ids" not in used:
+            raise TSTError(
+                f"The forward of {type(trainer.model).__name__} names no input_ids, so remove_unused_columns=True removes them: set it to "
+                "False. Instead of giving a model that torch.compile has made, torch_compile=True may be set."
+            )
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
     if streamed:
@@ -214,8 +219,8 @@ def open_run_data(trainer: Any) -> RunData:
         _tell_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
         first = as_block(blocks[0])
         columns = [name for name in first if used is None or name in used]
-        if joins and used is None:
-            _check_columns(first)
+        if joins:
+            check_columns(first, used)
         rules = replace(rules, length=facts.block_length)
         _warn_of_overlap(blocks, facts)
         rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
@@ -245,6 +250,11 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
         TSTError: If documents are to be respected, or the number of steps is not known.
     """
     args, layout = trainer.args, _layout(trainer)
+    if isinstance(getattr(loader, "dataset", None), (PlannedRows, StreamedRows)):
+        raise TSTError(
+            f"get_train_dataloader of {type(trainer).__name__} makes another loader of the rows that super().get_train_dataloader() reads in "
+            "their order: let it return that loader as it is, or one over train_dataset."
+        )
     if args.tst_document_boundaries == "respect":
         raise TSTError(
             "tst_document_boundaries='respect' needs the trainer's own order of the data: leave get_train_dataloader and "
@@ -352,17 +362,6 @@ def _position(
 
 def _steps_per_epoch(args: TSTArguments, schedule: PhaseSchedule) -> int:
     return math.ceil(schedule.max_steps / (1 if args.max_steps > 0 else max(1, args.num_train_epochs)))
-
-
-def _check_columns(block: Mapping[str, Any]) -> None:
-    """Raise `TSTError` if superposition would drop a column that recovery hands to the model or to `compute_loss`."""
-    known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS, "token_type_ids", "special_tokens_mask"}
-    lost = sorted(name for name, value in block.items() if name not in known and not isinstance(value, str))
-    if lost:
-        raise TSTError(
-            f"The training data has the columns {', '.join(lost)}, which have no place in a bag: leave them out, or set "
-            "remove_unused_columns=True."
-        )
 
 
 def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,21 @@ from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
 from .checkpoint_weights import load_renamed_weights
-from .collators import CheckingCollator, make_collator
+from .collators import CheckingCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .overriding import choose_fused_losses, is_superposed, other_parent, overrides, signature_of
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer, explained_bags
+from .refusals import (
+    batch_rules,
+    check_arguments,
+    check_batch,
+    check_stored_rows,
+    check_trainer,
+    explained_bags,
+)
 from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .spikes import SpikeCallback
@@ -93,6 +101,7 @@ class TSTTrainer(Trainer):
         - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
         - `log`: bag size, raw and latent tokens, load of experts, loss of extra heads.
         - `evaluation_loop`: no logits where nothing but the loss is asked for.
+        - `get_test_dataloader`: rows of tokens alone, or of several lengths.
         - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
         - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is complete or not there.
         - `save_model`: whole weights, each once, where FSDP has sharded them.
@@ -115,7 +124,9 @@ class TSTTrainer(Trainer):
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # that training resumes from
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        self._has_trained_bags = False  # by a subclass's own compute_loss
+        self._loader: Any = None  # of the rows or batches of the run
+        self._counted: tuple[int, Any] = (-1, None)  # a step, and the number of its targets
+        self._has_trained_bags = False  # by a subclass's own compute_loss or training_step
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
         # PreemptionCallback takes the place of Trainer's own.
@@ -181,12 +192,12 @@ class TSTTrainer(Trainer):
         # These two are changed below.
         kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
-        own = args.tst_enabled and overrides(self, TSTTrainer.get_train_dataloader)
-        folds = (
-            replaced(self.__dict__, "get_train_dataloader", self._fold_own_loader) if own else nullcontext()
-        )
         try:
-            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, folds:
+            with (
+                changed_arguments(args, logging_nan_inf_filter=filters, **kept),
+                heads,
+                self._around_own_methods(),
+            ):
                 return super().train(self._checkpoint, *positional, **kwargs)
         finally:
             self._switch.close()
@@ -195,6 +206,17 @@ class TSTTrainer(Trainer):
                 self._console.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
+
+    @contextmanager
+    def _around_own_methods(self) -> Iterator[None]:
+        """Context in which what a subclass gives to a run with superposition is folded, and checked."""
+        own = {"training_step": partial(self._train_on_batch, self.training_step)}
+        if overrides(self, TSTTrainer.get_train_dataloader):
+            own["get_train_dataloader"] = partial(self._fold_own_loader, self.get_train_dataloader)
+        with ExitStack() as stack:
+            for name, method in own.items() if self.args.tst_enabled else ():
+                stack.enter_context(replaced(self.__dict__, name, method))
+            yield
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
@@ -223,11 +245,12 @@ class TSTTrainer(Trainer):
         batch_rules(self.model).check_batch(inputs)  # of somebody else's loader
         return super()._prepare_inputs(inputs)
 
-    def _fold_own_loader(self) -> Any:
-        """What `get_train_dataloader` of a subclass gives, folded unless it is made of our rows."""
+    def _fold_own_loader(self, make_own: Callable[[], Any]) -> Any:
+        """What `get_train_dataloader` of a subclass gives, folded unless it is the loader of our rows, or made around it."""
         self._data = self.schedule = None
-        loader = type(self).get_train_dataloader(self)
-        return loader if self._data is not None else self._begin(fold_own_loader(self, loader))
+        loader = make_own()
+        is_another = isinstance(loader, DataLoader) and loader is not self._loader
+        return self._begin(fold_own_loader(self, loader)) if self._data is None or is_another else loader
 
     def _begin(self, data: RunData) -> Any:
         """Take `data` for the run that begins or resumes; returns its loader."""
@@ -236,7 +259,8 @@ class TSTTrainer(Trainer):
         self._target_bags.clear()
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
-        return make_loader(self, data)
+        self._loader = make_loader(self, data)
+        return self._loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
@@ -268,20 +292,31 @@ class TSTTrainer(Trainer):
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
         if not samples or not is_superposed(samples[0]):
-            return super().get_batch_samples(iter(samples), num_batches, device)
-        if not self.model_accepts_loss_kwargs:
-            return samples, None
-        return samples, self._target_bags.count(samples, device) / self.get_tp_size()
+            samples, count = super().get_batch_samples(iter(samples), num_batches, device)
+        elif not self.model_accepts_loss_kwargs:
+            count = None
+        else:
+            count = self._target_bags.count(samples, device) / self.get_tp_size()
+        self._counted = self.state.global_step, count
+        return samples, count
+
+    def _train_on_batch(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any = None
+    ) -> Tensor:
+        """`training_step`, a subclass's own or ours, on a batch that is one of the phase."""
+        check_batch(self, inputs, num_items, *self._counted)
+        own = overrides(self, TSTTrainer.compute_loss) or overrides(self, TSTTrainer.training_step)
+        first = own and is_superposed(inputs) and not self._has_trained_bags
+        with explained_bags(type(self).__name__, model, inputs) if first else nullcontext():
+            loss = step(model, inputs, num_items)
+        self._has_trained_bags |= first
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass; notes the loss, which must be finite."""
-        own = overrides(self, TSTTrainer.compute_loss)
-        first = own and is_superposed(inputs) and not self._has_trained_bags
-        with explained_bags(type(self).__name__, inputs) if first else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._has_trained_bags |= first
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._non_finite.note_loss(loss)
         self._spikes.note_loss(loss)
         return loss
@@ -366,11 +401,18 @@ class TSTTrainer(Trainer):
         """Evaluate or predict; with the fused loss, where training has it and nothing but the loss is asked for."""
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        fuses = prediction_loss_only and self.args.tst_replaces_loss
+        # An own `prediction_step` may read logits, whatever is asked for.
+        own = overrides(self, Trainer.prediction_step)
+        fuses = prediction_loss_only and self.args.tst_replaces_loss and not own
         with fused_evaluation_loss(self.model, self.fused_recovery) if fuses else nullcontext():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *positional, **kwargs
             )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The batches of prediction; rows without labels get none."""
+        with replaced(self.__dict__, "data_collator", without_added_labels(self.data_collator)):
+            return super().get_test_dataloader(test_dataset)
 
     # Checkpoints
 
