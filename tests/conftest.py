@@ -8,11 +8,11 @@ import shutil
 import tempfile
 
 # What the machine has in its environment and caches stays out of the tests; processes that they start inherit this.
-if "hf_tst_tests" not in os.environ.get("HF_HOME", ""):
+if "HF_TST_TEST_CACHE" not in os.environ:
     for name in [*os.environ]:
         if name.startswith(("ACCELERATE_", "HF_", "TRANSFORMERS_")) and not name.startswith("HF_TST_"):
             del os.environ[name]
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_tst_tests-")
+    os.environ["HF_HOME"] = os.environ["HF_TST_TEST_CACHE"] = tempfile.mkdtemp(prefix="hf_tst-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are too small to share out, and threads that wait for each other slow down whatever runs beside them.
@@ -82,6 +82,7 @@ CORE = {
     "test_resume": r"uninterrupted_run\[.*-(blocks|block stream)\]|refused_with_both_values",
     "test_other_trainers": "s_times|plain_trainer|same_loss|refused",
     "test_bad_input": "",
+    "test_console": "not_overwritten|replaced_when|one_line|resumed_run_begins|ctrl_c|misspelt",
     "test_cli": "help_teaches|ordinary_model|one_sentence_and_status_2",
 }
 

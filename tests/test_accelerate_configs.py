@@ -29,15 +29,15 @@ SHARDED = [name for name in EXPECTED if name.startswith("fsdp2")]
 
 
 def command(name):
-    """The command in the comment at the head of a configuration, and what the comment says before it."""
+    """The arguments of the command in the comment at the head of a configuration."""
     lines = []
     for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
-    purpose, _, rest = "\n".join(lines).partition("accelerate launch ")
+    rest = "\n".join(lines).partition("accelerate launch ")[2]
     rest = rest.replace("\\\n", " ").replace("$NODE", "0").replace("$FIRST_NODE", "127.0.0.1")
-    return shlex.split(rest), purpose
+    return shlex.split(rest)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def environment(monkeypatch):
     """What `accelerate launch` would put into the environment of its processes."""
 
     def prepare(name):
-        args = launch_command_parser().parse_args([*command(name)[0]])
+        args = launch_command_parser().parse_args(command(name))
         args, _, _ = _validate_launch_command(args)
         for key, value in prepare_multi_gpu_env(args).items():
             if key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
@@ -72,11 +72,8 @@ def test_accelerate_reads_it(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_its_comment_says_what_for_and_how(name, environment):
-    words, purpose = command(name)
-    assert len(purpose) > 60
-    assert f"hf_tst/pretraining/accelerate/{name}.yaml" in words
-    assert (ROOT / "scripts/run_clm_tst.py").exists()
+def test_its_comment_has_the_command_that_uses_it(name, environment):
+    assert f"hf_tst/pretraining/accelerate/{name}.yaml" in command(name)
     args = environment(name)
     assert args.training_script == "scripts/run_clm_tst.py"
     assert args.num_processes == EXPECTED[name][1]

@@ -402,17 +402,19 @@ def test_a_refusal_is_told_whatever_the_launcher_ends_with(tmp_path):
         run_all([run], launcher=f"{sys.executable} {launcher}")
 
 
-def test_an_interrupted_comparison_starts_no_further_run(tmp_path, monkeypatch):
+def test_ctrl_c_ends_what_runs_and_says_how_to_continue(tiny_recipe, tmp_path, monkeypatch, capsys):
     started = []
 
-    def run(command, **_):
-        started.append(command[-1])
-        raise KeyboardInterrupt
+    def start(command, **options):
+        started.append(subprocess.Popen(["sleep", "600"], **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[-1]
 
-    monkeypatch.setattr(run_queue, "Popen", run)
-    with pytest.raises(KeyboardInterrupt):
-        run_all([PlannedRun(name, tmp_path / name, {}) for name in "abcd"])
-    assert len(started) == 1
+    monkeypatch.setattr(run_queue, "Popen", start)
+    assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path)]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("hf-tst compare: interrupted: what is finished is kept, and the same command does")
+    assert [child.poll() for child in started] == [-signal.SIGTERM]
 
 
 def test_lists():

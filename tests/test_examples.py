@@ -83,8 +83,3 @@ def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
     assert [note["step"] for note in state["stateful_callbacks"]["TSTTrainer"]] == [0, 4]
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short_enough_to_read(example):
-    assert sum(bool(line.strip()) for line in example.read_text(encoding="utf-8").splitlines()) < 60

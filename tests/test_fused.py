@@ -220,10 +220,7 @@ def test_auto_falls_back_and_says_why(llama, caplog):
     assert outputs.logits.shape[-1] == VOCAB_SIZE
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage() == (
-        "The superposition loss of LlamaForCausalLM is computed from all logits, which takes more memory: its head has forward "
-        "hooks, which would miss the logits."
-    )
+    assert "its head has forward hooks" in record.getMessage()
 
 
 def test_a_loss_of_the_users_own_is_not_fused(llama):

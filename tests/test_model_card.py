@@ -170,13 +170,6 @@ def test_an_adapter_is_called_one():
     assert "ordinary PEFT adapter" in card.text
 
 
-def test_the_template_is_in_the_repository_once():
-    root = Path(__file__).parent.parent
-    assert (
-        root / "model_cards" / "template.md"
-    ).resolve() == root / "hf_tst" / "records" / "templates" / "model_card.md"
-
-
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in CARDS.glob("*/README.md")))
 def test_the_cards_here_are_what_their_records_give(folder):
     card = ModelCard.load(CARDS / folder / "README.md")

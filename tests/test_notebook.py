@@ -93,10 +93,7 @@ def test_what_is_stored_is_what_it_gives(executed, committed):
     assert [stored[name] for name in names] == [given[name] for name in names]
 
 
-def test_what_is_stored_is_small_and_clean(committed):
-    assert NOTEBOOK.stat().st_size < 500_000
-    assert sum(kinds.count("picture") for kinds in kinds_of_outputs(committed)) == 5
-    assert {kind for kinds in kinds_of_outputs(committed) for kind in kinds} == {"picture", "stdout"}
+def test_what_is_stored_has_no_warnings_or_paths(committed):
     for cell in code_cells(committed):
         for output in cell.outputs:
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
