@@ -21,6 +21,7 @@ from ..errors import PreemptedError, TSTError
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
+from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
         raise TSTError("Both resume_from_checkpoint and overwrite_output_dir are given: leave one out.")
     if not (args.resume_from_checkpoint or run_args.overwrite_output_dir):
         check_free(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
+    check_checkpoint_is_there(args.resume_from_checkpoint, args.output_dir)
     logging.set_verbosity(args.get_process_log_level())
     if args.should_log:
         basicConfig(format="%(message)s")

@@ -255,14 +255,22 @@ def choose_checkpoint(requested: str | bool | None, args: TrainingArguments) -> 
     return found
 
 
+def check_checkpoint_is_there(requested: str | bool | None, output_dir: str) -> None:
+    """Raise `TSTError` if a checkpoint to resume from is named, and there is none. Reads nothing."""
+    if requested in NEWEST:
+        if not any(Path(output_dir).rglob("checkpoint-*")):
+            raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
+    elif requested and not Path(str(requested)).is_dir():
+        raise TSTError(f"There is no checkpoint {requested} to resume from.")
+
+
 def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
+    check_checkpoint_is_there(requested, output_dir)
     if requested in NEWEST:
         if (newest := last_complete_checkpoint(output_dir)) is None:
             raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
         return newest
     folder = Path(str(requested))
-    if not folder.is_dir():
-        raise TSTError(f"There is no checkpoint {requested} to resume from.")
     if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
         raise TSTError(
             f"The checkpoint {requested} is not what was written: {problem}. Resume from another one, with "
