@@ -1,4 +1,4 @@
-"""What the package raises, and turning what went wrong into one sentence."""
+"""The exceptions of the package, and errors as one-sentence messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TSTError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Stops a run whose input is right, for example a full disk or a loss that is not finite.
+    """Stops a run with valid input, for example at a full disk or a non-finite loss.
 
     The message says what happened, where, and how to continue. `exit_status` is that of the console command.
     """
@@ -26,7 +26,7 @@ class RunError(RuntimeError):
 
 
 class PreemptedError(RunError):
-    """The process received SIGTERM, and has written the checkpoint to continue from.
+    """The process received SIGTERM, and has written a checkpoint to resume from.
 
     The console command raises it; [`TSTTrainer.train`] returns, with `trainer.preempted` set.
     """
@@ -50,7 +50,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 def check_names(
     names: Iterable[str], known: Collection[str], problem: str, otherwise: str = "see --help."
 ) -> None:
-    """Raise `TSTError` at one of `names` that is not known, with the nearest that is."""
+    """Raise `TSTError` if one of `names` is unknown, and suggest the closest known name."""
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -131,8 +131,8 @@ def test_the_card_tells_what_the_run_had_not_what_is_here(trained, tmp_path, cap
         (None, "name the output folder of a finished run"),
         ("[]", "cannot be used"),
         ("nonsense", "cannot be used"),
-        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "no run of TSTTrainer is on record"),
-        ("own card", "is a card of your own and stays as it is"),
+        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "no record of a TSTTrainer run"),
+        ("own card", "was not written by a trainer"),
     ],
 )
 def test_bad_input_of_card(trained, tmp_path, capsys, content, message):

@@ -87,7 +87,7 @@ def test_extra_heads_are_told():
 def test_a_card_of_the_users_own_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: mit\n---\n# Mine\n")
-    with pytest.raises(TSTError, match="is a card of your own and stays as it is"):
+    with pytest.raises(TSTError, match="was not written by a trainer"):
         write_model_card(tmp_path, make_record(), repo_id="model")
     assert "# Mine" in path.read_text()
     path.unlink()
@@ -100,7 +100,7 @@ def test_a_card_of_the_users_own_stays(tmp_path):
 def test_a_card_that_cannot_be_read_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\ntags: [\n---\n# Mine\n")
-    with pytest.raises(TSTError, match="is a card of your own and stays as it is"):
+    with pytest.raises(TSTError, match="was not written by a trainer"):
         write_model_card(tmp_path, make_record(), repo_id="model")
     assert "# Mine" in path.read_text()
 

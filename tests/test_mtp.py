@@ -387,5 +387,5 @@ def test_wrong_arguments_are_refused(llama):
     ):
         pass
     assert not hasattr(llama, "mtp_heads")
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         MTPHeads(torch.nn.Linear(2, 2), 2)

@@ -118,7 +118,7 @@ def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
 def test_a_head_that_cannot_be_fused_is_refused_if_fusing_is_a_must(llama, make_args, ratio):
     llama.lm_head.register_forward_hook(lambda *_: None)
     args = make_args(tst_phase_ratio=ratio, tst_fused_loss="on")
-    with pytest.raises(ValueError, match="cannot be served: its head has forward hooks"):
+    with pytest.raises(ValueError, match="cannot be fused: its head has forward hooks"):
         TSTTrainer(llama, args, train_dataset=make_blocks(200))
     TSTTrainer(llama, make_args(tst_phase_ratio=ratio), train_dataset=make_blocks(200)).train()
 

@@ -77,7 +77,7 @@ def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
     assert alternatives(made)["baseline, equal loss"].source == "no published figure"
     assert alternatives(made)["baseline, equal loss"].steps is None
     text = format_plan(made)
-    assert "nothing is said about loss" in text
+    assert "no loss is predicted" in text
     assert "3.142" not in text
 
 

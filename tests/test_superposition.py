@@ -327,10 +327,12 @@ def test_models_that_cannot_be_served_say_why():
             T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
         ),
         "causal language model": AutoModelForMaskedLM.from_config(BertConfig(**bert)),
-        "is no causal": AutoModelForSequenceClassification.from_config(
+        "is not a text-only causal": AutoModelForSequenceClassification.from_config(
             LlamaConfig(**TINY["llama"], pad_token_id=0)
         ),
-        "BertLMHeadModel is no causal language model": AutoModelForCausalLM.from_config(BertConfig(**bert)),
+        "BertLMHeadModel is not a text-only causal language model": AutoModelForCausalLM.from_config(
+            BertConfig(**bert)
+        ),
         "PreTrainedModel": torch.nn.Linear(2, 2),
     }
     for reason, model in models.items():
@@ -345,7 +347,7 @@ def test_models_that_cannot_be_served_say_why():
     ("model_type", "sizes", "reason"),
     [
         ("git", {"vision_config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}},
-         "does not hand its labels to `loss_function` as they are"),
+         "changes its labels before `loss_function`"),
         ("deepseek_v4", {"head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "n_routed_experts": 4, "moe_intermediate_size": 8},
          "looks tokens up outside of its input embedding"),
     ],

@@ -1,1 +1,1 @@
-"""The arithmetic of the method: phases, folding of tokens to bags, weights of their tokens, and the collator."""
+"""The arithmetic of the method: phases, folding tokens into bags, their weights, and the collator."""

@@ -29,12 +29,12 @@ from .phases import MODES, SUPERPOSITION_ROWS, SuperpositionRows, TSTMode, check
 class DataCollatorForTokenSuperposition:
     """Collates rows of l·s contiguous token ids into bags with bag-aligned labels.
 
-    Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if there, are
-    the token each position holds as a target (`-100` where there is no target), exactly as for an ordinary causal
-    model; by default they are the ids. `attention_mask` is accepted if it is all ones, and dropped: what the
-    model sees is a full row of l bags.
+    Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if given,
+    hold one target token per position (`-100` for no target), as for an ordinary causal model; they default
+    to the ids. `attention_mask` is accepted if it is all ones, and dropped: the
+    model sees a full row of l bags.
 
-    What a batch holds:
+    Contents of a batch:
 
     - `bag_size` s > 1, `mode` `"full"` or `"input"`: `input_ids` `(B, l, s)` and `labels` `(B, l, s)`; position t holds
       bag t + 1, the last position -100.
@@ -44,11 +44,13 @@ class DataCollatorForTokenSuperposition:
     - `bag_size` 1: `input_ids` `(B, l)` and `labels` `(B, l)`, unshifted, for the model's own loss; other columns are kept.
 
     With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
-    their empty places, the last bag of a document has no target, `position_ids` `(B, l)` restart with each document,
-    and no `attention_mask` is given, from which models of Transformers see that attention must stay inside documents.
-    A row keeps l bags; the tokens that short bags push out of it are left out. With `bag_size=1` the first token of
-    a document is nobody's target. Documents are told apart by a column `document_ids`, else `position_ids` (which
-    count up within a document), else by the end-of-sequence token that ends them.
+    their empty places, the last bag of a document has no target, and `position_ids` `(B, l)` restart with each
+    document. There is no
+    `attention_mask`: from restarting positions without a mask, models of Transformers infer that attention must stay
+    inside documents.
+    A row keeps l bags; tokens that no longer fit because of short bags are dropped. With `bag_size=1` the first token of
+    a document is not a target. Documents are identified by a column `document_ids`, else `position_ids` (which
+    count up within a document), else by the end-of-sequence token.
 
     A model of Transformers that makes a cache lets attention cross documents. [`TSTTrainer`], [`token_superposition`] and
     [`fused_next_token_loss`] switch the cache off. In a loop outside of them, no code of this package is called: pass
@@ -57,16 +59,16 @@ class DataCollatorForTokenSuperposition:
     Args:
         bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
-        ignore_index (`int`, defaults to -100): Label that is no target.
+        ignore_index (`int`, defaults to -100): Label of positions without a target.
         superposition_rows (`"longer" | "more"`, defaults to `"longer"`): See `TSTTrainingArguments.tst_superposition_rows`.
         document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
             `TSTTrainingArguments.tst_document_boundaries`.
         eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
 
     Raises:
-        TSTError: If rows differ in length, do not divide into bags, are padded (without bags that is allowed, unless
-            documents are respected), lack `input_ids`, or do not say
-            where documents end although that is to be respected.
+        TSTError: If rows differ in length, do not divide into bags, are padded (allowed without bags, unless
+            documents are respected), lack `input_ids`, or do not say where documents end although
+            `document_boundaries` is `"respect"`.
 
     Example:
         >>> collator = DataCollatorForTokenSuperposition(bag_size=2)
@@ -151,7 +153,7 @@ class DataCollatorForTokenSuperposition:
         return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
     def _follows_an_end(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
-        """Whether each token but the row's first is the first one of a document, `(B, n - 1)`."""
+        """Whether each token except the first of the row starts a document, `(B, n - 1)`."""
         if "document_ids" in features[0]:
             return self._stack(features, "document_ids").diff() != 0
         if "position_ids" in features[0]:

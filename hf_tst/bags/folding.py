@@ -1,8 +1,8 @@
 """Rows of tokens as bags, their targets, and averaged embeddings; also where documents end in a row. Pure functions.
 
 Shapes: B rows, n tokens per row, l latent positions, s tokens per bag, L block length, d hidden size. A superposition row
-holds l·s contiguous tokens. Rows may begin and end inside a document; what a row holds of one document is treated as a
-document of its own.
+holds l·s contiguous tokens. Rows may begin and end inside a document; the part of a document that a row holds is
+treated as a document.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
 
 
 def next_bag_labels(bags: Tensor, ignore_index: int = -100) -> Tensor:
-    """Targets of superposition, `(B, l, s)`: position t is asked for bag t + 1, the last position for nothing."""
+    """Targets of superposition, `(B, l, s)`: the target of position t is bag t + 1; the last position has none."""
     last = torch.full_like(bags[:, :1], ignore_index)
     return torch.cat([bags[:, 1:], last], dim=1)
 
 
 def next_window_labels(tokens: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
-    """Targets of output-only superposition, `(B, L) -> (B, L, s)`: position t is asked for tokens t+1 … t+s.
+    """Targets of output-only superposition, `(B, L) -> (B, L, s)`: the targets of position t are tokens t+1 … t+s.
 
     Tokens beyond the end of the row are `ignore_index`.
     """
@@ -55,11 +55,11 @@ def average_embeddings(
     """Mean embedding of each bag, `(B, l·s, d) -> (B, l, d)`, summed in float32, in the dtype of `embedded`.
 
     Args:
-        embedded (`torch.FloatTensor` of shape `(B, l·s, d)`): What the model's input embedding gives for the tokens.
+        embedded (`torch.FloatTensor` of shape `(B, l·s, d)`): Output of the model's input embedding for the tokens.
         bags (`torch.LongTensor` of shape `(B, l, s)`): The tokens.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset in the mean; equal by default.
         ignore_index (`int`, *optional*): Marks empty places of short bags: a bag's mean is over the tokens that it
-            holds. By default every bag is taken to be full.
+            holds. By default every bag is full.
     """
     vectors = embedded.unflatten(1, bags.shape[1:])
     if weights is None and ignore_index is None:
@@ -72,7 +72,7 @@ def average_embeddings(
 
 
 def document_starts(starts_after_first: Tensor) -> Tensor:
-    """First tokens of documents, from those of all tokens but the row's first. `(B, n - 1) -> (B, n)`, bool."""
+    """First tokens of documents, from those of all tokens except the first of the row. `(B, n - 1) -> (B, n)`, bool."""
     return pad(starts_after_first, (1, 0), value=True)
 
 
@@ -87,8 +87,8 @@ def document_bags(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bags that are cut at the end of each document, and their targets.
 
-    A document of m tokens fills ⌈m / s⌉ bags, the last one perhaps not wholly. A row keeps its first n / s bags, so
-    for every token of room that short bags leave, a token at the row's end is left out.
+    A document of m tokens fills ⌈m / s⌉ bags; the last one may be short. A row keeps its first n / s bags: for each
+    empty place of a short bag, one token at the end of the row is dropped.
 
     Args:
         tokens (`torch.LongTensor` of shape `(B, n)`): Token ids; n is a multiple of `bag_size`.
@@ -104,7 +104,7 @@ def document_bags(
     """
     positions = positions_in_documents(starts)
     bag = (positions % bag_size == 0).cumsum(dim=1) - 1
-    # One place too many takes in all that finds no room, and is cut off.
+    # One extra place collects all tokens that do not fit, and is cut off.
     length = tokens.shape[1]
     place = (bag * bag_size + positions % bag_size).clamp_max(length)
 
@@ -119,7 +119,7 @@ def document_bags(
 
 
 def document_windows(targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
-    """Targets of output-only superposition inside documents: position t is asked for tokens t+1 … t+s of its own.
+    """Targets of output-only superposition inside documents: the targets of position t are tokens t+1 … t+s of its document.
 
     `(B, n) -> (B, n, s)`; tokens of other documents and beyond the row are `ignore_index`.
     """

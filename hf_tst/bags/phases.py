@@ -104,7 +104,7 @@ class PhaseSchedule:
 def check_phase_ratio(phase_ratio: float, name: str = "phase_ratio") -> None:
     """Raise `TSTError` unless the argument `name` is a number in [0, 1]."""
     is_number = isinstance(phase_ratio, (int, float)) and not isinstance(phase_ratio, bool)
-    if not is_number or not 0 <= phase_ratio <= 1:  # nor nan, which no comparison holds for
+    if not is_number or not 0 <= phase_ratio <= 1:  # also rejects NaN, for which every comparison is false
         raise TSTError(f"{name} must be from 0 to 1, but is {phase_ratio!r}.")
 
 

@@ -18,7 +18,7 @@ InputWeighting = Literal["uniform", "linear", "exponential"]
 OFFSET_WEIGHTINGS: tuple[OffsetWeighting, ...] = get_args(OffsetWeighting)
 INPUT_WEIGHTINGS: tuple[InputWeighting, ...] = get_args(InputWeighting)
 
-# Of the offsets 1 … s, before they are divided by their sum. The fitted power law C0 + a·i^k is the paper's, to the
+# By offset 1 … s, before division by their sum. The fitted power law C0 + a·i^k is the paper's fit to the
 # information that an earlier token carries about a later one.
 _OFFSET_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": torch.ones_like,
@@ -52,7 +52,7 @@ def input_weights(weighting: InputWeighting, bag_size: int) -> Tensor:
     """Weight of each embedding in the mean of a bag by its offset i = 1 … s, float32 of shape `(s,)`, summing to 1.
 
     Args:
-        weighting: `"uniform"` (the paper's mean), `"linear"` (i) or `"exponential"` (exp(i)): the last token heaviest.
+        weighting: `"uniform"` (the paper's mean), `"linear"` (i) or `"exponential"` (exp(i)): the last token weighs most.
         bag_size (`int`): Tokens per bag, s, at least 1.
 
     Raises:
@@ -73,10 +73,10 @@ def resolve_weighting(
 ) -> OffsetWeighting:
     """The offset weighting that `mode` trains with: input-only superposition has one target, the first token.
 
-    `prefix` is what the names of the arguments begin with, for messages.
+    `prefix` is the prefix of the argument names in messages.
 
     Raises:
-        TSTError: If a weighting is unknown, or `mode` leaves it nothing to weigh.
+        TSTError: If a weighting is unknown, or has no effect in this `mode`.
     """
     check_choice(f"{prefix}offset_weighting", weighting, OFFSET_WEIGHTINGS)
     check_choice(f"{prefix}input_weighting", input_weighting, INPUT_WEIGHTINGS)

@@ -20,10 +20,10 @@ DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its f
 
 @dataclass
 class CardArguments:
-    """What the record of a run does not say."""
+    """Metadata that the record of a run does not have."""
 
     repo_id: str | None = HfArg(default=None, help="Name on the Hub; by default the folder's.")
-    license: str | None = HfArg(default=None, help="Licence of the model, such as apache-2.0.")
+    license: str | None = HfArg(default=None, help="License of the model, such as apache-2.0.")
     language: list[str] = HfArg(default_factory=list, help="Languages, such as en.")
     datasets: list[str] = HfArg(default_factory=list, help="Hub ids of the training data.")
     base_model: str | None = HfArg(

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions and devices. What `hf-tst env` prints."""
+"""`hf-tst env`: versions and devices, for a bug report."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train
 
 commands:
   train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of a few minutes)
-  plan    say what a run costs before it starts: steps, tokens, GPU-hours, memory, and what it is compared with
-  compare train a baseline, TST and other arms on one budget, over seeds and learning rates, and compare them
-  sweep   train over a grid of bag sizes, phase ratios, weightings and modes, and draw it as a heat map
+  plan    estimate a run before it starts: steps, tokens, GPU-hours, memory, and baselines
+  compare train a baseline, TST and other arms with one budget, several seeds and learning rates
+  sweep   train a grid of bag sizes, phase ratios, weightings and modes, and draw heat maps
   card    write the model card of a finished run again, from its record
   recipes list the recipes that come with the package, with parameters, tokens and GPU-hours
   env     print versions and devices, for a bug report
 """
 EXAMPLES = """examples:
   hf-tst train                                      the quick start; the model is in runs/quickstart
-  hf-tst train recipe.yaml --max_steps 1000         a recipe, and flags that win over it
+  hf-tst train recipe.yaml --max_steps 1000         a recipe; flags override it
   hf-tst train 30m-laptop-tst --dry_run             everything but the steps: data, plan, memory, the first bags
   hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
   hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
@@ -37,13 +37,13 @@ EXAMPLES = """examples:
 
 `hf-tst COMMAND --help` lists a command's flags. Exit status: 0 done,
 1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
-trained), 130 interrupted, 143 told to end (SIGTERM, with enable_jit_checkpoint), after a checkpoint. --debug, anywhere,
+trained), 130 interrupted, 143 terminated (SIGTERM, with enable_jit_checkpoint) after a checkpoint. --debug, anywhere,
 shows the traceback of what failed.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-tst` with `argv`, by default the process's, and return its exit status."""
+    """Run `hf-tst` with `argv`, by default `sys.argv`, and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="hf-tst",
@@ -76,13 +76,13 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
     `--debug`, anywhere among the arguments, shows the traceback before the sentence.
 
     Args:
-        name (`str`): What the sentence begins with.
+        name (`str`): Start of the sentence.
         command: Takes the arguments, without `--debug`.
         arguments: The words of the command line.
 
     Returns:
-        `int`: 0 done, 1 stopped by a [`RunError`], 2 bad input or refused by the Hub, 130 interrupted, 143 ended by SIGTERM.
-        Errors of other kinds are ours, and are raised with their traceback.
+        `int`: 0 done, 1 stopped by a [`RunError`], 2 bad input or refused by the Hub, 130 interrupted, 143 terminated by
+        SIGTERM. Other errors are bugs, and are raised with their traceback.
     """
     pairs = zip(arguments, [*arguments, ""][1:], strict=True)
     words = [word for word, following in pairs if word != "--debug" or following in TRAINER_DEBUG]
@@ -93,7 +93,7 @@ def run_command(name: str, command: Callable[[list[str]], object], arguments: Se
             traceback.print_exc()
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_status if isinstance(error, RunError) else 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stderr.close()
     except KeyboardInterrupt as interrupt:
         print(": ".join([name, "interrupted", *map(str, interrupt.args)]), file=sys.stderr)

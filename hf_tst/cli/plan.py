@@ -33,21 +33,21 @@ from ..training.arguments import TSTTrainingArguments
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, FLOPs, hours, memory, traffic, sizes.
 
-Takes a recipe and the flags of training, and those of the machines, which are listed first. Downloads nothing where the
-recipe names vocab_size.
+Takes a recipe, the flags of training, and flags for the machines, which are listed first. Downloads nothing if the
+recipe sets vocab_size.
 
   hf-tst plan recipe.yaml --gpu b200 --num_gpus 8 --mfu 0.4
   hf-tst plan recipe.yaml --tst_bag_size 8 --json
 """
 
 
-# How figures of a plan are printed that are no counts.
+# How figures of a plan that are not counts are printed.
 FORMATS = {"flops": ".3g", "gpu_hours": ",.1f", "loss": ".3f"}
 
 
 @dataclass
 class PlanArguments:
-    """What a run is planned on, and where the plan goes."""
+    """The hardware of the plan, and its output."""
 
     gpu: str = HfArg(default="h100", help=f"Accelerator: {', '.join(ACCELERATORS)}.")
     num_gpus: int = HfArg(default=1, help="Number of accelerators.")
@@ -68,7 +68,7 @@ class PlanArguments:
             raise TSTError(f"mfu must be more than 0 and at most 1, but is {self.mfu}.")
 
     def accelerator(self, peak_tflops: float | None) -> Accelerator:
-        """The accelerator, with the peak and the memory that are given instead of its own."""
+        """The accelerator, with the given peak and memory instead of its own."""
         found = ACCELERATORS[self.gpu]
         if peak_tflops is not None:
             found = replace(found, name=f"{peak_tflops:g} TFLOP/s", tflops=peak_tflops)
@@ -94,7 +94,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     data_args: DataArguments = pick(vars(values), DataArguments)
     if values.max_steps <= 0:
         raise TSTError(
-            f"max_steps is {values.max_steps}: set it, as a plan cannot know how many steps num_train_epochs would give."
+            f"max_steps is {values.max_steps}: set it: without data, a plan cannot derive the steps from num_train_epochs."
         )
     check_phase_ratio(values.tst_phase_ratio, "tst_phase_ratio")
     check_bag_size(values.tst_bag_size, "tst_bag_size")
@@ -182,7 +182,7 @@ def format_plan(plan: RunPlan) -> str:
         ("checkpoints", "model {model}, to resume from {checkpoint} each".format(**_sizes(plan.checkpoint_bytes))),
         (
             "memory",
-            f"{format_bytes(memory['peak'])} a GPU at its peak, of {format_bytes(plan.usable_memory_bytes)} usable: "
+            f"{format_bytes(memory['peak'])} per GPU at its peak, of {format_bytes(plan.usable_memory_bytes)} usable: "
             + ", ".join(f"{name} {size}" for name, size in _sizes(memory).items() if name != "peak"),
         ),
     ]  # fmt: skip
@@ -205,7 +205,7 @@ def format_plan(plan: RunPlan) -> str:
         parts.append(format_columns([header, *rows]))
     parts += plan.notes
     parts.append(
-        f"FLOPs: {FORMULA}.\nWhat activation checkpointing computes twice is not counted. Memory is an estimate."
+        f"FLOPs: {FORMULA}.\nRecomputation by activation checkpointing is not counted. Memory is an estimate."
     )
     return "\n\n".join(parts)
 
@@ -240,13 +240,13 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
 
 
 def _figures(row: Any, names: Sequence[str]) -> list[str]:
-    """The figures of a row of the plan as text; `-` where there is none."""
+    """The figures of a row of the plan as text; `-` for a missing one."""
     values = {name: getattr(row, name) for name in names}
     return ["-" if value is None else format(value, FORMATS.get(name, ",")) for name, value in values.items()]
 
 
 def _sizes(counts: dict[str, int]) -> dict[str, str]:
-    """Those of the numbers of bytes that are not 0, as text."""
+    """The numbers of bytes that are not 0, as text."""
     return {name: format_bytes(count) for name, count in counts.items() if count}
 
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, with what they cost: what `hf-tst recipes` prints."""
+"""`hf-tst recipes`: the recipes of the package and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-tst train`, and with `--dry_run` all of it but the steps."""
+"""`hf-tst train`, and `--dry_run`, which does everything except the steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..training.arguments import TSTTrainingArguments
 from ..training.audit import audit_step, plan_of_arguments
 from .plan import format_plan, plan_from_arguments
 
-# Bags that a dry run shows.
+# Bags that a dry run prints.
 SHOWN_BAGS = 4
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> None:
-    """Train, or only show what would be trained.
+    """Train, or with `--dry_run` only show what would be trained.
 
     Raises:
         TSTError, RunError: As [`hf_tst.pretraining.pretrain.main`].
@@ -35,10 +35,10 @@ def main(argv: Sequence[str], prog: str | None = None) -> None:
 
 
 def dry_run(argv: list[str], prog: str | None = None) -> None:
-    """Read and check data, tokenizer and configuration, and print the plan. Writes nothing but the cache of packed data.
+    """Read and check data, tokenizer and configuration, and print the plan. Writes only the cache of packed data.
 
     Raises:
-        TSTError: For bad input; if the data is too short for the steps, too.
+        TSTError: For bad input, and if there is too little data for the steps.
     """
     model_args, data_args, args, _ = parse_arguments(argv, prog)
     parts, length = load_parts(model_args, data_args, args, load=load_on_meta)

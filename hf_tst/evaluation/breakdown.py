@@ -1,4 +1,4 @@
-"""Where a model loses: next-token loss by how frequent the target token is, and by its position in the row."""
+"""Next-token loss by the frequency of the target token, and by its position in the row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = 10
 class LossTally:
     """Sums next-token losses by target token and by position, batch after batch.
 
-    `by_token` and `by_position` are `torch.DoubleTensor` of shape `(2, V)` and `(2, l)`: nats, and how many tokens they are of.
+    `by_token` and `by_position` are `torch.DoubleTensor` of shape `(2, V)` and `(2, l)`: summed nats, and number of tokens.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class LossTally:
         """Add a batch.
 
         Args:
-            logits (`torch.FloatTensor` of shape `(B, l, V)`): What the model predicts.
-            targets (`torch.LongTensor` of shape `(B, l)`): The token that each position predicts; -100 is left out.
+            logits (`torch.FloatTensor` of shape `(B, l, V)`): The model's logits.
+            targets (`torch.LongTensor` of shape `(B, l)`): The target token of each position; -100 is ignored.
         """
         targets = targets.to(logits.device)
         losses = cross_entropy(
@@ -49,8 +49,8 @@ class LossTally:
     def loss_by_frequency(self) -> list[float | None]:
         """Mean loss, nats per token, by the frequency of the target token in the text itself, the most frequent first.
 
-        Ten classes of tokens, each with a tenth of the text as nearly as whole tokens of the vocabulary allow; `None` where one
-        token takes the place of more than a class.
+        Ten classes of tokens, each with a tenth of the text as nearly as whole tokens of the vocabulary allow; `None` for a
+        class that one frequent token takes up.
         """
         counts = self.by_token[1]
         order = counts.argsort(descending=True, stable=True)
@@ -65,7 +65,7 @@ class LossTally:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Context in which a model is in evaluation mode, and nothing is kept for gradients."""
+    """Context in which a model is in evaluation mode, without gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -79,7 +79,7 @@ def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> Loss
     """The losses of a causal language model on blocks, whose first token is not predicted.
 
     Args:
-        model (`PreTrainedModel`): It is in evaluation mode meanwhile.
+        model (`PreTrainedModel`): Put in evaluation mode during the call.
         blocks: Rows with `input_ids`, all of one length.
         batch_size (`int`, defaults to 8): Rows per batch.
     """
@@ -98,7 +98,7 @@ def _summed(sums: Tensor, index: Tensor, losses: Tensor, size: int) -> Tensor:
 
 
 def _means(sums: Tensor, share: Tensor) -> list[float | None]:
-    """Mean losses of classes; `share`, from 0 to 1, tells the class of each column."""
+    """Mean losses by class; `share`, from 0 to 1, gives the class of each column."""
     index = (share * CLASSES).long().clamp(max=CLASSES - 1)
     nats, counts = torch.zeros(2, CLASSES, dtype=torch.double).index_add(1, index, sums).tolist()
     return [total / count if count else None for total, count in zip(nats, counts, strict=True)]

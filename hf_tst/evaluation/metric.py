@@ -3,7 +3,7 @@
     metric = evaluate.load(str(hf_tst.METRIC_FILE))
     metric.compute(predictions=["some text"], model_id="runs/quickstart")
 
-`evaluate` copies this file before it imports it: it imports nothing beside it by a relative name.
+`evaluate` copies this file before it imports it: so it has no relative imports.
 """
 
 import datasets

@@ -15,7 +15,7 @@ from ..errors import TSTError
 from .breakdown import IGNORED, LossTally, evaluating
 
 METRIC_FILE = Path(__file__).parent / "metric.py"
-# Most tokens per window by default: some models name contexts that no machine has the memory for.
+# Default limit of tokens per window: some models have a context too long for any memory.
 LONGEST_WINDOW = 2048
 
 
@@ -25,7 +25,7 @@ class TextScores:
 
     Args:
         nats (`float`): Sum of the negative log-likelihoods of all tokens.
-        tokens (`int`): Tokens predicted: all of every text, its first one after the token that begins a text.
+        tokens (`int`): Tokens predicted: all tokens of every text, the first one from the token that begins a text.
         bytes (`int`): Bytes of the texts in UTF-8.
         loss_by_frequency, loss_by_position (`list[float]`): Ten means each, see [`LossTally`].
     """
@@ -43,12 +43,12 @@ class TextScores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is more than a float holds."""
+        """exp(loss); infinite if it overflows a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that a byte of text takes; comparable between all models."""
+        """Bits per byte of text; comparable between all models."""
         return self.nats / math.log(2) / self.bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,23 +108,23 @@ def score_texts(
 ) -> TextScores:
     """Predict every token of every text once.
 
-    A text longer than `max_length` is cut into windows that follow one another; the first token of each is predicted from
-    the last of the one before, the first of a text from the token that begins texts (`bos`, else `eos`). The last window is
-    filled up with what is before it. So does lm-evaluation-harness.
+    A text longer than `max_length` is cut into consecutive windows. The first token of a window is predicted from the
+    last token of the window before, the first token of a text from `bos`, or `eos` without one. The last
+    window is extended to the left to full length. lm-evaluation-harness does the same.
 
     Args:
-        model (`PreTrainedModel`): A causal language model; it is in evaluation mode meanwhile.
+        model (`PreTrainedModel`): A causal language model; put in evaluation mode during the call.
         tokenizer: Its tokenizer. It adds no special tokens.
         texts: The texts; empty ones are left out.
         max_length (`int`, *optional*): Tokens per window, at least 1; the model's context by default, up to 2048.
         batch_size (`int`, defaults to 8): Windows per batch.
 
     Raises:
-        TSTError: If there is no text, or no token that could begin one.
+        TSTError: If there is no text, or no token to begin one with.
     """
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise TSTError("The tokenizer has neither a bos nor an eos token, which could begin a text: add one.")
+        raise TSTError("The tokenizer has neither a bos nor an eos token to begin a text with: add one.")
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     length = min(context, LONGEST_WINDOW) if max_length is None else max_length
     if length < 1 or length > context:
@@ -145,7 +145,7 @@ def score_texts(
 
 
 def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """Pieces of `length + 1` tokens at most, and how many at the end of each are predicted."""
+    """Pieces of up to `length + 1` tokens, and the number of tokens at the end of each to predict."""
     for start in range(0, len(ids) - 1, length):
         end = min(start + length + 1, len(ids))
         yield list(ids[max(0, end - length - 1) : end]), end - start - 1

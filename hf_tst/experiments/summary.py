@@ -224,5 +224,5 @@ def _notes(arms: Sequence[ArmSummary], runs: Sequence[ArmRun]) -> list[str]:
             )
     alone = [arm.arm for arm in arms if len(arm.best.final_eval_losses) == 1]
     if alone:
-        notes.append(f"{', '.join(alone)}: one run only, so nothing is said about the spread between seeds.")
+        notes.append(f"{', '.join(alone)}: one run only, so the spread between seeds is unknown.")
     return notes

@@ -1,11 +1,11 @@
-"""Linear layer and multi-hot cross entropy in one: the logits exist for a few rows at a time only.
+"""Linear layer and multi-hot cross entropy in one: only a few rows of logits exist at a time.
 
 Shapes: N positions, d hidden size, V vocabulary, s tokens per target bag.
 
-The rows are processed in chunks. Each chunk's logits are turned into their own gradient in place, so that the
-gradients of the hidden states and of the weight are complete when the forward pass ends: three matrix products, as
+The rows are processed in chunks. The logits of a chunk are overwritten in place with their gradient, so the
+gradients of the hidden states and of the weight are complete at the end of the forward pass: three matrix products, as
 in an ordinary backward pass, and one logsumexp per position whatever s is. The work is one operator of PyTorch
-(`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so `torch.compile` takes it as it is, without a graph break.
+(`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so `torch.compile` needs no graph break.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .multi_hot import (
     resolve_weights,
 )
 
-# Bytes of logits that are held at a time, at most. On a CPU more than these make nothing faster.
+# Maximum bytes of logits per chunk. On a CPU, larger chunks are not faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 # Each chunk reads and writes the float32 gradient of the weight, 8 bytes per element, for a product of 2 FLOPs per
-# element and row. A GPU does some 240 FLOPs in the time of a byte: with fewer rows it would wait for its memory.
+# element and row. A GPU does about 240 FLOPs in the time it reads a byte: with fewer rows, memory bandwidth would limit it.
 MIN_EFFICIENT_ROWS = 1024
 
 
@@ -50,17 +50,17 @@ def linear_multi_hot_cross_entropy(
 
     Peak memory beyond the arguments and their gradients is one chunk of logits (see [`chunk_rows`]), and the float32 sum
     and the cast of a weight of another dtype. It does not grow with N or s. Gradients are accumulated in float32. Under autocast the matrix products run in the autocast dtype, as those of
-    `torch.nn.Linear` do. What needs no gradient costs none; without gradients only the loss is computed.
+    `torch.nn.Linear` do. Gradients that are not needed are not computed.
 
     Args:
         hidden (`torch.FloatTensor` of shape `(N, d)`, or `(..., d)`): Last hidden states, aligned with `labels`.
         weight (`torch.FloatTensor` of shape `(V, d)`): Weight of the language-model head.
-        labels (`torch.LongTensor` of shape `(N, s)`, or `(..., s)`): Target tokens; `ignore_index` marks those that
-            do not count.
+        labels (`torch.LongTensor` of shape `(N, s)`, or `(..., s)`): Target tokens; `ignore_index` marks ignored
+            ones.
         bias (`torch.FloatTensor` of shape `(V,)`, *optional*): Bias of the head.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset; `1/s` each by default.
         num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights.
-        ignore_index (`int`, defaults to -100): Label that is no target.
+        ignore_index (`int`, defaults to -100): Label of positions without a target.
         softcap (`float`, *optional*): Logits are `softcap · tanh(logits / softcap)`, after scaling.
         logit_scale (`float`, *optional*): Logits are multiplied by it.
 
@@ -70,7 +70,7 @@ def linear_multi_hot_cross_entropy(
 
     Raises:
         TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
-            On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
+            On CUDA, labels and weights are checked by an assertion on the device, without a synchronization.
 
     Source: arXiv 2605.06546, section 3.2, leaves this reuse of one logsumexp unexplored.
     """
@@ -104,10 +104,10 @@ def linear_multi_hot_cross_entropy(
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, device_type: str) -> int:
-    """Rows of logits that are held at a time, of `rows` in all.
+    """Rows of logits per chunk, of `rows` in total.
 
-    As many as fit in `CHUNK_BYTES`, but no more than `2 d`, or `MIN_EFFICIENT_ROWS`. With `2 d` rows a chunk of bfloat16
-    logits is as large as the float32 gradient of the weight, which is held anyway, and moves no fewer bytes than it.
+    As many as fit in `CHUNK_BYTES`, but no more than `2 d`, or `MIN_EFFICIENT_ROWS`. With `2 d` rows, a chunk of
+    bfloat16 logits has the size of the float32 gradient of the weight, which is in memory anyway.
     """
     fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
     return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
@@ -135,8 +135,8 @@ def _operator(
 ) -> tuple[Tensor, ...]:
     """Loss, and the gradients of hidden, weight and bias where needed (empty tensors elsewhere).
 
-    The gradients are of the loss itself, except in float16, where they are of the loss times the divisor: divided,
-    most of them would be too small for float16.
+    The gradients are of the loss itself, except in float16, where they are those of the loss times the divisor:
+    after division, most of them would underflow.
     """
     vocabulary, hidden_size = weight.shape
     check_labels(labels, vocabulary, ignore_index)
@@ -155,7 +155,7 @@ def _operator(
         losses = torch.empty(rows, dtype=torch.float32, device=device)
         chunk = chunk_rows(rows, vocabulary, hidden_size, matmul_dtype.itemsize, device.type)
         buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
-        for start in range(0, max(1, rows), chunk):  # without rows, too, the first chunk sets the gradient
+        for start in range(0, max(1, rows), chunk):  # the first chunk, even empty, initializes the gradient
             part = hidden[start : start + chunk].to(matmul_dtype)
             logits = buffer[: part.shape[0]]
             if bias is None:
@@ -186,7 +186,7 @@ def _operator(
 def _allocate_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype, needs_grad: list[bool]
 ) -> list[Tensor]:
-    """Room for the gradients of hidden, weight and bias: an empty tensor for one that is not needed."""
+    """Buffers for the gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     hidden_dtype = torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
     dtypes = (hidden_dtype, torch.float32, torch.float32)
     return [
@@ -196,7 +196,7 @@ def _allocate_gradients(
 
 
 def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
-    """`total += gradient.T @ hidden` in float32, or `total = ` for the first, which spares a pass over `total`."""
+    """`total += gradient.T @ hidden` in float32, or `total = ` for the first, which saves a pass over `total`."""
     left, beta = gradient.t(), 0 if is_first else 1
     if total.dtype == gradient.dtype:
         total.addmm_(left, hidden, beta=beta)
@@ -210,7 +210,7 @@ def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_firs
 
 @lru_cache
 def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `addmm` adds products of `dtype` to a float32 matrix there: on CUDA, from torch 2.8 on."""
+    """Whether `addmm` can add products of `dtype` to a float32 matrix on this device: on CUDA, from torch 2.8 on."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
@@ -239,7 +239,7 @@ def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor |
     # Gradients of the dtype of their input are scaled in place, others in one pass with their cast.
     if ctx.spent:
         raise RuntimeError(
-            "backward has passed through linear_multi_hot_cross_entropy already: compute the loss anew instead of using retain_graph."
+            "backward has passed through linear_multi_hot_cross_entropy already: compute the loss again instead of using retain_graph."
         )
     gradients: list[Tensor | None] = [None, None, None]
     if loss_gradient is not None:

@@ -28,21 +28,21 @@ def multi_hot_cross_entropy(
     nothing; if every target is ignored, loss and gradient are 0.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(..., V)`): Scores, already aligned with `labels`: nothing is shifted.
-        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens; `ignore_index` marks those that do not count.
+        logits (`torch.FloatTensor` of shape `(..., V)`): Logits aligned with `labels`; they are not shifted.
+        labels (`torch.LongTensor` of shape `(..., s)`): Target tokens; `ignore_index` marks ignored ones.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset, used as given; `1/s` each
             by default.
         num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights,
             so that losses of several micro-batches add up to the loss of one large batch. With weights that
             sum to 1 it is the number of target bags (see [`count_target_bags`]).
-        ignore_index (`int`, defaults to -100): Label that is no target.
+        ignore_index (`int`, defaults to -100): Label of positions without a target.
 
     Returns:
         `torch.FloatTensor`: The loss in nats, float32, 0-dim.
 
     Raises:
         TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
-            On CUDA, labels and weights are checked without waiting for the device, by an assertion there.
+            On CUDA, labels and weights are checked by an assertion on the device, without a synchronization.
 
     Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
     gives the same value.
@@ -66,7 +66,7 @@ def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_i
     Args:
         labels (`torch.LongTensor` of shape `(..., s)`): Target tokens.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): As in [`multi_hot_cross_entropy`].
-        ignore_index (`int`, defaults to -100): Label that is no target.
+        ignore_index (`int`, defaults to -100): Label of positions without a target.
 
     Returns:
         `torch.FloatTensor`: 0-dim float32.
@@ -106,28 +106,28 @@ def resolve_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, dtype=torch.float32, device=labels.device)
     check_shape("weights", weights, (bag_size,))
-    # A copy from the host need not be waited for; one to it would be read before it is there.
+    # A non-blocking copy from the host is safe; a copy to the host could be read before it arrives.
     return weights.to(labels.device, torch.float32, non_blocking=weights.device.type == "cpu")
 
 
 def resolve_divisor(num_items_in_batch: Tensor | float | None, targets: Tensor) -> Tensor:
-    """What the sum of the losses is divided by: the number given, or that of targets.
+    """The divisor of the summed losses: the given number, or the number of targets.
 
-    It is 1 where both are 0, as then the sum is 0. A number of 0 beside targets makes the loss infinite.
+    It is 1 if both are 0, since the sum is 0 then. A given number of 0 with targets makes the loss infinite.
     """
     divisor = targets if num_items_in_batch is None else as_scalar(num_items_in_batch, targets.device)
     return torch.where((divisor == 0) & (targets == 0), 1.0, divisor)
 
 
 def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
-    """`number` as a float32 tensor; a Python number without waiting for the device, as a copy to it would."""
+    """`number` as a float32 tensor; a Python number is filled in without synchronizing, which a copy would do."""
     if isinstance(number, Tensor):
         return number.to(device, torch.float32)
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise `TSTError` unless the argument `name` has the shape that goes with the other arguments."""
+    """Raise `TSTError` unless the argument `name` has the shape that fits the other arguments."""
     if tensor.shape != shape:
         raise TSTError(
             f"{name} has shape {tuple(tensor.shape)}, but must have {shape} to fit the other arguments."
@@ -135,7 +135,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
-    """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it there."""
+    """Raise `TSTError` if a label is neither in `[0, vocabulary)` nor `ignore_index`; on CUDA, assert it on the device."""
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if _holds_somewhere(wrong, "A label is outside the vocabulary."):
         found = labels[wrong][0].item()
@@ -145,7 +145,7 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> N
 
 
 def check_weights(weights: Tensor) -> None:
-    """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it there."""
+    """Raise `TSTError` if a weight is negative or not finite, or all are zero; on CUDA, assert it on the device."""
     wrong = ~torch.isfinite(weights) | (weights < 0) | (weights == 0).all()
     if _holds_somewhere(wrong, "The offset weights are negative or all zero."):
         raise TSTError(f"weights must be at least 0, and one of them above 0, but are {weights.tolist()}.")
@@ -157,10 +157,10 @@ def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
-    """A `gather` whose gradient is made by an operator of its own.
+    """A `gather` whose gradient is a separate operator.
 
     Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
-    compiled models get the gradient of the logsumexp alone. Behind an operator of its own there is nothing to reorder.
+    compiled models get the gradient of the logsumexp alone. A separate operator cannot be reordered.
     """
 
     @staticmethod
@@ -186,7 +186,7 @@ def _empty_gradient(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tenso
 
 
 def _holds_somewhere(wrong: Tensor, message: str) -> bool:
-    """Whether `wrong` is true anywhere. On a device the answer is not waited for: the device asserts that it is not."""
+    """Whether `wrong` is true anywhere. On a GPU, an assertion on the device avoids the synchronization."""
     if torch.compiler.is_compiling() or wrong.is_meta:
         return False
     if wrong.device.type == "cpu":

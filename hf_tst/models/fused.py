@@ -1,11 +1,11 @@
-"""The model's loss, fused with its head: the logits of a whole batch never exist.
+"""The model's loss, fused with its head: the logits of a batch are never computed.
 
-Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. Where head and loss can be fused, the head
-computes the loss itself in training, in its one call in a forward pass, where FSDP has its weight whole; with
-`TSTLoss.fuses_evaluation`, also in evaluation.
-In place of logits it hands on an empty tensor, and the loss function answers with the loss. Whatever the model does
-between head and loss it does to the empty tensor; a scale or a cap it would have applied is in the fused loss
-(see [`inspect_head`]). What the caller gets as logits is a [`MissingLogits`], which says so when it is used.
+Inside [`replaced_loss`] a model's `loss_function` is a [`TSTLoss`]. If head and loss can be fused, the head
+computes the loss in training, in its only call of a forward pass, where FSDP has gathered its weight; with
+`TSTLoss.fuses_evaluation`, also in evaluation. The head then returns an empty tensor instead of logits, and
+the loss function returns the loss. The model applies its scale or cap to the empty tensor; the fused loss
+applies the same scale and cap (see [`inspect_head`]). The caller gets a [`MissingLogits`] as logits, which
+raises a clear error when it is used.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ logger = logging.get_logger(__name__)
 def replaced_loss(
     called: nn.Module, model: Any, weights: Tensor | None, choice: FusedLoss = "auto"
 ) -> Iterator[None]:
-    """Context in which a model computes the multi-hot loss, or its own next-token loss, fused where it can be.
+    """Context in which a model computes the multi-hot loss, or its own next-token loss, fused with its head if possible.
 
     Args:
         called: The module that is called: the model, or a PEFT wrapper of it.
-        model (`PreTrainedModel`): The Transformers model whose head and loss it is.
+        model (`PreTrainedModel`): The Transformers model that has the head and the loss.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weights of the offsets: labels of three dimensions
             get the multi-hot loss, others the model's own. Without them, ordinary labels get the fused loss.
-        choice (`str`, defaults to `"auto"`): `"auto"` fuses where the head allows it, `"on"` insists, `"off"` never
-            does. Which of them it came to, and why, is logged.
+        choice (`str`, defaults to `"auto"`): `"auto"` fuses if the head allows it, `"on"` raises an error if it
+            does not, `"off"` never fuses. The result and its reason are logged.
 
     Raises:
         TSTError: If `choice` is `"on"` and this model's head and loss cannot be fused.
@@ -59,10 +59,10 @@ def replaced_loss(
     names, takes_cache = _argument_names(called), "use_cache" in _argument_names(model)
     loss = TSTLoss(model.loss_function, weights, head, names, takes_cache)
     with (
-        # In front of FSDP's hook, which casts every float to the dtype of its mixed precision, divisors too.
+        # In front of FSDP's hook, which casts every float to the mixed-precision dtype, divisors included.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
         nullcontext() if head is None else replaced(vars(head.module), "forward", loss.head_forward),
-        # It runs when forward raises, too: no half-done forward pass leaves the head without its logits.
+        # It also runs if forward raises, so the head gets its logits back.
         called.register_forward_hook(loss.after_forward, always_call=True),
         replaced(vars(model), "_loss_function", loss),
     ):
@@ -76,7 +76,7 @@ def check_fusable(model: Any, choice: FusedLoss) -> None:
 
 
 def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
-    """The head to fuse the loss with, or `None`; says in the log which, and why."""
+    """The head to fuse the loss with, or `None`. The choice and its reason are logged."""
     check_choice("fused_loss", choice, FUSED_LOSSES)
     phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     try:
@@ -88,9 +88,9 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     except UnfusableHeadError as error:
         if choice == "on":
             raise TSTError(
-                f"tst_fused_loss='on', but {name} cannot be served: {error}. Set it to 'auto' or 'off'."
+                f"tst_fused_loss='on', but the loss of {name} cannot be fused: {error}. Set it to 'auto' or 'off'."
             ) from error
-        # Who asked for nothing should know what it costs; who said "off" does.
+        # A warning for the default; with "off" the cost is known.
         level = logger.info if choice == "off" else logger.warning
         level(f"The {phase} loss of {name} is computed from all logits, which takes more memory: {error}.")
         return None
@@ -102,7 +102,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
 class TSTLoss:
     """The loss function of a model in superposition, or with a fused next-token loss.
 
-    A forward pass that is fused goes: `before_forward` notes labels and divisor; `head_forward` computes the loss from
+    A fused forward pass: `before_forward` records labels and divisor; `head_forward` computes the loss from
     the hidden states and returns an empty tensor; the model calls this loss function with it, and gets the loss.
     Training passes with the labels of the phase are fused and, with `fuses_evaluation`, evaluation passes with next-token
     labels. Other forward passes do not change.
@@ -111,7 +111,7 @@ class TSTLoss:
         own_loss: The model's own loss function.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): See [`replaced_loss`].
         head (`LinearHead`, *optional*): The head to fuse the loss with.
-        argument_names (`tuple[str, ...]`): Of what is called, by position.
+        argument_names (`tuple[str, ...]`): Argument names of the called module, by position.
         takes_cache (`bool`): Whether the model has an argument `use_cache`.
         fuses_evaluation (`bool`, defaults to `False`): Fuse the loss in evaluation, too.
     """
@@ -131,9 +131,9 @@ class TSTLoss:
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: what the loss of this pass is to be computed from, and whether it is fused.
+        """Forward pre-hook: records the labels and options of this pass, and whether it is fused.
 
-        Arguments get their names. A pass with labels, or over bags, has no use for a cache, with which models of Transformers
+        Positional arguments get their names. A pass with labels, or over bags, needs no cache; with one, models of Transformers
         let attention cross documents.
         """
         if args and len(args) <= len(self.argument_names):
@@ -152,7 +152,7 @@ class TSTLoss:
         return args, kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: the pass is over, also when it failed; logits that were never computed cannot be used."""
+        """Forward hook: ends the pass, also after an exception, and replaces logits that were not computed."""
         self._fuses, self._given, self._loss = False, {}, None
         if not self._has_fused or torch.compiler.is_compiling():
             return None
@@ -162,7 +162,7 @@ class TSTLoss:
         """The head's forward: logits, or an empty tensor in their place once the loss is computed."""
         assert self.head is not None
         module = self.head.module
-        # A weight that is still split here is split by something that does not gather it for the forward pass.
+        # A weight that is still sharded here is not gathered for the forward pass.
         if not self._fuses or isinstance(module.weight, DTensor):
             return type(module).forward(module, hidden)
         self._fuses, self._has_fused = False, True
@@ -176,10 +176,10 @@ class TSTLoss:
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         loss, self._loss = self._loss, None
         if loss is not None:
-            # Their sum is 0: it makes the empty tensor part of the backward pass, as FSDP expects of a module's output.
+            # Their sum is 0. It connects the empty tensor to the backward pass, as FSDP expects of a module's output.
             return loss + logits.sum().to(loss.dtype)
         if self.weights is None or labels.dim() != 3:
-            # The divisor as the trainer gave it: FSDP casts what a module is given, and bfloat16 rounds counts.
+            # The divisor as the trainer passed it: FSDP casts a module's inputs, and bfloat16 rounds counts.
             if "num_items_in_batch" in self._given:
                 kwargs["num_items_in_batch"] = self._given["num_items_in_batch"]
             return self.own_loss(logits, labels, *args, **kwargs)
@@ -194,7 +194,7 @@ class TSTLoss:
         ignore_index: int = -100,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Labels and options of the multi-hot loss, from what the model's forward or its loss function was given."""
+        """Labels and options of the multi-hot loss, from the arguments of the model's forward or loss function."""
         weights = None if labels.dim() == 2 else self.weights
         if weights is None:  # next-token prediction, as bags of one
             if shift_labels is None:
@@ -207,13 +207,13 @@ class TSTLoss:
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that a module takes by position."""
+    """The names of a module's positional arguments."""
     parameters = [*inspect.signature(type(module).forward).parameters.values()][1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 class _NoLogits(torch.autograd.Function):
-    """An empty tensor in the place of logits `(..., V)` of hidden states `(..., d)`, connected to these."""
+    """An empty tensor instead of the logits `(..., V)` of hidden states `(..., d)`, connected to them in the graph."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
@@ -225,10 +225,10 @@ class _NoLogits(torch.autograd.Function):
 
 
 class MissingLogits(torch.Tensor):
-    """An empty tensor in the place of logits that the fused loss never computes.
+    """An empty tensor instead of logits that the fused loss does not compute.
 
-    It has a shape, a type and a device, can be copied and handed on, and raises a [`TSTError`] where it is computed with: a
-    sum of nothing is 0 and a mean is NaN, so a term of somebody else's would be wrong without a word.
+    It has a shape, a dtype and a device, and can be copied and passed on. It raises a [`TSTError`] when it is used in a
+    computation: an empty sum is 0 and an empty mean is NaN, so a user's extra loss term would be silently wrong.
     """
 
     @classmethod
@@ -237,13 +237,13 @@ class MissingLogits(torch.Tensor):
     ) -> Any:
         if func.__name__ not in _HARMLESS:
             raise TSTError(
-                f"The logits are not there ({func.__name__} was asked of them), since the fused loss never computes them: set "
-                "tst_fused_loss='off' to use them, which takes memory for each position and token of the vocabulary."
+                f"The logits were not computed ({func.__name__} needs them), because the loss is fused with the head: set "
+                "tst_fused_loss='off' to use them; they take memory for each position and token of the vocabulary."
             )
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-# What may be asked of logits that are not there: `__get__` is an attribute, such as the shape.
+# Functions allowed on missing logits; `__get__` reads an attribute, such as the shape.
 _HARMLESS = {"__get__", "size", "dim", "numel", "clone", "detach", "is_floating_point", "__repr__"}
 
 
@@ -258,6 +258,6 @@ def _without_logits(output: Any) -> Any:
 
 
 def _missing(value: Any) -> Any:
-    """Empty logits as such, without their part in the backward pass, which the loss has."""
+    """Empty logits, detached from the backward pass, which the loss keeps."""
     is_empty = isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] == 0
     return value.detach().as_subclass(MissingLogits) if is_empty else value

@@ -1,8 +1,8 @@
-"""What a causal language model does between its last hidden state and its loss, found out by trying.
+"""What a causal language model does between its last hidden state and its loss, found by probing its forward.
 
 Families differ there: most apply a plain linear head, some scale the logits (Cohere, Granite), some cap them
-(Gemma), some do more. Instead of a list of families, the model's own `forward` is run with the body and the head
-replaced by stand-ins, on numbers whose fate tells what happens to logits on their way to the loss function.
+(Gemma), some do more. Instead of a list of families, the model's own `forward` runs with stand-ins for the body
+and the head, on probe values that reveal the transform between head and loss function.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A head that a fused linear loss can serve: `z = logit_scale · (W h + b)`, then `softcap · tanh(z / softcap)`.
+    """A head that can be fused with the loss: `z = logit_scale · (W h + b)`, then `softcap · tanh(z / softcap)`.
 
     Args:
-        module (`nn.Linear`): The head, whose `weight` and `bias` are read at each step.
+        module (`nn.Linear`): The head; its `weight` and `bias` are read at each step.
         logit_scale (`float`): Factor on its output; 1 for none.
         softcap (`float`, *optional*): Cap on the scaled logits.
     """
@@ -43,7 +43,7 @@ class LinearHead:
     softcap: float | None
 
     def loss(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """[`linear_multi_hot_cross_entropy`] of hidden states, with this head's weight as it is now."""
+        """[`linear_multi_hot_cross_entropy`] of hidden states, with this head's current weight."""
         options |= {"bias": self.module.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         return linear_multi_hot_cross_entropy(hidden, self.module.weight, labels, **options)
 
@@ -55,14 +55,14 @@ class UnfusableHeadError(ValueError):
 def inspect_head(model: Any) -> LinearHead:
     """The head of a Transformers model, if head and loss can be fused.
 
-    Nothing of the model changes, and none of its layers runs: this costs milliseconds at any size.
+    The model is not changed and none of its layers runs, so this takes milliseconds at any size.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
 
     Raises:
-        UnfusableHeadError: If the head is not a plain linear layer on the hidden states, or what follows it is
-            neither a scale nor a soft cap.
+        UnfusableHeadError: If the head is not a plain linear layer on the hidden states, or if it is followed
+            by something other than a scale or a soft cap.
     """
     head = model.get_output_embeddings()
     if (
@@ -81,7 +81,7 @@ def inspect_head(model: Any) -> LinearHead:
     _refuse(reasons)
     probe = _probe_values(head.out_features)
     scale, softcap = _fit(probe, _logits_at_loss(model, head, probe))
-    # What the fused path returns in place of logits must go through the rest of forward, too.
+    # The empty tensor of the fused path must pass through the rest of forward, too.
     _logits_at_loss(model, head, probe[..., :0])
     return LinearHead(head, scale, softcap)
 
@@ -89,7 +89,7 @@ def inspect_head(model: Any) -> LinearHead:
 def check_loss_is_replaceable(model: Any) -> None:
     """Raise `TSTError` if a model computes its loss without calling its `loss_function`, in training or evaluation.
 
-    Where the stand-ins cannot follow the forward pass to its loss, a warning says so, and nothing is raised.
+    If the probe cannot reach the loss, a warning is logged and nothing is raised.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
@@ -110,7 +110,7 @@ def check_loss_is_replaceable(model: Any) -> None:
         labels = given.get("labels")
         if given and (not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS)):
             raise TSTError(
-                f"{name} does not hand its labels to `loss_function` as they are, so superposition cannot replace its loss."
+                f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss."
             )
         if not given:
             raise TSTError(
@@ -122,7 +122,7 @@ def check_loss_is_replaceable(model: Any) -> None:
 
 
 def _probe_values(vocabulary: int) -> Tensor:
-    """Logits from tiny to huge, float32 of shape `(1, _PROBE_ROWS, vocabulary)`."""
+    """Probe logits from tiny to huge, float32 of shape `(1, _PROBE_ROWS, vocabulary)`."""
     magnitudes = torch.tensor([1e-3, 0.5, 3.0, 20.0, 150.0, 1e4, -1e-3, -0.5, -3.0, -20.0, -150.0, -1e4])
     count = _PROBE_ROWS * vocabulary
     return magnitudes.repeat(-(-count // len(magnitudes)))[:count].view(1, _PROBE_ROWS, vocabulary)
@@ -135,7 +135,7 @@ def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
             f"its loss is given logits of shape {tuple(logits.shape)}, not the head's {tuple(probe.shape)}"
         )
     given, found = probe.double().cpu(), logits.double().cpu()
-    one, its_logit = given.flatten()[0], found.flatten()[0]  # too small for any cap to matter
+    one, its_logit = given.flatten()[0], found.flatten()[0]  # too small for any cap to have an effect
     scale = _rounded((its_logit / one).item())
     if _agrees(given * scale, found):
         return scale, None
@@ -147,7 +147,7 @@ def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
 
 
 def _rounded(value: float) -> float:
-    """`value` without the last bits of float32, where these hide a round number such as 1."""
+    """`value` rounded, if only the last bits of float32 differ from a round number such as 1."""
     rounded = float(f"{value:.6g}")
     return rounded if abs(rounded - value) <= 2e-7 * abs(value) else value
 
@@ -173,11 +173,11 @@ def _run_to_loss(
 ) -> tuple[dict[str, Any], dict[str, Any], list[Any], Any]:
     """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
 
-    The mode is that of the model's own forward alone: its modules, and so their dropout, keep theirs.
+    Only the model itself changes its mode: its modules, and so their dropout, keep theirs.
 
     Returns:
-        What the loss function was given, and nothing if it was not called; what forward was given besides ids; the first
-        argument of each call of the head; and what forward returned.
+        The arguments of the loss function, empty if it was not called; the arguments of forward besides ids; the first
+        argument of each call of the head; and the output of forward.
 
     Raises:
         UnfusableHeadError: If forward fails.
@@ -210,7 +210,7 @@ def _run_to_loss(
                     stack.enter_context(replaced(modules, name, stand_ins[child]))
         try:
             outputs = model.forward(input_ids=ids, **inputs)
-        except Exception as error:  # whatever a family does with what the stand-ins lack
+        except Exception as error:  # a family may access anything that the stand-ins lack
             raise UnfusableHeadError(
                 f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
             ) from error
@@ -218,7 +218,7 @@ def _run_to_loss(
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
-    """What the loss function is given when the head returns `returned`."""
+    """The arguments of the loss function when the head returns `returned`."""
     given, inputs, calls, outputs = _run_to_loss(model, head, returned)
     if not given:
         raise UnfusableHeadError("its forward does not call loss_function")
@@ -245,7 +245,7 @@ def _refuse(reasons: dict[str, Any]) -> None:
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a module: answers calls with `answer`, and anything else as the module would."""
+    """Replaces a module: returns `answer` when called, and forwards everything else to the module."""
 
     def __init__(self, module: nn.Module, answer: Any) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def trial_pass(device: torch.device) -> Iterator[None]:
-    """Context for a forward pass on trial: without gradients, and with the random state as before afterwards."""
+    """Context for a probing forward pass: without gradients, and with the random state restored afterwards."""
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 

@@ -15,9 +15,9 @@ from torch import Tensor
 class ExpertLoadMeter:
     """Adds up how many positions the routers of a model send to each expert.
 
-    It reads the `router_logits` that a model returns with `output_router_logits=True`, and takes the experts of a
-    position to be those of its largest logits, as the auxiliary loss does. Nothing is hooked into the model, and
-    nothing waits for the device before [`report`].
+    It reads the `router_logits` that a model returns with `output_router_logits=True`, and counts the experts
+    with the largest logits of a position, as the auxiliary loss does. It needs no hooks, and does not
+    synchronize before [`report`].
     """
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class ExpertLoadMeter:
         """The load since the last report. Every rank must take part.
 
         Args:
-            total: Adds up a tensor over all ranks; by default this process is alone.
+            total: Adds up a tensor over all ranks; by default there is one process.
 
         Returns:
             `tst_expert_load_max` and `tst_expert_load_min`: largest and smallest share of an expert times the number
-            of experts, averaged over the layers, so 1 is balance; `tst_experts_unused`: share of the experts that no
-            position was sent to. Nothing, if nothing was counted.
+            of experts, averaged over the layers, so 1 is balance; `tst_experts_unused`: share of the experts that
+            received no position. Empty if nothing was counted.
         """
         if self._counts is None:
             return {}
@@ -90,7 +90,7 @@ def _first_number(config: Any, names: Iterable[str]) -> int | None:
 def adds_to_loss(config: Any) -> bool:
     """Whether a model of this configuration adds a router's auxiliary loss, or a z-loss of its logits, to its loss.
 
-    Such losses are means over a micro-batch, and no sum over targets.
+    Such losses are means over a micro-batch, not sums over targets.
 
     Args:
         config (`PretrainedConfig`): The model's configuration.

@@ -1,4 +1,4 @@
-"""How large a model is, counted on the meta device, which builds a model of any size without holding its numbers."""
+"""Size of a model, counted on the meta device, which needs no memory for the weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ModelShape:
     """Sizes of a causal language model. Letters as in `plan.py`.
 
     Args:
-        parameters (`int`): All of them, tied ones once, P.
-        active_parameters (`int`): Those that multiply a position's state: without embeddings that are only looked up,
-            and with the experts of the position only. Weights that several layers share count once for each.
+        parameters (`int`): All, tied ones counted once, P.
+        active_parameters (`int`): Those that multiply a position's state: without input embeddings, and only the
+            experts of the position. Weights shared by several layers count once per layer.
         active_trainable_parameters (`int`): Those of them that have gradients.
         trainable_parameters (`int`): All that have gradients; fewer with LoRA.
         layer_parameters (`int`): Of the largest layer.
@@ -94,7 +94,7 @@ class ModelShape:
         parameters, active, trained, scores = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
         for name, parameter in model.named_parameters():
             parameters[_layer(name)] += parameter.numel()
-        # A module that several layers share is there once for each.
+        # A module shared by several layers is counted once per layer.
         for name, module in model.named_modules(remove_duplicate=False):
             layer = _layer(f"{name}.")
             scores[layer] += _score_width(module, text)
@@ -166,7 +166,7 @@ class ModelShape:
 
 
 def embedding_size(model: Any) -> int | None:
-    """Ids that a model has an embedding for; `None` if it does not say."""
+    """Number of rows of a model's embedding; `None` if unknown."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):
@@ -174,9 +174,9 @@ def embedding_size(model: Any) -> int | None:
 
 
 def context_length(config: Any) -> int | None:
-    """Positions that a model of this configuration can tell apart; `None` if it does not say.
+    """Positions that a model of this configuration can distinguish; `None` if unknown.
 
-    Some have no such number: those whose attention knows distances alone, or that are recurrent.
+    Models with relative positions only, and recurrent models, have no limit.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
@@ -185,7 +185,7 @@ def context_length(config: Any) -> int | None:
 
 
 def _own_value(config: Any, name: str) -> Any:
-    """A field of a configuration; its own where layers differ, of which Transformers would rather hear (Gemma 4)."""
+    """A field of a configuration, read without the warning of Transformers for fields that differ by layer (Gemma 4)."""
     return vars(config).get(name) or getattr(config, name, None)
 
 

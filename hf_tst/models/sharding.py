@@ -1,4 +1,4 @@
-"""Models sharded by FSDP: their classes, their weights in one piece, and optimizers that do not know all of them."""
+"""Models sharded by FSDP: their classes, their full weights, and optimizers without some of their parameters."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before `fully_shard` put one of its own, of another name, in front."""
+    """The class of a module before `fully_shard` replaced it by its own."""
     classes = type(module).__mro__
     return classes[classes.index(FSDPModule) + 1] if FSDPModule in classes else type(module)
 
 
 def full_state_dict(model: Any) -> dict[str, Any]:
-    """All weights of a model that `fully_shard` has sharded, as `save_pretrained` takes them.
+    """All weights of a model that `fully_shard` has sharded, in the form that `save_pretrained` takes.
 
-    Every rank must call it; the weights come back on the CPU of the first rank, and nothing on the others. A weight
+    Every rank must call it; the weights are returned on the CPU of the first rank; other ranks get an empty dict. A weight
     that is tied to another appears once, as in an ordinary checkpoint, although its gathered copies are two tensors.
 
     Args:
@@ -42,7 +42,7 @@ def full_state_dict(model: Any) -> dict[str, Any]:
 
 
 def load_full_state_dict(module: Any, weights: dict[str, Any]) -> None:
-    """Load weights in one piece, as [`full_state_dict`] gathered them, into a module that may be sharded.
+    """Load full weights, as [`full_state_dict`] returns them, into a module that may be sharded.
 
     Every rank must call it, with all weights.
     """
@@ -53,10 +53,10 @@ def load_full_state_dict(module: Any, weights: dict[str, Any]) -> None:
 
 @contextmanager
 def left_out_of_optimizer(optimizer: Any, parameters: Iterable[Any]) -> Iterator[None]:
-    """Context in which an optimizer does not know some of its parameters, for loading a state that has nothing of them.
+    """Context that hides parameters from an optimizer, to load a state that does not contain them.
 
-    Where an optimizer's state is in shards, PyTorch insists on finding that of every parameter, also of those that had
-    no gradient yet.
+    PyTorch requires a sharded optimizer state to contain every parameter, also those without a gradient so
+    far.
     """
     unknown = {id(parameter) for parameter in parameters}
     whole = [list(group["params"]) for group in optimizer.param_groups]
@@ -70,6 +70,6 @@ def left_out_of_optimizer(optimizer: Any, parameters: Iterable[Any]) -> Iterator
 
 
 def without_tied(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a model, each once: without those tied to another that is there."""
+    """The weights of a model without tied duplicates."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: weight for name, weight in weights.items() if tied.get(name) not in weights}

@@ -1,9 +1,9 @@
 """The model hook: token superposition on an unmodified Transformers model, and its undo.
 
-Nothing of a model class is edited. Hooks on the model instance and on its input embedding average bags where the model
+No model class is changed. Hooks on the model instance and on its input embedding average bags where the model
 looks tokens up ([`_BagInput`]), and the instance's `loss_function` takes 3-D labels (see `fused.py`). In superposition both
-act on 3-D tensors only, so ordinary 2-D batches (evaluation, generation) pass through as if nothing were there, unless
-evaluation is asked for the loss alone ([`fused_evaluation_loss`]).
+act on 3-D tensors only, so ordinary 2-D batches (evaluation, generation) are not affected, except by
+[`fused_evaluation_loss`].
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def token_superposition(
     Calls with ordinary 2-D ids and labels do not change. `loss` is in nats, float32, 0-dim: the mean over target bags; with
     `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
     [`count_target_bags`]). After the context, also after an exception, the
-    model's hooks, attributes, outputs and loss are what they were. A deep copy of the model that is made inside works on
-    its own weights, and stays in superposition when the context ends.
+    model's hooks, attributes, outputs and loss are restored. A deep copy made inside has its own weights, and stays in
+    superposition when the context ends.
 
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
@@ -57,8 +57,8 @@ def token_superposition(
         mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
             bag; `"output"` reads single tokens and predicts the next s.
         fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
-            a batch never exist: then `outputs.logits` of a forward pass with bags of labels is empty. `"auto"` does
-            so where the model allows it, `"on"` insists, `"off"` never does.
+            a batch are never computed: then `outputs.logits` of a forward pass with bags of labels is empty.
+            `"auto"` fuses if the model allows it, `"on"` raises an error if it does not, `"off"` never fuses.
         document_boundaries (`str`, defaults to `"ignore"`): `"respect"` takes bags that end where documents end, with
             -100 in their empty places, as `DataCollatorForTokenSuperposition` makes them; a bag is then averaged over
             the tokens that it holds.
@@ -67,7 +67,7 @@ def token_superposition(
         The same `model`.
 
     Raises:
-        TSTError: If an argument is out of range, or the model cannot be served (the message says why).
+        TSTError: If an argument is out of range, or the model is not supported (the message says why).
         RuntimeError: If the model is inside such a context, or one of [`fused_next_token_loss`], already.
 
     Example:
@@ -102,9 +102,9 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     """Context in which a causal language model computes its next-token loss fused with its head.
 
     The loss is the model's own up to rounding (nats, float32, 0-dim; 0 where a batch has no target, and the model's own is
-    NaN), but in training mode the logits of a batch never exist: `outputs.logits` of a forward pass with labels, of shape
-    `(B, l)`, is empty. This is what superposition does to the loss, for the
-    recovery phase and for baselines that are to be compared with it. After the context the model is as before.
+    NaN), but in training mode the logits of a batch are never computed: `outputs.logits` of a forward pass with labels, of shape
+    `(B, l)`, is empty. Superposition does the same to its loss, so this is
+    for the recovery phase and for baselines. After the context the model is restored.
 
     Args:
         model: As for [`token_superposition`].
@@ -114,7 +114,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         The same `model`.
 
     Raises:
-        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
+        TSTError: If `fused_loss` is `"on"` and the loss of the model cannot be fused.
         RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
 
     Example:
@@ -132,8 +132,8 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
 
     `outputs.logits` of a forward pass with labels is empty, of one without labels it is not. The loss is the model's own up
-    to rounding, NaN where there is no target. May be entered inside [`token_superposition`] and [`fused_next_token_loss`],
-    where it fuses if they do.
+    to rounding, NaN without targets. It may be entered inside [`token_superposition`] and
+    [`fused_next_token_loss`], and then fuses if they do.
 
     Args:
         model: As for [`token_superposition`].
@@ -143,7 +143,7 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         The same `model`.
 
     Raises:
-        TSTError: If `fused_loss` is `"on"` and the model cannot be served.
+        TSTError: If `fused_loss` is `"on"` and the loss of the model cannot be fused.
     """
     called, core = find_language_model(model)
     with ExitStack() as stack:
@@ -181,14 +181,14 @@ def _check_model(model: Any) -> None:
         raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
     if model.get_output_embeddings() is None or not _is_causal(model):
         raise TSTError(
-            f"{name} is no causal language model of text alone: load the model with AutoModelForCausalLM, or with its own "
+            f"{name} is not a text-only causal language model: load the model with AutoModelForCausalLM, or with its own "
             "...ForCausalLM class where that gives this one."
         )
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())
     for part in model.modules():
-        # A body hands ids on to the input embedding inside it; what else takes them looks them up itself, unless it is a
-        # table of positions.
+        # A body passes ids to the input embedding inside it; any other module that takes ids looks them up itself,
+        # unless it is a table of positions.
         names = inspect.signature(type(part).forward).parameters
         takes_ids = any(argument.endswith("input_ids") for argument in names) and part not in inside
         is_table_of_positions = isinstance(part, nn.Embedding) and "position_ids" in names
@@ -217,11 +217,11 @@ def _is_causal(model: nn.Module) -> bool:
 class _BagInput:
     """Hooks that average the embeddings of a bag where a model looks tokens up; the model's forward sees 2-D ids.
 
-    What a family does to its own embeddings it does to their mean. The ids that it sees are -1: no table has that row,
-    so a look-up that is not averaged fails, and no id is taken for padding. They are int32, for which `torch.compile`
-    compiles anew: it takes no notice of new hooks.
+    A family applies to the mean what it applies to its embeddings. The model sees ids of -1: no table has that row, so
+    a look-up without averaging fails, and no id counts as padding. They are int32, so that `torch.compile`
+    recompiles: it does not notice new hooks.
 
-    An object without the model in it: a deep copy of a hooked model has hooks of its own.
+    It holds no reference to the model, so a deep copy of a hooked model has its own hooks.
 
     Args:
         bag_size (`int`): Tokens per bag, s.
@@ -240,7 +240,7 @@ class _BagInput:
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: notes `input_ids` of shape `(B, l, s)`, and hands the model stand-ins of shape `(B, l)`."""
+        """Forward pre-hook: records `input_ids` of shape `(B, l, s)`, and passes placeholders of shape `(B, l)` to the model."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if input_ids is None:
@@ -257,7 +257,7 @@ class _BagInput:
         if isinstance(mask, Tensor) and mask.dim() in (2, 3):
             check_shape("attention_mask", mask, positions)
         if isinstance(labels, Tensor) and not self._has_checked_labels and not torch.compiler.is_compiling():
-            self._has_checked_labels = True  # once, since it waits for the device
+            self._has_checked_labels = True  # once, since it synchronizes with the device
             _check_targets(input_ids, labels)
         self._bags = input_ids
         stand_ins = input_ids.new_full(positions, -1, dtype=torch.int32)
@@ -284,7 +284,7 @@ class _BagInput:
         return average_embeddings(embedded, self._bags, self.weights, self.ignore_index)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: the pass is over, also when it failed."""
+        """Forward hook: ends the pass, also after an exception."""
         self._bags = None
 
 
@@ -298,11 +298,11 @@ def _refuse_bags(input_ids: Any) -> None:
 
 
 def _check_targets(bags: Tensor, labels: Tensor) -> None:
-    """Raise `TSTError` if the labels of bags are the bags themselves, which an own `compute_loss` can make of them."""
+    """Raise `TSTError` if the labels of bags are the bags themselves, which a user's `compute_loss` may pass by mistake."""
     targets = labels != -100
     same = bool((labels == bags)[targets].all()) and bool(targets.any())
     if same and bool((bags != bags[0, 0, 0]).any()):
         raise TSTError(
-            "The labels are the very bags that the model reads, so it would learn to copy: hand on the labels of the batch, which "
+            "The labels equal the input bags, so the model would learn to copy: pass the labels of the batch, which "
             "are those of the next bag."
         )

@@ -1,18 +1,18 @@
-"""Multi-token prediction: extra heads on an unmodified Transformers model, for the length of training.
+"""Multi-token prediction: extra heads on an unmodified Transformers model, during training.
 
 Shapes: B rows, l positions, d hidden size, n heads with the model's own.
 
 Extra head k = 1 … n-1 predicts token t+1+k at position t, by a decoder layer of the model's own class, followed by the
-model's own final norm and head. What is between last layer and head is found out by trying, as in `head.py`.
+model's own final norm and head. What is between last layer and head is found by probing, as in `head.py`.
 
 - `"parallel"` (arXiv 2404.19737): the trunk is all layers but the last, which is the head of the next token; the extra
   heads are layers beside it. The paper takes n - 1 layers off the trunk, for equal parameters; here the model keeps its own.
 - `"sequential"` (arXiv 2412.19437, section 2.2): head k reads the head before it, the first one the model's last layer,
-  and the embedding of token t+k: both normalised, joined, projected to d, then a decoder layer.
+  and the embedding of token t+k: both normalized, concatenated, projected to d, then a decoder layer.
 
-Memory: the paper works off head by head so that the logits of one are held at a time. Here there are none: the hidden
-states of all extra heads go through one fused loss, which holds a chunk of logits and one gradient of the model's head,
-whatever n is. What grows with n is one layer's activations per head.
+Memory: the paper processes one head at a time to hold the logits of one head only. Here no logits are held: the
+hidden states of all extra heads go through one fused loss, which holds a chunk of logits and one gradient of the model's head,
+whatever n is. Memory grows by one layer's activations per head.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ATTRIBUTE = "mtp_heads"
 def check_mtp(
     num_heads: int, kind: str = "parallel", loss_weight: float | None = None, *, prefix: str = ""
 ) -> None:
-    """Raise `TSTError` unless the arguments, whose names begin with `prefix`, are such as [`MTPHeads`] and
-    [`multi_token_prediction`] take."""
+    """Raise `TSTError` unless the arguments are valid for [`MTPHeads`] and [`multi_token_prediction`];
+    `prefix` is for messages."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise TSTError(f"{prefix}num_heads must be a whole number of at least 1, but is {num_heads!r}.")
     check_choice(f"{prefix}kind", kind, MTP_KINDS)
@@ -60,10 +60,10 @@ class MTPHeads(nn.Module):
     """The extra heads of a model, freshly initialized as the model initializes its own layers.
 
     Args:
-        model (`PreTrainedModel`): A causal language model, not wrapped. Nothing of it changes.
+        model (`PreTrainedModel`): A causal language model, not wrapped. It is not changed.
         num_heads (`int`): Heads with the model's own, n, at least 2.
         kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
-        seed (`int`, *optional*): Seed of the initial weights, which then take nothing from the global generator.
+        seed (`int`, *optional*): Seed of the initial weights; by default they use the global generator.
 
     Raises:
         TSTError: If an argument is out of range, or the layers of the model cannot be found, made or called.
@@ -99,7 +99,7 @@ class MTPHeads(nn.Module):
         return len(self.heads) + 1
 
     def take_loss(self) -> Tensor | None:
-        """What the heads have added to the loss since it was last asked for; `None` if nothing.
+        """What the heads have added to the loss since the last call; `None` if nothing.
 
         Returns:
             `torch.FloatTensor`: In nats, float32, 0-dim, detached, with `loss_weight` in it, on the model's device.
@@ -108,22 +108,22 @@ class MTPHeads(nn.Module):
         return loss
 
     def note_loss(self, loss: Tensor) -> None:
-        """Add the share `share` of a loss to what [`take_loss`] returns. Nothing waits for the device."""
+        """Add the fraction `share` of a loss to the result of [`take_loss`], without a synchronization."""
         loss = loss.detach() * self.share
         self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
     def find_end(self, model: Any) -> None:
-        """Note the model from its last layer on. For a sharded model, whose layers cannot be tried, it is the one found before.
+        """Find the model's end. The layers of a sharded model cannot be probed: for it the end found before is kept.
 
         Raises:
-            TSTError: If the model cannot be served, or is sharded and these heads are not.
+            TSTError: If the model is not supported, or is sharded and these heads are not.
         """
         if not is_sharded(model):
             self.end = find_model_end(model)
             return
         for module in (model, *self.modules()):
             if is_sharded(module):
-                module.reshard()  # so that a weight that is gathered just now does not look like one never sharded
+                module.reshard()  # so that a weight that is currently gathered does not look unsharded
         if not all(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise TSTError(
                 "The model is sharded, but its extra heads are not: call fully_shard inside multi_token_prediction."
@@ -135,7 +135,7 @@ class MTPHeads(nn.Module):
         """The hidden states of the extra heads, before the model's final norm.
 
         Args:
-            call (`LayerCall`): How the model has called its last layer, and what that returned.
+            call (`LayerCall`): How the model called its last layer, and the result.
             next_embeddings: For each sequential head, the embeddings `(B, l, d)` of the tokens that it reads.
 
         Returns:
@@ -152,7 +152,7 @@ class MTPHeads(nn.Module):
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
         config, layer_class = model.config.get_text_config(), own_class(last_layer)
         with trying(model, f"it cannot make a {layer_class.__name__} for the heads"):
-            # Of the kind of the last: layers of one model may differ.
+            # A layer like the last one: layers of one model may differ.
             layer = layer_class(config, layer_idx=len(decoder_layers(model)) - 1)
         layer.apply(model._init_weights)
         if self.kind == "parallel":
@@ -167,11 +167,11 @@ class MTPHeads(nn.Module):
         with trying(model, "a layer of it cannot be called apart"), trial_pass(call.returned.device):
             shapes = {getattr(hidden, "shape", None) for hidden in self(call, embedded)}
         if shapes != {call.returned.shape}:
-            raise unservable(model, "a layer of it does not return hidden states when it is called apart")
+            raise unservable(model, "one of its layers does not return hidden states when called alone")
 
 
 class _SequentialHead(nn.Module):
-    """A sequential head without what it shares: two norms, the projection `(2d → d)` and a decoder layer."""
+    """The own modules of a sequential head: two norms, the projection `(2d → d)` and a decoder layer."""
 
     def __init__(self, layer: nn.Module, width: int) -> None:
         super().__init__()
@@ -190,17 +190,17 @@ class _SequentialHead(nn.Module):
 def multi_token_prediction(
     model: Any, heads: MTPHeads, loss_weight: float | None = None
 ) -> Iterator[nn.Module]:
-    """Context in which the loss of a model in training is that of its next token and of its extra heads.
+    """Context in which the training loss of a model is its next-token loss plus the losses of its extra heads.
 
     Inside, the heads are a module of the model (`model.mtp_heads`), so that an optimizer made there, DDP and gradient
     checkpointing find them; the model's state dict leaves them out. `model(input_ids=…, labels=…).loss` is the model's
     own loss plus `loss_weight` times the sum (sequential: the mean) of the cross entropies of the extra heads, all
     divided by the same number of targets: `num_items_in_batch`, or the next tokens in the batch. The logits of the extra
     heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) do not
-    change; with bags of labels and several processes, the heads get gradients of 0, which DDP waits for.
-    Where `position_ids` restart, no head looks past the end of its document. A mixture's auxiliary loss is that of the
-    model's own layers. `fully_shard` is called inside the context, on the model last, and finds the heads, too; it may be
-    left and entered again then. After the context, also after an exception, the model is what it was.
+    change; with bags of labels and several processes, the heads get gradients of 0, because DDP waits for a gradient.
+    If `position_ids` restart, no head predicts past the end of a document. The auxiliary loss of a mixture of experts
+    covers the model's own layers. Call `fully_shard` inside the context, on the model last: it shards the heads, too. The context
+    can then be exited and entered again. After the context, also after an exception, the model is restored.
 
     Args:
         model (`PreTrainedModel`): The model that `heads` are for, not wrapped; it may be wrapped inside. Contexts of
@@ -212,7 +212,7 @@ def multi_token_prediction(
         The same `model`.
 
     Raises:
-        TSTError: If `loss_weight` is out of range, or the model cannot be served.
+        TSTError: If `loss_weight` is out of range, or the model is not supported.
         RuntimeError: If the model is inside such a context already.
 
     Example:
@@ -230,10 +230,10 @@ def multi_token_prediction(
 def attached_heads(model: Any, heads: MTPHeads) -> Iterator[None]:
     """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
 
-    What makes an optimizer or wraps a model finds them; no loss changes.
+    An optimizer or a wrapper made now includes them; the loss does not change.
 
     Raises:
-        TSTError: If the model cannot be served, or is sharded and its heads are not.
+        TSTError: If the model is not supported, or is sharded and its heads are not.
         RuntimeError: If the model is inside such a context already.
     """
     if hasattr(model, ATTRIBUTE):

@@ -2,12 +2,12 @@
 
 Shapes: B rows, l positions, d hidden size, V vocabulary.
 
-What a model does there is found out by trying: hooks watch a forward pass over a few tokens. What is found is enough to call
-another layer of the same class in the same place: beside the last one, or behind it.
+The calls are found by probing: hooks watch a forward pass over a few tokens. That is enough to call another layer of the
+same class in the same place: beside the last one, or after it.
 
-In training, hooks take the losses of the extra heads on the way through the model. The heads run at the beginning of the
-forward pass of the model's head. There FSDP has its weight whole, also where the head is sharded apart. In the backward pass,
-which takes the opposite way, FSDP has gathered the weight before, and sums gradients over the processes afterwards.
+In training, hooks compute the losses of the extra heads during the model's forward pass, at the start of the forward
+pass of the model's head. FSDP has gathered its weight there, also if the head is sharded separately. In the
+backward pass, FSDP gathers the weight before and reduces the gradients afterwards.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def unservable(model: Any, reason: str) -> TSTError:
-    """The error of a model whose way from its last layer to its loss cannot be followed."""
+    """The error for a model whose path from its last layer to its loss is not supported."""
     return TSTError(
-        f"Multi-token prediction cannot serve {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
+        f"Multi-token prediction does not support {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
     )
 
 
@@ -66,7 +66,7 @@ class LayerCall:
 
     @classmethod
     def noted(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
-        """The call of `layer` that a forward hook is told of."""
+        """The call of `layer` that a forward hook reports."""
         bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
         for name in _CACHES:
             if name in bound.arguments:
@@ -75,7 +75,7 @@ class LayerCall:
         return cls(hidden, tuple(rest), bound.kwargs, _hidden_states(output))
 
     def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What `layer` makes of `hidden` when it is called in the same way."""
+        """The output of `layer` for `hidden`, called in the same way."""
         return _hidden_states(layer(hidden, *self.args, **self.kwargs))
 
 
@@ -99,9 +99,9 @@ class ModelEnd:
     """A model from its last layer to its loss.
 
     Args:
-        body (`nn.Module`): What the model's forward calls to run the layers.
+        body (`nn.Module`): The module that runs the layers.
         last_layer (`nn.Module`): The last layer.
-        norm (`nn.Module`, *optional*): What is between last layer and head.
+        norm (`nn.Module`, *optional*): The norm between last layer and head.
         head (`LinearHead`): The head, see [`inspect_head`].
         call (`LayerCall`): A call of the last layer on a few tokens.
     """
@@ -114,19 +114,19 @@ class ModelEnd:
 
 
 def find_model_end(model: Any) -> ModelEnd:
-    """The parts of a model from its last layer on, found by a forward pass over a few tokens. Nothing of it changes.
+    """The parts of a model from its last layer on, found by a forward pass over a few tokens. The model is not changed.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
 
     Raises:
-        TSTError: If it is something else, or its loss cannot be fused with its head, or something other than one
-            norm is between its last layer and its head.
+        TSTError: If it is not, if its loss cannot be fused with its head, or if something other than one norm is
+            between last layer and head.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise unservable(model, "it is no causal language model of Transformers, or is wrapped")
+        raise unservable(model, "it is not a causal language model of Transformers, or is wrapped")
     layers = decoder_layers(model)
     if not layers:
         raise unservable(model, "its decoder layers cannot be found")
@@ -162,13 +162,13 @@ def _watch(model: Any, device: torch.device) -> list[tuple[Any, ...]]:
             stack.enter_context(
                 module.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
             )
-        # Without hooks that want more than this.
+        # Without the hooks of others.
         type(model).forward(model, input_ids=ids, use_cache=False)
     return calls
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two tensors are the same numbers in the same place, perhaps in another shape."""
+    """Whether two tensors share the same memory, in any shape."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
@@ -186,9 +186,9 @@ def extra_losses(
     """
     losses = _ExtraLosses(model, heads, loss_weight)
     with (
-        # Both are in front of FSDP's hooks: it casts what is given, and takes weights away.
+        # Both run before FSDP's hooks, which cast inputs and free weights.
         model.register_forward_pre_hook(losses.before_model, with_kwargs=True, prepend=True),
-        # It runs when forward raises, too: nothing of a half-done forward pass is kept.
+        # It also runs if forward raises, so no state of a failed pass is kept.
         model.register_forward_hook(losses.after_model, prepend=True, always_call=True),
     ):
         yield
@@ -211,7 +211,7 @@ class _ExtraLosses:
         self._loss: Tensor | None = None
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: what the losses of this pass are computed from."""
+        """Forward pre-hook of the model: records the labels of this pass."""
         self._forget()
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
@@ -224,11 +224,11 @@ class _ExtraLosses:
             self._check()
             layer, head = self.end.last_layer, self.end.head.module
             self._hooks.enter_context(layer.register_forward_hook(self.after_last_layer, with_kwargs=True))
-            # Behind FSDP's hook, and in this pass only: a head with hooks cannot be fused with the model's loss.
+            # After FSDP's hook, and for this pass only: a head with hooks cannot be fused with the model's loss.
             self._hooks.enter_context(head.register_forward_pre_hook(self.before_head))
 
     def _check(self) -> None:
-        """Raise `TSTError` where the losses or their gradients would be wrong in silence."""
+        """Raise `TSTError` if the losses or their gradients would be silently wrong."""
         divisor = self._given["num_items_in_batch"]
         if isinstance(divisor, Tensor) and divisor.dtype in (torch.bfloat16, torch.float16):
             raise TSTError(
@@ -247,13 +247,13 @@ class _ExtraLosses:
     def after_last_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Forward hook of the last layer: how it was called, and what it returned."""
+        """Forward hook of the last layer: records its call and its output."""
         self._call = LayerCall.noted(module, args, kwargs, output)
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the model's head: runs the extra heads, and takes their losses with its weight.
+        """Forward pre-hook of the model's head: runs the extra heads, and computes their losses with its weight.
 
-        It is inside the model's forward, where autocast and DDP look.
+        It runs inside the model's forward, under autocast and DDP.
         """
         if self._call is None:
             return
@@ -277,14 +277,14 @@ class _ExtraLosses:
         self._loss = weight * head.loss(states, targets.unsqueeze(-1), num_items_in_batch=divisor)
 
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the model: its output with the losses of the heads added; also after a failed pass."""
+        """Forward hook of the model: adds the losses of the heads to its output. It also runs after an exception."""
         extra, dimensions = self._loss, self._given["labels"].dim() if self._given else 0
         self._forget()
         if extra is not None:
             self.heads.note_loss(extra)
         elif dimensions == 2 and output is not None:
             raise RuntimeError(
-                "The model has not run the layers that its extra heads were made for: was a module replaced?"
+                "The model did not run the layers that its extra heads were made for. If a module was replaced, make new heads."
             )
         if dimensions == 3 and torch.distributed.is_initialized() and not is_sharded(self.model):
             # DDP waits for a gradient of every parameter.
@@ -301,14 +301,14 @@ class _ExtraLosses:
             return []
         ids = self._given["input_ids"]
         if ids is None:
-            raise TSTError("Sequential heads look the next tokens up: give input_ids, not inputs_embeds.")
-        # The last positions have no next token and no target; what they read instead reaches no other position.
+            raise TSTError("Sequential heads embed the next tokens: pass input_ids, not inputs_embeds.")
+        # The last positions have no next token and no target; their input affects no other position.
         embedding = self.model.get_input_embeddings()
         return [embedding(nn.functional.pad(ids, (0, k))[:, k:]) for k in range(1, count + 1)]
 
 
 def _targets(labels: Tensor, ahead: int, position_ids: Tensor | None) -> Tensor:
-    """Labels `ahead` positions on, `(B, l)`; none past the end of a row, or of a document where positions restart."""
+    """Labels `ahead` positions later, `(B, l)`; -100 past the end of a row, or of a document if positions restart."""
     targets = nn.functional.pad(labels, (0, ahead), value=_IGNORED)[:, ahead:]
     if position_ids is None or position_ids.dim() != 2:
         return targets

@@ -1,1 +1,1 @@
-"""Costs on paper: FLOPs, memory and traffic of a run, before it is started."""
+"""Estimates before a run: FLOPs, memory and traffic."""

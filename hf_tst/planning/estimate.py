@@ -1,4 +1,4 @@
-"""What a run costs before it starts, and what it is compared with. Pure arithmetic; nothing here is measured.
+"""Estimated cost of a run and of its baselines. Pure arithmetic; nothing here is measured.
 
 Letters: P parameters, d hidden size, V vocabulary, B rows per micro-batch, l latent positions per row, s tokens per bag,
 n GPUs that a model is sharded over, r copies of the sharded model.
@@ -18,23 +18,23 @@ from .flops import flops_per_token
 from .reference import ACCELERATORS, SOURCE, Accelerator, find_published
 
 GIB = 2**30
-# Share of an accelerator's memory that its driver, libraries and fragmentation take.
+# Fraction of an accelerator's memory taken by driver, libraries and fragmentation.
 RESERVED_MEMORY = 0.06
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut.
+    """How a step is split over GPUs and micro-batches.
 
     Args:
-        shard_size (`int`): GPUs that hold one copy of the model between them, n.
+        shard_size (`int`): GPUs that share one copy of the model, n.
         replicas (`int`): Copies, r.
         rows (`int`): Rows of a micro-batch on a GPU, B.
         length (`int`): Latent positions per row, l.
         micro_batches (`int`, defaults to 1): Micro-batches per step (gradient accumulation).
-        activation_checkpointing (`bool`, defaults to `False`): Compute the inside of layers again in the backward pass.
+        activation_checkpointing (`bool`, defaults to `False`): Recompute layers in the backward pass.
         sync_each_batch (`bool`, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so only
-            if `accelerator_config` says it, and else keeps them whole until the last micro-batch.
+            if `accelerator_config` asks for it; otherwise it keeps unreduced gradients until the last micro-batch.
     """
 
     shard_size: int
@@ -70,9 +70,9 @@ class Precision:
     """Bytes per number.
 
     Args:
-        weights (`int`, defaults to 4): Of a weight as it is stored, and of its gradient and optimizer states.
-        compute (`int`, defaults to 2): Of what the model computes with; 2 for bfloat16.
-        optimizer_states (`int`, defaults to 2): Numbers that the optimizer keeps of a trained weight; 2 with Adam.
+        weights (`int`, defaults to 4): Of a stored weight, its gradient and its optimizer states.
+        compute (`int`, defaults to 2): Of the numbers that the model computes with; 2 for bfloat16.
+        optimizer_states (`int`, defaults to 2): Numbers that the optimizer stores per trained weight; 2 with Adam.
     """
 
     weights: int = 4
@@ -177,10 +177,10 @@ def checkpoint_bytes(shape: ModelShape, precision: Precision = MIXED_PRECISION) 
 
 
 def _layer_activations(shape: ModelShape, between: int, byte: int) -> int:
-    """Bytes that one layer keeps for the backward pass, per position, with attention that keeps no scores.
+    """Bytes that one layer keeps for the backward pass, per position, with attention that does not store scores.
 
-    Counted from what autograd saves in Llama, Qwen3 and Qwen3-MoE: norms keep their input in float32 and what they
-    hand on; attention its queries, keys, values and result; an MLP gate, its SiLU, up and their product; an expert
+    Counted from what autograd saves in Llama, Qwen3 and Qwen3-MoE: norms keep their input in float32 and their
+    output; attention its queries, keys, values and result; an MLP gate, its SiLU, up and their product; an expert
     the same of each position it sees, and the position itself.
 
     Args:
@@ -202,7 +202,7 @@ def _layer_activations(shape: ModelShape, between: int, byte: int) -> int:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase of the run takes; a phase may have no step."""
+    """The cost of one phase of the run; a phase may have no steps."""
 
     phase: str
     steps: int
@@ -214,7 +214,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A run to compare with. It has a `loss` only where `source` says who published it."""
+    """A run to compare with. It has a `loss` only if one was published, by `source`."""
 
     name: str
     steps: int | None = None
@@ -365,7 +365,7 @@ def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -
         Alternative("baseline, equal loss", source="no published figure"),
     ]
     if published is None:
-        notes = ["The paper has no run of this model, length, batch, s and r: nothing is said about loss."]
+        notes = ["The paper has no run of this model, length, batch, s and r: no loss is predicted."]
         return replace(plan, comparison=comparison, notes=notes)
     notes = [f"Losses are those of the paper's {published.name} ({SOURCE}), no forecast of your run."]
     if published.equal_loss_steps:
@@ -377,6 +377,6 @@ def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -
         mfu = ACCELERATORS["b200"].gpu_hours(plan.flops, mfu=1) / published.gpu_hours
         notes.append(
             f"Published: {published.gpu_hours:,.0f} B200-hours with TST and {published.equal_loss_gpu_hours:,.0f} for the "
-            f"baseline of equal loss: {ratio:.3f} times as many. By this count of FLOPs that is {mfu:.1%} of a B200's peak."
+            f"baseline of equal loss: {ratio:.3f} times as many. By this count of FLOPs, that is {mfu:.1%} of a B200's peak."
         )
     return replace(plan, comparison=comparison, notes=notes)

@@ -1,4 +1,4 @@
-"""FLOPs of training, from shapes alone: the one count of the trainer, of plans and of comparisons."""
+"""FLOPs of training, from shapes alone: the count that trainer, plans and comparisons share."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def step_flops(
     Counted, as `torch.utils.flop_counter.FlopCounterMode` counts them, are matrix products, 2 per multiplication with
     addition: those of the layers, with the experts that a position is sent to; scores and values of softmax attention over
     all l · l pairs, including masked ones; the head at all positions, once for each head of multi-token prediction, which
-    trains in recovery only. Not counted are the optimizer, what activation checkpointing computes twice, element by element
+    trains in recovery only. Not counted are the optimizer, recomputation by activation checkpointing, elementwise
     operations (norms, softmax, averaging a bag) and the scans of state-space and linear-attention layers. Norm weights and
-    biases are counted as if they were columns of matrices, which is far below 1 % at any size that is trained.
+    biases are counted like columns of matrices, which is far below 1 % at any realistic size.
 
-    A superposition step costs what a recovery step without extra heads does, whatever the bag size: a bag is one latent
+    A superposition step costs the same as a recovery step without extra heads, at any bag size: a bag is one latent
     position. `total_flos` of [`TSTTrainer`], `tst_model_flops_utilization`, `hf-tst plan` and `hf-tst compare` all use this
     count.
 

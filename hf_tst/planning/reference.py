@@ -1,4 +1,4 @@
-"""Figures that others state: accelerators by their makers, and the paper's runs. Nothing here is computed."""
+"""Published figures: accelerators, from their makers, and the paper's runs. Nothing here is computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Accelerator:
             )
 
     def gpu_hours(self, flops: float, mfu: float) -> float:
-        """Hours for so many FLOPs at the share `mfu` of the peak; on several accelerators, the sum of their hours."""
+        """Hours for `flops` at the fraction `mfu` of the peak; on several accelerators, the sum of their hours."""
         return flops / (self.tflops * 1e12 * mfu * 3600)
 
 
@@ -108,7 +108,7 @@ PUBLISHED = (
 
 
 def find_published(vocab_size: int, **settings: float) -> PublishedRun | None:
-    """The published run with exactly these `settings`, fields of [`PublishedRun`]; else `None`."""
+    """The published run with exactly these `settings`, fields of [`PublishedRun`]; `None` if there is none."""
     if vocab_size != 128_256:
         return None
     return next((run for run in PUBLISHED if settings.items() <= vars(run).items()), None)

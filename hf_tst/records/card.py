@@ -1,4 +1,4 @@
-"""The model card of a run, written from the record of the run and nothing else; `templates/model_card.md` has its text."""
+"""The model card of a run, written only from the record of the run; `templates/model_card.md` has its text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 CURVE_FILE = "loss_curve.png"
-# A card with this tag was written by a trainer, and may be written anew.
+# A card with this tag was written by a trainer, and may be overwritten.
 GENERATED_TAG = "generated_from_trainer"
 
 
@@ -40,13 +40,13 @@ def write_model_card(
         The card's path.
 
     Raises:
-        TSTError: If the folder holds a card that no trainer wrote, which is left as it is.
+        TSTError: If the folder holds a card that no trainer wrote; it is not changed.
     """
     folder = Path(folder)
     path = folder / "README.md"
     if path.exists() and not _is_generated(path):
         raise TSTError(
-            f"{path} is a card of your own and stays as it is: move it away to get one of the run."
+            f"{path} was not written by a trainer, and is not overwritten: move it away to get the card of the run."
         )
     curve: str | None = CURVE_FILE
     try:
@@ -59,7 +59,7 @@ def write_model_card(
 
 
 def _is_generated(path: Path) -> bool:
-    """Whether a trainer wrote the card, or PEFT, with nothing in it; one that cannot be read is somebody's own."""
+    """Whether a trainer wrote the card, or PEFT an empty one. An unreadable card counts as the user's own."""
     import yaml
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -1,4 +1,4 @@
-"""Pushing to the Hub: what can be refused is refused before training, and in a sentence."""
+"""The Hub: access is validated before training, and errors become one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import TSTError
 
 
 class HubError(TSTError):
-    """The Hub refused, or could not be reached. Nothing on this machine is lost by it."""
+    """The Hub refused, or could not be reached. Nothing on this machine is lost."""
 
 
 @contextmanager
@@ -20,11 +20,11 @@ def explained_hub_errors(doing: str, kept: str) -> Iterator[None]:
     """Context that turns the errors of the Hub's client into one sentence.
 
     Args:
-        doing (`str`): What is being done, such as `"Pushing to someone/model"`.
-        kept (`str`): Where what was to be pushed is kept.
+        doing (`str`): The action, such as `"Pushing to someone/model"`.
+        kept (`str`): Where the files to push are kept.
 
     Raises:
-        HubError: For whatever the Hub answered, or if it did not answer.
+        HubError: If the Hub refused, failed or did not answer.
     """
     from huggingface_hub import errors
 
@@ -47,9 +47,9 @@ def explained_hub_errors(doing: str, kept: str) -> Iterator[None]:
 def check_repo_holds_no_other_model(
     repo_id: str, config: Any, token: str | None, revision: str | None
 ) -> None:
-    """Check that pushing a model with `config` to `repo_id` replaces no model of another kind.
+    """Check that `repo_id` does not hold a different model than one with `config`.
 
-    A branch that is not there yet is made, from `main`: else the push would fail when training is over.
+    A missing branch is created from `main`: otherwise the push would fail after training.
 
     Args:
         repo_id (`str`): An existing repository.
@@ -79,5 +79,5 @@ def check_repo_holds_no_other_model(
     ]
     if differences:
         raise HubError(
-            f"{repo_id} holds another model already ({'; '.join(differences)}): set another hub_model_id or hub_revision."
+            f"{repo_id} already holds a different model ({'; '.join(differences)}): set another hub_model_id or hub_revision."
         )

@@ -51,7 +51,7 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
 
 
 def _own_loss(entry: Mapping[str, Any]) -> float:
-    """The loss of the model that is saved: without what extra heads have added to it."""
+    """The loss of the saved model, without the part of extra heads."""
     return entry["loss"] - entry.get("mtp_loss", 0.0)
 
 
@@ -78,7 +78,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text in which Markdown and HTML read nothing."""
+    """Text with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\|*])", r"\\\1", text).replace("<", "&lt;")
 
 

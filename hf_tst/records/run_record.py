@@ -1,4 +1,4 @@
-"""The record of a run: the logs in `trainer_state.json`, and the notes there that say what it ran with and on."""
+"""The record of a run: the logs in `trainer_state.json`, and its notes on arguments, versions and hardware."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from ..errors import TSTError, bad_input
 from ..version import __version__
 
-# Where `trainer_state.json` holds notes: beside the log history, of which scripts expect that its entries are logs.
+# Where `trainer_state.json` holds the notes: not in the log history, whose entries scripts expect to be logs.
 NOTES = "TSTTrainer"
 RUN_ENTRY = "tst_run"
 RUN_ID = "tst_run_id"
 UTILIZATION = "tst_model_flops_utilization"
-# Of the arguments, those that a card tells; the others hold paths and names of this machine.
+# The arguments that a card shows; the others hold paths and names of this machine.
 ARGUMENTS = (
     "tst_phase_ratio", "tst_bag_size", "tst_offset_weighting", "tst_input_weighting", "tst_mode",
     "tst_superposition_rows",
@@ -30,7 +30,7 @@ ARGUMENTS = (
 
 
 def notes_of(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each start of training has noted, with its step, in order; a new note is appended.
+    """The notes of each start of training, with its step, in order; a new note is appended.
 
     Args:
         state (`dict`): What `trainer_state.json` holds, or `vars` of a `TrainerState`.
@@ -47,7 +47,7 @@ def phase_of(entry: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class TimedSteps:
-    """Optimizer steps `begin` to `end` of a phase, and the seconds of training that they took together."""
+    """Optimizer steps `begin` to `end` of a phase, and their seconds of training."""
 
     begin: int
     end: int
@@ -57,10 +57,10 @@ class TimedSteps:
 
 
 def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
-    """The steps between logs, in order, without what evaluation, saving and loading took.
+    """The steps between logs, in order, without the time of evaluation, saving and loading.
 
-    They are computed from the speeds in the log: times of day would count the pause before a run was resumed. A speed is that
-    of rows as long as the last one, of which `tst_latent_tokens` is a multiple, too.
+    They are computed from the speeds in the log: wall-clock times would count the pause before a resume. Like
+    `tst_latent_tokens`, a speed assumes rows as long as the last one.
     """
     timed: list[TimedSteps] = []
     step = 0
@@ -77,19 +77,19 @@ def timed_steps(log_history: Sequence[Mapping[str, Any]]) -> list[TimedSteps]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a card is written from.
+    """The data of a model card.
 
     Args:
         log_history: The entries of `trainer_state.json`.
         max_steps (`int`): Optimizer steps of the run, N.
         switch_step (`int`): First step of recovery; 0 without superposition.
-        arguments (`dict`): The training arguments, or those of them that a card tells.
+        arguments (`dict`): The training arguments, or those that a card shows.
         rows_per_step (`int`): Rows per optimizer step, over all devices.
         total_flos (`float`): FLOPs of the run, see [`step_flops`].
         parameters (`int`): Parameters of the model.
-        hardware (`str`): Devices that it ran on.
+        hardware (`str`): Devices of the run.
         evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
-        software (`str`): Versions that it ran with.
+        software (`str`): Versions of the run.
         base_model (`str`, *optional*): Hub id of the model that training started from.
         library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
         global_step (`int`, *optional*): Optimizer steps done; all of them by default.
@@ -117,16 +117,16 @@ class RunRecord:
 
         Args:
             state (`dict`): As for [`notes_of`].
-            now (`dict`, *optional*): A [`run_entry`] for a run that has not begun and has none yet.
+            now (`dict`, *optional*): A [`run_entry`] for a run that has not started.
 
         Raises:
             ValueError: If no TST run is on record.
         """
         runs = [note[RUN_ENTRY] for note in notes_of(state) if RUN_ENTRY in note] or ([now] if now else [])
         if not runs:
-            raise ValueError("no run of TSTTrainer is on record in it")
+            raise ValueError("it has no record of a TSTTrainer run")
         last = runs[-1]
-        # A run that was resumed elsewhere has several.
+        # A run that was resumed on another machine has several.
         machines = {
             name: "; then ".join(dict.fromkeys(run[name] for run in runs))
             for name in ("hardware", "software")
@@ -143,7 +143,7 @@ class RunRecord:
         """The record of the run that left `trainer_state.json` in a folder.
 
         Raises:
-            TSTError: If there is none, or not of a TST run.
+            TSTError: If there is none, or it is not of a TST run.
         """
         path = Path(folder) / "trainer_state.json"
         if not path.is_file():
@@ -164,7 +164,7 @@ def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mappin
 
 
 def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
-    """What a run notes of itself when it starts: what it runs with and on.
+    """The note of a run at its start: arguments, versions and hardware.
 
     Args:
         args ([`TSTTrainingArguments`]): Its arguments.
@@ -185,7 +185,7 @@ def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> di
 
 
 def _saved_parameters(model: Any) -> int:
-    """Parameters of the model as it is saved, without heads that are there for training only."""
+    """Parameters of the saved model, without extra heads."""
     if not hasattr(model, "num_parameters"):
         return 0
     saved = model.state_dict().keys()
@@ -195,7 +195,7 @@ def _saved_parameters(model: Any) -> int:
 
 
 def describe_hardware(world_size: int = 1) -> str:
-    """The devices that this process, and `world_size` of its kind, run on."""
+    """The devices of all `world_size` processes."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -216,7 +216,7 @@ def loaded_from(model: Any) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
+    """Write a file atomically."""
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""Kernels of the multi-hot loss: which one serves a device."""
+"""Kernels of the multi-hot loss, and the choice between them by device."""
 
 from __future__ import annotations
 

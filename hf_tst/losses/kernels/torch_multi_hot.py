@@ -1,11 +1,11 @@
-"""The multi-hot loss of some rows of logits, and its gradient in their place, in plain PyTorch."""
+"""The multi-hot loss of some rows of logits, with the gradient written in place, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Where a copy of the rows is needed, this many of its elements are held at a time (4 MiB).
+# If a copy of the rows is needed, this many elements are copied at a time (4 MiB).
 _TILE_ELEMENTS = 2**20
 
 
@@ -23,17 +23,17 @@ def multi_hot_loss_and_gradient(
     """Loss of each row; overwrites `logits` with their gradient.
 
     A row's loss is the sum of `w_i · (logsumexp(z) - z[y_i])` over its valid targets, with `z = logit_scale · logits`, or
-    `softcap · tanh(logit_scale · logits / softcap)`. Arithmetic is float32, and its amount does not depend on s.
+    `softcap · tanh(logit_scale · logits / softcap)`. Arithmetic is float32; its cost does not depend on s.
 
     Args:
         logits (`torch.FloatTensor` of shape `(n, V)`): Outputs of the head. Overwritten if `write_gradient`.
         labels (`torch.LongTensor` of shape `(n, s)`): Targets in `[0, V)`, or `ignore_index`.
-        weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset. A target of weight 0 counts as none.
+        weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset. A target of weight 0 is ignored.
         gradient_scale (0-dim `torch.FloatTensor`): Factor on the gradient of the sum of the losses.
-        ignore_index (`int`, defaults to -100): Label that is no target.
+        ignore_index (`int`, defaults to -100): Label of positions without a target.
         softcap (`float`, *optional*): Cap on the scaled logits.
         logit_scale (`float`, defaults to 1): Factor on the logits.
-        write_gradient (`bool`, defaults to `True`): Without it, `logits` stay as they are.
+        write_gradient (`bool`, defaults to `True`): If `False`, `logits` are not changed.
 
     Returns:
         `torch.FloatTensor` of shape `(n,)`: Losses. A row without a target has loss 0 and gradient 0, whatever its logits are.
@@ -62,14 +62,14 @@ def multi_hot_loss_and_gradient(
         if not in_place:
             tile.copy_(scaled)
     if write_gradient:
-        # A zero weight times what is not a number would be none either.
+        # 0 times NaN would be NaN.
         without = ((labels == ignore_index) | (weights == 0)).all(-1)
         logits.index_fill_(0, without.nonzero().squeeze(1), 0.0)
     return losses
 
 
 def _loss(logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int) -> Tensor:
-    """Losses of float32 `logits`, which stay as they are."""
+    """Losses of float32 `logits`, which are not changed."""
     valid = labels != ignore_index
     row_weights = weights * valid
     cross_entropies = -logits.log_softmax(-1).gather(-1, labels.masked_fill(~valid, 0))
@@ -79,7 +79,7 @@ def _loss(logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int) ->
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, factor: Tensor, ignore_index: int
 ) -> Tensor:
-    """Losses of float32 `logits`, which become the gradient of their sum times `factor`."""
+    """Losses of float32 `logits`, which are overwritten with the gradient of their sum times `factor`."""
     valid = labels != ignore_index
     row_weights = torch.where(valid, weights, 0.0)
     targets = labels.masked_fill(~valid, 0)

@@ -1,10 +1,10 @@
-"""The multi-hot loss of some rows of logits, and its gradient in their place, as one Triton kernel.
+"""The multi-hot loss of some rows of logits, with the gradient written in place, as one Triton kernel.
 
-One program works off one row in two sweeps: the first reads the logits and keeps a running maximum and sum, the second
-writes the gradient of the logsumexp. The second goes from the end to the beginning, because what was read last is still
-in the cache. The targets are never compared with the logits of a sweep, which would cost s comparisons per logit: the s
-target logits are gathered once, and their gradients, computed in registers, are stored over the second sweep's when it
-is done. A token that stands in a bag twice is stored twice with the same value.
+One program processes one row in two sweeps: the first reads the logits and keeps a running maximum and sum, the second
+writes the gradient of the logsumexp. The second runs backward, because the logits that were read last are still in the
+cache. Comparing each logit with the targets would cost s comparisons per logit. Instead, the s target logits
+are gathered once, and their gradients, computed in registers, overwrite those of the second sweep at the
+end. A token that occurs twice in a bag is stored twice with the same value.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits of a row that are worked on at a time, and the threads that do it: a larger block holds more registers than a
-# program has.
+# Logits of a row per block, and threads per program: a larger block needs more registers than a program
+# has.
 _MAX_BLOCK = 8192
 
 
@@ -70,8 +70,8 @@ def launch_options(vocabulary: int, bag_size: int) -> dict[str, int]:
 def tanh(x):
     """Hyperbolic tangent, to the last bits of its own value.
 
-    Triton has none of its own, and that of libdevice cannot be interpreted. Below 1 a quotient of exponentials would
-    cancel, so there stands the Padé approximant of degrees 7 and 6: wrong by less than 1e-8 of the value.
+    Triton has none, and libdevice's cannot be interpreted. Below 1 a quotient of exponentials would lose digits, so
+    the Padé approximant of degrees 7 and 6 is used there. Its relative error is below 1e-8.
     """
     size = tl.abs(x)
     square = size * size
