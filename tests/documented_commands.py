@@ -23,7 +23,7 @@ from hf_tst.pretraining.options import parse_arguments
 
 # Programs of others, which set an environment up, get text or look at the code.
 OTHERS = {
-    ".", ".ci/run", "apt-get", "cp", "dpkg-deb", "export", "mypy", "pip", "pre-commit", "python3", "ruff",
+    ".", ".ci/run", "apt-get", "axolotl", "cp", "dpkg-deb", "export", "mypy", "pip", "pre-commit", "python3", "ruff",
 }  # fmt: skip
 COMPARISONS: dict[str, type[Any]] = {"compare": CompareArguments, "sweep": SweepArguments}
 

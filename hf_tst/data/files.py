@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..errors import TSTError, bad_input
-from .text_files import ENDINGS, check_column, choose_column, column_type, columns_of, ending, read_column
+from .text_files import (
+    ENDINGS,
+    TOKENS,
+    check_column,
+    choose_column,
+    column_type,
+    columns_of,
+    ending,
+    read_column,
+)
 from .written_once import open_arrow, written_once
 
 TOKEN_FILE_SUFFIX = ".npy"
@@ -144,8 +153,9 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         # A pickled memory map is a copy of the file: a loader process opens it anew.
         return type(self), (self.path, self.block_size, self.starts)
 
-    # As `datasets.Dataset` names it; a stream has no such number.
+    # As `datasets.Dataset` has them; a stream has no such number.
     num_rows = property(__len__)
+    column_names = (TOKENS,)
 
     def select(self, rows: Sequence[int]) -> TokenFile:
         """Some of the blocks."""
