@@ -140,3 +140,8 @@ def test_the_plan_that_is_shown_is_what_its_command_prints(capsys):
     (command, *_) = commands(only_block("docs/plans.md", "bash", "hf-tst plan"))
     assert cli.main(command[1:]) == 0
     assert only_block("docs/plans.md", "text", "steps") in capsys.readouterr().out
+
+
+def test_the_configuration_of_axolotl_is_part_of_the_example():
+    example = (ROOT / "scripts/examples/axolotl.yaml").read_text(encoding="utf-8")
+    assert only_block("docs/axolotl.md", "yaml", "base_model") in example

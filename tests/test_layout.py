@@ -18,9 +18,10 @@ ROOMS = {
     "planning": {"models", "mtp", "bags", "losses"},
 }
 ROOMS["training"] = {*ROOMS}
-ROOMS["pretraining"] = {*ROOMS}
-ROOMS["experiments"] = {*ROOMS}
-ROOMS["cli"] = {*ROOMS}
+ROOMS["integrations"] = {*ROOMS}
+ROOMS["pretraining"] = {*ROOMS} - {"integrations"}
+ROOMS["experiments"] = {*ROOMS} - {"integrations"}
+ROOMS["cli"] = {*ROOMS} - {"integrations"}
 
 
 def imported_rooms(path):

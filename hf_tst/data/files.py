@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import TSTError, bad_input
 from .text_files import (
     ENDINGS,
+    TOKENS,
     check_column,
     choose_column,
     column_type,
@@ -155,8 +156,9 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         # A pickled memory map is a copy of the file: a loader process opens it anew.
         return type(self), (self.path, self.block_size, self.starts)
 
-    # As `datasets.Dataset` names it; a stream has no such number.
+    # As `datasets.Dataset` has them; a stream has no such number.
     num_rows = property(__len__)
+    column_names = (TOKENS,)
 
     def select(self, rows: Sequence[int]) -> TokenFile:
         """Some of the blocks."""

@@ -153,6 +153,8 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         block_size (`int`): Tokens per block, L.
     """
 
+    column_names = (TOKENS,)  # as `datasets` has them
+
     def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
         self.documents = documents
         self.block_size = block_size

@@ -1,0 +1,1 @@
+"""Superposition inside of trainers that are configured elsewhere."""
