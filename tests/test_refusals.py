@@ -101,6 +101,15 @@ def test_fsdp1_is_refused(llama, make_args):
     check_trainer(trainer)  # raises nothing
 
 
+def test_fp8_is_refused_where_the_loss_is_replaced(llama, make_args):
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
+    trainer.accelerator = SimpleNamespace(mixed_precision="fp8", state=None, parallelism_config=None)
+    with pytest.raises(TSTError, match="use bf16"):
+        check_trainer(trainer)
+    trainer.args = make_args(tst_phase_ratio=0)
+    check_trainer(trainer)  # raises nothing
+
+
 def test_what_would_replace_the_loss_or_the_bags_is_refused(llama, make_args):
     with pytest.raises(ValueError, match="compute_loss_func"):
         TSTTrainer(llama, make_args(), train_dataset=make_blocks(4), compute_loss_func=lambda *a, **k: 0)

@@ -89,6 +89,10 @@ def check_trainer(trainer: Any) -> None:
         _check_multi_token_prediction(trainer)
     if not args.tst_replaces_loss:
         return
+    if getattr(trainer.accelerator, "mixed_precision", "no") == "fp8":
+        raise TSTError(
+            "mixed_precision='fp8' replaces linear layers, and has not been tried with superposition and the fused loss: use bf16."
+        )
     if _uses_fsdp1(trainer):
         raise TSTError(
             "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
