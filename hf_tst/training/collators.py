@@ -41,7 +41,7 @@ class DefaultCollator:
         """
         batch = self._collate(features)
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(ids, Tensor) and ids.dim() == 2:
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             tokens = ids.flatten().numpy()
             if (at := self.rules.find_bad_id(tokens)) is not None:
                 row = ids[at // ids.shape[1], :8].tolist()
@@ -52,7 +52,7 @@ class DefaultCollator:
         if isinstance(features[0], IDS_ALONE):
             features = [as_block(row, index) for index, row in enumerate(features)]
         first = features[0]
-        if not isinstance(first, Mapping) or "input_ids" not in first:
+        if not isinstance(first, Mapping) or "input_ids" not in first or not _are_ids(first["input_ids"]):
             return self.default(features)
         given = {"label", "labels", "label_ids"} & set(first)
         per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
@@ -66,6 +66,11 @@ class DefaultCollator:
         if not given and not self.adds_labels:
             del batch["labels"]
         return batch
+
+
+def _are_ids(values: Any) -> bool:
+    """Whether a row of `input_ids` holds whole numbers; models that are no language models may take others."""
+    return bool(np.asarray(values).dtype.kind in "iu")
 
 
 def make_collator(trainer: Any, data_collator: Any) -> Any:
