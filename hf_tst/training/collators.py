@@ -57,7 +57,7 @@ class DefaultCollator:
         if isinstance(features[0], IDS_ALONE):
             features = [as_block(row, index) for index, row in enumerate(features)]
         first = features[0]
-        if not isinstance(first, Mapping) or "input_ids" not in first:
+        if not isinstance(first, Mapping) or "input_ids" not in first or not _are_ids(first["input_ids"]):
             return self.default(features)
         given = {"label", "labels", "label_ids"} & set(first)
         per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
@@ -71,6 +71,11 @@ class DefaultCollator:
         if not given and not self.adds_labels:
             del batch["labels"]
         return batch
+
+
+def _are_ids(values: Any) -> bool:
+    """Whether a row of `input_ids` holds whole numbers; models that are no language models may take others."""
+    return bool(np.asarray(values).dtype.kind in "iu")
 
 
 def make_collator(trainer: Any, data_collator: Any) -> Any:

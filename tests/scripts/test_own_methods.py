@@ -198,3 +198,32 @@ def test_prediction_without_labels_gives_what_trainer_gives(ratio, llama, make_a
     assert found.metrics.keys() == expected.metrics.keys()
     assert found.label_ids is None
     assert (found.predictions == expected.predictions).all()
+
+
+def test_without_superposition_rows_of_floats_stay_floats(make_args, tmp_path):
+    class Regression(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, labels=None):
+            return ((input_ids * self.slope - labels).square().mean(), input_ids)
+
+    rows = [{"input_ids": [0.5, -1.5], "labels": [1.0, -3.0]}] * 20
+    models = []
+    for base, kind, name in ((TSTTrainer, None, "ours"), (Trainer, TrainingArguments, "plain")):
+        args = make_args(tst_phase_ratio=0.0, output_dir=str(tmp_path / name))
+        if kind is not None:
+            options = {option: getattr(args, option) for option in ("max_steps", "learning_rate")}
+            args = kind(
+                str(tmp_path / name),
+                per_device_train_batch_size=2,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                **options,
+            )
+        model = Regression()
+        base(model, args, train_dataset=rows).train()
+        models.append(model)
+    assert models[0].slope == models[1].slope
