@@ -223,11 +223,10 @@ def test_what_will_be_trained_is_said_before_torch_is_imported(recipe, tmp_path)
 
 @pytest.mark.parametrize("command", SOURCES)
 def test_a_misspelt_flag_is_told_before_torch_is_imported(command):
-    result = without_torch(command, "--tst_bag_sise", "4")
+    wrong, right = ("licence", "license") if command == "card" else ("tst_bag_sise", "tst_bag_size")
+    result = without_torch(command, f"--{wrong}", "4")
     assert result.returncode == 2
-    assert (
-        result.stderr == f"hf-tst {command}: There is no flag 'tst_bag_sise': did you mean 'tst_bag_size'?\n"
-    )
+    assert result.stderr == f"hf-tst {command}: There is no flag {wrong!r}: did you mean {right!r}?\n"
 
 
 @pytest.mark.parametrize(

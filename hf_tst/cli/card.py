@@ -12,9 +12,10 @@ from ..pretraining.parser import ArgumentParser
 from ..records.card import write_model_card
 from ..records.run_record import RunRecord
 
-DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from trainer_state.json.
+DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from
+trainer_state.json.
 
-  hf-tst card runs/quickstart --license apache-2.0 --datasets HuggingFaceFW/fineweb-edu
+  hf-tst card runs/quickstart --license apache-2.0 --tags code
 """
 
 

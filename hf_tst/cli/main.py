@@ -14,31 +14,40 @@ from ..version import __version__
 
 # Values of Trainer's own flag `--debug`; without one of them, `--debug` asks for a traceback.
 TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-DESCRIPTION = """Token Superposition Training for Hugging Face models: pre-train on bags of tokens first.
+DESCRIPTION = """Token Superposition Training for Hugging Face models.
 
 commands:
-  train   pre-train a model, from a recipe, from flags, or from nothing (a quick start of a few minutes)
-  plan    estimate a run before it starts: steps, tokens, GPU-hours, memory, and baselines
-  compare train a baseline, TST and other arms with one budget, several seeds and learning rates
-  sweep   train a grid of bag sizes, phase ratios, weightings and modes, and draw heat maps
-  card    write the model card of a finished run again, from its record
-  recipes list the recipes that come with the package, with parameters, tokens and GPU-hours
-  env     print versions and devices, for a bug report
+  train    pre-train a model, from a recipe, from flags, or from nothing (a
+           quick start of a few minutes)
+  plan     say what a run costs before it starts: steps, tokens, GPU-hours,
+           memory, and what it is compared with
+  compare  train a baseline, TST and other arms on one budget, over seeds and
+           learning rates, and compare them
+  sweep    train over a grid of bag sizes, phase ratios, weightings and modes,
+           and draw it as a heat map
+  card     write the model card of a finished run again, from its record
+  recipes  list the recipes of the package: parameters, tokens, GPU-hours
+  env      print versions and devices, for a bug report
 """
 EXAMPLES = """examples:
-  hf-tst train                                      the quick start; the model is in runs/quickstart
-  hf-tst train recipe.yaml --max_steps 1000         a recipe; flags override it
-  hf-tst train 30m-laptop-tst --dry_run             everything but the steps: data, plan, memory, the first bags
-  hf-tst plan recipe.yaml --gpu h100 --num_gpus 8   tables; --json for programs, --plot for a picture
-  hf-tst compare recipe.yaml --budget data          tables, curves and a page of HTML, in output_dir
-  hf-tst sweep recipe.yaml --bag_sizes 2,4,6        losses by bag size and phase ratio, in output_dir
-  hf-tst card runs/quickstart --license apache-2.0  README.md and loss_curve.png, from trainer_state.json
+  hf-tst train                               the quick start, in runs/quickstart
+  hf-tst train recipe.yaml --max_steps 1000  a recipe; flags override it
+  hf-tst train 30m-laptop-tst --dry_run      everything but the steps
+  hf-tst plan recipe.yaml --gpu h100 --num_gpus 8
+  hf-tst compare recipe.yaml --budget data
+  hf-tst sweep recipe.yaml --bag_sizes 2,4,6
+  hf-tst card runs/quickstart --license apache-2.0
   accelerate launch --num_processes 8 -m hf_tst train recipe.yaml
 
-`hf-tst COMMAND --help` lists a command's flags. Exit status: 0 done,
-1 failed, 2 bad input or refused by the Hub (the last line on stderr says what is wrong, and where the model is, if it was
-trained), 130 interrupted, 143 terminated (SIGTERM, with enable_jit_checkpoint) after a checkpoint. --debug, anywhere,
-shows the traceback of what failed.
+`hf-tst COMMAND --help` lists a command's flags. --debug, anywhere, shows the
+traceback of what failed. The last line on stderr says what is wrong.
+
+Exit status:
+  0    done
+  1    the run was stopped, for example by a full disk
+  2    bad input, or refused by the Hub
+  130  interrupted
+  143  terminated (SIGTERM, with enable_jit_checkpoint), after a checkpoint
 """
 
 

@@ -31,10 +31,10 @@ from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_con
 from ..records.report import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
 
-DESCRIPTION = """Plan a run before paying for it: steps, tokens, data, FLOPs, hours, memory, traffic, sizes.
+DESCRIPTION = """Plan a run before paying for it: steps, tokens, FLOPs, hours, memory, traffic.
 
-Takes a recipe, the flags of training, and flags for the machines, which are listed first. Downloads nothing if the
-recipe sets vocab_size.
+Takes a recipe and the flags of training, and those of the machines, which are
+listed first. Downloads nothing where the recipe names vocab_size.
 
   hf-tst plan recipe.yaml --gpu b200 --num_gpus 8 --mfu 0.4
   hf-tst plan recipe.yaml --tst_bag_size 8 --json

@@ -40,6 +40,8 @@ def dry_run(argv: list[str], prog: str | None = None) -> None:
     Raises:
         TSTError: For bad input, and if there is too little data for the steps.
     """
+    if not torch.accelerator.is_available():
+        argv = [*argv, "--use_cpu", "True"]  # what needs a GPU to train can be looked at without
     model_args, data_args, args, _ = parse_arguments(argv, prog)
     parts, length = load_parts(model_args, data_args, args, load=load_on_meta)
     blocks, tokenizer = parts["train_dataset"], parts["processing_class"]

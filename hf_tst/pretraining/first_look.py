@@ -26,7 +26,10 @@ SOURCES = {
     "plan": ("cli/plan.py", *TRAINING),
     "compare": ("experiments/options.py", "experiments/compare.py", *TRAINING),
     "sweep": ("experiments/options.py", "experiments/compare.py", *TRAINING),
+    "card": ("cli/card.py",),
 }
+# Those of them that train.
+RUNS = ("train", "compare", "sweep")
 
 
 def announce(command: str, argv: Sequence[str]) -> None:
@@ -36,7 +39,7 @@ def announce(command: str, argv: Sequence[str]) -> None:
         TSTError: As [`look`]; and for `train`, if the output folder holds a run that the line does not speak of.
     """
     values = look(command, argv)
-    if values is None or command == "plan":
+    if values is None or command not in RUNS:
         return
     if command == "train" and not any(
         values.get(name) for name in ("resume_from_checkpoint", "overwrite_output_dir", "dry_run")
@@ -55,7 +58,7 @@ def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """
     if command not in SOURCES or any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
         return None
-    file, words = split_recipe(list(argv))
+    file, words = (None, list(argv)) if command == "card" else split_recipe(list(argv))
     given = (read_config(file) if file else {}) | flag_values(words)
     defaults = declared_arguments(SOURCES[command])
     known = {*defaults, *(f"no_{name}" for name in defaults), "debug", "dry_run"}

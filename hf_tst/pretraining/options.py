@@ -22,15 +22,17 @@ from .recipes import quick_start, read_config, split_recipe
 
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
-A recipe comes first, if any: its name (`hf-tst recipes` lists them), or a YAML or JSON file of arguments. Flags win
-over it. With neither dataset_name nor train_file it trains a small Llama on Python's standard library, and the
-defaults below are those of that run. With data, they are Trainer's: name it in front of --help to see them.
+A recipe comes first, if any: its name (`hf-tst recipes` lists them), or a
+YAML or JSON file of arguments. Flags win over it. With neither dataset_name
+nor train_file it trains a small Llama on Python's standard library, and the
+defaults below are those of that run. With data, they are Trainer's: name it in
+front of --help to see them.
 
   %(prog)s
   %(prog)s 30m-laptop-tst --max_steps 1000
-  %(prog)s --train_file corpus.jsonl --tokenizer_name gpt2 --model_type llama --max_steps 1000
-  %(prog)s recipe.yaml --resume_from_checkpoint last     the newest complete checkpoint in output_dir
-  %(prog)s --help_all                                    all flags
+  %(prog)s --train_file a.jsonl --tokenizer_name gpt2 --model_type llama
+  %(prog)s recipe.yaml --resume_from_checkpoint last   the newest complete one
+  %(prog)s --help_all                                  all flags
 """
 
 
