@@ -149,9 +149,9 @@ def test_seconds_are_those_of_the_whole_run():
 
 def test_the_card_of_a_run_that_is_not_over_says_so():
     card = make_model_card(make_record(global_step=2), repo_id="model")
-    assert "**The run is not over**: this is the model after 2 of 10 optimizer steps." in card.text
-    assert "The remaining steps are to be next-token training" in card.text
-    assert "The run is not over" not in make_model_card(make_record(global_step=10), repo_id="model").text
+    assert "**The run is not finished**: this is the model after 2 of 10 optimizer steps." in card.text
+    assert "The remaining steps will be next-token training" in card.text
+    assert "The run is not finished" not in make_model_card(make_record(global_step=10), repo_id="model").text
 
 
 def test_superposition_is_claimed_only_of_runs_that_had_it():

@@ -126,6 +126,7 @@ def make_model_card(
         curve=curve,
         seconds=sum(part.seconds for part in timed),
         utilization=used / seconds if measured else None,
+        raw_tokens=max((entry.get("tst_raw_tokens", 0) for entry in record.log_history), default=0),
         evaluation=evaluation,
     )
 
