@@ -88,3 +88,10 @@ def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_enough_to_read(example):
     assert sum(bool(line.strip()) for line in example.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_the_page_of_axolotl_has_its_example():
+    """Which tests/test_axolotl.py runs where Axolotl is installed."""
+    folder = Path(__file__).parent.parent
+    example = (folder / "scripts" / "examples" / "axolotl.yaml").read_text(encoding="utf-8")
+    assert f"```yaml\n{example}```" in (folder / "docs" / "axolotl.md").read_text(encoding="utf-8")
