@@ -29,7 +29,7 @@ def other_parent(trainer: Trainer, ours: type, name: str) -> str | None:
     """The class that has the method `name` which `super()` gives in `ours`, if that is not Trainer: another parent of a composed trainer."""
     mro = type(trainer).__mro__
     owner = next(parent for parent in mro[mro.index(ours) + 1 :] if name in vars(parent))
-    return None if owner is Trainer else owner.__name__
+    return None if vars(owner)[name] is vars(Trainer)[name] else owner.__name__
 
 
 def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedLoss]:

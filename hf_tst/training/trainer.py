@@ -129,13 +129,14 @@ class TSTTrainer(Trainer):
         self._has_trained_bags = False  # by a subclass's own compute_loss or training_step
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
-        # PreemptionCallback takes the place of Trainer's own.
-        given = (
+        # By name, since another parent may take others by position, and without those that it makes itself.
+        bound = (
             inspect.signature(Trainer.__init__).bind(self, model, args, data_collator, *positional).arguments
         )
+        given = {name: value for name, value in bound.items() if name != "self" and value is not None}
+        # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
-            # By name, since another parent may take others by position.
-            super().__init__(**{name: value for name, value in given.items() if name != "self"}, **kwargs)
+            super().__init__(**given, **kwargs)
         self.fused_loss: FusedLoss
         self.fused_recovery: FusedLoss
         self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)

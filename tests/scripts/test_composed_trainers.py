@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY_RUN, losses, make_blocks, make_model, weights_equal
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_tst import TSTArguments, TSTError, TSTTrainer, TSTTrainingArguments
 
@@ -44,11 +44,12 @@ class CountingTrainer(Trainer):
 
 
 class ConfiguredTrainer(Trainer):
-    """In the manner of LLaMA-Factory's: another first argument, the rest by name, a loss scaled by what it takes for rows."""
+    """In the manner of LLaMA-Factory's and ms-swift's: another first argument, the rest by name, a collator of its own, a loss
+    scaled by what it takes for rows."""
 
-    def __init__(self, finetuning, processor=None, **kwargs):
+    def __init__(self, finetuning, model, args, train_dataset, processor=None, **kwargs):
         self.finetuning = finetuning
-        super().__init__(**kwargs)
+        super().__init__(model, args, default_data_collator, train_dataset, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scale = inputs["labels"].numel() / inputs["labels"].shape[:2].numel()
