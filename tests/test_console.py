@@ -277,12 +277,12 @@ def test_recipes_are_listed_with_what_they_cost(capsys):
 
 def test_a_dry_run_shows_bags_and_plan_and_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain.TSTTrainer, "train", None)
-    flags = ["--output_dir", str(tmp_path / "run")]
+    flags = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "steps", "--save_steps", "3"]
     assert cli.main(["train", str(recipe), "--dry_run", *flags]) == 0
     out = capsys.readouterr().out
     assert re.search(r"step 0, bag 0 +'.+'", out)
     assert "whole run      6 steps" in out
-    assert "checkpoint-2" in out
+    assert "checkpoint-2, checkpoints every 3 steps" in out
     assert not (tmp_path / "run").exists()
     assert cli.main(["train", str(recipe), "--dry_run", "--max_steps", "100000", *flags]) == 2
     assert "lower max_steps to about" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import SaveStrategy
 
 from ..pretraining import pretrain
 from ..pretraining.options import ModelArguments, parse_arguments
@@ -86,8 +87,10 @@ def _show_bags(ids: Sequence[int], size: int, tokenizer: Any) -> list[tuple[str,
 
 def _describe_output(args: TSTTrainingArguments, switch: int) -> str:
     checkpoints = [f"checkpoint-{switch}"] if switch and args.tst_save_at_switch else []
-    if str(args.save_strategy) != "no":
-        checkpoints.append(f"checkpoints ({args.save_strategy}, {args.save_steps:g})")
+    if args.save_strategy == SaveStrategy.STEPS:
+        checkpoints.append(f"checkpoints every {args.save_steps:g} steps")
+    elif args.save_strategy != SaveStrategy.NO:
+        checkpoints.append(f"checkpoints by {args.save_strategy.value}")
     return (
         ", ".join(["model, README.md, trainer_state.json", *checkpoints]) + f" into {Path(args.output_dir)}"
     )

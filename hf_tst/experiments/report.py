@@ -18,7 +18,7 @@ from .arms import BASELINE
 from .budget import ArmRun
 from .options import UNITS
 from .summary import ArmPoint, ArmSummary, Comparison, RateSummary, rank
-from .where import where_tables
+from .where import TITLES, where_tables
 
 COLUMNS = (
     "arm", "best learning rate", "final eval loss", "vs baseline", "seeds", "raw tokens", "latent tokens", "FLOPs",
@@ -143,7 +143,11 @@ def format_comparison(comparison: Comparison) -> str:
     """The comparison as tables of text, for a terminal: arms in columns, or the panels of a grid."""
     parts = tables(comparison)
     arms = parts.pop("Arms")
-    texts = [f"{title}\n{format_columns(rows)}" for title, rows in parts.items()]
+    # An arm is a column where it has many values.
+    texts = [
+        f"{title}\n{format_columns([*zip(*rows, strict=True)] if title in TITLES else rows)}"
+        for title, rows in parts.items()
+    ]
     if not comparison.grid:
         texts.insert(0, format_columns([*zip(*arms, strict=True)]))
     ends = verdicts(comparison) if not comparison.grid else []
