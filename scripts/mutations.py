@@ -64,6 +64,13 @@ MUTATIONS = [
     Mutation("manifest, read at resume", "training/checkpoint_folders.py", "if _hash(folder / name) != expected:", "if not _hash(folder / name):", "checkpoints"),
     Mutation("position that a checkpoint must be at", "training/checkpoint_folders.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
     Mutation("target of an extra head", "mtp/losses.py", "range(2, count + 2)", "range(1, count + 1)", "mtp"),
+    Mutation("files of one kind", "data/files.py", "if len(kinds) > 1 or kinds[0]", "if kinds[0]", "text_files"),
+    Mutation("a changed file is read again", "data/files.py", "state.st_size, state.st_mtime_ns)", "0)", "text_files"),
+    Mutation("no file without text", "data/text_files.py", "found = found or _has_text(array)", "found = True", "text_files"),
+    Mutation("checkpoints of another run", "training/run_identity.py", "return starts == run[: len(starts)] and", "return starts == starts and", "checkpoints"),
+    Mutation("a finished run is kept", "pretraining/overwrite.py", '("trainer_state.json", "config.json", "adapter_config.json")', '("adapter_config.json",)', "console"),
+    Mutation("a replaced run comes back", "pretraining/overwrite.py", "        path.rename(folder / path.name)", "        pass", "console"),
+    Mutation("one line per log", "training/console.py", 'if not (control.should_evaluate and "loss" in logs):', "if logs:", "console"),
 ]  # fmt: skip
 
 
@@ -76,6 +83,9 @@ class TableArguments:
         metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
     )
     only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text, printed."})
+    core: bool = field(
+        default=False, metadata={"help": "Run the core alone, what `pytest` runs without a marker; printed."}
+    )
 
 
 def copy_checkout(folder: Path) -> None:
@@ -87,8 +97,11 @@ def copy_checkout(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def first_red_test(mutation: Mutation, checkout: Path) -> str:
-    """Break the line, run its tests until one fails, mend the line; the test's name, or nothing."""
+def first_red_test(mutation: Mutation, checkout: Path, core: bool = False) -> str:
+    """Break the line, run its tests until one fails, mend the line; the test's name, or nothing.
+
+    With `core`, the core's tests of its files, and then the whole core.
+    """
     path = checkout / "hf_tst" / mutation.file
     whole = path.read_text(encoding="utf-8")
     if whole.count(mutation.line) != 1:
@@ -97,14 +110,25 @@ def first_red_test(mutation: Mutation, checkout: Path) -> str:
         )
     path.write_text(whole.replace(mutation.line, mutation.broken), encoding="utf-8")
     try:
-        return first_failure(mutation.tests, checkout)
+        if not core:
+            return first_failure(files_of(mutation), checkout)
+        return first_failure(files_of(mutation), checkout, "not full") or first_failure(
+            ["tests"], checkout, "not full"
+        )
     finally:
         path.write_text(whole, encoding="utf-8")
 
 
-def first_failure(tests: str, checkout: Path) -> str:
-    """Run test files, named by their subjects, until one fails; the test's name, or nothing."""
-    files = [f"tests/test_{name}.py" for name in tests.split()]
+def files_of(mutation: Mutation) -> list[str]:
+    """The test files about a mutation, from the checkout's root."""
+    found = [path for name in mutation.tests.split() for path in ROOT.glob(f"tests/**/test_{name}.py")]
+    if len(found) != len(mutation.tests.split()):
+        raise ValueError(f"There are not all test files of {mutation.tests!r}.")
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def first_failure(files: list[str], checkout: Path, marker: str = "full or not full") -> str:
+    """Run test files until a test fails; its name, or nothing."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [
         sys.executable,
@@ -113,14 +137,14 @@ def first_failure(tests: str, checkout: Path) -> str:
         "-q",
         "-x",
         "-m",
-        "full or not full",
+        marker,
         "-p",
         "no:cacheprovider",
         *files,
     ]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
+    if done.returncode not in (0, 1, 5) or (done.returncode == 1) != bool(failed):
         raise RuntimeError(f"{' '.join(command)} did not run:\n{done.stdout}{done.stderr}")
     return failed[1] if failed else ""
 
@@ -139,14 +163,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy_checkout(Path(folder))
         chosen = [mutation for mutation in MUTATIONS if args.only in mutation.subject]
-        for tests in dict.fromkeys(mutation.tests for mutation in chosen):
-            if red := first_failure(tests, Path(folder)):
+        for tests in dict.fromkeys(tuple(files_of(mutation)) for mutation in chosen):
+            if red := first_failure(list(tests), Path(folder)):
                 raise RuntimeError(f"{red} is red though nothing is broken yet.")
         for mutation in chosen:
-            rows.append(row(mutation, first_red_test(mutation, Path(folder))))
+            rows.append(row(mutation, first_red_test(mutation, Path(folder), args.core)))
             print(rows[-1], file=sys.stderr, flush=True)
     # A part of the table does not take the place of the whole.
-    write_table("-" if args.only else args.output, BEGIN, END, "\n".join(rows))
+    write_table("-" if args.only or args.core else args.output, BEGIN, END, "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ def test_the_page_of_options_is_that_of_the_arguments():
 def test_the_table_of_mutations_is_about_lines_that_are_there(mutation):
     module = (ROOT / "hf_tst" / mutation.file).read_text(encoding="utf-8")
     assert module.count(mutation.line) == 1
-    for name in mutation.tests.split():
-        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+    assert mutations.files_of(mutation)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
