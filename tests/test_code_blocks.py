@@ -151,7 +151,7 @@ def check_map(block):
 def check_output_of_the_quick_start(block):
     history = json.loads((ROOT / "model_cards/quickstart/trainer_state.json").read_text())["log_history"]
     loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
-    last = f"final evaluation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
+    last = f"final evaluation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}"
     assert block.text == f"{format_columns(phase_rows(history))}\n\n{last}\n"
 
 

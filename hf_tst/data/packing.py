@@ -40,19 +40,19 @@ def tokenize_documents(
     Args:
         documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
             `input_ids` already.
-        tokenizer: Its special tokens are not added, but for the end of a document.
+        tokenizer: No special tokens are added, except at the end of a document.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `"text"` or the only one.
         append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
-        RunError: If the disk does not take the tokens of a `datasets.Dataset`.
+        RunError: If the disk is full.
     """
     columns = list(documents.column_names or next(iter(documents), {}))
     column = choose_column(columns, text_column, "The data")
     _check_column(documents, column)
-    # Nobody has named the column, and it is not the usual one: said where people look.
+    # The column was not named and is not the usual one, so log it.
     level = logger.info if column in (text_column, "text") else logger.warning
     level(f"The column {column!r} of the data is read, of {', '.join(columns)}.")
     if column == TOKENS:
@@ -116,7 +116,7 @@ def _not_text(column: str, found: str) -> TSTError:
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
     """Join tokenized documents in their order and cut them into blocks; only the last remainder is dropped.
 
-    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents` and their number
+    The blocks are in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents` and their number
     of tokens: packing the same documents again opens the file. How many tokens were kept and dropped is logged.
 
     Args:
@@ -128,7 +128,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
     Raises:
         TSTError: If the data does not fill one block.
-        RunError: If the disk does not take the blocks.
+        RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
 
@@ -172,7 +172,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     def state_dict(self) -> dict[str, Any] | None:
         """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
 
-        `None` if the documents cannot say where they stand. Right while a block is being handed out.
+        `None` if the documents cannot say where they stand. Valid while a block is yielded.
         """
         documents = stream_state(self.documents)
         return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
@@ -227,7 +227,7 @@ class _Share:
 
 
 def stream_state(stream: Any) -> dict[str, Any] | None:
-    """Where a stream stands, or `None` if it cannot say so or would not come back to the same place.
+    """The state of a stream, or `None` if it has none or could not be restored from it.
 
     A shuffle buffer of `datasets` is not part of its state, so a stream with one cannot come back.
     """

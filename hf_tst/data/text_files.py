@@ -1,4 +1,4 @@
-"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. No other column is looked at."""
+"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. Other columns are ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import TSTError, bad_input, one_line
 TOKENS = "input_ids"
 PART_ROWS = 1000
 BLOCK_BYTES = 1 << 20
-# Text with a larger share of NUL characters is no text.
+# A file with a larger share of NUL characters is not text.
 NUL_SHARE = 0.1
 # Second endings, and what Arrow calls the compression; it does not read .xz.
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
