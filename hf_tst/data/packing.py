@@ -242,7 +242,7 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
 
 
 def _has_shuffle_buffer(node: Any) -> bool:
-    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or cannot be told."""
+    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or is unknown."""
     sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
     is_buffer = node is None or "BufferShuffled" in type(node).__name__
     return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)

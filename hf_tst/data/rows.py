@@ -31,7 +31,7 @@ STREAM_STATE = "tst_stream_state"
 class Row:
     """One row of a batch before collation, and whether it is to be folded into bags.
 
-    `columns` are those of the row or, for somebody else's collator in superposition, the list of its blocks. The last row of
+    `columns` are those of the row or, for a user's collator in superposition, the list of its blocks. The last row of
     a batch of a stream also holds the state of the stream after it.
     """
 
