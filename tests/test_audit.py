@@ -332,7 +332,7 @@ def test_the_script_lists_steps_from_arguments_and_from_a_checkpoint(llama, make
     of_unknown_length = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", 0)
     assert json.loads(of_unknown_length.stdout)["raw_tokens"] is None
     failed = run_script(SCRIPT, "--num_blocks", 200, "--max_steps", 10, "--steps", "first")
-    assert "steps must be values of the kind int" in failed.stderr.splitlines()[-1]
+    assert "steps must be a comma-separated list of int" in failed.stderr.splitlines()[-1]
     failed = run_script(SCRIPT)
     assert failed.returncode == 2
     assert "set num_blocks" in failed.stderr.splitlines()[-1]

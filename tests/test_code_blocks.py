@@ -131,7 +131,7 @@ def only_block(page, language, holding):
 def test_the_output_of_the_quick_start_is_that_of_the_run_on_record():
     history = json.loads((ROOT / "model_cards/quickstart/trainer_state.json").read_text())["log_history"]
     loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
-    last = f"final evaluation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
+    last = f"final evaluation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}"
     shown = only_block("docs/first_run.md", "text", "final evaluation loss")
     assert shown == f"{format_columns(phase_rows(history))}\n\n{last}\n"
 

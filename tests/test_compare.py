@@ -153,7 +153,9 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     late = main([*flags, "0,9", "--seconds", "100"])
     assert [run.status for run in late.runs] == ["finished", "finished", "missing", "missing"]
     shutil.rmtree(tmp_path)
-    with pytest.raises(TSTError, match="too little for 4 runs: 0 s are gone, and they need 88 s besides"):
+    with pytest.raises(
+        TSTError, match="too little for 4 runs: 0 s have passed, and the runs need 88 s besides"
+    ):
         main([*flags, "0,1", "--seconds", "80"])
 
 
@@ -338,8 +340,8 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
     ("flags", "message"),
     [
         (["--arms", "baseline,tts"], "arms must be one of baseline, tst, mtp, tst+mtp, but is 'tts'"),
-        (["--arms", "tst,tst"], "arms must name each value once"),
-        (["--seeds", "a"], "seeds must be values of the kind int"),
+        (["--arms", "tst,tst"], "arms must have at least one value, and each only once"),
+        (["--seeds", "a"], "seeds must be a comma-separated list of int"),
         (["--budget", "money"], "invalid choice: 'money'"),
         (["--processes", "0"], "processes must be at least 1"),
         (["--tst_phase_ratio", "0"], "The arm tst needs superposition"),
@@ -348,8 +350,8 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--max_steps", "-1"], "max_steps is -1: set it"),
         (["--validation_split_percentage", "0"], "no data to evaluate on"),
         (["--lr_scheduler_kwargs", "num_decay_steps=8"], "lr_scheduler_kwargs is not JSON: Expecting value"),
-        (["--push_to_hub"], "push_to_hub cannot go with several runs"),
-        (["--auto_find_batch_size"], "auto_find_batch_size cannot go with several runs"),
+        (["--push_to_hub"], "push_to_hub is not possible in a comparison"),
+        (["--auto_find_batch_size"], "auto_find_batch_size is not possible in a comparison"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
         (["--output_dir", "file/out"], "Cannot make output_dir=file/out: "),
         (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
@@ -448,7 +450,10 @@ def test_runs_share_cores_and_have_gpus_in_turn(tmp_path, monkeypatch):
 def test_what_arms_cannot_have_is_refused_before_any_run(tiny_recipe, tmp_path, in_process, capsys, command):
     argv = [command, str(tiny_recipe), "--output_dir", str(tmp_path)]
     assert cli.main([*argv, "--tst_document_boundaries", "respect"]) == 2
-    assert "baseline has no superposition, which tst_document_boundaries='respect'" in capsys.readouterr().err
+    assert (
+        "baseline has no superposition, so it would ignore tst_document_boundaries='respect'"
+        in capsys.readouterr().err
+    )
     if command == "compare":
         gpt_neo = json.dumps(
             {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import results
-from documented_commands import COMPARISONS
 
+from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.experiments.options import parse_experiment
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,8 @@ def test_the_configuration_of_a_record_is_what_its_command_asked_for(record, mon
     _, kind, *flags = shlex.split(json.loads(path.read_text(encoding="utf-8"))["facts"]["command"])
 
     def parse(argv):
-        values, args = parse_experiment(argv, COMPARISONS[kind])
+        arguments = CompareArguments if kind == "compare" else SweepArguments
+        values, args = parse_experiment(argv, arguments)
         return {**values, "output_dir": ""}, args, args.select_arms(values)
 
     assert parse([str(CONFIGS / f"{record}.yaml")]) == parse(flags)

@@ -111,7 +111,7 @@ def test_a_sweep_of_which_nothing_has_run(tmp_path):
     ("flags", "message"),
     [
         (["--bag_sizes", "1,2"], "s1-r0.1-uniform-full is plain training"),
-        (["--bag_sizes", "x"], "bag_sizes must be values of the kind int"),
+        (["--bag_sizes", "x"], "bag_sizes must be a comma-separated list of int"),
         (["--phase_ratios", "1.5"], "tst_phase_ratio must be from 0 to 1"),
         (["--modes", "half"], "tst_mode must be one of"),
         (["--weightings", "even"], "even"),

@@ -1,7 +1,7 @@
-"""Blocks of a map-style data set: full rows of tokens, all of one length. Checking that they are, and reading them.
+"""Blocks of a map-style data set: full rows of tokens, all of one length. How they are checked and read.
 
-Token columns of a `datasets.Dataset` are taken out of its memory-mapped Arrow table, all blocks of a batch at once, and
-nothing is turned into Python objects on the way.
+Token columns of a `datasets.Dataset` are taken out of its memory-mapped Arrow table, all blocks of a batch at once,
+without Python objects in between.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from ..errors import TSTError, bad_input
 
-# What superposition reads of a block; recovery passes on all columns that the model takes.
+# Columns that superposition reads; recovery passes on all columns that the model takes.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 # Columns that say where documents end.
 DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
-# Stored lengths that are looked at before training starts.
+# Stored lengths that are checked before training starts.
 CHECKED_LENGTHS = 100_000
-# What a row can be that is no mapping: its ids alone.
+# Types of rows that are ids alone, without a mapping.
 IDS_ALONE = (list, tuple, np.ndarray, Tensor)
 
 
@@ -48,7 +48,7 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """What is known of the blocks of a data set before training.
+    """Facts about the blocks of a data set, known before training.
 
     Args:
         num_blocks (`int` or `None`): Blocks; `None` for a stream.
@@ -64,13 +64,13 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class BlockRules:
-    """What every block of the training data must keep to, checked block by block as they are read.
+    """Requirements for every block, checked as blocks are read.
 
     Args:
         length (`int`, *optional*): Tokens per block, L, where it is known.
         pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
         vocab_size (`int`, *optional*): Ids that the model has an embedding for.
-        context (`int`, *optional*): Positions that the model can tell apart.
+        context (`int`, *optional*): Positions that the model can distinguish.
         data (`str`, defaults to `"training"`): What the blocks are for.
     """
 
@@ -161,7 +161,7 @@ class BlockRules:
     def check_stored(self, blocks: Any, limit: int | None = None) -> None:
         """Check ids and lengths of the rows, or the first `limit` ones, of a `datasets.Dataset`, a list or token ids on disk.
 
-        Other data is left alone: reading it may be slow, or draw random numbers. Rows may be of several lengths.
+        Other data is not checked: reading it may be slow, or draw random numbers. Rows may have several lengths.
         """
         if hasattr(blocks, "select_columns"):
             if hasattr(blocks, "num_rows") and "input_ids" in blocks.column_names:
@@ -217,7 +217,7 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
 
     Args:
         blocks: The data set.
-        rules (`BlockRules`): What each block must keep to, besides being as long as the first.
+        rules (`BlockRules`): Requirements for each block, besides the length of the first.
 
     Raises:
         TSTError: If there is no `input_ids`, blocks differ in length or are padded, or there is no block.
@@ -315,7 +315,7 @@ class BlockReader:
         columns (`Sequence[str]`): Columns to read.
         as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format, and rows of
             ids alone as mappings.
-        rules (`BlockRules`): What the blocks must keep to; by default nothing but one length per column.
+        rules (`BlockRules`): Requirements for the blocks; by default one length per column.
     """
 
     def __init__(
@@ -355,7 +355,7 @@ class BlockReader:
         return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
     def _chosen(self, row: Any) -> Any:
-        """The columns to read of a row; whole, if it is ids alone and somebody else's collator knows it as that."""
+        """The columns to read of a row; the whole row, if it is ids alone and for a user's collator."""
         if not self._as_arrays and not isinstance(row, Mapping):
             return row
         block = as_block(row)

@@ -47,7 +47,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
     Raises:
         TSTError: If a file is missing, of no known kind, cannot be read as what its ending says, or holds no text, or
             something else than text.
-        RunError: If the disk does not take the text.
+        RunError: If the disk is full.
     """
     files = matching_files(path)
     if path.endswith(TOKEN_FILE_SUFFIX):
@@ -81,9 +81,9 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
 
 
 def matching_files(path: str) -> list[str]:
-    """The file of that name, or those that fit it as a pattern, in the order of their names; `**` is any folders.
+    """The file of that name, or the files that match it as a pattern, sorted by name; `**` matches any folders.
 
-    A name that exists, be it only of a folder that the pattern begins with, stands for itself.
+    An existing name, also of a folder at the start of the pattern, is taken literally.
 
     Raises:
         TSTError: If there is none.
@@ -153,7 +153,7 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         return {"input_ids": self.ids[start : start + self.block_size]}
 
     def __reduce__(self) -> Any:
-        # A pickled memory map is a copy of the file: a loader process opens it anew.
+        # A pickled memory map is a copy of the file: a loader process opens it again.
         return type(self), (self.path, self.block_size, self.starts)
 
     # As `datasets.Dataset` has them; a stream has no such number.

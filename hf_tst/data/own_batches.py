@@ -1,4 +1,4 @@
-"""Ready batches of somebody's own loader, folded into bags: any loader, sampler and collator can serve superposition."""
+"""Batches of a user's own loader, folded into bags: superposition works with any loader, sampler and collator."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
     """The micro-batches of a run, from a loader whose batches hold rows of L tokens.
 
     A micro-batch of superposition joins `blocks_per_row` batches and folds each row to L/s bags, so that it has as many
-    positions as one batch. A micro-batch of recovery is one batch as it comes. The loader is read as often as needed.
+    positions as one batch. A micro-batch of recovery is one unchanged batch. The loader is iterated as often as needed.
 
-    Which batches step k takes follows from k alone: a resumed run leaves out those before it, which a loader of torch does
-    without reading them.
+    Which batches step k takes follows from k alone: a resumed run skips the earlier ones, which a torch loader does
+    without loading them.
 
     Args:
         loader: Gives batches, mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` where there is no target.
@@ -97,7 +97,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
 
 
 def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperposition) -> dict[str, Tensor]:
-    """A batch of bags, of a batch of tokens that somebody else's collator made.
+    """A batch of bags, made of a batch of tokens from a user's collator.
 
     Args:
         batch: A mapping with `input_ids` `(N, L)`, `labels` `(N, L)`, `-100` where there is no target, and, if it likes, an
@@ -109,7 +109,7 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         As of the collator; l is N · L / (rows · s).
 
     Raises:
-        TSTError: If the batch lacks labels, holds what has no place in a bag, is padded, or does not divide into bags.
+        TSTError: If the batch lacks labels, has columns that a bag cannot hold, is padded, or does not divide into bags.
     """
     names = (
         {name for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else set()
@@ -121,7 +121,7 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         )
     if unknown := names - {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS}:
         raise TSTError(
-            f"The collator's batches hold {', '.join(sorted(unknown))}, which has no place in a bag: leave it out in superposition."
+            f"The collator's batches hold {', '.join(sorted(unknown))}, which a bag cannot hold: leave it out in superposition."
         )
     columns = {name: torch.as_tensor(batch[name]).reshape(rows, -1).cpu().numpy() for name in names}
     return collator([{name: values[row] for name, values in columns.items()} for row in range(rows)])
@@ -129,7 +129,7 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
 
 @dataclass(frozen=True)
 class FoldingCollator:
-    """Collates rows of superposition by somebody else's collator of blocks: its labels count in both phases.
+    """Collates superposition rows with a user's collator of blocks; its labels count in both phases.
 
     Args:
         blocks: Makes a batch of tokens of a list of blocks.

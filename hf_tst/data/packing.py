@@ -40,14 +40,14 @@ def tokenize_documents(
     Args:
         documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
             `input_ids` already.
-        tokenizer: Its special tokens are not added, but for the end of a document.
+        tokenizer: No special tokens are added, except at the end of a document.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `"text"` or the only one.
         append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
-        RunError: If the disk does not take the tokens of a `datasets.Dataset`.
+        RunError: If the disk is full.
     """
     columns = list(documents.column_names or next(iter(documents), {}))
     column = choose_column(columns, text_column, "The data")
@@ -114,7 +114,7 @@ def _not_text(column: str, found: str) -> TSTError:
 def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Dataset:
     """Join tokenized documents in their order and cut them into blocks; only the last remainder is dropped.
 
-    The blocks lie in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents` and their number
+    The blocks are in one Arrow file in the cache of `datasets`, named by the fingerprint of `documents` and their number
     of tokens: packing the same documents again opens the file. How many tokens were kept and dropped is logged.
 
     Args:
@@ -126,7 +126,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
 
     Raises:
         TSTError: If the data does not fill one block.
-        RunError: If the disk does not take the blocks.
+        RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
 
@@ -172,7 +172,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     def state_dict(self) -> dict[str, Any] | None:
         """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
 
-        `None` if the documents cannot say where they stand. Right while a block is being handed out.
+        `None` if the documents cannot say where they stand. Valid while a block is yielded.
         """
         documents = stream_state(self.documents)
         return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
@@ -227,7 +227,7 @@ class _Share:
 
 
 def stream_state(stream: Any) -> dict[str, Any] | None:
-    """Where a stream stands, or `None` if it cannot say so or would not come back to the same place.
+    """The state of a stream, or `None` if it has none or could not be restored from it.
 
     A shuffle buffer of `datasets` is not part of its state, so a stream with one cannot come back.
     """
@@ -242,7 +242,7 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
 
 
 def _has_shuffle_buffer(node: Any) -> bool:
-    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or cannot be told."""
+    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or is unknown."""
     sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
     is_buffer = node is None or "BufferShuffled" in type(node).__name__
     return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has, and a tokenizer for it: what a run without data trains on."""
+"""Data of the quick start: the source of Python's standard library, and a tokenizer for it."""
 
 from __future__ import annotations
 

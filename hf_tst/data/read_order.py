@@ -25,7 +25,7 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the rows of an optimizer step are dealt out to ranks and micro-batches.
+    """How the rows of an optimizer step are distributed over ranks and micro-batches.
 
     Step k trains on rows `k · rows_per_step … (k + 1) · rows_per_step - 1`, whatever the world size. Within it,
     micro-batch after micro-batch, each rank in turn takes the next `per_device_batch_size` rows.
@@ -33,7 +33,7 @@ class BatchLayout:
     Args:
         per_device_batch_size (`int`): Rows of one forward pass on one device.
         accumulation_steps (`int`, defaults to 1): Micro-batches per optimizer step.
-        world_size (`int`, defaults to 1): Ranks that read data of their own (data-parallel ranks).
+        world_size (`int`, defaults to 1): Ranks that read different data (data-parallel ranks).
     """
 
     per_device_batch_size: int
@@ -207,8 +207,8 @@ def longest_plan(passes: float, make_plan: Callable[[int], DataPlan]) -> DataPla
 class Permutation:
     """A pseudo-random permutation of `range(size)`, a pure function of `(size, seed)`.
 
-    A Feistel network over the smallest square power-of-two domain that holds `size`; values that fall outside
-    `size` are sent through again until they fall inside (cycle walking), which keeps it a bijection. A
+    A Feistel network over the smallest square power-of-two domain that holds `size`; values outside `size`
+    are permuted again until they are inside (cycle walking), which keeps it a bijection. A
     shuffled index of a trillion blocks would not fit into memory; this holds eight keys.
 
     Args:

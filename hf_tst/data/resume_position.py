@@ -18,7 +18,7 @@ POSITION_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DataPosition(PhaseSchedule, BlockFacts):
-    """Which data a run has trained on after `step` optimizer steps, and all that this follows from.
+    """Which data a run has trained on after `step` optimizer steps, and everything that determines it.
 
     It has the fields of the run's phases and of its blocks, and those below. The file also says what follows
     from the fields and a reader may ask for: `rows_per_step` and `consumed`.
@@ -34,8 +34,8 @@ class DataPosition(PhaseSchedule, BlockFacts):
         split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
         stream_workers (`int`): Loader processes that each read shards of their own of a stream.
         tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
-        offset_weighting (`str`), input_weighting (`str`): See `TSTTrainingArguments`. They move no data, but are held
-            to what the run began with, too.
+        offset_weighting (`str`), input_weighting (`str`): See `TSTTrainingArguments`. They do not affect the data,
+            but must not change on resume either.
         version (`int`): Version of these fields.
     """
 
@@ -60,7 +60,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
 
     @property
     def layout(self) -> BatchLayout:
-        """How rows are dealt out to ranks and micro-batches."""
+        """How rows are distributed over ranks and micro-batches."""
         return BatchLayout(self.per_device_batch_size, self.accumulation_steps, self.world_size)
 
     @property
@@ -128,8 +128,8 @@ class DataPosition(PhaseSchedule, BlockFacts):
                 else " (a data set that draws its rows at random needs a seed of its own)"
             )
             raise TSTError(
-                f"The checkpoint at step {self.step} was trained otherwise ({'; '.join(differences)}): "
-                f"resume with what it was saved with{random}, or set tst_allow_data_change=True and accept that data may be "
+                f"The checkpoint at step {self.step} was trained with other settings ({'; '.join(differences)}): "
+                f"resume with the same settings{random}, or set tst_allow_data_change=True and accept that data may be "
                 "read twice or never."
             )
 

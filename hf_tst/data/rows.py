@@ -1,6 +1,6 @@
 """The rows of a run, in the order of its plan or of a stream, and their collation by phase.
 
-A batch of a stream comes with the state that lets a resumed run read on where it stopped.
+A batch of a stream contains the state to resume from.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STREAM_STATE = "tst_stream_state"
 class Row:
     """One row of a batch before collation, and whether it is to be folded into bags.
 
-    `columns` are those of the row or, for somebody else's collator in superposition, the list of its blocks. The last row of
+    `columns` are those of the row or, for a user's collator in superposition, the list of its blocks. The last row of
     a batch of a stream also holds the state of the stream after it.
     """
 
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(eq=False, repr=False)
 class PlannedRows(Dataset[Row]):
-    """Map-style data set of the rows of a [`DataPlan`]: row i of the run, whatever process or worker asks.
+    """Map-style data set of the rows of a [`DataPlan`]: row i of the run, in any process or worker.
 
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
@@ -59,8 +59,8 @@ class PlannedRows(Dataset[Row]):
         columns (`Sequence[str]`): Columns to pass on in recovery.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         joins (`bool`, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays, which is
-            faster. Otherwise blocks are as the data set gives them, for a collator that knows nothing of bags.
-        rules (`BlockRules`): What the blocks must keep to, checked as they are read.
+            faster. Otherwise blocks are passed unchanged, for a collator without bags.
+        rules (`BlockRules`): Requirements for the blocks, checked as they are read.
     """
 
     blocks: Any
@@ -134,12 +134,12 @@ class StreamedRows(Dataset[Row]):
     Args:
         blocks: Iterable of blocks, best with `state_dict` and `load_state_dict`.
         schedule (`PhaseSchedule`): The run's phases.
-        layout (`BatchLayout`): How rows are dealt out to ranks.
+        layout (`BatchLayout`): How rows are distributed over ranks.
         workers (`int`, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
         bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
         joins (`bool`, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
-        rules (`BlockRules`): What the blocks must keep to besides being of equal length.
+        rules (`BlockRules`): Requirements for the blocks, besides equal length.
 
     Raises:
         TSTError: If the loader processes cannot share the shards of the stream.
@@ -222,7 +222,7 @@ class StreamedRows(Dataset[Row]):
         return rows if superposed else rows[0]
 
     def _chosen(self, row: Any) -> Any:
-        """The columns to pass on of a row; whole, if it is ids alone and somebody else's collator knows it as that."""
+        """The columns to pass on of a row; the whole row, if it is ids alone and for a user's collator."""
         if not self.joins and not isinstance(row, Mapping):
             return row
         return {k: v for k, v in as_block(row).items() if self.columns is None or k in self.columns}
@@ -247,8 +247,8 @@ class StreamedRows(Dataset[Row]):
         )
         if skipped:
             logger.warning(
-                f"The stream of training data cannot say where it stands, so {len(earlier) * self._rows_per_batch} rows "
-                f"({skipped} blocks) that are trained already are read again and skipped."
+                f"The stream of training data cannot save its position, so {len(earlier) * self._rows_per_batch} rows "
+                f"({skipped} blocks) that were trained on already are read again and skipped."
             )
         for _ in range(skipped):
             next(self._blocks)
@@ -307,7 +307,7 @@ class EpochSampler(Sampler[int]):
 
 @dataclass
 class PhaseCollator:
-    """Sends superposition rows, recovery rows and all other features to a collator each.
+    """Dispatches superposition rows, recovery rows and other features to one collator each.
 
     Args:
         superposition: Collator of superposition rows.

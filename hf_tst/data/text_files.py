@@ -1,4 +1,4 @@
-"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. No other column is looked at."""
+"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. Other columns are ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 TOKENS = "input_ids"
 PART_ROWS = 1000
 BLOCK_BYTES = 1 << 20
-# Text with a larger share of NUL characters is no text.
+# A file with a larger share of NUL characters is not text.
 NUL_SHARE = 0.1
 # Second endings, and what Arrow calls the compression; it does not read .xz.
 COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}

@@ -1,1 +1,1 @@
-"""Many runs beside each other: arms, budgets, a queue of processes, and their report."""
+"""Comparisons of many runs: arms, budgets, a queue of processes, and their report."""

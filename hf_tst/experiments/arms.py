@@ -15,7 +15,7 @@ from ..pretraining.options import parse_mapping
 from ..training.arguments import TSTTrainingArguments
 
 BASELINE = "baseline"
-# What an arm changes in the configuration, and nothing else.
+# The changes of each arm to the configuration.
 ARMS: dict[str, dict[str, Any]] = {
     BASELINE: {"tst_phase_ratio": 0.0},
     "tst": {},
@@ -46,7 +46,7 @@ class Arm:
 
     Args:
         name (`str`): Its name.
-        changes (`dict`): What it changes in the configuration of all.
+        changes (`dict`): Its changes to the common configuration.
         values (`dict`): Its configuration.
         flops (`StepCost`): FLOPs per latent token, by phase.
     """
@@ -111,14 +111,12 @@ def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any])
     for name, changes in arms.items():
         changed = {**values, **changes}
         if changes.get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
-            raise TSTError(
-                f"The arm {name} has extra heads, which LoRA cannot train: leave out it or lora_rank."
-            )
+            raise TSTError(f"The arm {name} has extra heads, which LoRA cannot train: leave out one of them.")
         if is_superposed(changed):
             continue
         if setting(changed, "tst_document_boundaries") == "respect":
             raise TSTError(
-                f"The arm {name} has no superposition, which tst_document_boundaries='respect' is a part of, and would see "
+                f"The arm {name} has no superposition, so it would ignore tst_document_boundaries='respect' and see "
                 "other documents than TST does: set it to 'ignore'."
             )
         if name in ARMS and "tst_phase_ratio" not in changes:
@@ -133,8 +131,8 @@ def make_arm(
 ) -> Arm:
     """An arm of the configuration `values`.
 
-    An arm without superposition computes its loss as TST does, fused with the head, unless it says otherwise: so steps of all
-    arms cost the same but for what an arm adds. No arm does if the configuration has `tst_fused_loss="off"`.
+    An arm without superposition also fuses its loss with the head, unless it sets `tst_fused_loss`, so that the steps of all
+    arms cost the same. No arm fuses if the configuration has `tst_fused_loss="off"`.
 
     Args:
         name (`str`), changes (`dict`): The arm, of [`define_arms`].

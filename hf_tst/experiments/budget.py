@@ -1,4 +1,4 @@
-"""All runs of a comparison, planned: how many steps each arm takes, in an equal budget and within a limit of seconds."""
+"""The plan of a comparison: the steps of each arm, for an equal budget and within a time limit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .options import UNITS, Experiment, parse_list
 from .queue import PlannedRun, run_all
 from .run import read_whole
 
-# How far from the budget whole steps may end.
+# Allowed relative distance from the budget.
 TOLERANCE = 0.01
 LIMIT_FILE = "time_limit.json"
-# Share of the limit that is planned: times of runs differ by some percent.
+# Fraction of the limit to plan for: times of runs differ by some percent.
 PLANNED_SHARE = 0.95
 FEWEST_STEPS = 10
 
@@ -64,7 +64,7 @@ def fit_to_budget(
         schedules (`dict[str, PhaseSchedule]`): The phases by arm, for the configured number of steps.
 
     Raises:
-        TSTError: If whole steps of an arm cannot come within 1 % of the budget.
+        TSTError: If no number of steps of an arm is within 1 % of the budget.
     """
     totals = {name: costs[name].of_run(schedule) for name, schedule in schedules.items()}
     reference = BASELINE if BASELINE in totals else next(iter(totals))
@@ -90,7 +90,7 @@ def fit_to_budget(
 
 
 def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """A configuration that takes `steps` optimizer steps, with the stages of its learning rate schedule as long in proportion.
+    """A configuration that takes `steps` optimizer steps, with the stages of its learning rate schedule scaled in proportion.
 
     Warm-up, decay and stable stages that are counted in steps are scaled; fractions stay.
     """
@@ -114,7 +114,7 @@ def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def calibrate(experiment: Experiment) -> dict[str, StepCost]:
-    """Seconds per step of each arm, by phase, from short runs one after the other; kept, and not measured again.
+    """Seconds per step of each arm, by phase, from consecutive short runs; kept, and not measured again.
 
     Raises:
         TSTError: If one fails.
@@ -150,7 +150,7 @@ class TimeLimit:
 
     Args:
         configured_steps (`int`): `max_steps` of the configuration.
-        max_steps (`int`): Those that are taken in their place.
+        max_steps (`int`): Steps that are taken instead.
         seconds (`float`): The limit that they were chosen for.
         start (`float`): Seconds of a run for its start and its end.
         evaluation (`float`): Seconds per evaluation.
@@ -186,10 +186,10 @@ class TimeLimit:
 
 
 def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
-    """The pace of runs, by a short one of the first arm with superposition, or else of the first arm.
+    """The speed of runs, measured in a short run of the first arm with superposition, or else of the first arm.
 
     Args:
-        experiment ([`Experiment`]): What the runs have in common.
+        experiment ([`Experiment`]): The common configuration of the runs.
         runs: All runs, for the configured steps.
 
     Returns:
@@ -214,12 +214,12 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
 
 
 def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> list[ArmRun]:
-    """All runs, in the order in which they are done. With an equal time, runs the calibration first.
+    """All runs, in order. With an equal time, runs the calibration first.
 
     Args:
-        experiment ([`Experiment`]): What the runs have in common.
-        max_steps (`int`, *optional*): Steps in the place of those of the configuration. Without it, the data is not checked
-            where a limit of seconds may lower the steps.
+        experiment ([`Experiment`]): The common configuration of the runs.
+        max_steps (`int`, *optional*): Steps instead of the configuration's. Without it, the data is not checked if a time
+            limit may lower the steps.
 
     Raises:
         TSTError: If the arms cannot be equal in the budget, or the data is too short for one.
@@ -246,15 +246,15 @@ def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> lis
             settings = {**planned.values, "learning_rate": rate, "seed": seed}
             run = ArmRun(name, experiment.output_dir / name, settings, experiment.data, arm=planned)
             runs.append((turn, run))
-    # A seed of every arm before the next seed: an interrupted comparison has pairs.
+    # All arms of one seed before the next seed, so an interrupted comparison has pairs.
     return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
 
 
 def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun], TimeLimit | None]:
-    """All runs, and the limit of seconds that it keeps to: the one that the comparison was begun with, or else a new one.
+    """All runs, and the time limit: that of the start of the comparison, or a new one.
 
     Args:
-        experiment ([`Experiment`]): What the runs have in common.
+        experiment ([`Experiment`]): The common configuration of the runs.
         began (`float`): A time of `time.monotonic`, from which the limit counts.
 
     Raises:
@@ -273,7 +273,7 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
         chosen = int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)
         if chosen < FEWEST_STEPS:
             raise TSTError(
-                f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s are gone, and they need {fixed:.0f} s "
+                f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s have passed, and the runs need {fixed:.0f} s "
                 "besides their steps. Give more seconds, or fewer arms or seeds."
             )
         limit = replace(limit, max_steps=min(steps, chosen))

@@ -98,7 +98,7 @@ class SweepArguments(ExperimentArguments):
 def main(
     argv: Sequence[str], prog: str | None = None, kind: type[ExperimentArguments] = CompareArguments
 ) -> Comparison:
-    """Do what is missing of a comparison, and write `comparison.json`, `.md`, `.html` and `.png` into its folder.
+    """Do the missing runs of a comparison, and write `comparison.json`, `.md`, `.html` and `.png` into its folder.
 
     Args:
         argv: A configuration file, if any, and flags.
@@ -121,7 +121,7 @@ def main(
         notes = []
         if args.processes > 1:
             notes.append(
-                f"{args.processes} runs at the same time share the machine: times say little. Use --processes 1 to compare them."
+                f"{args.processes} runs at the same time share the machine, so their times are not comparable. Use --processes 1 to compare times."
             )
         if args.seconds is not None and any(run.result is None for run in runs):
             notes.append(
@@ -152,7 +152,7 @@ def sweep(argv: Sequence[str], prog: str | None = None) -> Comparison:
 
 
 def _facts(experiment: Experiment, runs: Sequence[ArmRun]) -> dict[str, str]:
-    """With what, on what and how runs were done."""
+    """Command, hardware, software and settings of the runs."""
     values, results = experiment.values, [(run.arm.name, run.result) for run in runs if run.result]
     facts = {
         "parameters": f"{experiment.shape.parameters:,}",

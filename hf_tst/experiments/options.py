@@ -24,10 +24,10 @@ from .arms import Arm, check_arms, make_arm, setting
 T = TypeVar("T")
 UNITS: Mapping[str, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
 EVERY_RUN = """Every run is a process with
-a folder of its own in output_dir. Started again, the command does what is missing, and an interrupted run continues from its
-last checkpoint. Every run is evaluated before training, too, continues to its end if it diverges (tst_nonfinite_loss=ignore), and
-has no progress bar; its seed is of --seeds; logs that are too rare for a curve, and evaluations where there are none
-(eval_strategy=no), come 20 times per run."""
+a folder of its own in output_dir. If you start the command again, it does the missing runs, and an interrupted run continues
+from its last checkpoint. Every run is also evaluated before training, continues even if it diverges (tst_nonfinite_loss=ignore), has no
+progress bar, and takes its seed from --seeds. Logs and evaluations that are missing or too rare for a curve
+come 20 times per run."""
 
 
 @dataclass
@@ -40,11 +40,11 @@ class ExperimentArguments:
 
     budget: Literal["flops", "data", "time"] = HfArg(
         default="flops",
-        help="What is equal: flops (max_steps of the baseline), data (raw tokens of the arm that reads most in max_steps) "
+        help="Equal budget: flops (of the baseline's max_steps), data (raw tokens of the arm that reads most in max_steps) "
         "or time (measured, of the baseline's max_steps).",
     )
     learning_rates: str | None = HfArg(
-        default=None, help="Learning rates, the same for each arm; learning_rate by default."
+        default=None, help="Learning rates to try, the same for each arm; learning_rate by default."
     )
     seeds: str = HfArg(default="0,1,2", help="Seeds that every run is repeated with.")
     processes: int = HfArg(
@@ -52,15 +52,15 @@ class ExperimentArguments:
     )
     launcher: str | None = HfArg(
         default=None,
-        help="What starts a run instead of Python, for example 'accelerate launch --num_processes 8'.",
+        help="Command that starts a run instead of Python, for example 'accelerate launch --num_processes 8'.",
     )
     calibration_steps: int = HfArg(
         default=20, help="Steps that are timed in each phase for an equal time or a limit of seconds."
     )
     seconds: float | None = HfArg(
         default=None,
-        help="Limit for all runs together: max_steps is lowered for all arms alike, by the speed of a short run, and stays "
-        "so when the comparison continues. A run that would end later is not started. Needs processes=1.",
+        help="Time limit for all runs together: max_steps is lowered equally for all arms, from the speed of a short run, and is "
+        "kept when the comparison continues. A run that would end later is not started. Needs processes=1.",
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class ExperimentArguments:
             )
 
     def select_arms(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The arms that are compared, by name, with what each changes in the configuration `values`.
+        """The arms to compare, by name, with their changes to the configuration `values`.
 
         Raises:
             TSTError: If an arm is unknown.
@@ -84,11 +84,11 @@ class ExperimentArguments:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One configuration, its arms, and what is known of it before any run.
+    """One configuration, its arms, and the facts known before any run.
 
     Args:
         args (`ExperimentArguments`): How runs are planned and done.
-        values (`dict`): The configuration, as a file holds it: what is not in it has its default.
+        values (`dict`): The configuration, as a file holds it; missing values have their defaults.
         arms (`list[Arm]`): The arms.
         shape (`ModelShape`): The model.
         block_size (`int`): Tokens per block, L.
@@ -123,7 +123,7 @@ def parse_experiment(
         prog: For `--help`.
 
     Raises:
-        TSTError: For what cannot be understood, or cannot be part of a comparison.
+        TSTError: For unknown options, and for options that a comparison cannot have.
     """
     defaults = {"output_dir": f"runs/{kind.command}"}
     namespace = parse_values(argv, [kind, *TRAINING], kind.description, prog, defaults)
@@ -136,9 +136,9 @@ def parse_experiment(
     for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size"):
         if values.get(name):
             raise TSTError(
-                f"{name} cannot go with several runs that are compared after as many steps: leave it out."
+                f"{name} is not possible in a comparison, whose runs all end at the same step: leave it out."
             )
-    # So that there are curves, of runs that diverge, too.
+    # So that there are curves, also of runs that diverge.
     values |= {"eval_on_start": True, "disable_tqdm": True, "tst_nonfinite_loss": "ignore"}
     interval = max(1, steps // 20)
     if str(namespace.eval_strategy) == "no":
@@ -151,7 +151,7 @@ def parse_experiment(
 def open_experiment(
     argv: Sequence[str], kind: type[ExperimentArguments], prog: str | None = None
 ) -> Experiment:
-    """Load what a configuration names, once, before any run: so that bad input is refused at once, and data packed once.
+    """Load data and model once, before any run: bad input is refused at once, and data is packed once.
 
     Args:
         argv, kind, prog: As for [`parse_experiment`].
@@ -172,7 +172,7 @@ def open_experiment(
     except TSTError:
         values["tst_fused_loss"] = "off"
     if any(arm.get("mtp_num_heads", 1) > 1 for arm in changes.values()):
-        MTPHeads(parts["model"], 2, setting(values, "mtp_kind"))  # raises if the model cannot have any
+        MTPHeads(parts["model"], 2, setting(values, "mtp_kind"))  # raises if the model does not support them
     shape = ModelShape.from_config(parts["model"].config, model_args.lora_config())
     arms = [make_arm(name, arm, values, shape, block_size) for name, arm in changes.items()]
     for arm in arms:
@@ -193,14 +193,16 @@ def open_experiment(
 
 
 def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    """The values that an option names, such as `0,1,2`.
+    """The values of an option such as `0,1,2`.
 
     Raises:
-        TSTError: If one is of another kind, there is none, or one comes twice.
+        TSTError: If one has another type, there is none, or one is given twice.
     """
     parts = [part.strip() for part in str(text).strip("[]").split(",") if part.strip()]
-    with bad_input(f"{name} must be values of the kind {kind.__name__}, such as 1,2, but is {text!r}: "):
+    with bad_input(
+        f"{name} must be a comma-separated list of {kind.__name__}, such as 1,2, but is {text!r}: "
+    ):
         values = [kind(part) for part in parts]
     if not values or len(set(values)) < len(values):
-        raise TSTError(f"{name} must name each value once, and at least one, but is {text!r}.")
+        raise TSTError(f"{name} must have at least one value, and each only once, but is {text!r}.")
     return values

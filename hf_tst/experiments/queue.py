@@ -1,4 +1,4 @@
-"""Runs of a comparison as processes: some at a time, each in a folder of its own, and each done once."""
+"""Runs of a comparison as processes, several at a time, each in its own folder, each done once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .run import REFUSAL_FILE, RunResult, read_settings
 SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"
 LOG_FILE = "log.txt"
-# Seconds between two lines on the runs under way, where there is no terminal for a bar.
+# Seconds between two lines of progress, if there is no terminal for a bar.
 TOLD_EVERY = 60.0
-CONTINUE = "what is finished is kept, and the same command does what is missing"
+CONTINUE = "finished runs are kept, and the same command does the missing ones"
 
 
 class RunRefusedError(TSTError):
-    """A run whose input was refused, after which no further one was started."""
+    """The input of a run was refused, and no further run was started."""
 
 
 @dataclass
@@ -42,10 +42,10 @@ class PlannedRun:
     """A run to be done, and its result.
 
     Args:
-        name (`str`): Its name, which no other run has.
+        name (`str`): Its unique name.
         folder (`Path`): Where it is kept.
         settings (`dict`): Its arguments, as a configuration file holds them.
-        data (`dict`): Fingerprints of its data by what it is for, as far as they are known.
+        data (`dict`): Fingerprints of its data, by use, as far as known.
         seconds (`float`): The time that it takes, as far as it is known.
         result (`RunResult`, *optional*): `None` until it is finished; [`run_all`] sets it.
     """
@@ -65,7 +65,7 @@ class PlannedRun:
         return "diverged" if self.result.has_diverged else "finished"
 
     def check_settings(self) -> None:
-        """Check that what is in the folder already was begun with the same settings, on the same data.
+        """Check that a run in the folder was started with the same settings and data.
 
         Raises:
             TSTError: If not, with the setting and both values, or a file is damaged.
@@ -91,15 +91,15 @@ def run_all(
     launcher: str | None = None,
     until: float = math.inf,
 ) -> dict[str, str]:
-    """Do the runs that are not finished. An interrupted run continues from its last complete checkpoint.
+    """Do the unfinished runs. An interrupted run continues from its last complete checkpoint.
 
-    However this ends, also by SIGTERM or SIGHUP, it terminates the runs that it started.
+    Child processes are always terminated on exit, also on SIGTERM and SIGHUP.
 
     Args:
         runs: The runs.
         processes (`int`, defaults to 1): How many at the same time. They share the processor's cores. Where there are several
             GPUs and no `launcher`, each run has one of them, in turn.
-        launcher (`str`, *optional*): What starts a run in the place of this Python, for example
+        launcher (`str`, *optional*): Command that starts a run instead of this Python, for example
             `"accelerate launch --num_processes 8"`.
         until (`float`, *optional*): A time of `time.monotonic`. A run that would end later is not started.
 
@@ -107,8 +107,8 @@ def run_all(
         One sentence per failed run, by its name. A run that failed does not stop the others.
 
     Raises:
-        TSTError: If a run was begun with other settings, or there is no such launcher.
-        RunRefusedError: If the input of a run is refused. The runs under way end first.
+        TSTError: If a run was started with other settings, or there is no such launcher.
+        RunRefusedError: If the input of a run is refused. Running processes finish first.
     """
     for run in runs:
         run.check_settings()
@@ -163,7 +163,7 @@ def run_all(
                     bar.update()
         finally:
             bar.close()
-            for child in active:  # with what it started: not every launcher passes a signal on
+            for child in active:  # and its children: not every launcher forwards signals
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGTERM)
             for child in active:
@@ -231,7 +231,7 @@ def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
 
 
 def _tell(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
-    """Show the last line of training of the runs under way."""
+    """Show the last line of training of the running processes."""
     lines = [f"{run.name}  {_last_step(run)}" for run in runs]
     if bar.disable:
         print(*lines, sep="\n", flush=True)

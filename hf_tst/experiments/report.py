@@ -1,4 +1,4 @@
-"""A comparison for readers: tables, curves, and one page of HTML that holds all of it."""
+"""The report of a comparison: tables, curves, and one HTML page with both."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ AXES = {
     "raw tokens": "raw_tokens",
     "seconds of training": "seconds",
 }
-# Of them, the one on which arms of a budget end together.
+# The axis on which the arms of a budget end together.
 AXIS_OF_BUDGET = {"flops": "FLOPs", "data": "raw tokens", "time": "seconds of training"}
 # Draws a picture on axes of matplotlib.
 Picture = Callable[[Any], None]
-# Told apart by those who do not see colors, too (Okabe and Ito).
+# Distinguishable for color-blind readers (Okabe and Ito).
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
@@ -203,7 +203,7 @@ def lowest_cell(comparison: Comparison) -> ArmSummary | None:
 
 
 def _code(text: str) -> str:
-    """Text as a code span, which nothing in it ends."""
+    """Text as a code span, whatever backticks it contains."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"
@@ -240,7 +240,7 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
 
 
 def draw_differences(comparison: Comparison, axes: Any) -> None:
-    """Draw how far every arm is from the baseline along the budget: the mean over seeds, and one standard deviation around it.
+    """Draw the difference of every arm to the baseline over the budget: the mean over seeds, and one standard deviation around it.
 
     The baseline's loss is that of the same seed, at the same cost; between evaluations in proportion.
     """

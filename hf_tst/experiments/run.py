@@ -1,4 +1,4 @@
-"""One run of a comparison, in a process of its own, and its result: `python -m hf_tst.experiments.run <folder>/arguments.yaml`."""
+"""One run of a comparison, in its own process, and its result: `python -m hf_tst.experiments.run <folder>/arguments.yaml`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..training.checkpoint_folders import last_complete_checkpoint
 
 T = TypeVar("T")
 RESULT_FILE = "result.json"
-REFUSAL_FILE = "refused.txt"  # why a run's input was refused, in a sentence
+REFUSAL_FILE = "refused.txt"  # why the input of a run was refused, in one sentence
 WORLD_SIZE_FILE = "world_size.txt"
 
 
@@ -78,7 +78,7 @@ class RunResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the final loss is not finite, or the run has lost more than half of what it had gained at its best.
+        """Whether the final loss is non-finite, or the run has lost more than half of its best gain.
 
         Less than 5 % of the first loss is never divergence: a trained model that continues has little to gain, and may end
         a little above its best, or its start.
@@ -109,7 +109,7 @@ class RunResult:
 
 
 def read_whole(path: Path, parse: Callable[[str], T], removed: str = "it") -> T | None:
-    """What `parse` makes of the text of a file; `None` if there is no such file.
+    """The result of `parse` on the text of a file; `None` if there is no such file.
 
     Raises:
         TSTError: If the file is damaged. The message proposes to remove `removed`.
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
             _check_processes(config)
             _train(config)
     except Timeout:
-        raise TSTError(f"Another process works in {config.parent}: wait for it, or end it.") from None
+        raise TSTError(f"Another process works in {config.parent}: wait for it, or terminate it.") from None
 
 
 def _check_processes(config: Path) -> None:

@@ -1,4 +1,4 @@
-"""The runs of a comparison together: means over seeds, the best learning rate of each arm, and who reached which loss when."""
+"""Summary of the runs of a comparison: means over seeds, the best learning rate of each arm, and when each arm reached the baseline's loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arms import BASELINE, Arm
 from .budget import ArmRun
 from .run import CurvePoint
 
-# What summaries hold for pictures only.
+# Fields that only the pictures use.
 NOT_IN_JSON = ("switch", "curves")
 
 
@@ -101,7 +101,7 @@ def compare_runs(
     notes: Sequence[str] = (),
     grid: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Comparison:
-    """Put the runs together. Runs that diverged or are missing are named, and in no mean.
+    """Summarize the runs. Diverged and missing runs are named, and are in no mean.
 
     Args:
         budget (`str`): What is equal.

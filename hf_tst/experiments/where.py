@@ -1,4 +1,4 @@
-"""Where the arms of a comparison differ: by how frequent the target token is, and by its position in the row."""
+"""Differences between arms by frequency of the target token and by position in the row."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a command line says before torch is imported: whether its flags exist, and what will be trained.
+"""Checks of a command line before torch is imported: whether its flags exist, and what will be trained.
 
 The names of flags are read from the source of the dataclasses that hold them, which takes a twentieth of a second; importing
-Transformers takes some. All values are parsed and checked afterwards: nothing here decides how a run is done.
+Transformers takes some. All values are parsed and checked later: this module does not affect the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = ("train", "compare", "sweep")
 
 
 def announce(command: str, argv: Sequence[str]) -> None:
-    """Check the flags of `command`, and print what it is about to do, if it trains.
+    """Check the flags of `command`, and print what it will train, if it does.
 
     Raises:
         TSTError: As [`look`]; and for `train`, if the output folder holds a run that the line does not speak of.

@@ -23,10 +23,10 @@ from .recipes import quick_start, read_config, split_recipe
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
 A recipe comes first, if any: its name (`hf-tst recipes` lists them), or a
-YAML or JSON file of arguments. Flags win over it. With neither dataset_name
-nor train_file it trains a small Llama on Python's standard library, and the
-defaults below are those of that run. With data, they are Trainer's: name it in
-front of --help to see them.
+YAML or JSON file of arguments. Flags override it. Without dataset_name and
+train_file it trains a small Llama on Python's standard library; the defaults
+below are of that run. To see the defaults for your own data, name it before
+--help.
 
   %(prog)s
   %(prog)s 30m-laptop-tst --max_steps 1000
@@ -57,7 +57,7 @@ class ModelArguments:
     lora_alpha: int | None = HfArg(default=None, help="Scale of the adapter; by default twice its rank.")
     lora_target_modules: str = HfArg(default="all-linear", help="Layers to adapt, such as q_proj,v_proj.")
     reinit_at_switch: Reinitialized | None = HfArg(
-        default=None, help="Ablation: new random weights at the switch, of embeddings, head or both."
+        default=None, help="Ablation: re-initialize embeddings, head or both at the switch."
     )
 
     def __post_init__(self) -> None:
@@ -65,12 +65,14 @@ class ModelArguments:
         check_at_least(1, lora_rank=self.lora_rank)
         if self.config_overrides and self.model_name_or_path:
             raise TSTError(
-                "config_overrides cannot change a trained model: leave out it or model_name_or_path."
+                "config_overrides cannot change a trained model: leave out config_overrides or model_name_or_path."
             )
         if self.lora_rank and not self.model_name_or_path:
             raise TSTError("lora_rank adapts a trained model: name it with model_name_or_path.")
         if self.lora_rank and self.reinit_at_switch:
-            raise TSTError("reinit_at_switch would change what an adapter adapts: leave out it or lora_rank.")
+            raise TSTError(
+                "reinit_at_switch would change the weights that an adapter adapts: leave out reinit_at_switch or lora_rank."
+            )
 
     def torch_dtype(self) -> Any:
         """The `torch.dtype` that `dtype` names; `None` for the checkpoint's own, and for a new model's float32.
@@ -116,7 +118,7 @@ class DataArguments:
     validation_file: str | None = HfArg(default=None, help="Text or token ids to evaluate on.")
     validation_split_percentage: int = HfArg(
         default=5,
-        help="Without validation data, evaluate on the first rows of training data: how many percent.",
+        help="Percentage of training rows, from the beginning, to evaluate on if there is no validation data.",
     )
     text_column: str | None = HfArg(
         default=None, help="Column of text; by default 'input_ids' (tokens), 'text' or the only one."
@@ -132,8 +134,12 @@ class DataArguments:
         help="End each row of text with the end-of-sequence token; by default not in .txt files.",
     )
     streaming: bool = HfArg(default=False, help="Read and tokenize during training; needs max_steps.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on the first blocks only, this many.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many blocks, evenly spread.")
+    max_train_samples: int | None = HfArg(
+        default=None, help="Maximum number of training blocks, from the beginning."
+    )
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Maximum number of evaluation blocks, evenly spread."
+    )
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
 
     def __post_init__(self) -> None:
@@ -174,7 +180,7 @@ TRAINING: list[type] = [ModelArguments, DataArguments, TSTTrainingArguments]
 def parse_arguments(
     argv: list[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, TSTTrainingArguments, RunArguments]:
-    """Arguments from an optional recipe, named first, and flags, which win."""
+    """Arguments from an optional recipe, named first, and flags, which override it."""
     kinds = [TSTTrainingArguments, DataArguments, ModelArguments, RunArguments]
     namespace = parse_values(argv, kinds, DESCRIPTION, prog)
     values = vars(namespace)
@@ -196,10 +202,10 @@ def parse_values(
         argv: A recipe, if the first word is no flag, and flags.
         dataclass_types: The dataclasses of arguments.
         description, prog: For `--help`.
-        defaults (`dict`, *optional*): Values in the place of the dataclasses' and the quick start's.
+        defaults (`dict`, *optional*): Defaults that override those of the dataclasses and the quick start.
 
     Raises:
-        TSTError: For a file or flag that cannot be understood.
+        TSTError: For an unknown argument, or a file that cannot be read.
     """
     parser = ArgumentParser(dataclass_types, description=description, prog=prog)
     values: dict[str, Any] = {}

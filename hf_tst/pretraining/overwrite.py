@@ -1,7 +1,7 @@
-"""A run never overwrites another without a word: what is refused, and what happens with `--overwrite_output_dir`.
+"""A run never overwrites another silently: the check, and `--overwrite_output_dir`.
 
-Then the old run is moved to `_replaced` in its folder when training begins, and removed when the new one has
-its first checkpoint, or is over. If the new run fails before, the old one is put back.
+With that flag, the old run is moved to `_replaced` in its folder when training starts, and removed at the
+first checkpoint or the end of the new run. If the new run fails earlier, the old one is restored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import TSTError
 
 REPLACED = "_replaced"
-# What a run leaves in its folder; other files there are the user's.
+# Files of a run in its folder; other files are the user's.
 RUN_FILES = (
     "checkpoint-*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
     "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "*_results.json",
@@ -57,7 +57,7 @@ def nothing_left(output_dir: str) -> Iterator[None]:
 
 
 def set_aside(folder: Path) -> None:
-    """Move what a run has left in `folder` into `_replaced`; what is there already is older, whole, and stays."""
+    """Move the files of a run in `folder` into `_replaced`; an older complete run there is kept."""
     aside = folder / REPLACED
     keeps = aside.is_dir()
     aside.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def set_aside(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Undo [`set_aside`], if what was moved is still there."""
+    """Undo [`set_aside`], if the moved files still exist."""
     aside = folder / REPLACED
     for path in aside.glob("*"):
         path.rename(folder / path.name)

@@ -1,4 +1,4 @@
-"""The parser of flags: one sentence for what is wrong, and help in sections, of which the last is asked for by name."""
+"""The parser of flags: errors in one sentence, and help in sections; `--help_all` shows the last one."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ class ArgumentParser(HfArgumentParser):
         namespace, rest = self.parse_known_args(argv)
         check_names(flag_names(rest), vars(namespace), "There is no flag")
         if rest:
-            raise TSTError(f"{rest[0]!r} belongs to no flag: write {self._right_spelling(argv, rest[0])}.")
+            raise TSTError(
+                f"{rest[0]!r} does not belong to a flag: write {self._right_spelling(argv, rest[0])}."
+            )
         return namespace
 
     def _right_spelling(self, argv: Sequence[str], stray: str) -> str:

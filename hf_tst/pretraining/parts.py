@@ -1,4 +1,4 @@
-"""What a run is made of: text, tokenizer, configuration, model and packed blocks, loaded or made."""
+"""The parts of a run: text, tokenizer, configuration, model and packed blocks."""
 
 from __future__ import annotations
 
@@ -219,8 +219,8 @@ def prepare_blocks(
 ) -> Any:
     """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
 
-    `max_train_samples` takes the first blocks, and `max_eval_samples` blocks at equal distances: neighbours come from the
-    same few documents, and their loss says little of the rest.
+    `max_train_samples` takes the first blocks, and `max_eval_samples` blocks at equal distances: neighbors come from the
+    same few documents, which do not represent the rest.
     """
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)

@@ -29,7 +29,7 @@ from .options import DataArguments, ModelArguments, RunArguments, parse_argument
 from .overwrite import check_free, discard, nothing_left, put_back, set_aside
 from .parts import prepare_run
 
-# Of the sample at the end: at most so many tokens are given, and so many follow.
+# The sample at the end: maximum number of prompt tokens, and of generated tokens.
 SAMPLE_TOKENS = 12
 SAMPLE_LETTERS = 60
 SAMPLE_CHOICES = 20
@@ -50,7 +50,7 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     print("\n" + format_columns(phase_rows(trainer.state.log_history)))
     if final_eval:
         loss = final_eval["eval_loss"]
-        print(f"\nfinal evaluation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}")
+        print(f"\nfinal evaluation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}")
     print(f"\nmodel       {output}  (load it with AutoModelForCausalLM.from_pretrained)")
     at_switch = output / f"checkpoint-{switch}"
     if switch and at_switch.is_dir():
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
 
     Raises:
         TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
-        RunError: If the run is stopped: by SIGTERM, by a loss that is not finite, by a disk that takes no checkpoint.
+        RunError: If the run is stopped: by SIGTERM, by a non-finite loss, or by a full disk.
     """
     words = sys.argv[1:] if argv is None else argv
     model_args, data_args, args, run_args = parse_arguments(words, prog)
@@ -148,7 +148,7 @@ def _train(
 
 
 def print_sample(trainer: TSTTrainer) -> None:
-    """Print the beginning of a block, and behind a bar how the model continues it."""
+    """Print the start of a block and, after a bar, the model's continuation."""
     tokenizer: Any = trainer.processing_class
     block = next(iter(trainer.eval_dataset or trainer.train_dataset))["input_ids"]
     prompt = (

@@ -1,4 +1,4 @@
-"""Files of arguments: recipes that the package holds, and those of users. Imports nothing that takes time."""
+"""Files of arguments: recipes that the package holds, and those of users. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file of arguments that the first word of a command line names, if it is no flag, and the words after it.
+    """The file of arguments named by the first word of a command line, if that is not a flag, and the other words.
 
     Raises:
         TSTError: If the word is neither a path that ends as such files do, nor the name of a recipe.

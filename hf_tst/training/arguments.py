@@ -114,11 +114,11 @@ class TSTArguments(_Base):
 
     tst_phase_ratio: float = HfArg(
         default=0.3,
-        help="Fraction r of the steps, from 0 to 1, that trains on bags of tokens. 0 is plain training.",
+        help="Phase ratio r: fraction of the optimizer steps, from 0 to 1, that trains on bags of tokens. 0 disables superposition.",
     )
     tst_bag_size: int = HfArg(
         default=6,
-        help="Tokens per bag, s: a superposition step reads s times the tokens. 1 is plain training.",
+        help="Bag size s (tokens per bag): a superposition step reads s times the tokens. 1 disables superposition.",
     )
     tst_offset_weighting: OffsetWeighting = HfArg(
         default="uniform",
@@ -145,12 +145,12 @@ class TSTArguments(_Base):
     )
     tst_fused_loss: FusedLoss = HfArg(
         default="auto",
-        help="Fuse loss and head, so that the logits of a batch never exist: auto (in runs with superposition, where "
-        "the model allows it), on (also in plain training; an error where the model does not), off.",
+        help="Fuse loss and head, so that the logits of a batch are never computed: auto (in runs with superposition, if "
+        "the model allows it), on (also in plain training; an error if the model does not allow it), off.",
     )
     tst_document_boundaries: DocumentBoundaries = HfArg(
         default="ignore",
-        help="respect: bags, targets, positions and attention stay inside documents; ignore: they go across.",
+        help="respect: bags, targets, positions and attention stay inside documents; ignore: they cross document boundaries.",
     )
     tst_allow_data_change: bool = HfArg(
         default=False,
@@ -175,7 +175,7 @@ class TSTArguments(_Base):
     )
     tst_nonfinite_loss: NonFiniteLoss = HfArg(
         default="stop",
-        help="At a loss or gradient that is not finite: stop (naming the step and its blocks), skip the optimizer step, ignore.",
+        help="At a non-finite loss or gradient: stop (the message names the step and its blocks), skip the optimizer step, or ignore.",
     )
     tst_spikes: Spikes = HfArg(
         default="ignore",

@@ -179,7 +179,7 @@ def write_manifest(folder: str | Path) -> None:
     so hashing costs little beside writing; it finds damage, not forgery.
 
     Args:
-        folder: The folder, which nobody writes to any more.
+        folder: The folder, which is complete.
     """
     folder = Path(folder)
     files = {}
@@ -319,7 +319,7 @@ def _problem(folder: Path, step: int) -> str | None:
 
 
 def _missing_state(folder: Path) -> str | None:
-    """What a checkpoint lacks without which Trainer begins optimizer and schedule anew, and says nothing; `None` if nothing."""
+    """The missing file without which Trainer silently restarts optimizer and schedule; `None` if all are there."""
     # DeepSpeed keeps both in a folder of its own. FSDP may make a folder of the optimizer.
     if any(folder.glob("global_step*")) or (
         any(folder.glob("optimizer*")) and any(folder.glob("scheduler.pt"))

@@ -147,7 +147,7 @@ class ConsoleCallback(ProgressCallback):
 
 
 def replace_progress_callback(trainer: Any) -> ConsoleCallback | None:
-    """Put a [`ConsoleCallback`] in the place of Trainer's own bar or printer, if it has one of these, and return it."""
+    """Put a [`ConsoleCallback`] instead of Trainer's own bar or printer, if it has one, and return it."""
     console = None
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (ProgressCallback, PrinterCallback):

@@ -60,7 +60,7 @@ class MTPCallback(TrainerCallback):
                 "The optimizer was made before the extra heads of multi-token prediction, and would not train them: give the "
                 "trainer optimizer_cls_and_kwargs, or let it make the optimizer."
             )
-        self._hooks.close()  # those of a beginning that ran out of memory, after which auto_find_batch_size begins anew
+        self._hooks.close()  # left by a start that ran out of memory, after which auto_find_batch_size starts again
         self._hooks.enter_context(extra_losses(self._trainer.model, self.heads, self.loss_weight))
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found without waiting for the device, told with the blocks they came from."""
+"""Non-finite losses and gradients: detected without waiting for the device, and reported with their blocks."""
 
 from __future__ import annotations
 

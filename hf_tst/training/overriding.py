@@ -21,7 +21,7 @@ def signature_of(method: Any) -> Any:
 
 
 def overrides(trainer: Trainer, method: Any) -> bool:
-    """Whether a trainer has another method in the place of `method` of its base class."""
+    """Whether a trainer overrides `method` of its base class."""
     return getattr(type(trainer), method.__name__) is not method
 
 

@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class PreemptionCallback(TrainerCallback):
-    """What `enable_jit_checkpoint` asks for, in the place of the callback that Trainer has for it.
+    """Graceful SIGTERM handling for `enable_jit_checkpoint`, instead of Trainer's own callback.
 
     Trainer's waits three seconds, and then each process saves by itself, possibly in the middle of a step: processes that
     stand at different steps wait for each other for ever, and what is drawn at random differs after the resume. Here the
@@ -32,7 +32,7 @@ class PreemptionCallback(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.close()  # of a beginning that ran out of memory, after which auto_find_batch_size begins anew
+        self.close()  # left by a start that ran out of memory, after which auto_find_batch_size starts again
         self.stopped = self._told = False
         if self._group is None and distributed.is_available() and distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")

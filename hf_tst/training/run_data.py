@@ -94,7 +94,7 @@ class RunData:
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
     def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
-        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` where nobody planned them."""
+        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` without a plan."""
         if not isinstance(self.rows, PlannedRows):
             return None
         count = self.start.rows_per_step

@@ -50,7 +50,7 @@ def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
 def foreign_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a folder that are of another run than the one that started there last, in the order of their steps.
 
-    Those of the same run count, too, if it was resumed from an earlier one since: it does their steps anew. A folder in which
+    Those of the same run count, too, if it was since resumed from an earlier one: it repeats their steps. A folder in which
     no run has noted its start has none, and a checkpoint whose state cannot be read is none.
     """
     try:

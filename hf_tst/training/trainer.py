@@ -455,7 +455,7 @@ class TSTTrainer(Trainer):
             rotate_checkpoints(checkpoint.parent, args.save_total_limit, keep)
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
-        """Write this rank's files of a checkpoint into `folder`, which lies in `_unfinished`."""
+        """Write this rank's files of a checkpoint into `folder`, inside `_unfinished`."""
         state, run_dir = self.state, Path(self._get_output_dir(trial))
         # Trainer would look for the best checkpoint in `_unfinished`, and wait there for other ranks, which may have failed.
         best_step, state.best_global_step = state.best_global_step, None
