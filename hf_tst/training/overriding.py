@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
@@ -18,6 +19,12 @@ logger = logging.get_logger(__name__)
 def signature_of(method: Any) -> Any:
     """Decorator of an override that hands arguments on: it has the signature of Trainer's method, whatever the version."""
     return wraps(method, assigned=())
+
+
+def arguments_by_name(*given: Any) -> dict[str, Any]:
+    """Arguments of Trainer, given by position: by name, since another parent may take others, without those that it makes itself."""
+    bound = inspect.signature(Trainer.__init__).bind(None, *given).arguments
+    return {name: value for name, value in bound.items() if name != "self" and value is not None}
 
 
 def overrides(trainer: Trainer, method: Any) -> bool:

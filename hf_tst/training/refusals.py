@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -22,7 +19,6 @@ from ..models.head import check_loss_is_replaceable
 from ..models.shape import context_length, embedding_size
 from ..models.superposition import find_language_model
 from .arguments import TSTArguments
-from .overriding import is_superposed
 
 logger = logging.get_logger(__name__)
 
@@ -166,78 +162,6 @@ def _warn_of_missing_fsdp(trainer: Any) -> None:
             "nothing is sharded, and every process holds the whole model. FSDP needs accelerators, and `accelerate "
             "launch` or `torchrun`."
         )
-
-
-def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> None:
-    """Check that a batch, which a subclass's own methods may have made, is what the phase trains on.
-
-    Args:
-        trainer (`TSTTrainer`): The trainer.
-        batch: The batch that training gets.
-        given: Its number of targets, as training gets it.
-        step (`int`): The optimizer step for which the trainer has counted targets last.
-        count: How many it has counted.
-
-    Raises:
-        TSTError: If it is not of the phase, or its targets were not counted, or counted in another way.
-    """
-    name, now = type(trainer).__name__, trainer.state.global_step
-    if step != now:
-        raise TSTError(
-            f"{name}.get_batch_samples does not call super().get_batch_samples, which counts the targets of bags: let it take the "
-            "batches and their number of targets from there."
-        )
-    superposed = is_superposed(batch)
-    phase = trainer.schedule.phase(now)
-    if superposed != (phase == "superposition"):
-        raise TSTError(
-            f"Optimizer step {now} is {phase}, but its batch holds {'bags' if superposed else 'single tokens'}: let "
-            f"get_train_dataloader of {name} return what super().get_train_dataloader() gives, or a loader of its own over other data."
-        )
-    is_counted = given is None or given is count or (count is not None and float(given) == float(count))
-    if superposed and not is_counted:
-        raise TSTError(
-            f"{name} hands num_items_in_batch={float(given):g} to training_step, but the step has {float(count or 0):g} targets, since a "
-            "bag is one: hand on what super().get_batch_samples gives."
-        )
-
-
-@contextmanager
-def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Context in which the `compute_loss` or `training_step` of a trainer's subclass `name` meets its first batch of bags.
-
-    Raises:
-        TSTError: If it fails, but for want of memory, or never gives the model ids of as many dimensions as the batch has.
-    """
-    dimensions = set()
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        dimensions.add(ids.dim() if isinstance(ids, Tensor) else None)
-
-    called, _ = find_language_model(model)
-    try:
-        with called.register_forward_pre_hook(note, prepend=True, with_kwargs=True):
-            yield
-    except TSTError:
-        raise
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-            raise
-        shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
-        raise TSTError(
-            f"{name}'s own loss fails on a batch of superposition ({shapes}; the last dimension is that of bags): "
-            f"{whole_message(error)}. Call another model, such as a teacher, inside of token_superposition(teacher, bag_size), and "
-            "leave out what needs single tokens where labels have three dimensions."
-        ) from error
-    if (expected := batch["input_ids"].dim()) not in dimensions:
-        raise TSTError(
-            f"{name} does not give the model the input_ids of its batch, of shape {tuple(batch['input_ids'].shape)}, but others: hand "
-            f"them on with their {expected} dimensions, in which the last is that of bags."
-        )
-
-
-# Rows of tokens
 
 
 def block_rules(model: Any, tokenizer: Any) -> BlockRules:

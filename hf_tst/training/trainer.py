@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import bad_input
-from ..models.fused import FusedLoss
 from ..models.head import replaced
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
@@ -36,17 +33,18 @@ from .collators import CheckingCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
-from .overriding import choose_fused_losses, is_superposed, other_parent, overrides, signature_of
+from .overriding import (
+    arguments_by_name,
+    choose_fused_losses,
+    is_superposed,
+    other_parent,
+    overrides,
+    signature_of,
+)
+from .own_methods import OwnMethods
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import (
-    batch_rules,
-    check_arguments,
-    check_batch,
-    check_stored_rows,
-    check_trainer,
-    explained_bags,
-)
+from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
 from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback, foreign_checkpoints
 from .spikes import SpikeCallback
@@ -57,9 +55,9 @@ from .token_meter import TokenMeterCallback
 class TSTTrainer(Trainer):
     """Trainer for causal language models that trains on bags of tokens first (token superposition).
 
-    Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the
-    order of the text. Superposition joins `tst_bag_size` consecutive blocks to a row of L bags; recovery
-    reads blocks that superposition did not. Evaluation and prediction are next-token in both phases.
+    Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the order of the
+    text. Superposition joins `tst_bag_size` consecutive blocks to a row of L bags; recovery reads other blocks. Evaluation
+    and prediction are next-token in both phases.
 
     A subclass may bring its own `get_train_dataloader` or `_get_train_sampler`. Their batches of rows of L tokens are then
     folded as they come: superposition joins `tst_bag_size` batches, each row cut into L/s bags (see [`FoldedBatches`]).
@@ -67,15 +65,14 @@ class TSTTrainer(Trainer):
     It may be the first parent of two, `class Mine(TSTTrainer, OtherTrainer)`. Bags then get the model's own loss and tokens that of the
     other trainer's `compute_loss`, whose loader or sampler, if it has one of its own, is folded as a subclass's.
 
-    `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to
-    read, and the number of steps is derived from the blocks that each phase consumes; what Trainer calls an epoch is then
-    an equal share of the steps. Blocks that do not fill a whole optimizer step at the end are not read.
+    `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to read, and the number of
+    steps is derived from the blocks that each phase consumes; an epoch is then an equal share of the steps. Blocks at the end that do
+    not fill a whole optimizer step are not read.
 
     Args:
         model (`PreTrainedModel`): As for [`~transformers.Trainer`].
         args ([`TSTTrainingArguments`]): Or of any class of training arguments that inherits [`TSTArguments`].
-        data_collator (*optional*): Collates the blocks of both phases, and evaluation; by default labels are a copy of
-            `input_ids`.
+        data_collator (*optional*): Collates blocks in both phases and evaluation; labels are `input_ids` by default.
         positional, kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:
@@ -85,27 +82,6 @@ class TSTTrainer(Trainer):
     `schedule` has the phases of the run, from when the training data is loaded; `fused_loss` is `tst_fused_loss`, or `"off"` where
     that is `"auto"` and a subclass has its own `compute_loss`; `fused_recovery` is the same of recovery and evaluation, where another
     parent's `compute_loss` counts, too; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
-
-    Overrides, in the order of a run:
-        - `init_hf_repo`: a refusal of the Hub in one sentence, before training.
-        - `train`: chooses a complete checkpoint, puts extra heads into the model, folds the batches of a subclass's own
-          `get_train_dataloader`, and leaves superposition however it ends.
-        - `get_train_dataloader`, `set_initial_training_values`: rows by phase, and how many steps they give.
-        - `_get_dataloader`, `_prepare_inputs`: ids that the model has no embedding for, in one sentence.
-        - `create_scheduler`: `warmup_stable_decay` decays over the last tenth of the steps by default.
-        - `_load_from_checkpoint`, `_load_best_model`: experts, too, which Trainer leaves out; extra heads.
-        - `_load_optimizer_and_scheduler`: shards in which extra heads have no state yet.
-        - `get_batch_samples`: counts target bags, so that accumulation equals one large batch; measures the wait for data.
-        - `training_step`, `_get_grad_norm`: hand on the numbers that must be finite.
-        - `compute_loss`: averages what the model adds to its loss, and counts the load of experts in training.
-        - `floating_point_ops`: the count of [`step_flops`], in which a bag is one position.
-        - `log`: bag size, raw and latent tokens, load of experts, loss of extra heads.
-        - `evaluation_loop`: no logits where nothing but the loss is asked for.
-        - `get_test_dataloader`: rows of tokens alone, or of several lengths.
-        - `_determine_best_metric`: `save_strategy="best"` keeps the checkpoint of the switch.
-        - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is complete or not there.
-        - `save_model`: whole weights, each once, where FSDP has sharded them.
-        - `push_to_hub`, `create_model_card`: errors in one sentence; a card from the record of the run.
     """
 
     args: TSTArguments
@@ -124,21 +100,13 @@ class TSTTrainer(Trainer):
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # that training resumes from
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        self._loader: Any = None  # of the rows or batches of the run
-        self._counted: tuple[int, Any] = (-1, None)  # a step, and the number of its targets
-        self._has_trained_bags = False  # by a subclass's own compute_loss or training_step
+        self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
-        # By name, since another parent may take others by position, and without those that it makes itself.
-        bound = (
-            inspect.signature(Trainer.__init__).bind(self, model, args, data_collator, *positional).arguments
-        )
-        given = {name: value for name, value in bound.items() if name != "self" and value is not None}
+        given = arguments_by_name(model, args, data_collator, *positional)
         # PreemptionCallback takes the place of Trainer's own.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(**given, **kwargs)
-        self.fused_loss: FusedLoss
-        self.fused_recovery: FusedLoss
         self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
         self._has_own_schedule = self.lr_scheduler is not None
         self.data_collator: Any = make_collator(self, data_collator)
@@ -147,9 +115,8 @@ class TSTTrainer(Trainer):
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
         self._non_finite, self._spikes = NonFiniteCallback(self), SpikeCallback(self)
         self._preemption = PreemptionCallback()
-        preemption = self._preemption if args.enable_jit_checkpoint else None
         ours = (self._switch, self._meter, RunIdentityCallback(), self._mtp, self._non_finite, self._spikes)
-        for callback in filter(None, (*ours, preemption)):
+        for callback in filter(None, (*ours, args.enable_jit_checkpoint and self._preemption)):
             self.add_callback(callback)
         self._console = replace_progress_callback(self)
 
@@ -194,11 +161,7 @@ class TSTTrainer(Trainer):
         kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
-            with (
-                changed_arguments(args, logging_nan_inf_filter=filters, **kept),
-                heads,
-                self._around_own_methods(),
-            ):
+            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, self._own.watched():
                 return super().train(self._checkpoint, *positional, **kwargs)
         finally:
             self._switch.close()
@@ -207,17 +170,6 @@ class TSTTrainer(Trainer):
                 self._console.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer leaves it set when training fails
-
-    @contextmanager
-    def _around_own_methods(self) -> Iterator[None]:
-        """Context in which what a subclass gives to a run with superposition is folded, and checked."""
-        own = {"training_step": partial(self._train_on_batch, self.training_step)}
-        if overrides(self, TSTTrainer.get_train_dataloader):
-            own["get_train_dataloader"] = partial(self._fold_own_loader, self.get_train_dataloader)
-        with ExitStack() as stack:
-            for name, method in own.items() if self.args.tst_enabled else ():
-                stack.enter_context(replaced(self.__dict__, name, method))
-            yield
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches of both phases; the plain Trainer's if there is no superposition step.
@@ -229,9 +181,8 @@ class TSTTrainer(Trainer):
         if not self.args.tst_enabled or self.train_dataset is None:
             loader = super().get_train_dataloader()
             return plain_loader(loader, self.args) if self._checkpoint else loader
-        if other_parent(self, TSTTrainer, "get_train_dataloader") or overrides(
-            self, Trainer._get_train_sampler
-        ):
+        own_sampler = overrides(self, Trainer._get_train_sampler)
+        if own_sampler or other_parent(self, TSTTrainer, "get_train_dataloader"):
             return self._begin(fold_own_loader(self, super().get_train_dataloader()))
         return self._begin(open_run_data(self))
 
@@ -246,22 +197,16 @@ class TSTTrainer(Trainer):
         batch_rules(self.model).check_batch(inputs)  # of somebody else's loader
         return super()._prepare_inputs(inputs)
 
-    def _fold_own_loader(self, make_own: Callable[[], Any]) -> Any:
-        """What `get_train_dataloader` of a subclass gives, folded unless it is the loader of our rows, or made around it."""
-        self._data = self.schedule = None
-        loader = make_own()
-        is_another = isinstance(loader, DataLoader) and loader is not self._loader
-        return self._begin(fold_own_loader(self, loader)) if self._data is None or is_another else loader
-
     def _begin(self, data: RunData) -> Any:
         """Take `data` for the run that begins or resumes; returns its loader."""
-        self._data, self.schedule, self._has_trained_bags = data, data.start.schedule, False
+        self._data, self.schedule = data, data.start.schedule
         self._expert_load.clear()
         self._target_bags.clear()
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
-        self._loader = make_loader(self, data)
-        return self._loader
+        loader = make_loader(self, data)
+        self._own.start(loader)
+        return loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Steps and epochs of the run, with the number of steps that the data plan gives."""
@@ -298,20 +243,8 @@ class TSTTrainer(Trainer):
             count = None
         else:
             count = self._target_bags.count(samples, device) / self.get_tp_size()
-        self._counted = self.state.global_step, count
+        self._own.note_count(count)
         return samples, count
-
-    def _train_on_batch(
-        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any = None
-    ) -> Tensor:
-        """`training_step`, a subclass's own or ours, on a batch that is one of the phase."""
-        check_batch(self, inputs, num_items, *self._counted)
-        own = overrides(self, TSTTrainer.compute_loss) or overrides(self, TSTTrainer.training_step)
-        first = own and is_superposed(inputs) and not self._has_trained_bags
-        with explained_bags(type(self).__name__, model, inputs) if first else nullcontext():
-            loss = step(model, inputs, num_items)
-        self._has_trained_bags |= first
-        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -374,8 +307,7 @@ class TSTTrainer(Trainer):
             super().log(logs, start_time)
             return
         if "train_loss" in logs:
-            # Training is over: with a limit of 1, Trainer would now remove all checkpoints but the best, also that to go on
-            # from. `train` puts the limit back.
+            # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` puts the limit back.
             self.args.save_total_limit = None
         self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
@@ -403,12 +335,11 @@ class TSTTrainer(Trainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         # An own `prediction_step` may read logits, whatever is asked for.
-        own = overrides(self, Trainer.prediction_step)
-        fuses = prediction_loss_only and self.args.tst_replaces_loss and not own
+        reads = not prediction_loss_only or overrides(self, Trainer.prediction_step)
+        fuses = self.args.tst_replaces_loss and not reads
+        positional = (dataloader, description, prediction_loss_only, *positional)
         with fused_evaluation_loss(self.model, self.fused_recovery) if fuses else nullcontext():
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, *positional, **kwargs
-            )
+            return super().evaluation_loop(*positional, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The batches of prediction; rows without labels get none."""

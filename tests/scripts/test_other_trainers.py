@@ -270,7 +270,7 @@ def test_labels_of_an_own_collator_count_in_both_phases(make_args):
     ("collator", "message"),
     [
         (lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}, "must hold input_ids and labels"),
-        (lambda rows: default_data_collator(rows) | {"weight": torch.ones(len(rows))}, "hold weight, which has no place"),
+        (lambda rows: default_data_collator(rows) | {"weight": torch.ones(len(rows))}, "hold weight"),
         (
             lambda rows: default_data_collator(rows) | {"attention_mask": torch.zeros(len(rows), BLOCK_LENGTH)},
             "A row is padded",
