@@ -235,7 +235,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
         for name in dict.fromkeys(row["candidate"] for row in rows):
             points = [(row["s"], row[column]) for row in rows if row["candidate"] == name]
             axes.plot(*zip(*points, strict=True), "o-", label=name)
-        axes.set_xlabel("tokens a bag, s")
+        axes.set_xlabel("tokens per bag, s")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -60,7 +60,7 @@ class BenchmarkArguments:
     peak_tflops: float | None = field(
         default=None,
         metadata={
-            "help": "Peak of the device in TFLOP/s: adds raw tokens a second and the share of the peak that is used."
+            "help": "Peak of the device in TFLOP/s: adds raw tokens per second and the share of the peak that is used."
         },
     )
     csv: str | None = field(default=None, metadata={"help": "CSV file to append the rows to."})

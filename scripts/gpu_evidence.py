@@ -6,7 +6,7 @@
     python scripts/gpu_evidence.py --slice a --output_dir runs/rehearsal --device cpu --tiny
 
 Every step is a process of its own with a limit of seconds, and steps go in order of worth. `results.json` and
-`results.md` are written anew as each step ends. A step that fails is recorded with the end of its output, and the next
+`results.md` are written again as each step ends. A step that fails is recorded with the end of its output, and the next
 one starts. A second call with the same folder runs what has not passed. Nothing is downloaded, and the package need not
 be installed.
 """

@@ -33,7 +33,7 @@ def read_shape(name: str) -> ModelShape:
 
 SHAPES = {name: read_shape(name) for name in RECIPES}
 BAG_SIZES = {"3B": 6, "10B-A1B": 16}
-MICRO_BATCHES = {"3B": 2, "10B-A1B": 8}  # 2M and 8M latent tokens a step
+MICRO_BATCHES = {"3B": 2, "10B-A1B": 8}  # 2M and 8M latent tokens per step
 
 
 @dataclass
