@@ -1,5 +1,6 @@
 """Every example runs in a tiny form, and leaves an ordinary model."""
 
+import copy
 import json
 import runpy
 import shutil
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DENSE
+from conftest import DENSE, make_model, weights_equal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from versions import fails_before, params
 
 from hf_tst.data.quickstart import train_tokenizer
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "scripts" / "examples").glob("*.py"))
+NEEDS_MUON = fails_before("torch", "2.9", "it has no Muon")
 TRAINER = [
     "--per_device_train_batch_size",
     "2",
@@ -56,7 +59,7 @@ def run(data, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", params(EXAMPLES, ["muon.py"], NEEDS_MUON))
 def test_an_example_trains(example, run, tmp_path):
     run(example)
     output = (
@@ -67,7 +70,7 @@ def test_an_example_trains(example, run, tmp_path):
     assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] == tokens.shape[1] + 2
 
 
-@pytest.mark.parametrize("example", list(filter(has_trainer, EXAMPLES)), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", params(filter(has_trainer, EXAMPLES), ["muon.py"], NEEDS_MUON))
 def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
     run(example, "--save_steps", 2)
     weights = sorted((tmp_path / "out").rglob("*.safetensors"))
@@ -83,3 +86,32 @@ def test_an_example_goes_on_from_a_checkpoint(example, run, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
     assert [note["step"] for note in state["stateful_callbacks"]["TSTTrainer"]] == [0, 4]
+
+
+@NEEDS_MUON
+def test_muon_and_adamw_as_one_optimizer_do_what_each_does_alone():
+    """Also after the state was saved and loaded, with another learning rate in between, as a schedule sets it."""
+    module = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "examples" / "muon.py"))
+    models = [make_model("llama").train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    joint = module["MuonAndAdamW"](models[0], lr=0.01, weight_decay=0.1)
+    named = dict(models[1].named_parameters())
+    matrices = {name: p for name, p in named.items() if p.ndim == 2 and "layers" in name}
+    others = [p for name, p in named.items() if name not in matrices]
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    muon = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **options)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), **options)
+    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    for step in range(4):
+        if step == 2:
+            fresh = module["MuonAndAdamW"](models[0], lr=0.01, weight_decay=0.1)
+            fresh.load_state_dict(copy.deepcopy(joint.state_dict()))
+            joint = fresh
+        for group in (*joint.param_groups, *muon.param_groups, *adamw.param_groups):
+            group["lr"] = 0.01 / (step + 1)
+        for model, optimizers in zip(models, ([joint], [muon, adamw]), strict=True):
+            model(tokens, labels=tokens).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    assert weights_equal(*models)

@@ -1,0 +1,67 @@
+"""Muon for the matrices between embedding and head, AdamW for all other weights, in both phases.
+
+    python scripts/examples/muon.py --output_dir out --max_steps 1000 --learning_rate 1e-3
+
+Needs torch 2.9. One process or DDP: FSDP2 shards the matrices that Muon orthogonalizes as a whole.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
+
+
+@dataclass
+class Data:
+    model: str = "HuggingFaceTB/SmolLM2-135M"
+    dataset: str = "roneneldan/TinyStories"
+    block_size: int = 512
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Both as one optimizer: one learning rate schedule, and one state in checkpoints, which goes on over the switch."""
+
+    def __init__(self, model: Any, lr: float, weight_decay: float) -> None:
+        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+        others = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]
+        # With this adjustment Muon's steps are as long as AdamW's, so both have the same learning rate.
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self._parts = muon, torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for part in self._parts:
+            part.step(closure)
+
+
+def main() -> None:
+    data, args = HfArgumentParser((Data, TSTTrainingArguments)).parse_args_into_dataclasses()
+    tokenizer = AutoTokenizer.from_pretrained(data.model)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
+    documents = load_dataset(data.dataset, split="train")
+    blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
+    optimizer = MuonAndAdamW(model, args.learning_rate, args.weight_decay)
+    trainer = TSTTrainer(
+        model, args, train_dataset=blocks, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
