@@ -80,6 +80,7 @@ def _weighting(steps: int) -> list[Row]:
         Row((f"{steps:,}", inputs, "uniform" if not power else "power law"), f"bag-weighting-{steps}", f"tst{name}{power}")
         for inputs, name in names.items()
         for power in ("", "-power")
+        if read_losses(f"bag-weighting-{steps}", f"tst{name}{power}")
     ]  # fmt: skip
 
 
@@ -96,6 +97,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
             Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
             Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
+            Row(("16,000", "16k", "linear, power law"), "bag-weighting-16000", "tst-linear-power"),
         ],
     ),
     "vocabulary": (
@@ -134,7 +136,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("8",), SWEEPS[0], "s8-r0.3-uniform-full"),
         ],
     ),
-    "bag-weighting": (("steps", "input", "targets"), [*_weighting(1000), *_weighting(4000)]),
+    "bag-weighting": (("steps", "input", "targets"), [*_weighting(1000), *_weighting(4000), *_weighting(16000)]),
     "offset-weighting": (
         ("targets",),
         [
@@ -167,7 +169,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
 # What README shows: by name of a curve, its rows, by steps.
 CURVES = {
     "mean of the bag (the paper)": {1000: 0, 4000: 1, 16000: 2},
-    "last token weighs most": {1000: 6, 4000: 7},
+    "last token weighs most": {1000: 6, 4000: 7, 16000: 8},
 }
 
 
