@@ -100,7 +100,8 @@ def test_the_card_is_written_again_from_the_record(trained, capsys):
     assert cli.main(["card", str(trained), *flags]) == 0
     assert capsys.readouterr().out.strip() == str(path)
     again = ModelCard.load(path)
-    assert again.text == first.text.replace("# run", "# model").replace(f'"{trained}"', '"someone/model"')
+    expected = first.text.replace("# run", "# model").replace(f'"{trained}"', '"someone/model"')
+    assert again.text == expected.replace("text, from a data set without a Hub id", "some/data")
     assert (again.data.license, again.data.datasets, again.data.language) == ("mit", ["some/data"], ["en"])
     assert [result.metric_value for result in again.data.eval_results] == [
         result.metric_value for result in first.data.eval_results
@@ -122,7 +123,7 @@ def test_the_card_tells_what_the_run_had_not_what_is_here(trained, tmp_path, cap
     text = ModelCard.load(tmp_path / "README.md").text
     assert "CPU; then 8 x Abacus" in text
     assert "; then torch 99" in text
-    assert "The run is not over**: this is the model after 5 of 6 optimizer steps" in text
+    assert "The run is not finished**: this is the model after 5 of 6 optimizer steps" in text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from pyarrow import parquet
+from transformers.utils.logging import warning_once
 
 from hf_tst import RunError, TSTError
 from hf_tst.cli.main import main
@@ -214,6 +215,7 @@ def test_what_is_no_text_is_refused_before_any_is_tokenized(name, streaming, cac
 
 
 def test_the_log_names_the_column(tokenizer, caplog):
+    warning_once.cache_clear()
     write({"a.csv": table(",", NUMBERS, TEXTS, header=["Id", "Text"])})
     loggers = [logging.getLogger(f"hf_tst.data.{name}") for name in ("packing", "text_files")]
     for logger in loggers:
@@ -291,6 +293,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tokenizer, cache, stage)
 @pytest.mark.parametrize("flags", [[], ["--streaming", "True"]], ids=["map", "stream"])
 def test_the_console_command(tiny_recipe, tmp_path, capfd, caplog, flags):
     """Which of two files is trained on, and the status of a file that cannot be."""
+    warning_once.cache_clear()
     values = yaml.safe_load(tiny_recipe.read_text()) | {
         "max_steps": 2, "warmup_steps": 0, "eval_strategy": "no", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
         "validation_split_percentage": 0, "save_strategy": "no", "output_dir": str(tmp_path / "run"),

@@ -60,11 +60,11 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
 
 
 def tell_column(column: str, columns: Sequence[str], source: str) -> None:
-    """Log which column is read, where there are several; once, since training and evaluation may be parts of the same data."""
-    if len(columns) > 1:
-        logger.warning_once(
-            f"Of {source} the column {column!r} is read, not {', '.join(name for name in columns if name != column)}."
-        )
+    """Log which column is read, where there are several or it has another name than usual; once, since training and evaluation
+    may be parts of the same data."""
+    others = ", ".join(name for name in columns if name != column)
+    if others or column not in (TOKENS, "text"):
+        logger.warning_once(f"Of {source} the column {column!r} is read{', not ' if others else ''}{others}.")
 
 
 def column_type(column: str) -> Any:

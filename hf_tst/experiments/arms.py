@@ -148,10 +148,13 @@ def make_arm(
     elif not is_superposed(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"
     heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
-    schedule, phases = _schedule(changed), get_args(Phase)
-    flops = [
-        flops_per_token(shape, schedule.positions_per_row(phase, length), phase, *heads) for phase in phases
-    ]
+    # Settings that are out of range are refused when the run's arguments are made.
+    folds = setting(changed, "tst_superposition_rows") == "more" and setting(changed, "tst_mode") != "output"
+    lengths = {
+        "superposition": length // setting(changed, "tst_bag_size") if folds else length,
+        "recovery": length,
+    }
+    flops = [flops_per_token(shape, lengths[phase], phase, *heads) for phase in get_args(Phase)]
     return Arm(name, changes, changed, StepCost(*flops))
 
 
