@@ -22,7 +22,15 @@ from .folding import (
     next_window_labels,
     positions_in_documents,
 )
-from .phases import MODES, SUPERPOSITION_ROWS, SuperpositionRows, TSTMode, check_bag_size, check_folds
+from .phases import (
+    MODES,
+    SUPERPOSITION_ROWS,
+    SuperpositionRows,
+    TSTMode,
+    check_bag_size,
+    folded_length,
+    folds_blocks,
+)
 
 
 @dataclass
@@ -168,8 +176,8 @@ class DataCollatorForTokenSuperposition:
     def _stack(self, features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
         """A column of all rows as int64, copied once."""
         stacked = torch.from_numpy(np.stack([feature[column] for feature in features], dtype=np.int64))
-        if self.bag_size == 1 or self.superposition_rows == "longer" or self.mode == "output":
+        if not folds_blocks(self.bag_size, self.mode, self.superposition_rows):
             return stacked
         length = stacked.shape[1] // self.bag_size
-        check_folds(length, self.bag_size)
+        folded_length(length, self.bag_size)  # or its refusal
         return stacked.reshape(-1, length)

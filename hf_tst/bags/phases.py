@@ -75,10 +75,8 @@ class PhaseSchedule:
         Raises:
             TSTError: If `block_length` is no multiple of the bag size where single blocks are folded.
         """
-        if phase == "recovery" or self.superposition_rows == "longer" or self.mode == "output":
-            return block_length
-        check_folds(block_length, self.bag_size)
-        return block_length // self.bag_size
+        folds = phase == "superposition" and folds_blocks(self.bag_size, self.mode, self.superposition_rows)
+        return folded_length(block_length, self.bag_size) if folds else block_length
 
     def blocks_needed(self, rows_per_step: int) -> int:
         """Blocks that the whole run reads.
@@ -114,10 +112,20 @@ def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
         raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
 
 
-def check_folds(block_length: int, bag_size: int) -> None:
-    """Raise `TSTError` unless a block of `block_length` tokens can be folded into bags by itself."""
+def folds_blocks(bag_size: int, mode: str, superposition_rows: str) -> bool:
+    """Whether superposition folds each block into bags by itself, and does not join blocks to a row."""
+    return bag_size > 1 and mode != "output" and superposition_rows == "more"
+
+
+def folded_length(block_length: int, bag_size: int) -> int:
+    """Bags that a block of `block_length` tokens makes by itself.
+
+    Raises:
+        TSTError: If it does not divide into bags.
+    """
     if block_length % bag_size:
         raise TSTError(
             f"superposition_rows='more' folds each block into bags by itself, but {block_length} tokens per block are no "
             f"multiple of the bag size {bag_size}: change block_size or tst_bag_size, or use 'longer'."
         )
+    return block_length // bag_size

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from ..bags.phases import PhaseSchedule, check_bag_size, check_phase_ratio
+from ..bags.phases import check_bag_size, check_phase_ratio
 from ..errors import TSTError, check_at_least, check_names
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
@@ -30,6 +30,7 @@ from ..pretraining.options import (
 from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.report import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
+from ..training.run_data import make_schedule
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, FLOPs, hours, memory, traffic.
 
@@ -115,13 +116,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     superposed = values.tst_phase_ratio > 0 and values.tst_bag_size > 1
     plan = plan_run(
         ModelShape.from_config(config, model_args.lora_config()),
-        PhaseSchedule(
-            values.max_steps,
-            values.tst_phase_ratio,
-            values.tst_bag_size,
-            values.tst_mode,
-            values.tst_superposition_rows,
-        ),
+        make_schedule(values, values.max_steps),
         layout,
         args.accelerator(values.tst_peak_tflops),
         args.mfu,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ..bags.phases import Phase, PhaseSchedule
+from ..bags.phases import Phase, PhaseSchedule, folds_blocks
 from ..errors import TSTError, check_names
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
@@ -59,7 +59,8 @@ class Arm:
     @property
     def schedule(self) -> PhaseSchedule:
         """The phases of its runs."""
-        return _schedule(self.values)
+        names = ("max_steps", "tst_phase_ratio", "tst_bag_size", "tst_mode", "tst_superposition_rows")
+        return PhaseSchedule(*(setting(self.values, name) for name in names))
 
     @property
     def tokens(self) -> StepCost:
@@ -149,19 +150,10 @@ def make_arm(
         changed["tst_fused_loss"] = "on"
     heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
     # Settings that are out of range are refused when the run's arguments are made.
-    folds = setting(changed, "tst_superposition_rows") == "more" and setting(changed, "tst_mode") != "output"
-    lengths = {
-        "superposition": length // setting(changed, "tst_bag_size") if folds else length,
-        "recovery": length,
-    }
+    size, *rows = (setting(changed, f"tst_{name}") for name in ("bag_size", "mode", "superposition_rows"))
+    lengths = {"superposition": length // size if folds_blocks(size, *rows) else length, "recovery": length}
     flops = [flops_per_token(shape, lengths[phase], phase, *heads) for phase in get_args(Phase)]
     return Arm(name, changes, changed, StepCost(*flops))
-
-
-def _schedule(values: Mapping[str, Any]) -> PhaseSchedule:
-    """The phases of a configuration."""
-    names = ("max_steps", "tst_phase_ratio", "tst_bag_size", "tst_mode", "tst_superposition_rows")
-    return PhaseSchedule(*(setting(values, name) for name in names))
 
 
 def setting(values: Mapping[str, Any], name: str) -> Any:

@@ -96,9 +96,10 @@ class NonFiniteCallback(TrainerCallback):
 
     def _describe(self, step: int, micro_batch: float, reader: int, value: float) -> str:
         what, number = ("gradient", None) if micro_batch == _GRADIENT else ("loss", int(micro_batch))
-        phase = "training" if self._trainer._data is None else self._trainer.schedule.phase(step)
-        blocks = name_blocks(self._trainer, step, reader, number)
-        return f"The {what} of optimizer step {step} ({phase}) is {value}{blocks}"
+        data = self._trainer._data
+        phase = "training" if data is None else self._trainer.schedule.phase(step)
+        blocks = None if data is None else data.blocks_of_step(step, reader, number)
+        return f"The {what} of optimizer step {step} ({phase}) is {value}{name_blocks(blocks)}"
 
 
 def drop_gradient(model: nn.Module) -> None:
@@ -107,10 +108,9 @@ def drop_gradient(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def name_blocks(trainer: Any, step: int, reader: int = 0, micro_batch: int | None = None) -> str:
-    """Which blocks a micro-batch, or by default all of a step, was computed on: the end of a sentence, empty if nobody knows."""
-    blocks = None if trainer._data is None else trainer._data.blocks_of_step(step, reader, micro_batch)
-    if blocks is None:  # plain training, or a stream, which knows no numbers of blocks
+def name_blocks(blocks: list[int] | None) -> str:
+    """The blocks that a number was computed on, as the end of a sentence; empty in plain training and for streams, which have none."""
+    if blocks is None:
         return ""
     named = ", ".join(map(str, blocks[:_NAMED_BLOCKS])) + (", …" if len(blocks) > _NAMED_BLOCKS else "")
     return f"; it was computed on blocks {named} of the training data"

@@ -144,6 +144,3 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             f"{name} does not give the model the input_ids of its batch, of shape {tuple(batch['input_ids'].shape)}, but others: hand "
             f"them on with their {expected} dimensions, in which the last is that of bags."
         )
-
-
-# Rows of tokens

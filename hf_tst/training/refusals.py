@@ -164,6 +164,9 @@ def _warn_of_missing_fsdp(trainer: Any) -> None:
         )
 
 
+# Rows of tokens
+
+
 def block_rules(model: Any, tokenizer: Any) -> BlockRules:
     """What blocks must keep to for a model: its vocabulary and its table of positions, and the tokenizer's padding token, if it is nothing else.
 

@@ -34,8 +34,8 @@ from .refusals import block_rules
 logger = logging.get_logger(__name__)
 
 
-def make_schedule(args: TSTArguments, steps: int) -> PhaseSchedule:
-    """The phases of a run of `steps` optimizer steps."""
+def make_schedule(args: Any, steps: int) -> PhaseSchedule:
+    """The phases of a run of `steps` optimizer steps, by what has the fields of [`TSTArguments`]."""
     rows = args.tst_superposition_rows
     return PhaseSchedule(steps, args.tst_phase_ratio, args.tst_bag_size, args.tst_mode, rows)
 

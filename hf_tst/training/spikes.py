@@ -65,8 +65,8 @@ class SpikeCallback(TrainerCallback):
         if spikes := self._find(numbers):
             self._handle(model, spikes)
 
-    def _find(self, numbers: dict[str, float]) -> dict[str, tuple[float, float]]:
-        """The numbers of a step that are spikes, each with the highest one that would be none; all join the running level."""
+    def _find(self, numbers: dict[str, float]) -> dict[str, dict[str, float]]:
+        """The numbers of a step that are spikes: `value`, and the highest one that would be none; all join the running level."""
         args, state = self._trainer.args, self._trainer.state
         phase = self._trainer.schedule.phase(state.global_step)
         kept = state.stateful_callbacks.setdefault(SPIKES, {"phase": phase, "levels": {}, "found": []})
@@ -79,28 +79,24 @@ class SpikeCallback(TrainerCallback):
             if len(level) >= max(2, args.tst_spike_window // 2):
                 limit = fmean(level) + args.tst_spike_threshold * pstdev(level)
             if number > limit:
-                found[name] = number, limit
+                found[name] = {"value": number, "limit": limit}
             level.append(min(number, limit))
             del level[: -args.tst_spike_window]
         return found
 
-    def _handle(self, model: nn.Module, spikes: dict[str, tuple[float, float]]) -> None:
-        args, state = self._trainer.args, self._trainer.state
-        step, blocks = state.global_step, name_blocks(self._trainer, state.global_step)
+    def _handle(self, model: nn.Module, spikes: dict[str, dict[str, float]]) -> None:
+        state, data = self._trainer.state, self._trainer._data
+        step, kept = state.global_step, state.stateful_callbacks[SPIKES]
+        blocks = None if data is None else data.blocks_of_step(step, data.rank, None)
         told = " and ".join(
-            f"{name} {number:.4g} (limit {limit:.4g})" for name, (number, limit) in spikes.items()
+            f"{name} {spike['value']:.4g} (limit {spike['limit']:.4g})" for name, spike in spikes.items()
         )
-        text = (
-            f"Optimizer step {step} ({state.stateful_callbacks[SPIKES]['phase']}) has a spike: {told}{blocks}"
-        )
-        if args.tst_spikes == "stop":
+        text = f"Optimizer step {step} ({kept['phase']}) has a spike: {told}{name_blocks(blocks)}"
+        if self._trainer.args.tst_spikes == "stop":
             raise RunError(
                 f"{text}. Training stops: look at the data, lower learning_rate, or resume with tst_spikes='skip'."
             )
         drop_gradient(model)
         self.skipped_steps += 1
-        record = {name: {"value": number, "limit": limit} for name, (number, limit) in spikes.items()}
-        data = self._trainer._data
-        numbers = None if data is None else data.blocks_of_step(step, data.rank, None)
-        state.stateful_callbacks[SPIKES]["found"].append({"step": step, "blocks": numbers, **record})
+        kept["found"].append({"step": step, "blocks": blocks, **spikes})
         logger.warning(f"{text}. It is skipped.")
