@@ -10,7 +10,8 @@ Variants, all with bfloat16 autocast and AdamW:
   liger          Trainer with use_liger_kernel (if installed); alone in its process, since Liger changes classes
   recovery       TSTTrainer, one token per position, loss fused with the head
   superposition  TSTTrainer, bags of s tokens, loss fused with the head
-Seconds are the mean over `steps` steps after `warmup_steps`, with the device waited for at both ends only. The profiler then
+Seconds are the mean over `steps` steps after `warmup_steps`, with the device waited for at both ends only; ms_batches are those in
+which the host gets the batches of a step, and puts them on the device. The profiler then
 records `profile_steps` more: milliseconds of the device per step in matrix products, attention, our kernel and everything
 else, the gaps between them, and how often the host reads a number from the device or waits for it.
 """
@@ -22,7 +23,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,7 @@ class BenchmarkArguments:
     steps: int = field(default=20, metadata={"help": "Steps that are timed."})
     warmup_steps: int = field(default=5, metadata={"help": "Steps before them."})
     profile_steps: int = field(default=3, metadata={"help": "Steps that are profiled."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that load the data."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu."})
     peak_tflops: float | None = field(
@@ -116,7 +118,7 @@ class Stopwatch(TrainerCallback):
         self.last = args.warmup_steps + args.steps
         self.end = self.last + args.profile_steps
         self.profile: Any = None
-        self.started = self.seconds = 0.0
+        self.started = self.seconds = self.getting = 0.0
         self.peak_bytes = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -125,9 +127,10 @@ class Stopwatch(TrainerCallback):
         if state.global_step == self.first:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            self.started = time.perf_counter()
+            self.started, self.getting = time.perf_counter(), 0.0
         elif state.global_step == self.last:
             self.seconds = time.perf_counter() - self.started
+            self.ms_batches = 1000 * self.getting / (self.last - self.first)
             if self.device.type == "cuda":
                 self.peak_bytes = torch.cuda.max_memory_allocated()
             kinds = torch.profiler.ProfilerActivity
@@ -136,6 +139,17 @@ class Stopwatch(TrainerCallback):
             self.profile.start()
         elif state.global_step == self.end:
             self.profile.stop()
+
+    def watch(self, get: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose time is added up."""
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            found = get(*args)
+            self.getting += time.perf_counter() - start
+            return found
+
+        return timed
 
 
 def split_time(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
@@ -181,7 +195,7 @@ def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) ->
     options: dict[str, Any] = {
         "output_dir": folder, "max_steps": stopwatch.end, "per_device_train_batch_size": args.rows,
         "learning_rate": 1e-4, "bf16": True, "use_cpu": device.type == "cpu", "torch_compile": args.torch_compile,
-        "logging_steps": stopwatch.last - 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "dataloader_num_workers": args.num_workers, "logging_steps": stopwatch.last - 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     if args.tiny and args.torch_compile:
         options["torch_compile_backend"] = "eager"  # the graphs alone: inductor takes a minute
@@ -196,16 +210,19 @@ def train(args: BenchmarkArguments, variant: str, bag_size: int, folder: str) ->
         options |= {"tst_phase_ratio": ratio, "tst_bag_size": bag_size, "tst_fused_loss": "on"}
         arguments = TSTTrainingArguments(**options, tst_save_at_switch=False)
         trainer = TSTTrainer(model, arguments, train_dataset=blocks, callbacks=[stopwatch])
+    trainer.get_batch_samples = stopwatch.watch(trainer.get_batch_samples)
     trainer.train()
     seconds = stopwatch.seconds / args.steps
     row = {
         "variant": variant,
         "s": bag_size,
         "compiled": args.torch_compile,
+        "workers": args.num_workers,
         "parameters": model.num_parameters(),
         "latent": f"{args.rows}x{args.length}",
         "loss": next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
         "seconds": seconds,
+        "ms_batches": stopwatch.ms_batches,
         "latent_tokens_per_second": args.rows * args.length / seconds,
         "raw_tokens_per_second": args.rows * args.length * bag_size / seconds,
         "model_flops_utilization": "",

@@ -86,7 +86,7 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     def loss(options: str) -> list[str]:
         shapes = "--rows 64 --hidden_size 16 --vocab_size 500 --rounds 1"
         if not args.tiny:
-            shapes = "--rows 8192 --hidden_size 576 2048 --vocab_size 128256 32000 --rounds 5 --repeats 4"
+            shapes = "--rows 8192 --hidden_size 576 2048 --vocab_size 128256 32000 --rounds 3 --repeats 4"
         places = f"--device {args.device} --dtype bfloat16 --csv OUT/loss.csv"
         return shlex.split(f"python scripts/benchmark_loss.py {places} {shapes} {options}")
 
@@ -99,9 +99,10 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     steps = [
         Step("kernel", tests("test_on_device.py", "kernel or operator"), 60),
         Step("training", tests("test_on_device.py", "not kernel and not operator and not compiled"), 60),
-        Step("loss", loss("--bag_sizes 1 6 16 --candidates products one_target gather loop"), 75),
-        Step("step", train("plain recovery superposition"), 60),
-        Step("step, Liger", train("liger"), 30),
+        Step("step", train("plain recovery superposition"), 75),
+        Step("step, loader processes", train("superposition --num_workers 2"), 45),
+        Step("step, Liger", train("liger"), 45),
+        Step("loss", loss("--bag_sizes 1 6 16 --candidates products one_target gather loop"), 100),
         Step("loss, others", loss("--bag_sizes 1 --candidates liger cce"), 45),
         Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 60),
         Step("compiled", tests("test_on_device.py", "compiled and not off"), 75),

@@ -157,6 +157,10 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             ),
         ],
     ),
+    "gpu": (
+        ("parameters", "steps", "latent tokens", "s"),
+        [Row(("83M", "1,500", "25M", "6"), "100m-gpu-1500")],
+    ),
     "mtp": (
         ("arm",),
         [

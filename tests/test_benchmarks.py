@@ -5,7 +5,6 @@ import itertools
 from pathlib import Path
 
 import pytest
-import reckon_loss
 from processes import run_script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -71,42 +70,3 @@ def test_a_peak_adds_tokens_a_second_and_the_share_of_the_peak(tmp_path):
         passes = 1 if row["step"].startswith("evaluation") else 3
         flops = 2 * 8 * passes * (2 * met + 4 * width * 8)
         assert float(row["share_of_peak"]) == pytest.approx(flops / seconds / 1e9)
-
-
-def test_costs_by_hand():
-    n, d, v = 10, 4, 100
-    one = reckon_loss.ours(n, d, v, rows=10)
-    flops = 2 * n * d * v
-    logits, both, weight = 2 * n * v, 2 * n * (d + v), 2 * d * v
-    casts = 3 * weight + 4 * n * d
-    assert one.operations == [
-        (flops, both + weight),
-        (0, 3 * logits),
-        (flops, both + weight),
-        (flops, both + 2 * weight),
-        (0, casts),
-    ]
-    chunked = reckon_loss.ours(n, d, v, rows=4)
-    for way in (
-        one,
-        chunked,
-        reckon_loss.products(n, d, v),
-        reckon_loss.liger(n, d, v),
-        reckon_loss.loop(n, d, v, 6),
-    ):
-        assert sum(operation[0] for operation in way.operations) == 3 * flops
-        low, high = way.milliseconds
-        assert low < high
-    # Three chunks read the weight twice more for two products, and its float32 gradient is read and written twice more.
-    moved, whole = (sum(operation[1] for operation in way.operations) for way in (chunked, one))
-    assert moved - whole == 2 * 2 * weight + 2 * 4 * weight
-    assert chunked.memory == max(weight + 2 * 4 * v, 2 * weight)
-    # 100 / 4 columns per hidden unit: 10 rows in 25 parts are one row each.
-    assert len(reckon_loss.liger(n, d, v).operations) == 1 + 6 * 10
-    assert reckon_loss.loop(n, d, v, 6).memory == 8 * 2 * logits
-
-
-def test_the_reckoned_tables_are_up_to_date():
-    text = (SCRIPTS.parent / "docs" / "cost.md").read_text(encoding="utf-8")
-    table = text.split(reckon_loss.BEGIN)[1].split(reckon_loss.END)[0].strip()
-    assert table == reckon_loss.make_tables(), "run `python scripts/reckon_loss.py`"

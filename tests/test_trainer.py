@@ -344,7 +344,7 @@ def test_trainer_counts_input_tokens_as_raw_tokens(llama, make_args, mode, bound
         assert entry["num_input_tokens_seen"] == raw
 
 
-def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
+def test_waiting_for_data_is_logged(llama, make_args, monkeypatch, caplog):
     """By a clock that moves a second a forward pass, and five where the data of the third step begins."""
     now = [0.0]
     monkeypatch.setattr(token_meter, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -359,6 +359,7 @@ def test_waiting_for_data_is_logged(llama, make_args, monkeypatch):
     trainer = TSTTrainer(llama, make_args(), train_dataset=Slow())
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert caplog.text.count("dataloader_num_workers=2") == 1
     # The loader of accelerate fetches one batch ahead, so the second step waits for the third step's data.
     assert [entry["tst_data_wait_seconds"] for entry in entries] == [0, 5, *[0] * 8]
     assert [entry["tst_data_wait_fraction"] for entry in entries] == [0, 0.8333, *[0] * 8]

@@ -9,9 +9,14 @@ from uuid import uuid4
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
 
 from ..planning.reference import peak_tflops
 from ..records.run_record import RUN_ENTRY, RUN_ID, UTILIZATION, notes_of, run_entry
+
+logger = logging.get_logger(__name__)
+
+LONG_WAIT = 0.1  # fraction of the time
 
 
 class TokenMeterCallback(TrainerCallback):
@@ -30,6 +35,7 @@ class TokenMeterCallback(TrainerCallback):
         self._seconds = 0.0
         self._since = 0.0
         self._waited = 0.0
+        self._warned = False
         self._peak_flops: float | None = None  # per second, of all devices
         self._last_report = (0, 0, 0.0, 0.0)  # step, tokens left out, seconds, FLOPs
 
@@ -41,6 +47,7 @@ class TokenMeterCallback(TrainerCallback):
         notes_of(vars(state)).append({"step": state.global_step, **entry})
         self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
+        self._warned = False
         self._last_report = (state.global_step, self._tokens_left_out() or 0, 0.0, state.total_flos)
         self._restart_clock()
 
@@ -116,6 +123,16 @@ class TokenMeterCallback(TrainerCallback):
                 entries[UTILIZATION] = round((flops - last_flops) / seconds / self._peak_flops, 4)
             entries["tst_data_wait_seconds"] = round(self._waited, 4)
             entries["tst_data_wait_fraction"] = round(min(1.0, self._waited / seconds), 4)
+            self._warn_of_waiting(entries["tst_data_wait_fraction"])
             self._last_report = (step, left_out or 0, self._seconds, flops)
             self._waited = 0.0
         return entries
+
+    def _warn_of_waiting(self, fraction: float) -> None:
+        """Say once what to do where training waits for data. A second at least: the first batches of a short run always take a while."""
+        if fraction > LONG_WAIT and self._waited > 1 and not self._warned:
+            self._warned = True
+            workers = self._trainer.args.dataloader_num_workers
+            logger.warning(
+                f"Training waits for data {fraction:.0%} of the time: set dataloader_num_workers={max(2, 2 * workers)} (now {workers})."
+            )
