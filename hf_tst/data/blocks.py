@@ -71,7 +71,7 @@ class BlockRules:
         pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
         vocab_size (`int`, *optional*): Ids that the model has an embedding for.
         context (`int`, *optional*): Positions that the model can distinguish.
-        data (`str`, defaults to `"training"`): What the blocks are for.
+        data (`str`, *optional*, defaults to `"training"`): What the blocks are for.
     """
 
     length: int | None = None
@@ -313,8 +313,8 @@ class BlockReader:
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
-        as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format, and rows of
-            ids alone as mappings.
+        as_arrays (`bool`, *optional*, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format,
+            and rows of ids alone as mappings.
         rules (`BlockRules`): Requirements for the blocks; by default one length per column.
     """
 

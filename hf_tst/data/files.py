@@ -41,7 +41,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
         path (`str`): The file, or a pattern such as `"corpus/**/*.jsonl"` for several of one kind, read in the order of
             their names; the ending says how to read them, and may be followed by that of a compression. A `.npy` file of
             token ids is a [`TokenFile`].
-        streaming (`bool`, defaults to `False`): Read the files during training; each file is a shard.
+        streaming (`bool`, *optional*, defaults to `False`): Read the files during training; each file is a shard.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `text` or the only one.
 
     Raises:
@@ -133,7 +133,7 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
 
     Args:
         path (`str`): A `.npy` file with one row of ids, `(n,)`, uint16 or uint32.
-        block_size (`int`, defaults to 1): Tokens per block, L.
+        block_size (`int`, *optional*, defaults to 1): Tokens per block, L.
         starts (`Sequence[int]`, *optional*): First token of each block; by default the file is cut from its beginning.
 
     Raises:

@@ -42,7 +42,7 @@ def tokenize_documents(
             `input_ids` already.
         tokenizer: No special tokens are added, except at the end of a document.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `"text"` or the only one.
-        append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
+        append_eos (`bool`, *optional*, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:

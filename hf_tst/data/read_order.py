@@ -32,8 +32,8 @@ class BatchLayout:
 
     Args:
         per_device_batch_size (`int`): Rows of one forward pass on one device.
-        accumulation_steps (`int`, defaults to 1): Micro-batches per optimizer step.
-        world_size (`int`, defaults to 1): Ranks that read different data (data-parallel ranks).
+        accumulation_steps (`int`, *optional*, defaults to 1): Micro-batches per optimizer step.
+        world_size (`int`, *optional*, defaults to 1): Ranks that read different data (data-parallel ranks).
     """
 
     per_device_batch_size: int
@@ -64,7 +64,7 @@ class DataPlan:
         schedule (`PhaseSchedule`): The run's phases.
         rows_per_step (`int`): Rows per optimizer step, over all devices and accumulation steps.
         seed (`int`): Seed of the order.
-        shuffle (`bool`, defaults to `True`): Without it, groups and blocks keep the order of the data.
+        shuffle (`bool`, *optional*, defaults to `True`): Without it, groups and blocks keep the order of the data.
     """
 
     num_blocks: int

@@ -57,9 +57,9 @@ class PlannedRows(Dataset[Row]):
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         plan (`DataPlan`): Which blocks row i reads.
         columns (`Sequence[str]`): Columns to pass on in recovery.
-        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
-        joins (`bool`, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays, which is
-            faster. Otherwise blocks are passed unchanged, for a collator without bags.
+        bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
+        joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays,
+            which is faster. Otherwise blocks are passed unchanged, for a collator without bags.
         rules (`BlockRules`): Requirements for the blocks, checked as they are read.
     """
 
@@ -135,10 +135,10 @@ class StreamedRows(Dataset[Row]):
         blocks: Iterable of blocks, best with `state_dict` and `load_state_dict`.
         schedule (`PhaseSchedule`): The run's phases.
         layout (`BatchLayout`): How rows are distributed over ranks.
-        workers (`int`, defaults to 0): Loader processes of each rank.
+        workers (`int`, *optional*, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
-        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
-        joins (`bool`, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
+        bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
+        joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
         rules (`BlockRules`): Requirements for the blocks, besides equal length.
 
     Raises:

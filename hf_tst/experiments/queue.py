@@ -97,8 +97,8 @@ def run_all(
 
     Args:
         runs: The runs.
-        processes (`int`, defaults to 1): How many at the same time. They share the processor's cores. Where there are several
-            GPUs and no `launcher`, each run has one of them, in turn.
+        processes (`int`, *optional*, defaults to 1): How many at the same time. They share the processor's cores. Where there
+            are several GPUs and no `launcher`, each run has one of them, in turn.
         launcher (`str`, *optional*): Command that starts a run instead of this Python, for example
             `"accelerate launch --num_processes 8"`.
         until (`float`, *optional*): A time of `time.monotonic`. A run that would end later is not started.

@@ -57,7 +57,7 @@ class TokenSuperpositionPlugin(BasePlugin):
         """Check the configuration as it was written: Axolotl would ignore options that it does not know.
 
         Raises:
-            TSTError: For an option that is not known, or does not go with superposition.
+            TSTError: For an option that is not known, or does not work with superposition.
         """
         if tuple(map(int, version("axolotl").split(".")[:2])) < OLDEST:
             raise TSTError(f"Axolotl {version('axolotl')} is too old for this plugin: install axolotl>=0.21.")
@@ -69,7 +69,7 @@ class TokenSuperpositionPlugin(BasePlugin):
         for name, reason in REFUSED.items():
             if cfg.get(name):
                 raise TSTError(
-                    f"{name}: {cfg[name]} does not go with TokenSuperpositionPlugin: {reason}. Leave it out."
+                    f"{name}: {cfg[name]} does not work with TokenSuperpositionPlugin: {reason}. Leave it out."
                 )
         for name in ("datasets", "test_datasets", "pretraining_dataset"):
             for source in _as_sources(cfg.get(name)):

@@ -60,7 +60,7 @@ def linear_multi_hot_cross_entropy(
         bias (`torch.FloatTensor` of shape `(V,)`, *optional*): Bias of the head.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset; `1/s` each by default.
         num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights.
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
         softcap (`float`, *optional*): Logits are `softcap · tanh(logits / softcap)`, after scaling.
         logit_scale (`float`, *optional*): Logits are multiplied by it.
 

@@ -62,7 +62,7 @@ class MTPHeads(nn.Module):
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped. It is not changed.
         num_heads (`int`): Heads with the model's own, n, at least 2.
-        kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
+        kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
         seed (`int`, *optional*): Seed of the initial weights; by default they use the global generator.
 
     Raises:

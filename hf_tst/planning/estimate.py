@@ -31,10 +31,10 @@ class Layout:
         replicas (`int`): Copies, r.
         rows (`int`): Rows of a micro-batch on a GPU, B.
         length (`int`): Latent positions per row, l.
-        micro_batches (`int`, defaults to 1): Micro-batches per step (gradient accumulation).
-        activation_checkpointing (`bool`, defaults to `False`): Recompute layers in the backward pass.
-        sync_each_batch (`bool`, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so only
-            if `accelerator_config` asks for it; otherwise it keeps unreduced gradients until the last micro-batch.
+        micro_batches (`int`, *optional*, defaults to 1): Micro-batches per step (gradient accumulation).
+        activation_checkpointing (`bool`, *optional*, defaults to `False`): Recompute layers in the backward pass.
+        sync_each_batch (`bool`, *optional*, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so
+            only if `accelerator_config` asks for it; otherwise it keeps unreduced gradients until the last micro-batch.
     """
 
     shard_size: int
@@ -70,9 +70,9 @@ class Precision:
     """Bytes per number.
 
     Args:
-        weights (`int`, defaults to 4): Of a stored weight, its gradient and its optimizer states.
-        compute (`int`, defaults to 2): Of the numbers that the model computes with; 2 for bfloat16.
-        optimizer_states (`int`, defaults to 2): Numbers that the optimizer stores per trained weight; 2 with Adam.
+        weights (`int`, *optional*, defaults to 4): Of a stored weight, its gradient and its optimizer states.
+        compute (`int`, *optional*, defaults to 2): Of the numbers that the model computes with; 2 for bfloat16.
+        optimizer_states (`int`, *optional*, defaults to 2): Numbers that the optimizer stores per trained weight; 2 with Adam.
     """
 
     weights: int = 4
@@ -96,8 +96,8 @@ def memory_per_gpu(
     Args:
         shape (`ModelShape`): The model.
         layout (`Layout`): How the step is cut.
-        bag_size (`int`, defaults to 1): Tokens per bag, s.
-        fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
+        bag_size (`int`, *optional*, defaults to 1): Tokens per bag, s.
+        fused_loss (`bool`, *optional*, defaults to `True`): Whether the loss is fused with the head.
         precision (`Precision`): Bytes per number.
 
     Returns:
@@ -286,11 +286,11 @@ def plan_run(
         schedule (`PhaseSchedule`): The phases.
         layout (`Layout`): How a step is cut, and for how many GPUs.
         accelerator (`Accelerator`): The kind of GPU.
-        mfu (`float`, defaults to 0.4): Share of the peak that training reaches, in (0, 1].
+        mfu (`float`, *optional*, defaults to 0.4): Share of the peak that training reaches, in (0, 1].
         precision (`Precision`): Bytes per number.
-        fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
-        mtp_num_heads (`int`, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in the
-            recovery phase, see [`MTPHeads`].
+        fused_loss (`bool`, *optional*, defaults to `True`): Whether the loss is fused with the head.
+        mtp_num_heads (`int`, *optional*, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in
+            the recovery phase, see [`MTPHeads`].
     """
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens
     training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)

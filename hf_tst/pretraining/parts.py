@@ -269,7 +269,7 @@ def load_parts(
 
     Args:
         model_args, data_args, args: What to load.
-        load (defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
+        load (*optional*, defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
 
     Returns:
         What [`TSTTrainer`] takes, by name: `model`, `train_dataset`, `eval_dataset` (`None` without evaluation data) and

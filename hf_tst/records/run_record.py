@@ -91,7 +91,7 @@ class RunRecord:
         evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
         software (`str`): Versions of the run.
         base_model (`str`, *optional*): Hub id of the model that training started from.
-        library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
+        library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
         global_step (`int`, *optional*): Optimizer steps done; all of them by default.
         peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s, that utilization is a share of.
     """
