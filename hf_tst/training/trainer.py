@@ -220,7 +220,7 @@ class TSTTrainer(Trainer):
             args = copy.copy(args)
             args.max_steps = self._data.start.max_steps
         values = super().set_initial_training_values(args, dataloader)
-        if self.schedule is None:
+        if self.schedule is None:  # plain training
             self.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
         self._shape = find_shape(self.model)
         return values
@@ -247,6 +247,7 @@ class TSTTrainer(Trainer):
         elif not self.model_accepts_loss_kwargs:
             count = None
         else:
+            # The ranks of tensor parallelism have the same batch.
             count = self._target_bags.count(samples, device) / self.get_tp_size()
         self._own.note_count(count)
         return samples, count
@@ -372,6 +373,7 @@ class TSTTrainer(Trainer):
             load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy="best" Trainer saves only if this is true; the checkpoint at the switch is saved, too.
         is_best = super()._determine_best_metric(metrics, trial)
         at_switch = self._data is not None and self.state.global_step == self._data.start.schedule.switch_step
         saves = self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
