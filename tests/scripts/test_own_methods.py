@@ -163,7 +163,7 @@ IDS = {"input_ids": [1, 2, 3, 4] * 3}
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        (IDS | {"label": 1}, {}, "the columns label, which have no place in a bag"),
+        (IDS | {"label": 1}, {}, "the columns label, which bags cannot hold"),
         (IDS | {"weight": 1.0}, {"remove_unused_columns": False}, "the columns weight"),
         (IDS | {"labels": 1}, {}, r"labels of shape \(\)"),
         (IDS | {"labels": [0.5] * BLOCK_LENGTH}, {}, "and type float64"),
