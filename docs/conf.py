@@ -55,44 +55,57 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings tell types
 napoleon_custom_sections = ["Overrides"]
 
-RECORDS = [*(ROOT / "model_cards" / "comparisons").glob("*/*.md")]
-# Files of the repository that are pages here, as a page of this folder includes them.
-PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing"} | {
-    path.relative_to(ROOT).as_posix(): f"comparisons/{path.parent.name}" for path in RECORDS
+RECORDS = {path.parent.name: path for path in (ROOT / "model_cards" / "comparisons").glob("*/*.md")}
+CONFIGS = {path.stem: path for path in (ROOT / "scripts" / "configs" / "comparisons").glob("*.yaml")}
+# The page, and the section, that shows a file of the repository. Other files of the repository are downloads.
+PAGES = {
+    ROOT / "README.md": "index",
+    ROOT / "CONTRIBUTING.md": "contributing",
+    ROOT / "LICENSE": "license",
+    **{path: f"comparisons/{name}" for name, path in RECORDS.items()},
+    **{path: f"comparisons/{name}#configuration" for name, path in CONFIGS.items()},
 }
-RECORD_PAGE = """# {name}
-
-[Configuration](../../scripts/configs/comparisons/{name}.yaml), [all results](../results.md)
-
+RECORD = """
 ```{{include}} {path}
 :heading-offset: 1
 :relative-images:
 ```
 """
+CONFIG = """
+## Configuration
+
+```{{literalinclude}} {path}
+:language: yaml
+:caption: {caption}
+```
+"""
 
 
 class RepositoryLinks(SphinxTransform):
-    """Links to the repository's files outside this folder lead to the page that has the file, or to a copy of it."""
+    """Links to the repository's files outside this folder lead to the page that shows the file, or download it."""
 
     default_priority = 400
 
     def apply(self, **kwargs: Any) -> None:
-        for node in list(self.document.findall(addnodes.pending_xref)):
-            if node["reftype"] != "myst":
-                continue
-            path = self._path(node)
+        kinds = (addnodes.pending_xref, addnodes.download_reference)
+        for node in [node for kind in kinds for node in self.document.findall(kind)]:
+            path = self._path(node) if node.get("reftype") == "myst" else None
             if path is None:
                 continue
-            if (page := PAGES.get(path.relative_to(ROOT).as_posix())) is not None:
-                node["refdomain"], node["reftarget"] = "doc", page
-                node["reftargetid"] = node.get("reftargetid")
+            link: nodes.Element
+            if path in PAGES:
+                page, _, section = PAGES[path].partition("#")
+                target = {"reftarget": page, "reftargetid": section or node.get("reftargetid")}
+                link = addnodes.pending_xref(refdomain="doc", reftype="myst", refexplicit=True, **target)
             elif not path.is_relative_to(self.env.srcdir):
                 target = os.path.relpath(path, (self.env.srcdir / self.env.docname).parent)
-                copy = addnodes.download_reference(
-                    "", "", *node.children, reftarget=target, refdoc=self.env.docname
-                )
-                copy.source, copy.line = node.source, node.line
-                node.replace_self(copy)
+                link = addnodes.download_reference(reftarget=target)
+            else:
+                continue
+            link["refdoc"] = self.env.docname
+            link.source, link.line = node.source, node.line
+            link += node.children
+            node.replace_self(link)
 
     def _path(self, node: nodes.Element) -> Path | None:
         """The file of the repository that a link of Markdown names, from where the Markdown is."""
@@ -112,12 +125,17 @@ def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
 
 
 def write_record_pages(app: Sphinx) -> None:
-    """A page for each comparison on record, in docs/comparisons, which git ignores."""
+    """A page for each comparison in docs/comparisons, which git ignores: its record, if there is one, and its configuration."""
     folder = Path(app.srcdir) / "comparisons"
     folder.mkdir(exist_ok=True)
-    for path in RECORDS:
-        page = folder / f"{path.parent.name}.md"
-        text = RECORD_PAGE.format(name=path.parent.name, path=os.path.relpath(path, folder))
+    for name in sorted(RECORDS.keys() | CONFIGS.keys()):
+        page = folder / f"{name}.md"
+        text = f"# {name}\n\n[All results](../results.md)\n"
+        if name in RECORDS:
+            text += RECORD.format(path=os.path.relpath(RECORDS[name], folder))
+        if name in CONFIGS:
+            path = CONFIGS[name]
+            text += CONFIG.format(path=os.path.relpath(path, folder), caption=path.relative_to(ROOT))
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             page.write_text(text, encoding="utf-8")
 

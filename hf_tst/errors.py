@@ -81,8 +81,8 @@ def bad_input(
 
     Args:
         what (`str`): The beginning of the sentence, for example `"Cannot read data.txt: "`.
-        kinds (defaults to `ValueError`): The class of the error, or several.
-        reason (`Callable`, defaults to [`one_line`]): The rest of the sentence, from the error.
+        kinds (*optional*, defaults to `ValueError`): The class of the error, or several.
+        reason (`Callable`, *optional*, defaults to [`one_line`]): The rest of the sentence, from the error.
     """
     try:
         yield

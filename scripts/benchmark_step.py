@@ -47,7 +47,7 @@ class BenchmarkArguments:
         metadata={"help": "Changes to its configuration."},
     )
     batch_size: int = field(default=4, metadata={"help": "Rows, B."})
-    length: int = field(default=256, metadata={"help": "Latent positions a row, l."})
+    length: int = field(default=256, metadata={"help": "Latent positions per row, l."})
     bag_sizes: list[int] = field(
         default_factory=lambda: [6, 16], metadata={"help": "Bag sizes s to measure."}
     )

@@ -44,8 +44,8 @@ class PlanArguments:
         default="docs/scaling.md",
         metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
     )
-    length: int = field(default=4096, metadata={"help": "Latent positions a row, l."})
-    rows: int = field(default=4, metadata={"help": "Rows of a micro-batch on a GPU, B."})
+    length: int = field(default=4096, metadata={"help": "Latent positions per row, l."})
+    rows: int = field(default=4, metadata={"help": "Rows per micro-batch and GPU, B."})
 
 
 def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
@@ -59,7 +59,7 @@ def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
 
 
 def make_table(args: PlanArguments) -> str:
-    """The plan as a Markdown table: memory in GiB a GPU, traffic in GB and work in TFLOPs per GPU and step."""
+    """The plan as a Markdown table: memory in GiB per GPU, traffic in GB and TFLOPs per GPU and step."""
     header = (
         "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "unreduced", "activations", "loss",
         "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOPs",

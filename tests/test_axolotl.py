@@ -161,7 +161,7 @@ LIGER = ["axolotl.integrations.liger.LigerPlugin", "hf_tst.integrations.axolotl.
     [
         ({"tst_bagsize": 4}, "no such option as 'tst_bagsize': did you mean 'tst_bag_size'"),
         ({"tst_bag_size": 0}, "tst_bag_size"),
-        ({"sample_packing": True}, "sample_packing: True does not go with"),
+        ({"sample_packing": True}, "sample_packing: True does not work with"),
         ({"datasets": [{"path": "x.jsonl", "type": "alpaca"}]}, "must be one of completion, pretrain, but is 'alpaca'"),
         ({"datasets": [{"path": "x.jsonl", "shards": 4}]}, "no option 'shards'"),
         ({"datasets": [{"path": "missing.jsonl"}]}, "There is no file missing.jsonl"),

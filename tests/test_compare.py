@@ -255,7 +255,7 @@ def test_changed_settings_are_refused_with_both_values(tiny_recipe, tmp_path, in
     (folder / "arguments.yaml").write_text(yaml.safe_dump(settings | {"weight_decay": 0.25}))
     assert cli.main(["compare", str(tiny_recipe), "--output_dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with weight_decay=0.25, but now has weight_decay=0.0" in message
+    assert "was started with weight_decay=0.25, but now has weight_decay=0.0" in message
     assert not in_process
 
 
@@ -270,7 +270,7 @@ def test_changed_data_is_refused(tiny_recipe, tmp_path, in_process, capsys):
     assert cli.main(["compare", *argv, "0,1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "The run baseline-lr0.01-seed0 in" in message
-    assert "was begun with training data=" in message
+    assert "was started with training data=" in message
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
@@ -283,7 +283,7 @@ def test_another_number_of_processes_is_refused(tiny_recipe, tmp_path, in_proces
     note.write_text("2\n")
     assert cli.main(["compare", *argv, "0,1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"Runs in {tmp_path} were begun with a world size of 2, but this one has 1, so" in message
+    assert f"Runs in {tmp_path} were started with a world size of 2, but this one has 1, so" in message
     assert not (tmp_path / "baseline-lr0.01-seed1" / "trainer_state.json").exists()
     in_tokens = [*argv[:-2], str(tmp_path / "b"), "--tokens_per_step", "64", "--seeds"]
     main([*in_tokens, "0"])
@@ -295,7 +295,7 @@ def test_another_batch_is_refused_by_its_name(tiny_recipe, tmp_path, in_process,
     argv = ["compare", str(tiny_recipe), "--arms", "baseline", "--output_dir", str(tmp_path), "--seeds", "0"]
     assert cli.main(argv) == 0
     assert cli.main([*argv, "--per_device_train_batch_size", "8"]) == 2
-    assert "was begun with per_device_train_batch_size=4, but" in capsys.readouterr().err.splitlines()[-1]
+    assert "was started with per_device_train_batch_size=4, but" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("text", ["", "max_steps: [", "- 1"])

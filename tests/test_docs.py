@@ -127,6 +127,7 @@ def test_links_of_the_site_lead_somewhere(site):
             url = urlsplit(link["href"])
             if url.scheme or not (url.path or url.fragment):
                 continue
+            assert not url.path.endswith((".yaml", ".md")), f"{page.name}: {link['href']} is a download"
             target = (page.parent / unquote(url.path)).resolve() if url.path else page
             assert target.is_file(), f"{page.name}: {link['href']}"
             if url.fragment and target in site:

@@ -295,7 +295,7 @@ def test_what_does_not_go_with_it_is_refused_before_training(
     llama, make_args, arguments, trainer_arguments, wrap, message
 ):
     args = make_args(mtp_num_heads=2, **arguments)
-    with pytest.raises(ValueError, match=f"mtp_num_heads=2 does not go with {message}"):
+    with pytest.raises(ValueError, match=f"mtp_num_heads=2 does not work with {message}"):
         TSTTrainer(wrap(llama) if wrap else llama, args, train_dataset=make_blocks(200), **trainer_arguments)
 
 

@@ -66,10 +66,11 @@ class DataCollatorForTokenSuperposition:
 
     Args:
         bag_size (`int`): Tokens per bag, s.
-        mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
-        superposition_rows (`"longer" | "more"`, defaults to `"longer"`): See `TSTTrainingArguments.tst_superposition_rows`.
-        document_boundaries (`"ignore" | "respect"`, defaults to `"ignore"`): See
+        mode (`"full" | "input" | "output"`, *optional*, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
+        superposition_rows (`"longer" | "more"`, *optional*, defaults to `"longer"`): See
+            `TSTTrainingArguments.tst_superposition_rows`.
+        document_boundaries (`"ignore" | "respect"`, *optional*, defaults to `"ignore"`): See
             `TSTTrainingArguments.tst_document_boundaries`.
         eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
 

@@ -95,7 +95,7 @@ def document_bags(
         targets (`torch.LongTensor` of shape `(B, n)`): The token each position holds as a target, or `ignore_index`.
         starts (`torch.BoolTensor` of shape `(B, n)`): First tokens of documents.
         bag_size (`int`): Tokens per bag, s.
-        ignore_index (`int`, defaults to -100): Fills empty places of a bag, and labels that are no target.
+        ignore_index (`int`, *optional*, defaults to -100): Fills empty places of a bag, and labels that are no target.
 
     Returns:
         `input_ids` of shape `(B, l, s)` with `ignore_index` in empty places; `labels` of shape `(B, l, s)`, where

@@ -26,8 +26,9 @@ class PhaseSchedule:
         max_steps (`int`): Optimizer steps of the whole run, N.
         phase_ratio (`float`): Fraction r of the steps that is superposition, in [0, 1].
         bag_size (`int`): Tokens per bag, s.
-        mode (`"full" | "input" | "output"`, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
-        superposition_rows (`"longer" | "more"`, defaults to `"longer"`): See `TSTTrainingArguments.tst_superposition_rows`.
+        mode (`"full" | "input" | "output"`, *optional*, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
+        superposition_rows (`"longer" | "more"`, *optional*, defaults to `"longer"`): See
+            `TSTTrainingArguments.tst_superposition_rows`.
 
     Raises:
         TSTError: If an argument is outside its range.

@@ -1,4 +1,4 @@
-"""The card of a finished run, written again from its record: what `hf-tst card` runs."""
+"""`hf-tst card`: rewrite the model card of a finished run from its record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..pretraining.parser import ArgumentParser
 from ..records.card import write_model_card
 from ..records.run_record import RunRecord
 
-DESCRIPTION = """Write README.md and loss_curve.png of a finished run into its folder, from
+DESCRIPTION = """Write README.md and loss_curve.png into the folder of a finished run, from its
 trainer_state.json.
 
   hf-tst card runs/quickstart --license apache-2.0 --tags code

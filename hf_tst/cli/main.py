@@ -1,4 +1,4 @@
-"""The console command `hf-tst`. What a subcommand needs is imported when it runs, so that `--help` is instant."""
+"""The console command `hf-tst`. A subcommand's module is imported when it runs, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 DESCRIPTION = """Token Superposition Training for Hugging Face models.
 
 commands:
-  train    pre-train a model, from a recipe, from flags, or from nothing (a
-           quick start of a few minutes)
-  plan     say what a run costs before it starts: steps, tokens, GPU-hours,
-           memory, and what it is compared with
-  compare  train a baseline, TST and other arms on one budget, over seeds and
-           learning rates, and compare them
-  sweep    train over a grid of bag sizes, phase ratios, weightings and modes,
-           and draw it as a heat map
-  card     write the model card of a finished run again, from its record
-  recipes  list the recipes of the package: parameters, tokens, GPU-hours
-  env      print versions and devices, for a bug report
+  train    pre-train a model from a recipe or from flags; without arguments,
+           run the quick start (a few minutes)
+  plan     estimate a run before it starts: steps, tokens, GPU-hours, memory;
+           and those of its baselines
+  compare  train a baseline, TST and other arms with an equal budget, for
+           several seeds and learning rates, and write a report
+  sweep    train a grid of bag sizes, phase ratios, weightings and modes, and
+           draw the losses as a heat map
+  card     rewrite the model card of a finished run
+  recipes  list the recipes of the package with their parameters, tokens and
+           GPU-hours
+  env      print versions and devices, for bug reports
 """
 EXAMPLES = """examples:
   hf-tst train                               the quick start, in runs/quickstart
   hf-tst train recipe.yaml --max_steps 1000  a recipe; flags override it
-  hf-tst train 30m-laptop-tst --dry_run      everything but the steps
+  hf-tst train 30m-laptop-tst --dry_run      check everything, train nothing
   hf-tst plan recipe.yaml --gpu h100 --num_gpus 8
   hf-tst compare recipe.yaml --budget data
   hf-tst sweep recipe.yaml --bag_sizes 2,4,6
   hf-tst card runs/quickstart --license apache-2.0
   accelerate launch --num_processes 8 -m hf_tst train recipe.yaml
 
-`hf-tst COMMAND --help` lists a command's flags. --debug, anywhere, shows the
-traceback of what failed. The last line on stderr says what is wrong.
+`hf-tst COMMAND --help` lists the flags of a command. If a command fails, the
+last line on stderr says why; --debug also shows the traceback.
 
 Exit status:
   0    done
@@ -80,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, command: Callable[[list[str]], object], arguments: Sequence[str]) -> int:
-    """Run `command` with `arguments` and return its exit status; where it fails, print one sentence on stderr.
+    """Run `command` with `arguments` and return its exit status. If it fails, print one sentence on stderr.
 
-    `--debug`, anywhere among the arguments, shows the traceback before the sentence.
+    With `--debug` among the arguments, the traceback is printed before the sentence.
 
     Args:
         name (`str`): Start of the sentence.
@@ -117,7 +118,7 @@ def _run(command: str, module: str, argv: list[str], function: str = "main") -> 
     getattr(import_module(f"hf_tst.{module}"), function)(argv, prog=f"hf-tst {command}")
 
 
-# By command, the function of a module of the package that runs it.
+# The function that runs each command, by its module.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": partial(_run, "train", "cli.train"),
     "plan": partial(_run, "plan", "cli.plan"),

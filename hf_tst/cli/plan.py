@@ -1,4 +1,4 @@
-"""From a recipe to a plan, and the plan as a table, JSON and a picture: what `hf-tst plan` and `scripts/plan.py` run."""
+"""`hf-tst plan`: estimate a run, and print the plan as tables or JSON, or draw it."""
 
 from __future__ import annotations
 

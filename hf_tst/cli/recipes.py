@@ -9,9 +9,7 @@ from ..pretraining.recipes import ACCELERATE, RECIPES, read_config, recipe_names
 from ..records.report import format_columns
 from .plan import plan_from_arguments
 
-DESCRIPTION = (
-    "List the recipes that come with the package: parameters, tokens of text, GPU-hours by `hf-tst plan`."
-)
+DESCRIPTION = "List the recipes of the package: parameters, tokens of text, and GPU-hours as `hf-tst plan` estimates them."
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import TSTError, bad_input
 
-# Columns that superposition reads; recovery passes on all columns that the model takes.
+# Columns that superposition reads. Recovery passes on all columns that the model accepts.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 # Columns that say where documents end.
 DOCUMENT_COLUMNS = ("document_ids", "position_ids")
@@ -25,12 +25,12 @@ DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 SAMPLED_BLOCKS = 256
 # Stored lengths that are checked before training starts.
 CHECKED_LENGTHS = 100_000
-# Types of rows that are ids alone, without a mapping.
+# Types of rows that are ids without a mapping.
 IDS_ALONE = (list, tuple, np.ndarray, Tensor)
 
 
 def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
-    """The columns of row `index` of a data set; of a row that is its ids alone, `input_ids`.
+    """Row `index` of a data set as a mapping. A row that is only ids becomes `{"input_ids": ids}`.
 
     Raises:
         TSTError: If the row is something else.
@@ -41,7 +41,7 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
         (row,) = row  # as TensorDataset gives it
     if not isinstance(row, IDS_ALONE):
         raise NO_RULES._bad(
-            index, f"is of the type {type(row).__name__}: give input_ids, or rows of ids alone"
+            index, f"is of the type {type(row).__name__}: give input_ids, or rows that are only ids"
         )
     return {"input_ids": row}
 
@@ -52,9 +52,9 @@ class BlockFacts:
 
     Args:
         num_blocks (`int` or `None`): Blocks; `None` for a stream.
-        block_length (`int`): Tokens per block, L; 0 where a stream does not say.
-        data (`str`): Fingerprint: hash of the number of blocks and of up to 256 blocks spread over the data, which does not
-            depend on where or how the data is stored; for a stream, how it is cut into shards.
+        block_length (`int`): Tokens per block, L; 0 if unknown, as for some streams.
+        data (`str`): Fingerprint: a hash of the number of blocks and of up to 256 blocks spread over the data. It does not depend
+            on where or how the data is stored. For a stream, it describes the shards.
     """
 
     num_blocks: int | None
@@ -67,11 +67,11 @@ class BlockRules:
     """Requirements for every block, checked as blocks are read.
 
     Args:
-        length (`int`, *optional*): Tokens per block, L, where it is known.
-        pad_token_id (`int`, *optional*): Id that marks padding, if it marks nothing else.
-        vocab_size (`int`, *optional*): Ids that the model has an embedding for.
+        length (`int`, *optional*): Tokens per block, L, if known.
+        pad_token_id (`int`, *optional*): Id of the padding token, unless it is also another special token.
+        vocab_size (`int`, *optional*): Number of ids with an embedding.
         context (`int`, *optional*): Positions that the model can distinguish.
-        data (`str`, defaults to `"training"`): What the blocks are for.
+        data (`str`, *optional*, defaults to `"training"`): What the blocks are for.
     """
 
     length: int | None = None
@@ -93,7 +93,7 @@ class BlockRules:
             check_length(len(tokens), self.length, index)
         if len(tokens) < 2:
             raise self._bad(
-                index, "has a single token, so that nothing is predicted: pack the data into longer blocks"
+                index, "has a single token, so there is nothing to predict: pack the data into longer blocks"
             )
         if "labels" in block:
             self._check_labels(block["labels"], len(tokens), index)
@@ -123,7 +123,7 @@ class BlockRules:
             raise self.bad_id(index, tokens[at])
 
     def check_batch(self, batch: Any) -> None:
-        """Raise `TSTError` if a batch in main memory, whoever made it, holds an id that the model has no embedding for."""
+        """Raise `TSTError` if a batch in main memory has an id without an embedding."""
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if (
             not isinstance(ids, Tensor)
@@ -142,14 +142,14 @@ class BlockRules:
             )
 
     def find_bad_id(self, tokens: NDArray[Any]) -> int | None:
-        """The place of the first id that the model has no embedding for, if there is one."""
+        """The index of the first id without an embedding, or `None`."""
         size = np.iinfo(np.int64).max if self.vocab_size is None else self.vocab_size
         if not tokens.size or (tokens.min() >= 0 and tokens.max() < size):
             return None
         return int(((tokens < 0) | (tokens >= size)).argmax())
 
     def bad_id(self, index: Any, token: int) -> TSTError:
-        """The error of block `index`, which holds such an id."""
+        """The error for such an id in block `index`."""
         size = self.vocab_size
         known = "ids are not negative" if size is None else f"the model has embeddings for 0 to {size - 1}"
         return self._bad(
@@ -242,20 +242,20 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
 
 
 def check_columns(block: Mapping[str, Any], passed_on: Collection[str] | None) -> None:
-    """Check that superposition drops no column of a block that recovery hands to the model or to `compute_loss`.
+    """Check that superposition drops no column of a block that recovery passes to the model or to `compute_loss`.
 
     Args:
         block: The columns of a block.
-        passed_on (`Collection[str]`, *optional*): Names of columns that are handed on; all by default.
+        passed_on (`Collection[str]`, *optional*): Names of columns that are passed on. Defaults to all.
 
     Raises:
-        TSTError: If it would.
+        TSTError: If it drops one.
     """
     known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS, "special_tokens_mask"}
     if "labels" in block:
         known |= {"label", "label_ids"}  # collators prefer `labels`
     if passed_on is None:
-        known.add("token_type_ids")  # which tokenizers make, and most models leave unread
+        known.add("token_type_ids")  # made by tokenizers, not used by most models
     lost = sorted(
         name
         for name, value in block.items()
@@ -264,7 +264,7 @@ def check_columns(block: Mapping[str, Any], passed_on: Collection[str] | None) -
     if lost:
         advice = ", or set remove_unused_columns=True" if passed_on is None else ""
         raise TSTError(
-            f"The training data has the columns {', '.join(lost)}, which have no place in a bag: leave them out{advice}."
+            f"The training data has the columns {', '.join(lost)}, which bags cannot hold: leave them out{advice}."
         )
 
 
@@ -279,7 +279,7 @@ def check_length(found: int, length: int, index: int) -> None:
 
 
 def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
-    """The same for an Arrow column that holds a list for each of some blocks."""
+    """The same for an Arrow column with one list per block."""
     import pyarrow.compute as pc
 
     lengths = np.asarray(pc.list_value_length(column))
@@ -313,8 +313,8 @@ class BlockReader:
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
         columns (`Sequence[str]`): Columns to read.
-        as_arrays (`bool`, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format, and rows of
-            ids alone as mappings.
+        as_arrays (`bool`, *optional*, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format,
+            and rows of ids alone as mappings.
         rules (`BlockRules`): Requirements for the blocks; by default one length per column.
     """
 
@@ -355,7 +355,7 @@ class BlockReader:
         return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
 
     def _chosen(self, row: Any) -> Any:
-        """The columns to read of a row; the whole row, if it is ids alone and for a user's collator."""
+        """The columns to read of a row; the whole row if it is only ids and goes to a user's collator."""
         if not self._as_arrays and not isinstance(row, Mapping):
             return row
         block = as_block(row)

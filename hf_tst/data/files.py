@@ -39,14 +39,14 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
 
     Args:
         path (`str`): The file, or a pattern such as `"corpus/**/*.jsonl"` for several of one kind, read in the order of
-            their names; the ending says how to read them, and may be followed by that of a compression. A `.npy` file of
-            token ids is a [`TokenFile`].
-        streaming (`bool`, defaults to `False`): Read the files during training; each file is a shard.
+            their names. The ending decides the format; an ending of a compression may follow. A `.npy` file of token ids is a
+            [`TokenFile`].
+        streaming (`bool`, *optional*, defaults to `False`): Read the files during training; each file is a shard.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `text` or the only one.
 
     Raises:
-        TSTError: If a file is missing, of no known kind, cannot be read as what its ending says, or holds no text, or
-            something else than text.
+        TSTError: If a file is missing, of an unknown kind, unreadable in the format of its ending, without text, or has values that
+            are not text.
         RunError: If the disk is full.
     """
     files = matching_files(path)
@@ -59,7 +59,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
     kinds = sorted({ending(file) for file in files})
     if len(kinds) > 1 or kinds[0] not in ENDINGS:
         raise TSTError(
-            f"Cannot read {path} with endings {kinds}: name files of one kind, which must end in one of "
+            f"Cannot read {path} with the endings {kinds}: name files of one kind, which must end in one of "
             f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}, or in one of these and .gz, .bz2, .zst or .xz."
         )
     columns = columns_of(files[0])
@@ -118,7 +118,7 @@ def _copy(files: Sequence[str], column: str, path: Path) -> None:
 
 
 def _parts(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
-    """Many rows as one: `datasets` takes several times as long over single ones."""
+    """Many rows per part, because `datasets` is several times slower with single rows."""
     for file in files:
         for array in read_column(file, column):
             yield {column: array.to_pylist()}
@@ -133,7 +133,7 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
 
     Args:
         path (`str`): A `.npy` file with one row of ids, `(n,)`, uint16 or uint32.
-        block_size (`int`, defaults to 1): Tokens per block, L.
+        block_size (`int`, *optional*, defaults to 1): Tokens per block, L.
         starts (`Sequence[int]`, *optional*): First token of each block; by default the file is cut from its beginning.
 
     Raises:
@@ -153,7 +153,7 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
         return {"input_ids": self.ids[start : start + self.block_size]}
 
     def __reduce__(self) -> Any:
-        # A pickled memory map is a copy of the file: a loader process opens it again.
+        # A pickled memory map would be a copy of the file, so a loader process opens it again.
         return type(self), (self.path, self.block_size, self.starts)
 
     # As `datasets.Dataset` has them; a stream has no such number.

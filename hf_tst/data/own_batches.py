@@ -30,12 +30,12 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
     without loading them.
 
     Args:
-        loader: Gives batches, mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` where there is no target.
+        loader: Its batches are mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` for no target.
         collator (`DataCollatorForTokenSuperposition`): Makes bags of rows.
         schedule (`PhaseSchedule`): The run's phases.
         accumulation_steps (`int`): Micro-batches per optimizer step.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
-        current_step: Returns the optimizer steps done so far; asked when iteration starts.
+        current_step: Function that returns the optimizer steps done so far. Called when iteration starts.
     """
 
     loader: Any
@@ -82,7 +82,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
         """The loader's batches, pass after pass, without the first `skipped` ones."""
         length = len(self.loader) if isinstance(self.loader, DataLoader) and has_length(self.loader) else 0
         for data_pass in count():
-            # A loader of torch can leave batches out without reading them; its generators draw what they would have drawn.
+            # A torch loader can skip batches without reading them. Its generators still draw the same numbers.
             left_out = min(skipped, length)
             loader = skip_first_batches(self.loader, left_out) if left_out else self.loader
             for owner in (self.loader, loader, getattr(loader, "sampler", None)):
@@ -100,13 +100,13 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
     """A batch of bags, made of a batch of tokens from a user's collator.
 
     Args:
-        batch: A mapping with `input_ids` `(N, L)`, `labels` `(N, L)`, `-100` where there is no target, and, if it likes, an
-            `attention_mask` of ones and the columns that tell documents apart.
-        rows (`int`): Rows of bags, a divisor of N. Each is made of the tokens of N / rows consecutive rows.
+        batch: A mapping with `input_ids` `(N, L)` and `labels` `(N, L)`, `-100` for no target. It may have an `attention_mask` of
+            ones, and the columns that identify documents.
+        rows (`int`): Rows of bags, a divisor of N. Each joins the tokens of N / rows consecutive rows.
         collator (`DataCollatorForTokenSuperposition`): Makes the bags.
 
     Returns:
-        As of the collator; l is N · L / (rows · s).
+        The batch of the collator, with l = N · L / (rows · s).
 
     Raises:
         TSTError: If the batch lacks labels, has columns that a bag cannot hold, is padded, or does not divide into bags.
@@ -129,11 +129,11 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
 
 @dataclass(frozen=True)
 class FoldingCollator:
-    """Collates superposition rows with a user's collator of blocks; its labels count in both phases.
+    """Collates superposition rows with a user's collator of blocks. Its labels count in both phases.
 
     Args:
-        blocks: Makes a batch of tokens of a list of blocks.
-        bags (`DataCollatorForTokenSuperposition`): Makes bags of that batch.
+        blocks: The user's collator: from a list of blocks to a batch of tokens.
+        bags (`DataCollatorForTokenSuperposition`): Folds that batch into bags.
     """
 
     blocks: Callable[[list[Any]], Any]

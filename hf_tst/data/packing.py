@@ -38,11 +38,11 @@ def tokenize_documents(
     """Replace the columns of a `datasets` data set by `input_ids`, one row per document.
 
     Args:
-        documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned as it is if it has
-            `input_ids` already.
+        documents (`datasets.Dataset` or `datasets.IterableDataset`): Rows of text. Returned unchanged if it already has
+            `input_ids`.
         tokenizer: No special tokens are added, except at the end of a document.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `"text"` or the only one.
-        append_eos (`bool`, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
+        append_eos (`bool`, *optional*, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
     Raises:
@@ -90,7 +90,7 @@ def tokenize_documents(
 
 
 def _check_column(documents: Any, column: str) -> None:
-    """Raise `TSTError` if a column of a data set is known to hold something else than text, or tokens, or nothing at all."""
+    """Raise `TSTError` if a column of a data set has another type than text or tokens, or no values. Warn of null values."""
     if not documents.features:
         return
     kind = documents.features.arrow_schema.field(column).type
@@ -170,15 +170,15 @@ class BlockStream(IterableDataset[dict[str, Any]]):
                 yield {"input_ids": block}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the documents stand, and the tokens read of them that the blocks so far do not hold.
+        """The state of the documents, and the tokens that were read but are not in a block yet.
 
-        `None` if the documents cannot say where they stand. Valid while a block is yielded.
+        `None` if the documents have no state. Valid while a block is yielded.
         """
         documents = stream_state(self.documents)
         return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue from `state`."""
+        """Make the next iteration continue from `state`."""
         cast("Any", self.documents).load_state_dict(state["documents"])
         self._first = state["tokens"].numpy()
 
@@ -186,12 +186,12 @@ class BlockStream(IterableDataset[dict[str, Any]]):
 def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
     """A share of a stream at the beginning of a pass over it.
 
-    A stream that is not of `datasets` is never cut, and must begin at the beginning by itself when it is iterated again.
+    A stream that is not of `datasets` cannot be divided, and must start again by itself when it is iterated again.
 
     Args:
         stream: A `datasets.IterableDataset`, a [`BlockStream`], or any other iterable.
-        share (`int`), shares (`int`): Which of how many shares.
-        data_pass (`int`): The pass, counted from 0, by which a shuffled stream orders its data.
+        share (`int`), shares (`int`): The index of the share, and the number of shares.
+        data_pass (`int`): The pass, counted from 0. It decides the order of a shuffled stream.
     """
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -199,7 +199,7 @@ def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
     if isinstance(stream, BlockStream):
         return BlockStream(open_stream(stream.documents, share, shares, data_pass), stream.block_size)
     if isinstance(stream, datasets.IterableDataset):
-        # An object of its own: the one given may stand anywhere, and shares its epoch with other loader processes.
+        # A copy, since the given stream may be in the middle of a pass and shares its epoch with other loader processes.
         stream = split_dataset_by_node(stream, rank=share, world_size=shares)
         stream.set_epoch(data_pass)
         return _Share(stream)
@@ -209,7 +209,7 @@ def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
 
 
 class _Share:
-    """A stream of `datasets` that is one reader's already, so that loader processes do not divide it again."""
+    """One reader's share of a stream of `datasets`, which loader processes must not divide again."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -227,9 +227,9 @@ class _Share:
 
 
 def stream_state(stream: Any) -> dict[str, Any] | None:
-    """The state of a stream, or `None` if it has none or could not be restored from it.
+    """The state of a stream, or `None` if the stream has no state or could not be restored from it.
 
-    A shuffle buffer of `datasets` is not part of its state, so a stream with one cannot come back.
+    The state of `datasets` does not include a shuffle buffer, so a stream with one cannot be restored.
     """
     if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
         return None
@@ -242,7 +242,7 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
 
 
 def _has_shuffle_buffer(node: Any) -> bool:
-    """Whether a node of a stream of `datasets`, or one that it reads from, is a shuffle buffer, or is unknown."""
+    """Whether a node of a stream of `datasets`, or a node that it reads from, is a shuffle buffer or unknown."""
     sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
     is_buffer = node is None or "BufferShuffled" in type(node).__name__
     return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)

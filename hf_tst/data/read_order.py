@@ -1,7 +1,10 @@
-"""In which order a run reads its blocks: which blocks each row reads, and which rows each rank trains on. Pure arithmetic.
+"""The order in which a run reads its blocks: the blocks of each row, and the rows of each rank. Pure arithmetic.
 
-Words: a *block* is a row of the user's data set, L tokens. A *row* is a row of a training batch: in
-superposition `blocks_per_row` consecutive blocks, in recovery one block. A *pass* is one reading of the data.
+- A *block* is a row of the user's data set: L tokens.
+- A *row* is a row of a training batch. The rows of a run are numbered from 0, over both phases.
+- A *group* is what a row of superposition reads: `blocks_per_row` consecutive blocks. Its first block is a multiple of
+  `blocks_per_row`. A row of recovery reads one block.
+- A *pass* is one reading of the data. The *switch pass* is the one in which superposition ends.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ..errors import TSTError
 
 Indices = NDArray[np.int64]
 
+# Rounds of the Feistel network, and the constants of SplitMix64.
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -27,13 +31,13 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 class BatchLayout:
     """How the rows of an optimizer step are distributed over ranks and micro-batches.
 
-    Step k trains on rows `k · rows_per_step … (k + 1) · rows_per_step - 1`, whatever the world size. Within it,
-    micro-batch after micro-batch, each rank in turn takes the next `per_device_batch_size` rows.
+    Step k trains on rows `k · rows_per_step … (k + 1) · rows_per_step - 1` for any world size. The first
+    `per_device_batch_size` of them are micro-batch 0 of rank 0, the next ones micro-batch 0 of rank 1, and so on.
 
     Args:
         per_device_batch_size (`int`): Rows of one forward pass on one device.
-        accumulation_steps (`int`, defaults to 1): Micro-batches per optimizer step.
-        world_size (`int`, defaults to 1): Ranks that read different data (data-parallel ranks).
+        accumulation_steps (`int`, *optional*, defaults to 1): Micro-batches per optimizer step.
+        world_size (`int`, *optional*, defaults to 1): Ranks that read different data (data-parallel ranks).
     """
 
     per_device_batch_size: int
@@ -53,18 +57,18 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Which blocks row i of a run reads, as a pure function of the seed.
+    """The blocks that row i of a run reads, as a pure function of the seed.
 
-    Rows `0 … superposed_rows - 1` belong to superposition: each reads a group of `blocks_per_row` consecutive
-    blocks, the groups in random order. The rows after them belong to recovery and read, in random order, the
-    blocks that superposition left of its last pass, then whole passes. Within a pass no block is read twice.
+    Rows `0 … superposed_rows - 1` are superposition. They read the groups in random order. The rows after them are recovery. They
+    first read, in random order, the blocks of the switch pass that superposition has not read, then whole passes. Within a pass
+    no block is read twice.
 
     Args:
         num_blocks (`int`): Blocks in the data set.
         schedule (`PhaseSchedule`): The run's phases.
         rows_per_step (`int`): Rows per optimizer step, over all devices and accumulation steps.
         seed (`int`): Seed of the order.
-        shuffle (`bool`, defaults to `True`): Without it, groups and blocks keep the order of the data.
+        shuffle (`bool`, *optional*, defaults to `True`): Without it, groups and blocks keep the order of the data.
     """
 
     num_blocks: int
@@ -85,25 +89,25 @@ class DataPlan:
 
     @property
     def groups_per_pass(self) -> int:
-        """Rows of superposition that a pass over the data can give."""
+        """Groups in the data. Blocks at its end that do not fill a group are read in recovery only."""
         return self.num_blocks // self.schedule.blocks_per_row
 
     @property
     def switch_pass(self) -> int:
-        """Pass over the data in which superposition ends, counted from 0."""
+        """The pass in which superposition ends, counted from 0."""
         if not self.superposed_rows:
             return 0
         return math.ceil(self.superposed_rows / self.groups_per_pass) - 1
 
     @property
     def left_over(self) -> int:
-        """Blocks of that pass that superposition leaves to recovery."""
+        """Number of blocks in the switch pass that superposition leaves to recovery."""
         used_groups = self.superposed_rows - self.switch_pass * self.groups_per_pass
         return self.num_blocks - used_groups * self.schedule.blocks_per_row
 
     @property
     def blocks_consumed(self) -> int:
-        """Blocks from the start of the first pass to the end of the run; at most passes · `num_blocks`."""
+        """Blocks from the start of the first pass to the end of the run, those that superposition skips included."""
         whole_passes = (self.switch_pass + 1) * self.num_blocks
         return whole_passes - self.left_over + self.total_rows - self.superposed_rows
 
@@ -120,12 +124,13 @@ class DataPlan:
             )
 
     def superposed_groups(self, rows: Indices) -> Indices:
-        """First block of the group that each superposition row reads. `rows` and the result: `(n,)`."""
+        """First block of the group that each row of superposition reads. `rows` and the result: `(n,)`."""
         passes, position = np.divmod(rows, self.groups_per_pass)
         return self._permute(passes, position, self.groups_per_pass, "groups") * self.schedule.blocks_per_row
 
     def recovery_blocks(self, rows: Indices) -> Indices:
-        """Block that each recovery row reads. `rows` (at least `superposed_rows`) and the result: `(n,)`."""
+        """Block that each row of recovery reads. `rows` (at least `superposed_rows`) and the result: `(n,)`."""
+        # Pass -1 is the rest of the switch pass. Here `blocks` are positions in the order of a pass, below they become blocks.
         passes, blocks = np.divmod(rows - self.superposed_rows - self.left_over, self.num_blocks)
         whole = passes >= 0
         passes = passes[whole] + self.switch_pass + 1
@@ -134,7 +139,7 @@ class DataPlan:
         return blocks
 
     def first_blocks(self, rows: Indices) -> Indices:
-        """First block of each row of either phase. `rows` and the result: `(n,)`."""
+        """First block of each row, of both phases. `rows` and the result: `(n,)`."""
         superposed = rows < self.superposed_rows
         blocks = np.empty_like(rows)
         blocks[superposed] = self.superposed_groups(rows[superposed])
@@ -154,10 +159,9 @@ class DataPlan:
         return np.where(rows < self.superposed_rows, superposed, self.switch_pass + later)
 
     def _left_over_blocks(self, position: Indices) -> Indices:
-        """Blocks of the switch pass that superposition did not use, in shuffled order.
+        """Blocks of the switch pass that superposition did not read, in shuffled order.
 
-        `position` counts the blocks of the pass as superposition reads them: group after group, then the tail that fills no
-        group.
+        `position` counts blocks in the order of the switch pass: group after group, then the blocks that fill no group.
         """
         passes, used = np.full_like(position, self.switch_pass), self.num_blocks - self.left_over
         blocks = used + self._permute(passes, position - used, self.left_over, "left over")
@@ -168,6 +172,7 @@ class DataPlan:
         return blocks
 
     def _permute(self, passes: Indices, position: Indices, size: int, stream: str) -> Indices:
+        """The shuffled `position`, below `size`, within each pass. Each `stream` is shuffled independently."""
         if not self.shuffle:
             return position
         result = np.empty_like(position)
@@ -179,21 +184,21 @@ class DataPlan:
 
 
 def longest_plan(passes: float, make_plan: Callable[[int], DataPlan]) -> DataPlan:
-    """The longest plan of whole optimizer steps that `passes` passes over the data give.
+    """The plan with the most optimizer steps that fits into `passes` passes over the data.
 
     Args:
         passes (`float`): Passes over the data (`num_train_epochs`).
-        make_plan: Plan of a run of so many steps.
+        make_plan: Function from a number of steps to the plan of such a run.
 
     Raises:
-        TSTError: If the data does not give a single step, or fill a single row of superposition.
+        TSTError: If the data is too short for one step, or for one row of superposition.
     """
     smallest = make_plan(1)
     num_blocks, rows_per_step = smallest.num_blocks, smallest.rows_per_step
     size = smallest.schedule.blocks_per_row
     budget, fits = math.floor(passes * num_blocks), 0
     if num_blocks >= size or not smallest.schedule.phase_ratio:
-        # A step more never reads less, so the number of steps that fit can be found by bisection.
+        # More steps never consume fewer blocks, so bisection finds the largest number that fits.
         candidates = range(1, budget // rows_per_step + 1)
         fits = bisect_right(candidates, budget, key=lambda steps: make_plan(steps).blocks_consumed)
     if not fits:
@@ -207,13 +212,13 @@ def longest_plan(passes: float, make_plan: Callable[[int], DataPlan]) -> DataPla
 class Permutation:
     """A pseudo-random permutation of `range(size)`, a pure function of `(size, seed)`.
 
-    A Feistel network over the smallest square power-of-two domain that holds `size`; values outside `size`
-    are permuted again until they are inside (cycle walking), which keeps it a bijection. A
-    shuffled index of a trillion blocks would not fit into memory; this holds eight keys.
+    A Feistel network over the smallest domain of 4^k values that holds `size`. Values outside `size` are permuted again until they
+    are inside (cycle walking), so it stays a bijection. It stores eight keys, where a shuffled index of a trillion blocks would
+    not fit into memory.
 
     Args:
         size (`int`): Number of elements.
-        seed (`Sequence[int]`): Non-negative integers that name this permutation.
+        seed (`Sequence[int]`): Non-negative integers.
     """
 
     def __init__(self, size: int, seed: tuple[int, ...]) -> None:

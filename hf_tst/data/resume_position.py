@@ -20,20 +20,20 @@ POSITION_VERSION = 1
 class DataPosition(PhaseSchedule, BlockFacts):
     """Which data a run has trained on after `step` optimizer steps, and everything that determines it.
 
-    It has the fields of the run's phases and of its blocks, and those below. The file also says what follows
-    from the fields and a reader may ask for: `rows_per_step` and `consumed`.
+    It has the fields of [`PhaseSchedule`] and [`BlockFacts`], and those below. The file also has two values that follow from the
+    fields: `rows_per_step` and `consumed`.
 
-    Block i of optimizer step k is a pure function of these fields (see [`DataPlan`]); for a stream it is what the
-    stream gave next, and `stream_state_<rank>.pt` beside the file says where it stands.
+    Block i of optimizer step k is a pure function of these fields (see [`DataPlan`]). The position of a stream is in
+    `stream_state_<rank>.pt` beside the file.
 
     Args:
         step (`int`): Optimizer steps done.
         document_boundaries (`str`): See `TSTTrainingArguments.tst_document_boundaries`.
         seed (`int`), shuffle (`bool`): Order of the blocks.
         per_device_batch_size (`int`), accumulation_steps (`int`), world_size (`int`): See [`BatchLayout`].
-        split_by_rank (`bool`): Whether each rank reads shards of its own of a stream.
-        stream_workers (`int`): Loader processes that each read shards of their own of a stream.
-        tokens_left_out (`int`): Tokens of the blocks read that found no place in a row of bags.
+        split_by_rank (`bool`): Whether each rank reads its own shards of a stream.
+        stream_workers (`int`): Loader processes that each read their own shards of a stream.
+        tokens_left_out (`int`): Tokens of the blocks read that did not fit into a row of bags.
         offset_weighting (`str`), input_weighting (`str`): See `TSTTrainingArguments`. They do not affect the data,
             but must not change on resume either.
         version (`int`): Version of these fields.
@@ -81,7 +81,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and what follows from them, as the file holds them."""
+        """The fields and the values that follow from them, as in the file."""
         return asdict(self) | {name: getattr(self, name) for name in _FOLLOWING}
 
     def save(self, folder: str | Path) -> None:
@@ -91,7 +91,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
 
     @classmethod
     def load(cls, folder: str | Path) -> DataPosition | None:
-        """The position in a checkpoint, or `None` if it holds none.
+        """The position in a checkpoint, or `None` if it has none.
 
         Raises:
             TSTError: If the file is of another version, or damaged.
@@ -110,10 +110,10 @@ class DataPosition(PhaseSchedule, BlockFacts):
             return cls(**{name: value for name, value in values.items() if name not in _FOLLOWING})
 
     def check_resumable(self, now: DataPosition) -> None:
-        """Check that a run with the fields `now` continues to read at this position.
+        """Check that a run with the position `now` at its start can continue from this one.
 
         Raises:
-            TSTError: If one of them differs, with both values.
+            TSTError: If a field differs. The message has both values.
         """
         free = _FREE if self.split_by_rank else {*_FREE, "world_size"}
         differences = [
@@ -125,7 +125,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
             random = (
                 ""
                 if self.data == now.data
-                else " (a data set that draws its rows at random needs a seed of its own)"
+                else " (a data set that draws its rows at random needs its own seed)"
             )
             raise TSTError(
                 f"The checkpoint at step {self.step} was trained with other settings ({'; '.join(differences)}): "
@@ -134,11 +134,11 @@ class DataPosition(PhaseSchedule, BlockFacts):
             )
 
 
-# What the file says besides the fields.
+# Values in the file that are no fields.
 _FOLLOWING = ("rows_per_step", "consumed")
-# What may change between save and resume, besides the number of processes where they share what they read.
+# Fields that may change between save and resume. The number of processes may, too, unless each reads its own shards.
 _FREE = {"step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version"}
-# What a refusal calls a field, where it is not the field's name.
+# The names of fields in messages, if they differ.
 _ARGUMENTS = (
     "phase_ratio", "bag_size", "mode", "superposition_rows", "offset_weighting", "input_weighting", "document_boundaries",
 )  # fmt: skip

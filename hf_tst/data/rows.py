@@ -30,9 +30,9 @@ from .read_order import BatchLayout, DataPlan
 
 logger = logging.get_logger(__name__)
 
-# Rows after the ones asked for that are looked up with them.
+# Rows that are looked up ahead.
 _LOOK_AHEAD = 256
-# Under which name a batch of a stream holds its `StreamState`.
+# The entry of a batch that holds the `StreamState`.
 STREAM_STATE = "tst_stream_state"
 
 
@@ -51,15 +51,15 @@ class Row:
 
 @dataclass(eq=False, repr=False)
 class PlannedRows(Dataset[Row]):
-    """Map-style data set of the rows of a [`DataPlan`]: row i of the run, in any process or worker.
+    """Map-style data set of the rows of a [`DataPlan`]. Row i is the same in every process and worker.
 
     Args:
-        blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
-        plan (`DataPlan`): Which blocks row i reads.
+        blocks: Map-style data set of blocks (`datasets.Dataset`, a list, anything with `__getitem__`).
+        plan (`DataPlan`): The blocks that row i reads.
         columns (`Sequence[str]`): Columns to pass on in recovery.
-        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
-        joins (`bool`, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays, which is
-            faster. Otherwise blocks are passed unchanged, for a collator without bags.
+        bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
+        joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays,
+            which is faster. Otherwise blocks are passed unchanged, for a collator without bags.
         rules (`BlockRules`): Requirements for the blocks, checked as they are read.
     """
 
@@ -78,7 +78,7 @@ class PlannedRows(Dataset[Row]):
 
     @property
     def column_names(self) -> list[str]:
-        """As `datasets` names them, for trainers that look there."""
+        """The columns, under the name that `datasets` uses. Some trainers read it."""
         return list(self.columns)
 
     def __len__(self) -> int:
@@ -88,9 +88,9 @@ class PlannedRows(Dataset[Row]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
-        """Rows of one batch, which is wholly in one phase."""
+        """Rows of one batch, all of one phase."""
         if not all(row in self._first_blocks for row in rows):
-            # Hundreds of rows take hardly longer than one, and the rows asked for next are those after these.
+            # Hundreds of rows take hardly longer than one, and the next batch usually needs the rows after these.
             wanted = np.arange(min(rows), min(max(rows) + _LOOK_AHEAD, len(self)))
             firsts = self.plan.first_blocks(wanted)
             self._first_blocks = dict(zip(wanted.tolist(), firsts.tolist(), strict=True))
@@ -122,23 +122,23 @@ class StreamState:
 
 @dataclass(eq=False, repr=False)
 class StreamedRows(Dataset[Row]):
-    """Rows of a run from a stream of blocks, in the order of the stream. They are asked for in their order, batch by batch.
+    """Rows of a run from a stream of blocks, in the order of the stream. They must be read in order, batch by batch.
 
     Superposition rows join `blocks_per_row` consecutive blocks; once superposition is over, a row is one block. If
     the stream ends before the run does, it is read again as the next pass (`set_epoch`), with a warning.
 
-    Ranks, and the loader processes of a rank, read shards of their own if their number divides the shards. Loader
-    process or not, reader i of n makes the micro-batches i, i + n, i + 2n … of its rank. If the ranks cannot share the shards,
-    each reads the whole stream, and keeps its own rows.
+    Ranks, and the loader processes of a rank, read their own shards if their number divides the number of shards. Otherwise each
+    rank reads the whole stream and keeps its own rows. Reader i of the n readers of a rank makes its micro-batches
+    i, i + n, i + 2n …
 
     Args:
         blocks: Iterable of blocks, best with `state_dict` and `load_state_dict`.
         schedule (`PhaseSchedule`): The run's phases.
         layout (`BatchLayout`): How rows are distributed over ranks.
-        workers (`int`, defaults to 0): Loader processes of each rank.
+        workers (`int`, *optional*, defaults to 0): Loader processes of each rank.
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
-        bag_columns (`Sequence[str]`, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
-        joins (`bool`, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
+        bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
+        joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
         rules (`BlockRules`): Requirements for the blocks, besides equal length.
 
     Raises:
@@ -172,7 +172,7 @@ class StreamedRows(Dataset[Row]):
                 f"{shards or 'no'} shards: set it to 0 or to a number that divides them, or load the data set without streaming."
             )
         self.split_by_rank = self.layout.world_size > 1 and self._shares > 1
-        # Rows that are read for a micro-batch: those of all ranks, unless each has a share of its own.
+        # Rows that are read for a micro-batch: those of all ranks, unless each rank has its own share.
         shared_by = self.layout.world_size if self._shares == 1 else 1
         self._rows_per_batch = self.layout.per_device_batch_size * shared_by
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
@@ -180,14 +180,14 @@ class StreamedRows(Dataset[Row]):
 
     @property
     def column_names(self) -> list[str] | None:
-        """As `datasets` names them, for trainers that look there; `None` where only the stream knows them."""
+        """The columns, under the name that `datasets` uses; `None` if only the stream knows them. Some trainers read it."""
         return None if self.columns is None else list(self.columns)
 
     def __len__(self) -> int:
         return self.schedule.max_steps * self.layout.rows_per_step
 
     def load_states(self, step: int, states: Mapping[int, dict[str, Any]]) -> None:
-        """Let each reader continue from where it stood once `step` optimizer steps were done."""
+        """Make each reader continue from its state after `step` optimizer steps."""
         self._resumed = step, states
 
     def __getitems__(self, rows: Sequence[int]) -> list[Row]:
@@ -222,13 +222,13 @@ class StreamedRows(Dataset[Row]):
         return rows if superposed else rows[0]
 
     def _chosen(self, row: Any) -> Any:
-        """The columns to pass on of a row; the whole row, if it is ids alone and for a user's collator."""
+        """The columns to pass on of a row; the whole row if it is only ids and goes to a user's collator."""
         if not self.joins and not isinstance(row, Mapping):
             return row
         return {k: v for k, v in as_block(row).items() if self.columns is None or k in self.columns}
 
     def _start(self, batch: int, rank: int) -> None:
-        """Open the share of the reader whose turn `batch` is, at the place where it is to read that batch."""
+        """Open the share of the reader that makes micro-batch `batch`, at the position of that batch."""
         reader = batch % self.readers
         step, states = self._resumed
         is_next = batch - step * self.layout.accumulation_steps in range(self.readers)
@@ -236,7 +236,7 @@ class StreamedRows(Dataset[Row]):
         if (stream := state["stream"]) is None:
             state = {"pass": 0, "blocks_in_pass": 0}
         self._pass, self._blocks_in_pass = state["pass"], state["blocks_in_pass"]
-        # Without states of its own a share is that of the whole world.
+        # Shares are numbered over all ranks. With one share, each rank reads the whole stream.
         share = reader * self.layout.world_size + rank if self._shares > 1 else 0
         self._blocks = self._endless_blocks(share, stream)
         if stream is not None:
@@ -278,16 +278,15 @@ class StreamedRows(Dataset[Row]):
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """Row numbers from the optimizer step that training has reached to the end of the epoch it is in.
+    """Row numbers from the current optimizer step to the end of its epoch.
 
-    The rows are in their order already, so these are consecutive numbers, and starting in the middle of an epoch costs
-    what starting at its beginning costs.
+    The rows are already in order, so these are consecutive numbers, and starting in the middle of an epoch costs nothing.
 
     Args:
         steps (`int`): Optimizer steps of the run.
         rows_per_step (`int`): Rows per optimizer step, over all ranks.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
-        current_step: Returns the optimizer steps done so far; asked when iteration starts.
+        current_step: Function that returns the optimizer steps done so far. Called when iteration starts.
     """
 
     steps: int
@@ -321,7 +320,7 @@ class PhaseCollator:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that the collator of recovery holds, which Trainer saves with the model; `None` without one."""
+        """The tokenizer of the collator of recovery, which Trainer saves with the model; `None` without one."""
         return getattr(self.recovery, "tokenizer", None)
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:

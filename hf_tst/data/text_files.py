@@ -1,4 +1,4 @@
-"""Text in files: one column of lines, JSON, CSV or Parquet, checked as it is read. Other columns are ignored."""
+"""Read one column of text from files of lines, JSON, CSV or Parquet, and check it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PART_ROWS = 1000
 BLOCK_BYTES = 1 << 20
 # A file with a larger share of NUL characters is not text.
 NUL_SHARE = 0.1
-# Second endings, and what Arrow calls the compression; it does not read .xz.
+# Arrow's name of each compression, by ending. Arrow does not read .xz.
 COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": None}
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
-# Values of the column in some rows, and a function that says where in the file one of them is.
+# Values of the column in some rows, and a function that describes the place of the i-th of them in the file.
 Part = tuple[Any, Callable[[int], str]]
 
 
 def ending(path: str) -> str:
-    """The ending of a file's name that says how to read it: `.jsonl` of `a.jsonl`, `a.JSONL` and `a.jsonl.gz`."""
+    """The ending that tells the format, in lower case and without a compression: `.jsonl` for `a.JSONL` and `a.jsonl.gz`."""
     name = Path(path.lower())
     return Path(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix
 
@@ -43,7 +43,7 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
     """The column to train on: `text_column` if given, else `input_ids`, else `text` or `Text`, else the only one.
 
     Raises:
-        TSTError: If there is no such column, or several could be meant.
+        TSTError: If there is no such column, or the choice is ambiguous.
     """
     if not columns:
         raise no_text(source)
@@ -60,8 +60,7 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
 
 
 def tell_column(column: str, columns: Sequence[str], source: str) -> None:
-    """Log which column is read, where there are several or it has another name than usual; once, since training and evaluation
-    may be parts of the same data."""
+    """Log which column is read if there are several, or if it has an unusual name. Logs once for training and evaluation data."""
     others = ", ".join(name for name in columns if name != column)
     if others or column not in (TOKENS, "text"):
         logger.warning_once(f"Of {source} the column {column!r} is read{', not ' if others else ''}{others}.")
@@ -87,7 +86,7 @@ def is_readable(kind: Any, column: str) -> bool:
 
 
 def columns_of(path: str) -> list[str]:
-    """The names of the columns of a file, as its first row, header or schema says them.
+    """The names of the columns of a file, from its first row, header or schema.
 
     Raises:
         TSTError: If it cannot be read.
@@ -97,10 +96,10 @@ def columns_of(path: str) -> list[str]:
 
 
 def read_column(path: str, column: str) -> Iterator[Any]:
-    """The rows of a file: Arrow arrays of the texts in its column or, if that is `input_ids`, of lists of tokens.
+    """The rows of a file: Arrow arrays of the texts in a column or, for the column `input_ids`, of lists of tokens.
 
     Raises:
-        TSTError: If the file cannot be read, has no such column or no text in it, or something else in a row.
+        TSTError: If the file cannot be read, lacks the column, has no text in it, or has a value of another type.
     """
     found = False
     with _reading(path):
@@ -123,7 +122,7 @@ def read_text(path: str) -> str:
 
 
 def check_column(path: str, column: str) -> None:
-    """Read the beginning of a file, up to the first part that holds text, as `read_column` does."""
+    """Read a file up to the first part with text, with the checks of `read_column`."""
     any(map(_has_text, read_column(path, column)))
 
 
@@ -133,7 +132,7 @@ def _has_text(array: Any) -> bool:
 
 
 def no_text(source: str) -> TSTError:
-    """What is raised where there is nothing to train on."""
+    """The error for a source without text."""
     return TSTError(f"{source} holds no text: name data that does.")
 
 
@@ -145,7 +144,7 @@ def _reading(path: str) -> AbstractContextManager[None]:
 
 
 def _checked(values: Any, place: Callable[[int], str], column: str, path: str) -> Any:
-    """The values as one array of the column's type."""
+    """The values as one array of the column's type, checked."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -183,7 +182,7 @@ def _checked(values: Any, place: Callable[[int], str], column: str, path: str) -
 def _check_nuls(count: int, size: int, path: str) -> None:
     if count > NUL_SHARE * size:
         raise TSTError(
-            f"The file {path} is full of NUL characters, as UTF-16 text is that was read as something else: convert the "
+            f"The file {path} is full of NUL characters, like UTF-16 text that was read as another encoding: convert the "
             "original, for example with `iconv -f UTF-16LE -t UTF-8`."
         )
 
@@ -237,7 +236,7 @@ def _line_columns(path: str) -> list[str]:
 
 
 def _read_lines(path: str, column: str) -> Iterator[Part]:
-    """Lines with their ends, which are line feeds, so that they join to the file's text again."""
+    """Lines with a line feed at the end, so that together they are the text of the file."""
     choose_column(_line_columns(path), column, f"The file {path}")
     for text in _decoded(path):
         yield io.StringIO(text, newline=None).readlines(), str
@@ -247,7 +246,7 @@ def _read_lines(path: str, column: str) -> Iterator[Part]:
 
 
 def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The objects of a file that has one per line, a list of them, or a single one."""
+    """The objects of a file, each with its place. The file has one object per line, one list of objects, or one object."""
     number = 0
     for text in _decoded(path):
         for line in io.StringIO(text, newline="\n"):
@@ -300,7 +299,7 @@ def _read_json(path: str, column: str) -> Iterator[Part]:
 
 
 def _csv_rows(path: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a file, the header first; each has as many fields as the header."""
+    """The rows of a file, each with its place, the header first. Each must have as many fields as the header."""
     separators = SEPARATORS[ending(path)]
     lines = (line for text in _decoded(path) for line in io.StringIO(text, newline=""))
     first = next(lines, "")
@@ -359,7 +358,7 @@ def _read_parquet(path: str, column: str) -> Iterator[Part]:
             first += len(batch)
 
 
-# By ending: the names of a file's columns, and a reader of one of them.
+# By ending: a function for the names of a file's columns, and a reader of one column.
 _KINDS: dict[str, tuple[Callable[[str], list[str]], Callable[[str, str], Iterator[Part]]]] = {
     ".txt": (_line_columns, _read_lines),
     ".json": (_json_columns, _read_json),

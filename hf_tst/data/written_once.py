@@ -1,4 +1,4 @@
-"""Arrow files that are made once of the same data and then found again, in the cache of `datasets`."""
+"""Arrow files in the cache of `datasets` that are written once and then reused."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
-    """The files `data-*` that `write` makes, in the order of their names.
+    """The files `data-*` that `write` makes, sorted by name.
 
-    They are written aside, and their folder is then renamed: no process opens half-written files, several may write at
-    once, and nothing is left of a failure. Beside them, under other names, `datasets` caches what they are mapped or shuffled to.
+    They are written to a temporary folder, which is then renamed. So no process opens half-written files, several processes may
+    write at the same time, and a failure leaves nothing behind. `datasets` stores mapped and shuffled versions in the same folder.
 
     Args:
-        name (`str`): Names the files by what they are made of. If they are there, nothing is written.
-        write: Writes files into the folder that it is given.
+        name (`str`): A name that depends on the content. If the files exist, nothing is written.
+        write: Function that writes files into the given folder.
 
     Raises:
-        RunError: If the disk does not take them.
+        RunError: If they cannot be written, for example to a full disk.
     """
     import datasets
 
@@ -49,7 +49,7 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Rename a folder, unless another process has been faster: its files are the same."""
+    """Rename a folder, unless another process has already made it: its files are the same."""
     try:
         made.rename(folder)
     except OSError:

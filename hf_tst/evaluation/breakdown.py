@@ -81,7 +81,7 @@ def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> Loss
     Args:
         model (`PreTrainedModel`): Put in evaluation mode during the call.
         blocks: Rows with `input_ids`, all of one length.
-        batch_size (`int`, defaults to 8): Rows per batch.
+        batch_size (`int`, *optional*, defaults to 8): Rows per batch.
     """
     rows, tally = [block["input_ids"] for block in blocks], LossTally()
     with evaluating(model):

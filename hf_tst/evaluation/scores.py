@@ -79,9 +79,9 @@ def evaluate_checkpoint(
     Args:
         checkpoint: A folder or Hub id with a causal language model and its tokenizer.
         texts: Texts to predict, each from its first token on.
-        max_length (`int`, *optional*), batch_size (`int`, defaults to 8): See [`score_texts`].
+        max_length (`int`, *optional*), batch_size (`int`, *optional*, defaults to 8): See [`score_texts`].
         device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
-        dtype (`str`, defaults to `"auto"`): Of the weights; the checkpoint's by default.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; the checkpoint's by default.
 
     Returns:
         `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and ten means each of `loss_by_frequency` and
@@ -117,7 +117,7 @@ def score_texts(
         tokenizer: Its tokenizer. It adds no special tokens.
         texts: The texts; empty ones are left out.
         max_length (`int`, *optional*): Tokens per window, at least 1; the model's context by default, up to 2048.
-        batch_size (`int`, defaults to 8): Windows per batch.
+        batch_size (`int`, *optional*, defaults to 8): Windows per batch.
 
     Raises:
         TSTError: If there is no text, or no token to begin one with.

@@ -22,7 +22,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mtp": {"mtp_num_heads": 4, "tst_phase_ratio": 0.0},
     "tst+mtp": {"mtp_num_heads": 4},
 }
-# If an arm changed other options, it would be another model, other data or another budget.
+# Options that an arm may change. With others it would have another model, other data or another budget.
 ARM_PREFIXES = ("tst_", "mtp_")
 
 

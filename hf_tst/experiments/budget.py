@@ -34,10 +34,10 @@ class ArmRun(PlannedRun):
 
 
 def check_data(experiment: Experiment, schedules: Mapping[str, PhaseSchedule]) -> None:
-    """Check that runs of these phases, by arm, fit into one pass over the data, so that none reads data twice.
+    """Check that the runs of all arms fit into one pass over the data, so that none reads data twice.
 
     Raises:
-        TSTError: If one does not.
+        TSTError: If one does not fit.
     """
     if experiment.blocks is None or experiment.rows_per_step is None:
         return
@@ -55,12 +55,12 @@ def fit_to_budget(
 ) -> dict[str, PhaseSchedule]:
     """The phases of every arm, with the number of steps that uses up the budget.
 
-    The configured number of steps is that of the baseline (the first arm, if there is none), and with equal data that of
-    the arm that reads most in so many steps. The others take more or fewer.
+    The baseline (without one, the first arm) takes the configured number of steps; with equal data, the arm that reads most in this
+    number of steps takes it. The other arms take more or fewer steps.
 
     Args:
         budget (`str`): `"flops"`, `"data"` or `"time"`.
-        costs (`dict[str, StepCost]`): What a step costs, by arm, in any unit.
+        costs (`dict[str, StepCost]`): The cost of a step, by arm, in any unit.
         schedules (`dict[str, PhaseSchedule]`): The phases by arm, for the configured number of steps.
 
     Raises:
@@ -92,7 +92,7 @@ def fit_to_budget(
 def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """A configuration that takes `steps` optimizer steps, with the stages of its learning rate schedule scaled in proportion.
 
-    Warm-up, decay and stable stages that are counted in steps are scaled; fractions stay.
+    Warm-up, decay and stable stages in steps are scaled; fractions do not change.
     """
     before = values["max_steps"]
     changed = {**values, "max_steps": steps}
@@ -114,7 +114,7 @@ def with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def calibrate(experiment: Experiment) -> dict[str, StepCost]:
-    """Seconds per step of each arm, by phase, from consecutive short runs; kept, and not measured again.
+    """Seconds per step of each arm, by phase, from consecutive short runs. They are stored and not measured again.
 
     Raises:
         TSTError: If one fails.
@@ -146,12 +146,12 @@ def _pace(experiment: Experiment, name: str, values: Mapping[str, Any]) -> StepC
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """The steps that a comparison takes because of a limit of seconds, and the measured times that they follow from.
+    """The number of steps that fits into a time limit, and the measured times that it is computed from.
 
     Args:
         configured_steps (`int`): `max_steps` of the configuration.
-        max_steps (`int`): Steps that are taken instead.
-        seconds (`float`): The limit that they were chosen for.
+        max_steps (`int`): The number of steps to take instead.
+        seconds (`float`): The time limit.
         start (`float`): Seconds of a run for its start and its end.
         evaluation (`float`): Seconds per evaluation.
         superposition (`float`), recovery (`float`): Seconds per step.
@@ -169,7 +169,7 @@ class TimeLimit:
 
     @property
     def fact(self) -> str:
-        """What a report says of it."""
+        """Its text in a report."""
         return (
             f"max_steps {self.max_steps:,} of the configured {self.configured_steps:,}, for a limit of {self.seconds:g} s; "
             f"measured: {self.superposition:.4g} s per step of superposition, {self.recovery:.4g} s per step of recovery, "
@@ -177,7 +177,7 @@ class TimeLimit:
         )
 
     def seconds_of(self, run: ArmRun) -> tuple[float, float]:
-        """Seconds of a run for start, end and evaluations (before it, `eval_steps` apart and after it), and for its steps."""
+        """Seconds of a run for start, end and evaluations (before training, every `eval_steps` and after it), and for its steps."""
         every = run.settings.get("eval_steps") or setting(run.settings, "logging_steps")
         between = round(1 / every) if every < 1 else run.settings["max_steps"] // every
         more = run.arm.flops.recovery / self.operations  # of extra heads
@@ -255,7 +255,7 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
 
     Args:
         experiment ([`Experiment`]): The common configuration of the runs.
-        began (`float`): A time of `time.monotonic`, from which the limit counts.
+        began (`float`): Start of the time limit, from `time.monotonic`.
 
     Raises:
         TSTError: As [`plan_comparison`] does, or if the limit leaves no time for steps.

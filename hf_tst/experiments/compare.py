@@ -1,4 +1,4 @@
-"""Arms on one configuration and one budget: what `hf-tst compare` runs, and `hf-tst sweep`, whose arms are a grid."""
+"""`hf-tst compare`, and `hf-tst sweep`, whose arms are the cells of a grid: runs with one configuration and an equal budget."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def main(
     """Do the missing runs of a comparison, and write `comparison.json`, `.md`, `.html` and `.png` into its folder.
 
     Args:
-        argv: A configuration file, if any, and flags.
-        prog: For `--help`.
-        kind: Its options: [`CompareArguments`] or [`SweepArguments`].
+        argv: An optional configuration file, and flags.
+        prog: Name of the program in `--help`.
+        kind: Class of the options: [`CompareArguments`] or [`SweepArguments`].
 
     Raises:
         TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
-        SystemExit: With status 1, if a run failed; the report is written with what there is.
+        SystemExit: With status 1, if a run failed. The report has the other runs.
     """
     began = time.monotonic()
     experiment = open_experiment(argv, kind, prog)

@@ -39,14 +39,14 @@ class RunRefusedError(TSTError):
 
 @dataclass
 class PlannedRun:
-    """A run to be done, and its result.
+    """A run to do, and its result.
 
     Args:
         name (`str`): Its unique name.
-        folder (`Path`): Where it is kept.
-        settings (`dict`): Its arguments, as a configuration file holds them.
-        data (`dict`): Fingerprints of its data, by use, as far as known.
-        seconds (`float`): The time that it takes, as far as it is known.
+        folder (`Path`): Its folder.
+        settings (`dict`): Its arguments, as in a configuration file.
+        data (`dict`): Known fingerprints of its data, by use.
+        seconds (`float`): The expected time, if known.
         result (`RunResult`, *optional*): `None` until it is finished; [`run_all`] sets it.
     """
 
@@ -68,7 +68,7 @@ class PlannedRun:
         """Check that a run in the folder was started with the same settings and data.
 
         Raises:
-            TSTError: If not, with the setting and both values, or a file is damaged.
+            TSTError: If not (the message has the setting and both values), or if a file is damaged.
         """
         begun = read_settings(self.folder / SETTINGS_FILE)
         if begun is None:
@@ -79,7 +79,7 @@ class PlannedRun:
         for name in sorted((begun.keys() | now.keys()) - {"output_dir"}):
             if begun.get(name) != now.get(name):
                 raise TSTError(
-                    f"The run {self.name} in {self.folder} was begun with {name}={begun.get(name)!r}, but now has "
+                    f"The run {self.name} in {self.folder} was started with {name}={begun.get(name)!r}, but now has "
                     f"{name}={now.get(name)!r}: set it back, or name another output_dir."
                 )
 
@@ -97,14 +97,14 @@ def run_all(
 
     Args:
         runs: The runs.
-        processes (`int`, defaults to 1): How many at the same time. They share the processor's cores. Where there are several
-            GPUs and no `launcher`, each run has one of them, in turn.
+        processes (`int`, *optional*, defaults to 1): Number of runs at the same time. They share the CPU cores. With several GPUs
+            and no `launcher`, each run gets one GPU, in turn.
         launcher (`str`, *optional*): Command that starts a run instead of this Python, for example
             `"accelerate launch --num_processes 8"`.
         until (`float`, *optional*): A time of `time.monotonic`. A run that would end later is not started.
 
     Returns:
-        One sentence per failed run, by its name. A run that failed does not stop the others.
+        One sentence per failed run, by its name. A failed run does not stop the others.
 
     Raises:
         TSTError: If a run was started with other settings, or there is no such launcher.
@@ -174,7 +174,7 @@ def run_all(
 
 
 def _start_command(launcher: str | None) -> list[str]:
-    """The words that start a run, checked."""
+    """The command that starts a run, as a list of words."""
     if launcher is None:
         return [sys.executable]
     with bad_input(f"launcher={launcher!r} cannot be read: "):  # a quotation that is not closed
@@ -187,9 +187,9 @@ def _start_command(launcher: str | None) -> list[str]:
 
 @contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    """Context in which SIGINT, SIGTERM and SIGHUP are noted in the list it gives, unless they are ignored.
+    """Context that appends SIGINT, SIGTERM and SIGHUP to the list that it yields, unless they are ignored.
 
-    A signal that raises could do so between the start of a process and its entry in the list of active ones.
+    A handler that raises could do so after a process has started and before it is in the list of active processes.
     """
     noted: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()  # signals can be caught there only
@@ -212,7 +212,7 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
     write_whole(path, yaml.safe_dump({**run.settings, "output_dir": str(run.folder)}))
     write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
     with open(run.folder / LOG_FILE, "ab") as log:
-        # In a process group of its own, to which all belongs that a launcher starts.
+        # In its own process group, with everything that a launcher starts.
         return Popen(
             [*command, "-m", "hf_tst.experiments.run", str(path)], stdout=log, stderr=STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True,
@@ -220,7 +220,7 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
 
 
 def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
-    """What is added to the environment of a run, for as many as run at the same time."""
+    """Environment variables of the runs that run at the same time, one mapping for each."""
     cores = str(max(1, len(os.sched_getaffinity(0)) // processes))
     common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": cores}
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -240,7 +240,7 @@ def _tell(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
 
 
 def _last_step(run: PlannedRun) -> str:
-    """The last line of a run's log that tells a step, or that it starts."""
+    """The last line of a run's log that shows a step, or "starts"."""
     with open(run.folder / LOG_FILE, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
         lines = log.read().decode(errors="replace").splitlines()

@@ -26,14 +26,14 @@ COLUMNS = (
 )  # fmt: skip
 RUN_COLUMNS = ("arm", "learning rate", "seed", "initial eval loss", "final eval loss", "status")
 Rows = list[tuple[str, ...]]
-# What curves are drawn over: the label, and the attribute of a point.
+# The x axes of curves: label, and attribute of a point.
 AXES = {
     "optimizer steps": "step",
     "FLOPs": "flops",
     "raw tokens": "raw_tokens",
     "seconds of training": "seconds",
 }
-# The axis on which the arms of a budget end together.
+# The axis on which all arms end at the same value, by budget.
 AXIS_OF_BUDGET = {"flops": "FLOPs", "data": "raw tokens", "time": "seconds of training"}
 # Draws a picture on axes of matplotlib.
 Picture = Callable[[Any], None]
@@ -60,7 +60,7 @@ def tables(comparison: Comparison) -> dict[str, Rows]:
 
 
 def panels(comparison: Comparison) -> dict[str, Panel]:
-    """The cells of a grid, one panel for each weighting and mode; none if the comparison is no sweep."""
+    """The cells of a grid, one panel for each weighting and mode; empty if the comparison is no sweep."""
     best = {arm.arm: arm.best for arm in comparison.arms}
     found: dict[str, Panel] = {}
     names = ("tst_bag_size", "tst_phase_ratio", "tst_offset_weighting", "tst_mode")
@@ -197,7 +197,7 @@ def _captions(comparison: Comparison) -> list[str]:
 
 
 def lowest_cell(comparison: Comparison) -> ArmSummary | None:
-    """The cell of a grid of the lowest mean loss, of those in which most runs ended well; `None` if none did."""
+    """The cell with the lowest mean loss, of those with the most runs that ended well; `None` if no run did."""
     cells = [arm for arm in comparison.arms if arm.arm in comparison.grid and arm.best.curve]
     return min(cells, key=lambda arm: rank(arm.best), default=None)
 
@@ -223,11 +223,11 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
             draw(curve, color=color, alpha=0.25, linewidth=0.8)
         curve = arm.best.curve
         switch = [arm.switch] if arm.switch else []
-        # What a step reads changes at the switch, so that the line bends there.
+        # From the switch on a step reads fewer tokens, so the line bends there.
         bent = sorted([*curve, *switch], key=lambda point: point.step)
         draw(bent, style, color=color, label=arm.arm, linewidth=1.8)
         draw(switch, "o", color=color, markersize=5)
-        # What is before the first tenth of a run is above the picture.
+        # The first tenth of a run may be above the picture.
         late = [point for point in curve if point.step >= 0.1 * curve[-1].step]
         shown += [point.eval_loss for point in late if point.eval_loss is not None]
         if arm.arm == BASELINE:
@@ -242,7 +242,7 @@ def draw_curves(comparison: Comparison, axes: Any, label: str) -> None:
 def draw_differences(comparison: Comparison, axes: Any) -> None:
     """Draw the difference of every arm to the baseline over the budget: the mean over seeds, and one standard deviation around it.
 
-    The baseline's loss is that of the same seed, at the same cost; between evaluations in proportion.
+    The baseline's loss is that of the same seed at the same cost, interpolated between evaluations.
     """
     import numpy as np
 
@@ -295,8 +295,7 @@ def _finish_curves(axes: Any, label: str, y_label: str) -> None:
 def draw_heat_map(comparison: Comparison, axes: Any, title: str) -> None:
     """Draw a panel of a grid, bag size s against phase ratio r as in table 4 of the paper, with the number of seeds of each cell.
 
-    All panels have one scale of colors, in the middle of which is the baseline's loss, if there is one. The lowest cell is
-    framed, unless it has one seed.
+    All panels have the same color scale, with the baseline's loss in the middle. The lowest cell is framed if it has several seeds.
     """
     from matplotlib.patches import Rectangle
 
@@ -350,7 +349,7 @@ def pictures(comparison: Comparison) -> dict[str, Picture]:
 
 
 def draw(drawn: Collection[Picture], width: float, height: float, dpi: int) -> bytes:
-    """Pictures as one PNG; `width` and `height` in inches are those of one of them.
+    """Draw pictures into one PNG. `width` and `height` in inches are those of one picture.
 
     Raises:
         ImportError: If matplotlib is not installed (extra `plot`).

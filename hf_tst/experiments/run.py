@@ -49,11 +49,11 @@ class RunResult:
     Args:
         curve (`list[CurvePoint]`): All evaluations, in order; the first before training, the last after it.
         seconds_per_step (`dict`): Median by phase.
-        peak_memory_bytes (`int`, *optional*): Of the first device; of the process where there is no GPU.
+        peak_memory_bytes (`int`, *optional*): Of the first GPU, or of the process without a GPU.
         memory_of (`str`): `"GPU"` or `"process"`.
-        parameters (`int`), hardware (`str`), software (`str`): As on record of the run.
-        loss_by_frequency, loss_by_position (`list[float]`): Where the saved model loses on the evaluation data, ten means each;
-            see [`LossTally`].
+        parameters (`int`), hardware (`str`), software (`str`): As in [`RunRecord`].
+        loss_by_frequency, loss_by_position (`list[float]`): Losses of the saved model on the evaluation data, ten means each; see
+            [`LossTally`].
     """
 
     curve: list[CurvePoint]
@@ -80,8 +80,8 @@ class RunResult:
     def has_diverged(self) -> bool:
         """Whether the final loss is non-finite, or the run has lost more than half of its best gain.
 
-        Less than 5 % of the first loss is never divergence: a trained model that continues has little to gain, and may end
-        a little above its best, or its start.
+        A loss of less than 5 % of the first loss does not count: a model whose training continues gains little, and may end slightly
+        above its best loss or its first one.
         """
         first, last = self.initial_eval_loss, self.final_eval_loss
         if first is None or last is None:
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
 def _check_processes(config: Path) -> None:
     """Record the world size of the first run of a comparison, and check that the others have the same.
 
-    No setting of a run tells how large a launcher makes its steps, unless they are given in tokens.
+    The settings do not show how many processes a launcher starts, and so how large a step is, unless `tokens_per_step` is set.
 
     Raises:
         TSTError: If an earlier run had another number.
@@ -162,7 +162,7 @@ def _check_processes(config: Path) -> None:
     before = note.read_text(encoding="utf-8").strip() if note.is_file() else now
     if before != now:
         raise TSTError(
-            f"Runs in {note.parent} were begun with a world size of {before}, but this one has {now}, so its steps have "
+            f"Runs in {note.parent} were started with a world size of {before}, but this one has {now}, so its steps have "
             "another size: start as many processes, or name another output_dir."
         )
     write_whole(note, f"{now}\n")
@@ -180,7 +180,7 @@ def _train(config: Path) -> None:
     length = len(next(iter(trainer.eval_dataset))["input_ids"])
     run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
     result = result_of_run(trainer.state.log_history, schedule, rows * length, run)
-    # As a user will load it: in the trainer it may be sharded.
+    # Load the model as a user does: in the trainer it may be sharded.
     model = AutoModelForCausalLM.from_pretrained(config.parent).to(args.device)
     tally = tally_blocks(model, trainer.eval_dataset, args.per_device_eval_batch_size)
     by_frequency, by_position = tally.loss_by_frequency(), tally.loss_by_position()
@@ -199,7 +199,7 @@ def result_of_run(
         log_history: As in `TrainerState`.
         schedule (`PhaseSchedule`): Its phases.
         latent_tokens_per_step (`int`): Over all devices.
-        run (`dict`): What it ran with and on, as [`run_entry`] gives it.
+        run (`dict`): Its entry, from [`run_entry`].
 
     Raises:
         TSTError: If it was not evaluated.
@@ -235,12 +235,12 @@ def _seconds_per_step(timed: Sequence[TimedSteps]) -> dict[str, float]:
     paces: dict[str, list[float]] = {}
     for steps in timed:
         paces.setdefault(steps.phase, []).append(steps.seconds / (steps.end - steps.begin))
-    # The first interval of a phase holds what is done once, such as compiling.
+    # The first interval of a phase includes one-time work, such as compiling.
     return {phase: median(values[1:] or values) for phase, values in paces.items()}
 
 
 def _seconds_at(step: int, timed: Sequence[TimedSteps]) -> float:
-    """Seconds after `step` steps, between logs in proportion, after the last at its pace."""
+    """Seconds after `step` steps: interpolated between logs, and after the last log at the last speed."""
     seconds = 0.0
     for steps in timed:
         if step <= steps.end or steps is timed[-1]:
@@ -260,7 +260,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except TSTError as error:
-        # A launcher ends with a status and a last line of its own.
+        # A launcher has its own exit status and last line.
         Path(sys.argv[1]).with_name(REFUSAL_FILE).write_text(f"{error}\n", encoding="utf-8")
         print(error, file=sys.stderr)
         sys.exit(2)

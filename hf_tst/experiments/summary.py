@@ -47,9 +47,9 @@ class ArmSummary:
     """An arm at its best learning rate, with the others beside it.
 
     `differences_to_baseline` are the loss minus the baseline's with the same seed, by seed; `difference_to_baseline` is their mean.
-    `reached_baseline_loss` is the first evaluation at which the mean loss is down to the baseline's final one; `None` if it
-    never is, or if there are no evaluations between the start and the end. `switch` is where superposition ends, with the loss
-    between the evaluations before and after it.
+    `reached_baseline_loss` is the first evaluation at which the mean loss is at or below the baseline's final loss; `None` if it
+    never is, or if there are no evaluations between start and end. `switch` is the point where superposition ends, with a loss
+    interpolated between evaluations.
     """
 
     arm: str
@@ -64,9 +64,9 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms. `facts` says how the runs were done, `notes` what a reader must know.
+    """All arms. `facts` describes the runs, `notes` has what a reader must know.
 
-    `grid` has what the arms of a sweep change, by name; it is empty for other comparisons.
+    `grid` has the changes of a sweep's arms, by name. It is empty for other comparisons.
     """
 
     budget: str
@@ -101,10 +101,10 @@ def compare_runs(
     notes: Sequence[str] = (),
     grid: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Comparison:
-    """Summarize the runs. Diverged and missing runs are named, and are in no mean.
+    """Summarize the runs. Diverged and missing runs are named, but are in no mean.
 
     Args:
-        budget (`str`): What is equal.
+        budget (`str`): The equal budget.
         runs: All planned runs, of the arms in their order.
         facts, notes, grid: See [`Comparison`]; further notes are added.
     """
@@ -183,7 +183,7 @@ def _summarize_arm(arm: Arm, rates: list[RateSummary], baseline: RateSummary | N
 
 
 def _switch_point(arm: Arm, curve: Sequence[ArmPoint]) -> ArmPoint | None:
-    """The end of superposition on a curve; `None` without superposition, and where the curve does not reach it."""
+    """The end of superposition on a curve; `None` without superposition, or if the curve ends before it."""
     step = arm.schedule.switch_step
     after = next((place for place, point in enumerate(curve) if point.step >= step), 0)
     if not step or not after:
@@ -205,7 +205,7 @@ def _switch_point(arm: Arm, curve: Sequence[ArmPoint]) -> ArmPoint | None:
 
 
 def _mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean, and standard deviation of a sample; `None` where there are too few."""
+    """Mean and sample standard deviation; `None` if there are too few values."""
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
@@ -220,7 +220,7 @@ def _notes(arms: Sequence[ArmSummary], runs: Sequence[ArmRun]) -> list[str]:
         edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(arm.best.learning_rate)
         if edge and len(tried) > 1 and arm.best.final_eval_losses:
             notes.append(
-                f"{arm.arm}: the best learning rate is the {edge} of those tried, so a better one may lie beyond it."
+                f"{arm.arm}: the best learning rate is the {edge} of those tried, so a better one may be outside this range."
             )
     alone = [arm.arm for arm in arms if len(arm.best.final_eval_losses) == 1]
     if alone:

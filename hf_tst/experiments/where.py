@@ -19,8 +19,8 @@ ENDS = {"loss_by_frequency": ("most frequent", "rarest"), "loss_by_position": ("
 def where_tables(comparison: Comparison) -> dict[str, list[tuple[str, ...]]]:
     """Titles and rows, the header first: the baseline's loss in each tenth of the evaluation text, then how much other arms differ.
 
-    A difference is the mean over seeds, in nats, of runs at each arm's best learning rate. Empty without a baseline, and where the
-    runs have noted nothing of it.
+    A difference is the mean over seeds, in nats, of runs at each arm's best learning rate. Empty without a baseline, or if the runs
+    have no such losses.
     """
     baseline = next((arm for arm in comparison.arms if arm.arm == BASELINE), None)
     tables = {}

@@ -32,11 +32,11 @@ _HINTS = {
     if name in {field.name for field in fields(TSTArguments)}
 }
 OLDEST = (0, 21)
-# The schema of these options, which Axolotl asks for by name.
+# The schema of these options. Axolotl imports it by name.
 TokenSuperpositionInput = create_model(
     "TokenSuperpositionInput", **{name: (hint | None, None) for name, hint in _HINTS.items()}
 )
-# What a source of text may say; the rest is about prompts.
+# The options of a source of text that are supported; the others are about prompts.
 SOURCE_KEYS = ("path", "name", "split", "type", "ds_type", "field", "text_column", "data_files", "revision", "skip", "trust_remote_code")  # fmt: skip
 TEXT_TYPES = ("completion", "pretrain")
 REFUSED = {
@@ -54,10 +54,10 @@ class TokenSuperpositionPlugin(BasePlugin):
     """Trains with [`TSTTrainer`] in Axolotl. `tst_phase_ratio: 0` is Axolotl's own training on the same blocks."""
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Check the configuration as it was written: Axolotl would ignore options that it does not know.
+        """Check the configuration. Axolotl itself ignores unknown options.
 
         Raises:
-            TSTError: For an option that is not known, or does not go with superposition.
+            TSTError: For an option that is unknown, or does not work with superposition.
         """
         if tuple(map(int, version("axolotl").split(".")[:2])) < OLDEST:
             raise TSTError(f"Axolotl {version('axolotl')} is too old for this plugin: install axolotl>=0.21.")
@@ -69,18 +69,18 @@ class TokenSuperpositionPlugin(BasePlugin):
         for name, reason in REFUSED.items():
             if cfg.get(name):
                 raise TSTError(
-                    f"{name}: {cfg[name]} does not go with TokenSuperpositionPlugin: {reason}. Leave it out."
+                    f"{name}: {cfg[name]} does not work with TokenSuperpositionPlugin: {reason}. Leave it out."
                 )
         for name in ("datasets", "test_datasets", "pretraining_dataset"):
             for source in _as_sources(cfg.get(name)):
                 check_source(source)
 
     def get_input_args(self) -> str:
-        """Where Axolotl finds the schema of the options."""
+        """The import path of the options' schema."""
         return f"{__name__}.TokenSuperpositionInput"
 
     def get_training_args_mixin(self) -> str:
-        """Where Axolotl finds what its class of arguments is to inherit."""
+        """The import path of a class that Axolotl's class of arguments inherits."""
         return f"{TSTArguments.__module__}.{TSTArguments.__name__}"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class TokenSuperpositionPlugin(BasePlugin):
         return TrainDatasetMeta(blocks, eval_blocks, cfg.get("max_steps") or None)
 
     def get_trainer_cls(self, cfg: Any) -> type[Trainer]:
-        """[`TSTTrainer`] with Axolotl's trainer behind it."""
+        """A trainer class with [`TSTTrainer`] as first parent and Axolotl's trainer as second."""
         from axolotl.core.trainers.base import AxolotlTrainer
 
         class TokenSuperpositionTrainer(TSTTrainer, AxolotlTrainer):
@@ -142,7 +142,7 @@ def _as_sources(entries: Any) -> list[dict[str, Any]]:
 
 
 def check_source(source: Mapping[str, Any]) -> None:
-    """Raise `TSTError` if a source, as the configuration has it, asks for something else than text."""
+    """Raise `TSTError` if a source in the configuration is not plain text."""
     path = source.get("path")
     check_names(
         source, SOURCE_KEYS, f"The data {path} is read as plain text, which has no option", "leave it out."
@@ -216,7 +216,7 @@ def _joined(parts: list[Any]) -> Any:
         return parts[0]
     if any(isinstance(part, TokenFile) for part in parts):
         raise TSTError(
-            f"A file of token ids ({TOKEN_FILE_SUFFIX}) is all of the data: name no other with it."
+            f"A file of token ids ({TOKEN_FILE_SUFFIX}) must be the only source of data: leave out the others."
         )
     import datasets
 

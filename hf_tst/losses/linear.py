@@ -1,11 +1,12 @@
-"""Linear layer and multi-hot cross entropy in one: only a few rows of logits exist at a time.
+"""The language-model head and the multi-hot cross entropy, fused: only one chunk of logits is in memory at a time.
 
 Shapes: N positions, d hidden size, V vocabulary, s tokens per target bag.
 
-The rows are processed in chunks. The logits of a chunk are overwritten in place with their gradient, so the
-gradients of the hidden states and of the weight are complete at the end of the forward pass: three matrix products, as
-in an ordinary backward pass, and one logsumexp per position whatever s is. The work is one operator of PyTorch
-(`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so `torch.compile` needs no graph break.
+The positions are processed in chunks. For each chunk, the logits are computed, a kernel overwrites them with their gradient, and
+the gradients of the hidden states and of the weight follow from it. So all gradients are complete at the end of the forward
+pass, and the backward pass only scales them. The cost is three matrix products, as in an ordinary forward and backward pass, and
+one logsumexp per position for any s. It is one PyTorch operator (`torch.ops.hf_tst.linear_multi_hot_cross_entropy`), so
+`torch.compile` has no graph break.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from .multi_hot import (
 
 # Maximum bytes of logits per chunk. On a CPU, larger chunks are not faster.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
-# Each chunk reads and writes the float32 gradient of the weight, 8 bytes per element, for a product of 2 FLOPs per
-# element and row. A GPU does about 240 FLOPs in the time it reads a byte: with fewer rows, memory bandwidth would limit it.
+# Each chunk reads and writes the float32 gradient of the weight: 8 bytes per element. In the time of a byte a GPU does about 240
+# FLOPs, and the product has 2 FLOPs per element and row. With fewer than about 8 · 240 / 2 rows, memory bandwidth is the limit.
 MIN_EFFICIENT_ROWS = 1024
 
 
@@ -46,11 +47,12 @@ def linear_multi_hot_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
 ) -> Tensor:
-    """The value and gradients of [`multi_hot_cross_entropy`] of `hidden @ weight.T + bias`, without those logits.
+    """[`multi_hot_cross_entropy`] of the logits `hidden @ weight.T + bias`, which are never all in memory.
 
-    Peak memory beyond the arguments and their gradients is one chunk of logits (see [`chunk_rows`]), and the float32 sum
-    and the cast of a weight of another dtype. It does not grow with N or s. Gradients are accumulated in float32. Under autocast the matrix products run in the autocast dtype, as those of
-    `torch.nn.Linear` do. Gradients that are not needed are not computed.
+    Loss and gradients are the same. Peak memory beyond the arguments and their gradients is one chunk of logits (see [`chunk_rows`]),
+    a float32 gradient of the weight and, if the matrix products run in another dtype, a copy of the weight. It does not grow with
+    N or s. Under autocast the matrix products run in the autocast dtype, as in `torch.nn.Linear`. Gradients are accumulated in
+    float32; those that are not needed are not computed.
 
     Args:
         hidden (`torch.FloatTensor` of shape `(N, d)`, or `(..., d)`): Last hidden states, aligned with `labels`.
@@ -58,15 +60,15 @@ def linear_multi_hot_cross_entropy(
         labels (`torch.LongTensor` of shape `(N, s)`, or `(..., s)`): Target tokens; `ignore_index` marks ignored
             ones.
         bias (`torch.FloatTensor` of shape `(V,)`, *optional*): Bias of the head.
-        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset; `1/s` each by default.
-        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights.
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset in the target bag. Defaults to `1/s` each.
+        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor of the loss. Defaults to the sum of the weights of all
+            valid targets.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
         softcap (`float`, *optional*): Logits are `softcap · tanh(logits / softcap)`, after scaling.
         logit_scale (`float`, *optional*): Logits are multiplied by it.
 
     Returns:
-        `torch.FloatTensor`: The loss in nats, float32, 0-dim. It can be differentiated once, and backward can pass
-        through it once.
+        `torch.FloatTensor`: The loss in nats, float32, 0-dim. It has first derivatives only, and backward runs only once.
 
     Raises:
         TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
@@ -106,8 +108,8 @@ def linear_multi_hot_cross_entropy(
 def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, device_type: str) -> int:
     """Rows of logits per chunk, of `rows` in total.
 
-    As many as fit in `CHUNK_BYTES`, but no more than `2 d`, or `MIN_EFFICIENT_ROWS`. With `2 d` rows, a chunk of
-    bfloat16 logits has the size of the float32 gradient of the weight, which is in memory anyway.
+    It is the number that fits in `CHUNK_BYTES`, but at most the larger of `2 d` and `MIN_EFFICIENT_ROWS`. With `2 d` rows, a chunk
+    of bfloat16 logits is as large as the float32 gradient of the weight, which is in memory anyway.
     """
     fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
     return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
@@ -133,10 +135,9 @@ def _operator(
     matmul_dtype: torch.dtype,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, and the gradients of hidden, weight and bias where needed (empty tensors elsewhere).
+    """The loss, and the gradients of hidden, weight and bias. A gradient that is not needed is an empty tensor.
 
-    The gradients are of the loss itself, except in float16, where they are those of the loss times the divisor:
-    after division, most of them would underflow.
+    In float16 the gradients are those of the loss times the divisor, because most of them would underflow after the division.
     """
     vocabulary, hidden_size = weight.shape
     check_labels(labels, vocabulary, ignore_index)
@@ -162,6 +163,7 @@ def _operator(
                 torch.mm(part, matrix.t(), out=logits)
             else:
                 torch.addmm(bias.to(matmul_dtype), part, matrix.t(), out=logits)
+            # From here on, `logits` holds the gradient of the logits.
             losses[start : start + chunk] = kernel(
                 logits,
                 labels[start : start + chunk],
@@ -196,7 +198,7 @@ def _allocate_gradients(
 
 
 def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_first: bool) -> None:
-    """`total += gradient.T @ hidden` in float32, or `total = ` for the first, which saves a pass over `total`."""
+    """`total += gradient.T @ hidden` in float32; `total = gradient.T @ hidden` for the first chunk, so `total` needs no zeros."""
     left, beta = gradient.t(), 0 if is_first else 1
     if total.dtype == gradient.dtype:
         total.addmm_(left, hidden, beta=beta)
@@ -210,7 +212,7 @@ def _accumulate_product(total: Tensor, gradient: Tensor, hidden: Tensor, is_firs
 
 @lru_cache
 def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `addmm` can add products of `dtype` to a float32 matrix on this device: on CUDA, from torch 2.8 on."""
+    """Whether `addmm` can add a product of `dtype` matrices to a float32 matrix: on CUDA, from torch 2.8 on."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
@@ -221,12 +223,14 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
 
 @_operator.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    """The outputs of the operator without values, for `torch.compile`."""
     *_, matmul_dtype, needs_grad = options
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     return loss, *_allocate_gradients(hidden, weight, bias, matmul_dtype, needs_grad)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the gradients that the forward pass has computed."""
     hidden, weight, bias, _, _, divisor, *_, matmul_dtype, ctx.needs_grad = inputs
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     ctx.divided = matmul_dtype != torch.float16
@@ -236,8 +240,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    # Gradients of the dtype of their input are scaled in place, others in one pass with their cast.
-    if ctx.spent:
+    """The saved gradients times that of the loss, cast to the dtypes of the inputs."""
+    if ctx.spent:  # the saved gradients were scaled in place
         raise RuntimeError(
             "backward has passed through linear_multi_hot_cross_entropy already: compute the loss again instead of using retain_graph."
         )
@@ -253,7 +257,7 @@ def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor |
                 gradient, dtype = saved[i], ctx.dtypes[i]
                 scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
                 gradients[i] = torch.mul(gradient, scale, out=scaled)
-    return (*gradients, *[None] * 8)
+    return (*gradients, *[None] * 8)  # the other eight inputs have no gradient
 
 
 _operator.register_autograd(_backward, setup_context=_remember)

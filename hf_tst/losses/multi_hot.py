@@ -35,7 +35,7 @@ def multi_hot_cross_entropy(
         num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights,
             so that losses of several micro-batches add up to the loss of one large batch. With weights that
             sum to 1 it is the number of target bags (see [`count_target_bags`]).
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
 
     Returns:
         `torch.FloatTensor`: The loss in nats, float32, 0-dim.
@@ -66,7 +66,7 @@ def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_i
     Args:
         labels (`torch.LongTensor` of shape `(..., s)`): Target tokens.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): As in [`multi_hot_cross_entropy`].
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
 
     Returns:
         `torch.FloatTensor`: 0-dim float32.
@@ -83,7 +83,7 @@ def sum_bag_entropies(labels: Tensor, *, weights: Tensor | None = None, ignore_i
 
     Args:
         labels (`torch.LongTensor` of shape `(..., s)`), weights (`torch.FloatTensor` of shape `(s,)`, *optional*),
-            ignore_index (`int`, defaults to -100): As in [`multi_hot_cross_entropy`].
+            ignore_index (`int`, *optional*, defaults to -100): As in [`multi_hot_cross_entropy`].
 
     Returns:
         `torch.FloatTensor`: In nats, 0-dim float32.

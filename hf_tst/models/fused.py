@@ -44,7 +44,7 @@ def replaced_loss(
         model (`PreTrainedModel`): The Transformers model that has the head and the loss.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weights of the offsets: labels of three dimensions
             get the multi-hot loss, others the model's own. Without them, ordinary labels get the fused loss.
-        choice (`str`, defaults to `"auto"`): `"auto"` fuses if the head allows it, `"on"` raises an error if it
+        choice (`str`, *optional*, defaults to `"auto"`): `"auto"` fuses if the head allows it, `"on"` raises an error if it
             does not, `"off"` never fuses. The result and its reason are logged.
 
     Raises:
@@ -113,7 +113,7 @@ class TSTLoss:
         head (`LinearHead`, *optional*): The head to fuse the loss with.
         argument_names (`tuple[str, ...]`): Argument names of the called module, by position.
         takes_cache (`bool`): Whether the model has an argument `use_cache`.
-        fuses_evaluation (`bool`, defaults to `False`): Fuse the loss in evaluation, too.
+        fuses_evaluation (`bool`, *optional*, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
     own_loss: Callable[..., Tensor]

@@ -75,7 +75,7 @@ def inspect_head(model: Any) -> LinearHead:
     reasons = {
         "its head has forward hooks, which would miss the logits": has_hooks,
         "the weight of its head is parametrized": nn.utils.parametrize.is_parametrized(head),
-        "DeepSpeed ZeRO-3 partitions its weight, which has not been tried": hasattr(head.weight, "ds_id"),
+        "DeepSpeed ZeRO-3 partitions its weight, which has not been tested": hasattr(head.weight, "ds_id"),
         "its head is split by tensor parallelism": (getattr(model, "_tp_size", None) or 1) > 1,
     }
     _refuse(reasons)
@@ -173,7 +173,7 @@ def _run_to_loss(
 ) -> tuple[dict[str, Any], dict[str, Any], list[Any], Any]:
     """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
 
-    Only the model itself changes its mode: its modules, and so their dropout, keep theirs.
+    Only the mode of the model itself changes. Its modules, and so their dropout, keep their mode.
 
     Returns:
         The arguments of the loss function, empty if it was not called; the arguments of forward besides ids; the first

@@ -32,8 +32,8 @@ class ModelShape:
             size of a query and of a value.
         last_layer_score_width (`int`): That of the last layer.
         intermediate_size (`int`): Width of an MLP, or of one expert.
-        experts_per_token (`int`, defaults to 0): Experts that a position is sent to; 0 in a dense model.
-        norms_per_head (`bool`, defaults to `False`): Norms on queries and keys (Qwen3).
+        experts_per_token (`int`, *optional*, defaults to 0): Experts that a position is sent to; 0 in a dense model.
+        norms_per_head (`bool`, *optional*, defaults to `False`): Norms on queries and keys (Qwen3).
     """
 
     parameters: int
@@ -143,7 +143,7 @@ class ModelShape:
 
         Args:
             num_heads (`int`): Heads with the model's own, n; 1 changes nothing.
-            kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`, as in [`MTPHeads`].
+            kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`, as in [`MTPHeads`].
         """
         extra = num_heads - 1
         joined = 2 * self.hidden_size * (self.hidden_size + 1) if kind == "sequential" else 0

@@ -52,14 +52,14 @@ def token_superposition(
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
         bag_size (`int`): Tokens per bag, s.
-        offset_weighting (`str`, defaults to `"uniform"`): Weights of a target bag, see [`offset_weights`].
-        input_weighting (`str`, defaults to `"uniform"`): Weights of the averaged embeddings, see [`input_weights`].
-        mode (`str`, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
+        offset_weighting (`str`, *optional*, defaults to `"uniform"`): Weights of a target bag, see [`offset_weights`].
+        input_weighting (`str`, *optional*, defaults to `"uniform"`): Weights of the averaged embeddings, see [`input_weights`].
+        mode (`str`, *optional*, defaults to `"full"`): `"input"` averages the input and predicts the first token of the next
             bag; `"output"` reads single tokens and predicts the next s.
-        fused_loss (`str`, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
+        fused_loss (`str`, *optional*, defaults to `"auto"`): Fuse the loss with the head, so that in training mode the logits of
             a batch are never computed: then `outputs.logits` of a forward pass with bags of labels is empty.
             `"auto"` fuses if the model allows it, `"on"` raises an error if it does not, `"off"` never fuses.
-        document_boundaries (`str`, defaults to `"ignore"`): `"respect"` takes bags that end where documents end, with
+        document_boundaries (`str`, *optional*, defaults to `"ignore"`): `"respect"` takes bags that end where documents end, with
             -100 in their empty places, as `DataCollatorForTokenSuperposition` makes them; a bag is then averaged over
             the tokens that it holds.
 
@@ -108,7 +108,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 
     Args:
         model: As for [`token_superposition`].
-        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
 
     Yields:
         The same `model`.
@@ -137,7 +137,7 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 
     Args:
         model: As for [`token_superposition`].
-        fused_loss (`str`, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
 
     Yields:
         The same `model`.

@@ -5,14 +5,14 @@ Shapes: B rows, l positions, d hidden size, n heads with the model's own.
 Extra head k = 1 … n-1 predicts token t+1+k at position t, by a decoder layer of the model's own class, followed by the
 model's own final norm and head. What is between last layer and head is found by probing, as in `head.py`.
 
-- `"parallel"` (arXiv 2404.19737): the trunk is all layers but the last, which is the head of the next token; the extra
-  heads are layers beside it. The paper takes n - 1 layers off the trunk, for equal parameters; here the model keeps its own.
+- `"parallel"` (arXiv 2404.19737): the trunk is all layers except the last, which is the head of the next token; the extra
+  heads are layers beside it. The paper removes n - 1 layers from the trunk, for equal parameters; here the model keeps them.
 - `"sequential"` (arXiv 2412.19437, section 2.2): head k reads the head before it, the first one the model's last layer,
   and the embedding of token t+k: both normalized, concatenated, projected to d, then a decoder layer.
 
-Memory: the paper processes one head at a time to hold the logits of one head only. Here no logits are held: the
-hidden states of all extra heads go through one fused loss, which holds a chunk of logits and one gradient of the model's head,
-whatever n is. Memory grows by one layer's activations per head.
+Memory: the paper processes one head at a time, so that only the logits of one head are in memory. Here the hidden states of all
+extra heads go through one fused loss, with one chunk of logits and one gradient of the model's head for any n. Memory grows
+by one layer's activations per head.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class MTPHeads(nn.Module):
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped. It is not changed.
         num_heads (`int`): Heads with the model's own, n, at least 2.
-        kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
+        kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
         seed (`int`, *optional*): Seed of the initial weights; by default they use the global generator.
 
     Raises:
@@ -77,7 +77,7 @@ class MTPHeads(nn.Module):
         super().__init__()
         check_mtp(num_heads, kind)
         if num_heads < 2:
-            raise TSTError("With num_heads=1 a model has no extra heads: ask for at least 2.")
+            raise TSTError("With num_heads=1 a model has no extra heads: set it to at least 2.")
         self.kind = kind
         self.share = 1.0  # of a loss that is noted
         self._noted_loss: Tensor | None = None
@@ -99,7 +99,7 @@ class MTPHeads(nn.Module):
         return len(self.heads) + 1
 
     def take_loss(self) -> Tensor | None:
-        """What the heads have added to the loss since the last call; `None` if nothing.
+        """The part of the loss since the last call that comes from the heads; `None` if they did not train.
 
         Returns:
             `torch.FloatTensor`: In nats, float32, 0-dim, detached, with `loss_weight` in it, on the model's device.
@@ -113,7 +113,7 @@ class MTPHeads(nn.Module):
         self._noted_loss = loss if self._noted_loss is None else self._noted_loss + loss
 
     def find_end(self, model: Any) -> None:
-        """Find the model's end. The layers of a sharded model cannot be probed: for it the end found before is kept.
+        """Find the model's end. A sharded model cannot be probed, so it keeps the end found before.
 
         Raises:
             TSTError: If the model is not supported, or is sharded and these heads are not.
@@ -164,7 +164,7 @@ class MTPHeads(nn.Module):
     def _try_heads(self, model: Any, call: LayerCall) -> None:
         """Raise `TSTError` unless the heads can be called as the last layer is called."""
         embedded = [torch.zeros_like(call.returned)] * len(self.heads)
-        with trying(model, "a layer of it cannot be called apart"), trial_pass(call.returned.device):
+        with trying(model, "one of its layers cannot be called alone"), trial_pass(call.returned.device):
             shapes = {getattr(hidden, "shape", None) for hidden in self(call, embedded)}
         if shapes != {call.returned.shape}:
             raise unservable(model, "one of its layers does not return hidden states when called alone")

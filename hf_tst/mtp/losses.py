@@ -1,4 +1,4 @@
-"""From a model's last layer to its loss: how the layer is called, what follows it, and the losses of extra heads beside it.
+"""From a model's last layer to its loss: how the layer is called, what follows it, and the losses of extra heads.
 
 Shapes: B rows, l positions, d hidden size, V vocabulary.
 
@@ -28,7 +28,7 @@ from ..models.sharding import is_sharded, own_class
 
 _IGNORED = -100
 _POSITIONS = 3
-# The heads of arXiv 2404.19737 weigh what the next token weighs; DeepSeek-V3's weight for most of its training.
+# In arXiv 2404.19737 each head weighs as much as the next token; 0.3 is DeepSeek-V3's weight for most of its training.
 LOSS_WEIGHTS = {"parallel": 1.0, "sequential": 0.3}
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
@@ -42,7 +42,7 @@ def unservable(model: Any, reason: str) -> TSTError:
 
 @contextmanager
 def trying(model: Any, failure: str) -> Iterator[None]:
-    """Context that runs code of a model's family: any error in it is one of [`unservable`], with `failure` as its reason."""
+    """Context that runs code of a model: any error becomes an [`unservable`] error with `failure` as its reason."""
     try:
         yield
     except Exception as error:
@@ -66,7 +66,7 @@ class LayerCall:
 
     @classmethod
     def noted(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
-        """The call of `layer` that a forward hook reports."""
+        """The call of `layer`, from the arguments of a forward hook."""
         bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
         for name in _CACHES:
             if name in bound.arguments:
@@ -181,8 +181,8 @@ def extra_losses(
     """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before.
 
     Args:
-        model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As there; or what returns the
-            weight of the forward pass that begins.
+        model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As for [`multi_token_prediction`];
+            `loss_weight` may also be a function that returns the weight for the coming forward pass.
     """
     losses = _ExtraLosses(model, heads, loss_weight)
     with (

@@ -31,10 +31,10 @@ class Layout:
         replicas (`int`): Copies, r.
         rows (`int`): Rows of a micro-batch on a GPU, B.
         length (`int`): Latent positions per row, l.
-        micro_batches (`int`, defaults to 1): Micro-batches per step (gradient accumulation).
-        activation_checkpointing (`bool`, defaults to `False`): Recompute layers in the backward pass.
-        sync_each_batch (`bool`, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so only
-            if `accelerator_config` asks for it; otherwise it keeps unreduced gradients until the last micro-batch.
+        micro_batches (`int`, *optional*, defaults to 1): Micro-batches per step (gradient accumulation).
+        activation_checkpointing (`bool`, *optional*, defaults to `False`): Recompute layers in the backward pass.
+        sync_each_batch (`bool`, *optional*, defaults to `False`): Scatter the gradients of every micro-batch. Trainer does so
+            only if `accelerator_config` asks for it; otherwise it keeps unreduced gradients until the last micro-batch.
     """
 
     shard_size: int
@@ -70,9 +70,9 @@ class Precision:
     """Bytes per number.
 
     Args:
-        weights (`int`, defaults to 4): Of a stored weight, its gradient and its optimizer states.
-        compute (`int`, defaults to 2): Of the numbers that the model computes with; 2 for bfloat16.
-        optimizer_states (`int`, defaults to 2): Numbers that the optimizer stores per trained weight; 2 with Adam.
+        weights (`int`, *optional*, defaults to 4): Of a stored weight, its gradient and its optimizer states.
+        compute (`int`, *optional*, defaults to 2): Of the numbers that the model computes with; 2 for bfloat16.
+        optimizer_states (`int`, *optional*, defaults to 2): Numbers that the optimizer stores per trained weight; 2 with Adam.
     """
 
     weights: int = 4
@@ -96,16 +96,16 @@ def memory_per_gpu(
     Args:
         shape (`ModelShape`): The model.
         layout (`Layout`): How the step is cut.
-        bag_size (`int`, defaults to 1): Tokens per bag, s.
-        fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
+        bag_size (`int`, *optional*, defaults to 1): Tokens per bag, s.
+        fused_loss (`bool`, *optional*, defaults to `True`): Whether the loss is fused with the head.
         precision (`Precision`): Bytes per number.
 
     Returns:
-        By name: `state`, the sharded weights, gradients and optimizer states; `gathered`, two layers and the head as
-        they are computed with, and the gradient of a layer, or without shards a copy of all weights; `unreduced`,
-        whole gradients between micro-batches; `activations`, what the backward pass needs; `loss`, logits, or a
-        chunk of them and the gradient of the head; `embedding`, the vectors of s tokens per position before they are
-        averaged, gone before the first layer. `peak`: all of them, of activations with loss and embedding the larger.
+        By name: `state`, the sharded weights, gradients and optimizer states; `gathered`, two layers and the head in the precision
+        of computing, and the gradient of a layer, or without shards a copy of all weights; `unreduced`, whole gradients
+        between micro-batches; `activations` that the backward pass needs; `loss`, logits, or a chunk of them and the gradient
+        of the head; `embedding`, the embeddings of s tokens per position before they are averaged, freed before the first
+        layer; `peak`, the sum, with the larger of (activations and loss) and embedding.
     """
     positions, trained, byte = layout.rows * layout.length, shape.trainable_parameters, precision.compute
     held = precision.weights * (shape.parameters + trained * (1 + precision.optimizer_states))
@@ -147,8 +147,8 @@ def communication_per_step(
     """Bytes that one GPU receives in an optimizer step, the same in both phases.
 
     Every micro-batch gathers the weights for the forward pass and again for the backward pass (the head stays). The
-    gradients are scattered once per step, or every micro-batch with `sync_each_batch`. Copies of the model add up their
-    shards of the gradients. All in the precision that is computed in.
+    gradients are scattered once per step, or in every micro-batch with `sync_each_batch`. Copies of the model sum their shards of
+    the gradients. All numbers are in the precision of computing.
 
     Args:
         shape (`ModelShape`): The model.
@@ -171,7 +171,7 @@ def communication_per_step(
 
 
 def checkpoint_bytes(shape: ModelShape, precision: Precision = MIXED_PRECISION) -> dict[str, int]:
-    """Size of the model as it is pushed, and of a checkpoint to resume from. An adapter is saved without its base."""
+    """Sizes of the saved model and of a checkpoint to resume from. An adapter is saved without its base model."""
     model = shape.trainable_parameters * precision.weights
     return {"model": model, "checkpoint": model * (1 + precision.optimizer_states)}
 
@@ -229,8 +229,8 @@ class Alternative:
 class RunPlan:
     """The plan of a run, with the names that `hf-tst plan --json` prints; made by [`plan_run`].
 
-    `raw_tokens`, `latent_tokens`, `flops` (over all GPUs) and `gpu_hours` are those of the whole run. `mtp_parameters` are
-    of extra heads, which are there while the run trains. `memory_bytes` is what [`memory_per_gpu`] returns.
+    `raw_tokens`, `latent_tokens`, `flops` (over all GPUs) and `gpu_hours` are those of the whole run. `mtp_parameters` are those
+    of the extra heads during training. `memory_bytes` is what [`memory_per_gpu`] returns.
     """
 
     max_steps: int
@@ -286,11 +286,11 @@ def plan_run(
         schedule (`PhaseSchedule`): The phases.
         layout (`Layout`): How a step is cut, and for how many GPUs.
         accelerator (`Accelerator`): The kind of GPU.
-        mfu (`float`, defaults to 0.4): Share of the peak that training reaches, in (0, 1].
+        mfu (`float`, *optional*, defaults to 0.4): Share of the peak that training reaches, in (0, 1].
         precision (`Precision`): Bytes per number.
-        fused_loss (`bool`, defaults to `True`): Whether the loss is fused with the head.
-        mtp_num_heads (`int`, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in the
-            recovery phase, see [`MTPHeads`].
+        fused_loss (`bool`, *optional*, defaults to `True`): Whether the loss is fused with the head.
+        mtp_num_heads (`int`, *optional*, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in
+            the recovery phase, see [`MTPHeads`].
     """
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens
     training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
@@ -350,7 +350,7 @@ def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -
         published = None
 
     def row(name: str, steps: int, loss: float | None, known: str = "loss", **own: int) -> Alternative:
-        """A baseline of so many steps, unless `own` says what the run reads and computes."""
+        """A row for a baseline of `steps` steps, or for the run itself with its tokens and FLOPs in `own`."""
         figures = {"raw_tokens": steps * tokens, "flops": steps * step_flops} | own
         hours = accelerator.gpu_hours(figures["flops"], plan.mfu)
         source = f"{known}: published, {SOURCE}" if loss else "computed"
@@ -367,7 +367,7 @@ def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -
     if published is None:
         notes = ["The paper has no run of this model, length, batch, s and r: no loss is predicted."]
         return replace(plan, comparison=comparison, notes=notes)
-    notes = [f"Losses are those of the paper's {published.name} ({SOURCE}), no forecast of your run."]
+    notes = [f"Losses are those of the paper's {published.name} ({SOURCE}), not a forecast of your run."]
     if published.equal_loss_steps:
         comparison[-1] = row(
             "baseline, equal loss", published.equal_loss_steps, published.equal_loss, "steps and loss"

@@ -68,9 +68,9 @@ def step_flops(
         model (`PretrainedConfig` or `PreTrainedModel`): A causal language model, or its configuration.
         rows (`int`): Rows per step, over all devices and micro-batches.
         length (`int`): Latent positions per row, l, the same in both phases.
-        phase (`str`, defaults to `"recovery"`): `"superposition"` or `"recovery"`, which ordinary training is, too.
-        mtp_num_heads (`int`, defaults to 1): Heads with the model's own, n.
-        mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
+        phase (`str`, *optional*, defaults to `"recovery"`): `"superposition"` or `"recovery"`, which ordinary training is, too.
+        mtp_num_heads (`int`, *optional*, defaults to 1): Heads with the model's own, n.
+        mtp_kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
 
     Raises:
         ValueError: If `mtp_num_heads` or `mtp_kind` is out of range.

@@ -28,7 +28,7 @@ SOURCES = {
     "sweep": ("experiments/options.py", "experiments/compare.py", *TRAINING),
     "card": ("cli/card.py",),
 }
-# Those of them that train.
+# The commands that train.
 RUNS = ("train", "compare", "sweep")
 
 
@@ -36,7 +36,7 @@ def announce(command: str, argv: Sequence[str]) -> None:
     """Check the flags of `command`, and print what it will train, if it does.
 
     Raises:
-        TSTError: As [`look`]; and for `train`, if the output folder holds a run that the line does not speak of.
+        TSTError: As [`look`]; and for `train`, if the output folder has a run and no flag resumes or overwrites it.
     """
     values = look(command, argv)
     if values is None or command not in RUNS:
@@ -50,11 +50,11 @@ def announce(command: str, argv: Sequence[str]) -> None:
 
 
 def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
-    """Check the flags of a command, and return the values that its line and its file of arguments give, as far as they can be
-    told; `None` if only help is asked for.
+    """Check the flags of a command. Return the values from its command line and configuration file, as far as they are known
+    here; `None` if it only asks for help.
 
     Raises:
-        TSTError: For a flag that does not exist, with the nearest that does, and for a file that cannot be read.
+        TSTError: For an unknown flag (the message names the closest known one), and for a file that cannot be read.
     """
     if command not in SOURCES or any(word in ("-h", "--help", "--help_all", "--help-all") for word in argv):
         return None
@@ -62,7 +62,7 @@ def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     given = (read_config(file) if file else {}) | flag_values(words)
     defaults = declared_arguments(SOURCES[command])
     known = {*defaults, *(f"no_{name}" for name in defaults), "debug", "dry_run"}
-    # `argparse` takes the beginning of a flag for the flag.
+    # `argparse` accepts abbreviated flags.
     check_names(
         (name for name in given if not any(flag.startswith(name) for flag in known)),
         known,
@@ -88,7 +88,7 @@ def flag_values(words: Sequence[str]) -> dict[str, Any]:
 
 
 def declared_arguments(sources: Iterable[str]) -> dict[str, Any]:
-    """The fields of the classes `...Arguments` in source files, with those defaults that are constants."""
+    """The fields of the classes `...Arguments` in source files, with their defaults if these are constants."""
     fields: dict[str, Any] = {}
     for source in sources:
         path = PACKAGE / source
@@ -107,7 +107,7 @@ def declared_arguments(sources: Iterable[str]) -> dict[str, Any]:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """What will be trained, on what, how long, and where it goes, in two lines."""
+    """Model, data, number of steps and output folder of the run, in two lines."""
     trained = values.get("model_name_or_path")
     model = (
         f"{trained}, continued"

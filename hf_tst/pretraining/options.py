@@ -159,13 +159,13 @@ class DataArguments:
 
     @property
     def is_quick_start(self) -> bool:
-        """Whether no data is named, so that Python's standard library is trained on."""
+        """Whether no data is named: then the run trains on Python's standard library."""
         return not self.dataset_name and not self.train_file
 
 
 @dataclass
 class RunArguments:
-    """What is done besides training."""
+    """Other options of a run."""
 
     overwrite_output_dir: bool = HfArg(
         default=False,
@@ -196,10 +196,10 @@ def parse_values(
     prog: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Namespace:
-    """The values of all arguments, not checked together yet.
+    """The values of all arguments. Their combination is not checked yet.
 
     Args:
-        argv: A recipe, if the first word is no flag, and flags.
+        argv: An optional recipe, and flags.
         dataclass_types: The dataclasses of arguments.
         description, prog: For `--help`.
         defaults (`dict`, *optional*): Defaults that override those of the dataclasses and the quick start.
@@ -225,7 +225,7 @@ def parse_values(
                 raise TSTError(f"{name} in the configuration file takes one value, but is the list {value}.")
         of_file = [word for name, value in values.items() for word in _as_flag(actions[name], value)]
     names_data = any(values.get(name) or name in flag_names(argv) for name in ("dataset_name", "train_file"))
-    # What a flag cannot say, such as an empty value, is a default.
+    # A value that no flag can express, such as an empty one, becomes a default.
     parser.set_defaults(**({} if names_data else quick_start()) | dict(defaults or {}) | values)
     namespace = parser.parse_flags([*of_file, *argv])
     if namespace.model_name_or_path and not names_data:
@@ -234,7 +234,7 @@ def parse_values(
 
 
 def given_values(namespace: Namespace, dataclass_types: list[type]) -> dict[str, Any]:
-    """The values in `namespace` that a configuration file must hold to give it again: those that are not the default."""
+    """The values in `namespace` that are not the default. A configuration file with them gives the same namespace."""
     values = {}
     for name, default in vars(ArgumentParser(dataclass_types).parse_flags([])).items():
         value = getattr(namespace, name)
@@ -244,10 +244,10 @@ def given_values(namespace: Namespace, dataclass_types: list[type]) -> dict[str,
 
 
 def pick(values: Mapping[str, Any], dataclass_type: Any) -> Any:
-    """The dataclass of arguments made of those of `values` that are its own.
+    """An instance of a dataclass of arguments, made from those of `values` that are its fields.
 
     Raises:
-        TSTError: If they cannot be used.
+        TSTError: If the values are not valid.
     """
     names = {entry.name for entry in fields(dataclass_type) if entry.init}
     own = {name: value for name, value in values.items() if name in names}
@@ -261,10 +261,10 @@ def pick(values: Mapping[str, Any], dataclass_type: Any) -> Any:
 
 
 def parse_mapping(name: str, text: str | None) -> dict[str, Any]:
-    """The names and values that the option `name` holds as JSON; none if it is not given.
+    """The JSON mapping of the option `name`; empty if it is not given.
 
     Raises:
-        TSTError: If it holds something else.
+        TSTError: If it is not a mapping.
     """
     with bad_input(f"{name} is not JSON: "):
         found = json.loads(text or "{}")
@@ -310,7 +310,7 @@ def choose_block_size(args: DataArguments, config: Any) -> int:
 
 
 def _as_flag(action: Any, value: Any) -> list[str]:
-    """The words on a command line that say what a file says of an argument; empty where no flag can say it."""
+    """The words on a command line for an argument of a configuration file; empty if no flag can express it."""
     if value is None and action.default not in (None, "none"):
         raise TSTError(
             f"{action.dest} in the configuration file has no value: give one, or leave the line out."

@@ -44,7 +44,7 @@ def check_free(output_dir: str, command: str) -> None:
 
 @contextmanager
 def nothing_left(output_dir: str) -> Iterator[None]:
-    """Context that removes the folders which it made, if it fails before anything is in them."""
+    """Context that makes folders, and removes them if it fails while they are empty."""
     folder = Path(output_dir)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -1,4 +1,4 @@
-"""The parser of flags: errors in one sentence, and help in sections; `--help_all` shows the last one."""
+"""The parser of flags: errors in one sentence, and help in sections. The last section needs `--help_all`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from ..errors import TSTError, check_names
 
-# Of Trainer's own arguments, those that `--help` shows; `--help_all` shows the others, too.
+# Trainer's own arguments that `--help` shows. `--help_all` shows all.
 TRAINER_ARGUMENTS = (
     "output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
@@ -31,7 +31,7 @@ LONGEST_DEFAULT = 40
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, and shows defaults; a flag has one spelling."""
+    """Keeps the lines of a description, shows defaults, and shows one spelling per flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -63,7 +63,7 @@ def _kind(action: Action) -> str:
 
 
 class ArgumentParser(HfArgumentParser):
-    """A parser that raises `TSTError` with one sentence where `argparse` prints its usage and exits.
+    """A parser that raises `TSTError` with one sentence, where `argparse` would print its usage and exit.
 
     Args:
         kinds: Dataclasses of arguments; each is a section of the help, named by the first line of its docstring.
@@ -118,7 +118,7 @@ class ArgumentParser(HfArgumentParser):
         raise TSTError(f"{message[:1].upper()}{message[1:]}.")
 
     def parse_flags(self, argv: Sequence[str]) -> Namespace:
-        """The values of all arguments; `TSTError` for a flag that does not exist, with the nearest that does."""
+        """The values of all arguments. An unknown flag raises a `TSTError` that names the closest known one."""
         namespace, rest = self.parse_known_args(argv)
         check_names(flag_names(rest), vars(namespace), "There is no flag")
         if rest:
@@ -128,7 +128,7 @@ class ArgumentParser(HfArgumentParser):
         return namespace
 
     def _right_spelling(self, argv: Sequence[str], stray: str) -> str:
-        """How to write what a stray word was meant to say: the second value of a flag that takes a list goes behind a comma."""
+        """The right spelling for a stray word: values of a flag that takes a list are separated by commas."""
         end = list(argv).index(stray)
         begin = max((place for place in range(end) if argv[place].startswith("--")), default=end)
         flag = next((a for a in self._actions if argv[begin].split("=")[0] in a.option_strings), None)

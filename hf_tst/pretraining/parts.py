@@ -77,7 +77,7 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
 
 
 def _hub_options(args: ModelArguments) -> dict[str, Any]:
-    """From where, and how, anything of a named model is loaded."""
+    """Options of all `from_pretrained` calls for a named model."""
     return {
         "cache_dir": args.cache_dir,
         "revision": args.model_revision,
@@ -86,7 +86,7 @@ def _hub_options(args: ModelArguments) -> dict[str, Any]:
 
 
 def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Sequence[Any]) -> Any:
-    """The tokenizer that the arguments name; the quick start's is made from its own text. `None` if token files need none.
+    """The tokenizer that the arguments name. The quick start trains its own. `None` if there is none and token ids need none.
 
     Raises:
         TSTError: If it cannot be loaded, or none is named.
@@ -107,10 +107,10 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Se
 
 
 def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
-    """The configuration of the model to train, a trained one's or a new one's.
+    """The configuration of the model to train, a trained or a new one.
 
     Args:
-        args (`ModelArguments`): Which model.
+        args (`ModelArguments`): The model.
         vocab_size (`int`, *optional*): Vocabulary of a new model, unless `config_overrides` names one.
 
     Raises:
@@ -131,12 +131,12 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     if vocab_size is not None:
         config.vocab_size = vocab_size
     changes = _parse_overrides(config, args.config_overrides or "")
-    errors = (StrictDataclassError, TypeError, AttributeError)  # the last of what follows from other fields
+    errors = (StrictDataclassError, TypeError, AttributeError)  # the last field that is derived from others
     with bad_input(f"config_overrides make no {config.model_type}: ", errors):
         if args.config_name:
             config.update(changes)
             return config
-        # A new object, so that fields which follow from others (the head size of Llama) follow from the changed ones.
+        # A new object, so that derived fields (the head size of Llama) are computed from the changed ones.
         return type(config)(**{"vocab_size": config.vocab_size} | changes)
 
 
@@ -155,7 +155,7 @@ def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:
 
 
 def _read_value(name: str, text: str, default: Any) -> Any:
-    """The value that `text` says, of the type of the field's default; a whole number also says a float."""
+    """The value of `text`, in the type of the field's default. A whole number is also a valid float."""
     try:
         value = json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
@@ -168,7 +168,7 @@ def _read_value(name: str, text: str, default: Any) -> Any:
 
 
 def load_model(args: ModelArguments, tokenizer: Any) -> Any:
-    """The trained model to continue, whole or with an adapter; or a new one, whose vocabulary fits the tokenizer, if any."""
+    """A trained model, whole or with a new adapter; or a new model, whose vocabulary must cover the tokenizer's."""
     if args.model_name_or_path:
         with explained_loading(args.model_name_or_path):
             model = AutoModelForCausalLM.from_pretrained(
@@ -190,8 +190,7 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
             )
         for name in ("bos", "eos", "pad"):
             setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    # The same dtype for all weights, whatever the configuration says: FSDP cannot shard what some models make in float32
-    # with the rest.
+    # The same dtype for all weights: some models make a part in float32, which FSDP cannot shard with the rest.
     dtype = args.torch_dtype() or torch.float32
     with explained_loading(f"a model of type {config.model_type}"):
         model = AutoModelForCausalLM.from_config(
@@ -209,7 +208,7 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
 
 
 def explained_loading(name: str) -> AbstractContextManager[None]:
-    """Context that turns the errors of loading `name` from a folder or the Hub, or of making it, into one sentence."""
+    """Context that turns an error while `name` is made, or loaded from a folder or the Hub, into one sentence."""
     errors = (OSError, ImportError, StrictDataclassError, ValueError)
     return bad_input(f"Cannot load {name}: ", errors, whole_message)
 
@@ -219,8 +218,8 @@ def prepare_blocks(
 ) -> Any:
     """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
 
-    `max_train_samples` takes the first blocks, and `max_eval_samples` blocks at equal distances: neighbors come from the
-    same few documents, which do not represent the rest.
+    `max_train_samples` takes the first blocks. `max_eval_samples` takes blocks at equal distances, because neighbors come from a
+    few documents, which do not represent the rest.
     """
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
@@ -268,8 +267,8 @@ def load_parts(
     """Load or make the model of a run, its tokenizer and its packed data.
 
     Args:
-        model_args, data_args, args: What to load.
-        load (defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
+        model_args, data_args, args: The arguments of the run.
+        load (*optional*, defaults to [`load_model`]): Makes the model, given `model_args` and the tokenizer.
 
     Returns:
         What [`TSTTrainer`] takes, by name: `model`, `train_dataset`, `eval_dataset` (`None` without evaluation data) and
@@ -285,7 +284,7 @@ def load_parts(
         documents = [text for text in (train_documents, eval_documents) if text is not None]
         tokenizer = load_tokenizer(model_args, data_args, documents)
         model = load(model_args, tokenizer)
-        if model.device.type != "meta":  # a model without numbers, of a dry run, cannot be tried
+        if model.device.type != "meta":  # the model of a dry run has no weights to check with
             check_model(args, model)
         check_optimizer(args, model)
         if tokenizer is not None:

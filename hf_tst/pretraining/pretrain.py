@@ -44,7 +44,7 @@ class ReplaceRunCallback(TrainerCallback):
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
-    """Print the table of phases, the final evaluation loss, and where model, curve and card are."""
+    """Print the table of phases, the final evaluation loss, and the paths of model, curve and card."""
     output = Path(trainer.args.output_dir)
     switch = trainer.schedule.switch_step if trainer.schedule else 0
     print("\n" + format_columns(phase_rows(trainer.state.log_history)))
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     """Train as `argv` says, by default the process's arguments: data, model, both phases, evaluation, card, push.
 
     Raises:
-        TSTError: For bad input, before the first step; [`HubError`] if the Hub fails at the end, when all is saved.
+        TSTError: For bad input, before the first step. [`HubError`] if the Hub fails at the end, when everything is saved.
         RunError: If the run is stopped: by SIGTERM, by a non-finite loss, or by a full disk.
     """
     words = sys.argv[1:] if argv is None else argv
@@ -154,7 +154,7 @@ def print_sample(trainer: TSTTrainer) -> None:
     prompt = (
         torch.as_tensor(block[: len(block) // 4]).reshape(1, -1)[:, :SAMPLE_TOKENS].to(trainer.args.device)
     )
-    # All is saved: a model that cannot generate is no failure of the run.
+    # Everything is saved, so a model that cannot generate must not fail the run.
     with suppress(Exception):
         trainer.model.eval()
         torch.manual_seed(trainer.args.seed)

@@ -1,4 +1,4 @@
-"""Files of arguments: recipes that the package holds, and those of users. Imports nothing slow."""
+"""Configuration files: the recipes of the package, and those of users. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
     """The file of arguments named by the first word of a command line, if that is not a flag, and the other words.
 
     Raises:
-        TSTError: If the word is neither a path that ends as such files do, nor the name of a recipe.
+        TSTError: If the word is neither a path with the ending of such files nor the name of a recipe.
     """
     if not argv or argv[0].startswith("-"):
         return None, argv
@@ -39,7 +39,7 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 class _NumberLoader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as JSON and YAML 1.2 do. To PyYAML it is text, which a flag understands, but no mapping does."""
+    """Reads 1e-5 as a number, as in JSON and YAML 1.2. PyYAML reads it as text, which works for flags, but not inside mappings."""
 
 
 _NumberLoader.add_implicit_resolver(
@@ -48,7 +48,7 @@ _NumberLoader.add_implicit_resolver(
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as a flag would hold it."""
+    """Names and values of a YAML or JSON file. A mapping inside becomes JSON, as in a flag."""
     if not Path(path).is_file():
         raise TSTError(f"There is no configuration file {path}.")
     errors = (yaml.YAMLError, UnicodeDecodeError)

@@ -36,7 +36,7 @@ def explained_hub_errors(doing: str, kept: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reasons = {
             401: "the token is wrong or missing (401): log in with `hf auth login`, or set HF_TOKEN",
-            403: "the token may not write there (403): name a repository of yours with hub_model_id, or use a token with write access",
+            403: "the token may not write there (403): set hub_model_id to one of your repositories, or use a token with write access",
             404: "there is no such repository or branch (404): check hub_model_id and hub_revision",
         }
         answer = str(error).splitlines()[0] if str(error) else type(error).__name__

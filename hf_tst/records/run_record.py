@@ -83,17 +83,17 @@ class RunRecord:
         log_history: The entries of `trainer_state.json`.
         max_steps (`int`): Optimizer steps of the run, N.
         switch_step (`int`): First step of recovery; 0 without superposition.
-        arguments (`dict`): The training arguments, or those that a card shows.
+        arguments (`dict`): The training arguments, at least those that a card shows.
         rows_per_step (`int`): Rows per optimizer step, over all devices.
         total_flos (`float`): FLOPs of the run, see [`step_flops`].
         parameters (`int`): Parameters of the model.
         hardware (`str`): Devices of the run.
-        evaluation (`dict`): Final evaluation, as `Trainer.evaluate` gives it.
+        evaluation (`dict`): Result of the final `Trainer.evaluate`.
         software (`str`): Versions of the run.
         base_model (`str`, *optional*): Hub id of the model that training started from.
-        library_name (`str`, defaults to `"transformers"`): `"peft"` for an adapter.
+        library_name (`str`, *optional*, defaults to `"transformers"`): `"peft"` for an adapter.
         global_step (`int`, *optional*): Optimizer steps done; all of them by default.
-        peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s, that utilization is a share of.
+        peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s, which utilization is relative to.
     """
 
     log_history: Sequence[Mapping[str, Any]]

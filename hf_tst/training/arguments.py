@@ -1,4 +1,4 @@
-"""TSTArguments, the fields of token superposition, and TSTTrainingArguments, the ordinary TrainingArguments with them."""
+"""TSTArguments: the fields of token superposition. TSTTrainingArguments: TrainingArguments with these fields."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tst_mode": MODES, "tst_superposition_rows": SUPERPOSITION_ROWS, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
     "tst_nonfinite_loss": get_args(NonFiniteLoss), "tst_spikes": get_args(Spikes),
 }  # fmt: skip
-# Of Trainer's own arguments, those that would fail long after the start, or train nonsense, by the lowest value they take.
+# The lowest values of some of Trainer's own arguments. Lower ones would fail long after the start, or train nonsense.
 LOWEST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     0: ("dataloader_num_workers", "learning_rate", "weight_decay", "adam_epsilon"),
@@ -47,67 +47,68 @@ _Base: Any = TrainingArguments if TYPE_CHECKING else object
 
 @dataclass
 class TSTArguments(_Base):
-    """What token superposition and multi-token prediction add to arguments of training.
+    """The training arguments of token superposition and multi-token prediction.
 
-    Any dataclass derived from [`~transformers.TrainingArguments`] that inherits it serves [`TSTTrainer`], best with this class
-    first: `class Mine(TSTArguments, OtherArguments)`. Then its checks run when the arguments are made, and else when the trainer is.
+    [`TSTTrainer`] accepts any dataclass that inherits this class and [`~transformers.TrainingArguments`]. Put this class first,
+    as in `class Mine(TSTArguments, OtherArguments)`: then the values are checked when the arguments are made, and not only when
+    the trainer is made.
 
-    With `tst_phase_ratio=0` or `tst_bag_size=1` training gives the weights of the plain `Trainer`, bit for bit, unless
-    `tst_fused_loss="on"` or `mtp_num_heads` ask for another loss; a loss that is not finite still ends it (`tst_nonfinite_loss`).
+    With `tst_phase_ratio=0` or `tst_bag_size=1`, training gives the weights of the plain `Trainer`, bit for bit, unless
+    `tst_fused_loss="on"` or `mtp_num_heads` select another loss. A non-finite loss still stops the run (`tst_nonfinite_loss`).
 
     Args:
-        tst_phase_ratio (`float`, defaults to 0.3): Fraction r of the optimizer steps that trains on bags,
-            in [0, 1]. The first `round(r · steps)` steps are superposition, the others next-token training.
-        tst_bag_size (`int`, defaults to 6): Tokens per bag, s, at least 1. A superposition step reads s times the
-            tokens of an ordinary step at the same compute.
-        tst_offset_weighting (`str`, defaults to `"uniform"`): Weight of a token in the target bag by its offset
+        tst_phase_ratio (`float`, *optional*, defaults to 0.3): Phase ratio r, in [0, 1]: the fraction of the optimizer steps
+            that train on bags. The first `round(r · steps)` steps are superposition, the others next-token training.
+        tst_bag_size (`int`, *optional*, defaults to 6): Tokens per bag, s, at least 1. A superposition step reads s times the
+            tokens of an ordinary step with the same FLOPs.
+        tst_offset_weighting (`str`, *optional*, defaults to `"uniform"`): Weight of a token in the target bag by its offset
             i = 1 … s: `"uniform"`; `"power_law"`, 1/i; `"fitted_power_law"`, the paper's fit; `"exponential"`, exp(-i);
-            `"first_token"`, only i = 1. The paper prefers uniform below s = 8, a power law from 8 on.
-        tst_input_weighting (`str`, defaults to `"uniform"`): Weight of a token's embedding in the mean of its bag by its
-            offset i = 1 … s: `"uniform"`, the paper's mean; `"linear"`, i; `"exponential"`, exp(i).
-        tst_mode (`str`, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
+            `"first_token"`, only i = 1. The paper prefers uniform for s < 8 and a power law for s ≥ 8.
+        tst_input_weighting (`str`, *optional*, defaults to `"uniform"`): Weight of a token's embedding in the mean of its bag
+            by its offset i = 1 … s: `"uniform"`, the paper's mean; `"linear"`, i; `"exponential"`, exp(i).
+        tst_mode (`str`, *optional*, defaults to `"full"`): `"full"` averages the input and predicts the next bag; `"input"`
             averages the input and predicts the first token of the next bag; `"output"` reads single tokens and predicts the
             next s.
-        tst_superposition_rows (`str`, defaults to `"longer"`): How s blocks of L tokens become rows of bags: `"longer"`, the
-            paper's, joins them to one row of L bags; `"more"` folds each by itself to a row of L/s bags. Both have the same
-            number of positions per step. `"more"` has less attention and no context longer than a block, and needs L to be a
-            multiple of s.
-        tst_save_at_switch (`bool`, defaults to `True`): Save a checkpoint when superposition ends.
-        tst_fused_loss (`str`, defaults to `"auto"`): Fuse loss and language-model head, so that the logits of a batch never
-            exist, in training and in evaluation where nothing but the loss is asked for: `"auto"` in both phases of a run
-            with superposition, where the model allows it; `"on"` also in plain training, and an error where the model
-            does not; `"off"` never.
-        tst_document_boundaries (`str`, defaults to `"ignore"`): `"respect"` ends bags, and their targets, where
-            documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of
-            training; evaluation stays as it is. See [`DataCollatorForTokenSuperposition`].
-        tst_allow_data_change (`bool`, defaults to `False`): Resume although the data, or what decides its order, is
-            not what the checkpoint was trained with.
-        mtp_num_heads (`int`, defaults to 1): Tokens that every position predicts in next-token training, n, the next
-            one included (multi-token prediction). The n - 1 extra heads are not saved with the model. 1 is none.
-        mtp_kind (`str`, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
-            `"sequential"` ones behind it, each reading one more token (DeepSeek-V3, arXiv 2412.19437).
-        mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses, of their sum if parallel, of their mean
-            if sequential; 1 if parallel and 0.3 if sequential by default.
-        mtp_loss_weight_end (`float`, *optional*): Weight in the last step of the run. From the first next-token step on the
-            weight goes there in a straight line; by default it stays.
-        tst_nonfinite_loss (`str`, defaults to `"stop"`): What to do with a loss or gradient that is not finite, in both phases and
-            in plain training: `"stop"` the run when it logs or saves next, naming the step and its blocks, with the
-            checkpoints from before; `"skip"` the optimizer step, for which training waits for the device once per step;
-            `"ignore"` it, as the plain `Trainer` does.
-        tst_spikes (`str`, defaults to `"ignore"`): What to do with a loss or gradient norm that is finite, but more than
-            `tst_spike_threshold` standard deviations above the mean of the last `tst_spike_window` steps of its phase: `"skip"` the
-            optimizer step and record it in `trainer_state.json`, or `"stop"` the run before it.
-        tst_spike_threshold (`float`, defaults to 6.0): In standard deviations.
-        tst_spike_window (`int`, defaults to 128): In optimizer steps. Nothing is a spike before half of them are done.
-        tst_peak_tflops (`float`, *optional*): Peak of one device in TFLOP/s (10¹² FLOPs per second), dense, in the precision
-            of training. `tst_model_flops_utilization` is logged against it; by default the bfloat16 peak of the device,
-            where it is known.
+        tst_superposition_rows (`str`, *optional*, defaults to `"longer"`): How s blocks of L tokens become rows of bags.
+            `"longer"`, as in the paper, joins them into one row of L bags. `"more"` folds each block into its own row of L/s
+            bags. Both have the same number of positions per step. With `"more"`, attention costs less, no context is longer
+            than a block, and L must be a multiple of s.
+        tst_save_at_switch (`bool`, *optional*, defaults to `True`): Save a checkpoint when superposition ends.
+        tst_fused_loss (`str`, *optional*, defaults to `"auto"`): Fuse the loss with the language-model head, so that the logits
+            of a whole batch are never in memory. `"auto"`: in both phases of a run with superposition, if the model allows it.
+            `"on"`: also in plain training, with an error if the model does not allow it. `"off"`: never. Evaluation is fused,
+            too, if only the loss is needed.
+        tst_document_boundaries (`str`, *optional*, defaults to `"ignore"`): `"respect"` ends bags and their targets where
+            documents end, restarts `position_ids` there and keeps attention inside documents, in both phases of training.
+            Evaluation does not change. See [`DataCollatorForTokenSuperposition`].
+        tst_allow_data_change (`bool`, *optional*, defaults to `False`): Resume even if the data, or a setting that decides its
+            order, has changed since the checkpoint.
+        mtp_num_heads (`int`, *optional*, defaults to 1): Multi-token prediction: the number n of tokens that each position
+            predicts in next-token training, the next token included. The n - 1 extra heads are not saved with the model.
+        mtp_kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
+            `"sequential"` heads after it, each of which reads one more token (DeepSeek-V3, arXiv 2412.19437).
+        mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses: of their sum if parallel, of their mean
+            if sequential. Defaults to 1 if parallel, to 0.3 if sequential.
+        mtp_loss_weight_end (`float`, *optional*): Weight in the last step of the run. The weight changes linearly from
+            `mtp_loss_weight` in the first next-token step. Defaults to a constant weight.
+        tst_nonfinite_loss (`str`, *optional*, defaults to `"stop"`): What to do at a non-finite loss or gradient, in both
+            phases and in plain training. `"stop"` the run when it next logs or saves, before a checkpoint is written; the
+            message names the step and its blocks. `"skip"` the optimizer step; training then waits for the device once per
+            step. `"ignore"` it, as the plain `Trainer` does.
+        tst_spikes (`str`, *optional*, defaults to `"ignore"`): What to do at a spike: a finite loss or gradient norm that is
+            more than `tst_spike_threshold` standard deviations above the mean of the last `tst_spike_window` steps of its
+            phase. `"skip"` the optimizer step and record it in `trainer_state.json`, or `"stop"` the run before this step.
+        tst_spike_threshold (`float`, *optional*, defaults to 6.0): In standard deviations.
+        tst_spike_window (`int`, *optional*, defaults to 128): In optimizer steps. No step counts as a spike before half of them
+            are done.
+        tst_peak_tflops (`float`, *optional*): Dense peak of one device in TFLOP/s (10¹² FLOPs per second), in the precision of
+            training. `tst_model_flops_utilization` is relative to it. Defaults to the bfloat16 peak of the device, if known.
 
-    `enable_jit_checkpoint` is honored: at SIGTERM the step is finished, a checkpoint written, and `train` returns with
-    `trainer.preempted` set. A pickled copy, as in `training_args.bin`, holds no `hub_token`.
+    `enable_jit_checkpoint` works: at SIGTERM the step is finished, a checkpoint is written, and `train` returns with
+    `trainer.preempted` set. A pickled copy, such as `training_args.bin`, does not contain `hub_token`.
 
     Raises:
-        TSTError: If a field is out of range, or another argument cannot go with superposition.
+        TSTError: If a field is out of range, or another argument does not work with superposition.
 
     Source: arXiv 2605.06546; ranges that work: s from 4 to 8, r from 0.2 to 0.4.
     """
@@ -158,12 +159,12 @@ class TSTArguments(_Base):
     )
     mtp_num_heads: int = HfArg(
         default=1,
-        help="Tokens that every position predicts in next-token training, the next one included (multi-token "
-        "prediction). The extra heads are not saved with the model. 1 is ordinary training.",
+        help="Multi-token prediction: number of tokens that each position predicts in next-token training, the next one "
+        "included. The extra heads are not saved with the model. 1 disables it.",
     )
     mtp_kind: MTPKind = HfArg(
         default="parallel",
-        help="Extra heads: parallel (beside the last layer) or sequential (behind it, as DeepSeek-V3's).",
+        help="Extra heads: parallel (beside the last layer) or sequential (after it, as in DeepSeek-V3).",
     )
     mtp_loss_weight: float | None = HfArg(
         default=None,
@@ -171,22 +172,22 @@ class TSTArguments(_Base):
     )
     mtp_loss_weight_end: float | None = HfArg(
         default=None,
-        help="Weight in the last step; from the first next-token step on it goes there in a straight line. It stays by default.",
+        help="Weight in the last step. It changes linearly from mtp_loss_weight in the first next-token step; constant by default.",
     )
     tst_nonfinite_loss: NonFiniteLoss = HfArg(
         default="stop",
-        help="At a non-finite loss or gradient: stop (the message names the step and its blocks), skip the optimizer step, or ignore.",
+        help="At a non-finite loss or gradient: stop (the message names the step and its blocks), skip the optimizer step or ignore.",
     )
     tst_spikes: Spikes = HfArg(
         default="ignore",
         help="At a loss or gradient norm far above its running level: ignore, skip the optimizer step (and record it) or stop.",
     )
     tst_spike_threshold: float = HfArg(
-        default=6.0, help="What is far above, in standard deviations above the mean of the window."
+        default=6.0, help="How far above the mean of the window a spike is, in standard deviations."
     )
     tst_spike_window: int = HfArg(
         default=128,
-        help="Optimizer steps of the running level; nothing is a spike before half of them are done.",
+        help="Optimizer steps that the running level covers. No step counts as a spike before half of them are done.",
     )
     tst_peak_tflops: float | None = HfArg(
         default=None,
@@ -200,7 +201,7 @@ class TSTArguments(_Base):
         self.check()
 
     def check(self) -> None:
-        """Raise `TSTError` if a field is out of range, or another argument cannot go with superposition."""
+        """Raise `TSTError` if a field is out of range, or another argument does not work with superposition."""
         for lowest, names in LOWEST.items():
             check_at_least(lowest, **{name: getattr(self, name) for name in names})
         for name in ("adam_beta1", "adam_beta2"):
@@ -253,13 +254,13 @@ class TSTArguments(_Base):
 
     @property
     def tst_replaces_loss(self) -> bool:
-        """Whether training computes another loss function than the model's own: superposed, fused, or both."""
+        """Whether training replaces the model's own loss function, by a superposed loss, a fused loss, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
 
     def schedule_options(self, steps: int) -> dict[str, Any] | None:
         """`lr_scheduler_kwargs` of a run of `steps` optimizer steps.
 
-        `warmup_stable_decay` decays over the last tenth of the steps, as in the paper, if they do not say how long its stages are.
+        If they do not set the lengths of its stages, `warmup_stable_decay` decays over the last tenth of the steps, as in the paper.
         """
         options = self.lr_scheduler_kwargs or {}
         is_wsd = SchedulerType(self.lr_scheduler_type) == SchedulerType.WARMUP_STABLE_DECAY
@@ -285,7 +286,7 @@ class TSTArguments(_Base):
             get_scheduler(kind, optimizer, 0, 10, self.schedule_options(10))
 
     def _check_trackers(self) -> None:
-        # Trainer makes [None] of None, which its type allows, and then knows no such tracker.
+        # report_to=None is allowed, but Trainer turns it into [None] and then finds no tracker of this name.
         names = [name for name in self.report_to or () if name is not None]
         self.__dict__.update(report_to=names)
         for name in names:
@@ -314,7 +315,7 @@ class TSTArguments(_Base):
     def _check_loss(self) -> None:
         if self.label_smoothing_factor:
             raise TSTError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is defined neither for bags nor for the fused loss: set it to 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} does not work with bags or the fused loss: set it to 0."
             )
         liger = self.liger_kernel_config or {}
         if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):

@@ -1,4 +1,4 @@
-"""Which blocks an optimizer step reads, and on which rank: from the arguments and the length of the data alone."""
+"""Which blocks an optimizer step reads, and on which rank, computed from the arguments and the length of the data alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import TSTError
 from .arguments import TSTArguments
 from .run_data import make_plan
 
-# Rows that are looked at at a time when a whole plan is verified.
+# Rows per chunk when a whole plan is verified.
 _CHUNK_ROWS = 1 << 16
 
 
@@ -24,7 +24,7 @@ def plan_of_arguments(
     Args:
         args (`TSTArguments`): The run's arguments, with superposition on.
         num_blocks (`int`): Blocks in the training data.
-        world_size (`int`, defaults to 1): Ranks that read data of their own.
+        world_size (`int`, *optional*, defaults to 1): Data-parallel ranks.
 
     Raises:
         TSTError: If superposition is off (the plain Trainer orders the data then), or there are too few blocks.
@@ -32,20 +32,20 @@ def plan_of_arguments(
     if not args.tst_enabled:
         raise TSTError(
             f"tst_phase_ratio={args.tst_phase_ratio} and tst_bag_size={args.tst_bag_size} switch superposition off, and "
-            "the plain Trainer orders the data by itself: there is no plan to audit."
+            "the plain Trainer orders the data: there is no plan to audit."
         )
     layout = BatchLayout(args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     return make_plan(args, num_blocks, layout.rows_per_step), layout
 
 
 def plan_of_position(position: DataPosition) -> tuple[DataPlan, BatchLayout]:
-    """The plan of the run that a `data_position.json` comes from.
+    """The plan of the run that wrote a `data_position.json`.
 
     Raises:
-        TSTError: If the run reads a stream: what it gives is not known ahead.
+        TSTError: If the run reads a stream, whose blocks are not known ahead.
     """
     if position.num_blocks is None:
-        raise TSTError("The run reads a stream, which has no plan: which blocks come next is for it to say.")
+        raise TSTError("The run reads a stream, whose blocks are not known ahead: there is no plan to audit.")
     plan = DataPlan(
         position.num_blocks, position.schedule, position.rows_per_step, position.seed, position.shuffle
     )
@@ -61,15 +61,15 @@ def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int
         block_length (`int`): Tokens per block, L.
 
     Returns:
-        The `step`; its `phase`; `raw_tokens` of all blocks that it reads (where bags end with documents, some of them are left
-        out: see `tokens_left_out` in `data_position.json`); and the numbers of its `blocks`, by rank, micro-batch and row.
+        `step`; its `phase`; `raw_tokens`, the tokens of all blocks that it reads (if bags end with documents, some of them are left
+        out: see `tokens_left_out` in `data_position.json`); and `blocks`, their numbers by rank, micro-batch and row.
 
     Raises:
         TSTError: If the run has no such step.
     """
     steps = plan.schedule.max_steps
     if not 0 <= step < steps:
-        raise TSTError(f"The run has optimizer steps 0 to {steps - 1}, but step {step} is asked for.")
+        raise TSTError(f"There is no step {step}: the run has optimizer steps 0 to {steps - 1}.")
     blocks = [
         [[plan.row_blocks(int(row)) for row in rows] for rows in layout.rows(step, rank)]
         for rank in range(layout.world_size)
@@ -84,14 +84,14 @@ def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int
 def verify_plan(plan: DataPlan) -> dict[str, int]:
     """Check that a whole run reads each block at most once per pass.
 
-    It looks at every row of the run, in four bytes of memory per block.
+    It checks every row of the run and needs four bytes of memory per block.
 
     Returns:
-        `steps` and `switch_step`: optimizer steps, and those of superposition; `blocks_read` over all passes; `passes` over
-        the data that are begun; `unread` blocks, which no step reads.
+        `steps`, all optimizer steps; `switch_step`, those of superposition; `blocks_read` in all passes; `passes` over the data,
+        the last of which may be partial; `unread`, the blocks that no step reads.
 
     Raises:
-        TSTError: If a block is read twice in a pass, naming both.
+        TSTError: If a block is read twice in a pass. The message names both.
     """
     size = plan.schedule.blocks_per_row
     last_pass = np.full(plan.num_blocks, -1, dtype=np.int32)  # in which each block was read

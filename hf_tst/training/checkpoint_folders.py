@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or not there: written aside, renamed, moved away before they are removed.
+"""Atomic checkpoints: a checkpoint folder is either complete or does not exist, even if the process is killed.
 
-A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. A folder
-in `_unfinished` is no checkpoint: neither Trainer nor a push to the Hub, which leaves out names with `_`, looks there. So a
-process may die at any moment. `manifest.json` has the size and hash of every file, and is written last.
+A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. Before it is
+removed, it is moved back there. Trainer and pushes to the Hub ignore `_unfinished`. `manifest.json` holds the size and hash
+of every file and is written last.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ UNFINISHED = "_unfinished"
 STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 2
-# What asks for the newest complete checkpoint, on a command line, too.
+# Values of resume_from_checkpoint that mean the newest complete checkpoint, in Python and on a command line.
 NEWEST = (True, "last", "true", "True")
-# A complete checkpoint that another one of the same step is about to replace.
+# Name of a complete checkpoint while another one of the same step replaces it.
 _REPLACED = "replaced-"
 
 
@@ -40,7 +40,7 @@ _REPLACED = "replaced-"
 
 
 def check_output_dir(args: TrainingArguments) -> None:
-    """Raise `TSTError` if no file can be made in the output folder."""
+    """Raise `TSTError` if the output folder is not writable."""
     if not args.should_save:
         return
     probe = Path(args.output_dir) / f"{UNFINISHED}.{os.getpid()}"
@@ -53,12 +53,12 @@ def check_output_dir(args: TrainingArguments) -> None:
 
 
 def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[[Path], Any]) -> None:
-    """Write a checkpoint aside, and rename it when the files of all ranks are there. Every rank must take part.
+    """Write a checkpoint into `_unfinished`, and rename it when all ranks have written their files. Every rank must take part.
 
     Args:
-        checkpoint (`Path`): The folder `checkpoint-<step>`. One that is there is replaced.
-        args (`TrainingArguments`): Say which rank this is.
-        write: Writes the files of this rank into the folder that it is given.
+        checkpoint (`Path`): The folder `checkpoint-<step>`. An existing one is replaced.
+        args (`TrainingArguments`): The run's arguments; they know the rank.
+        write: Function that writes this rank's files into the given folder.
 
     Raises:
         RunError: On all ranks, if one of them fails.
@@ -69,19 +69,19 @@ def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[
             clear_unfinished(run_dir)
     with _agreeing(checkpoint, args):
         write(run_dir / UNFINISHED / name)
-    # First the main process; then, where machines have disks of their own, one process on each of the others.
+    # First the main process; then one process on each other machine, in case each machine has its own disk.
     for finishes in (args.process_index == 0, args.local_process_index == 0):
         with _agreeing(checkpoint, args):
             if finishes and (run_dir / UNFINISHED / name).is_dir():
-                with suppress(FileNotFoundError):  # a shared disk that has not heard of the renaming yet
+                with suppress(FileNotFoundError):  # on a shared disk that does not show the renaming yet
                     finish_checkpoint(run_dir, name)
 
 
 @contextmanager
 def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
-    """Context that all ranks leave together, with a `RunError` if what it holds fails on one of them.
+    """Context that raises `RunError` on all ranks if its body fails on one of them.
 
-    A rank that fails where others wait for it inside the context, as FSDP's gathering of whole weights does, is not heard.
+    It does not help where the body itself makes ranks wait for each other, such as when FSDP gathers whole weights.
     """
     problem = None
     try:
@@ -93,23 +93,23 @@ def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
         return
     run_dir = checkpoint.parent
     if args.local_process_index == 0:
-        clear_unfinished(run_dir)  # what is half written may be what fills the disk
+        clear_unfinished(run_dir)  # the half-written files may fill the disk
     wait_for_everyone()
-    earlier = "Earlier checkpoints are as they were: continue with resume_from_checkpoint='last'"
+    earlier = "Earlier checkpoints are intact: continue with resume_from_checkpoint='last'"
     if not list_checkpoints(run_dir):
         earlier = "There is no earlier checkpoint: start again"
     raise RunError(
         f"Writing {checkpoint} failed: {problems[0]} ({shutil.disk_usage(run_dir).free / 1e9:.2f} GB are free "
-        f"there). {earlier} when the cause is gone."
+        f"there). {earlier} after fixing the cause."
     ) from problem
 
 
 def finish_checkpoint(output_dir: Path, name: str) -> None:
-    """Put `_unfinished/<name>` in its place, with a manifest, when all its files are written.
+    """Write the manifest of the complete folder `_unfinished/<name>`, and move the folder to its place.
 
     Args:
         output_dir: Folder of the checkpoints.
-        name (`str`): `checkpoint-<step>`. A folder of this name is replaced.
+        name (`str`): `checkpoint-<step>`. An existing folder of this name is replaced.
     """
     unfinished = output_dir / UNFINISHED
     written, target = unfinished / name, output_dir / name
@@ -133,29 +133,29 @@ def _take_over(folder: Path, written: Path) -> None:
 
 
 def clear_unfinished(output_dir: Path) -> None:
-    """Remove what a process that died left in `_unfinished`; a checkpoint that it was replacing goes back to its place."""
+    """Remove what a killed process left in `_unfinished`. A checkpoint that it was replacing is restored."""
     _restore_replaced(output_dir)
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
 
 
 def _restore_replaced(output_dir: Path) -> None:
-    """Give a checkpoint its name back, if a process died after moving it away and before putting another in its place."""
+    """Restore a checkpoint that a killed process had moved away and not yet replaced."""
     for folder in (output_dir / UNFINISHED).glob(f"{_REPLACED}*"):
         target = output_dir / folder.name.removeprefix(_REPLACED)
         if not target.exists():
-            with suppress(FileNotFoundError):  # another process was faster
+            with suppress(FileNotFoundError):  # another process has done it
                 folder.rename(target)
 
 
 def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collection[str]) -> None:
-    """Remove the checkpoints of the fewest steps, as long as there are more than `limit`.
+    """Remove the oldest checkpoints until `limit` of them are left.
 
-    Unlike Trainer's it goes by steps, not by times of files, which a clock that is set back confuses.
+    Unlike Trainer's method it compares steps, not file times, which are wrong after a clock is set back.
 
     Args:
         output_dir: Folder of the checkpoints.
-        limit (`int`, *optional*): How many to keep; all by default.
-        keep: Names of checkpoints that stay whatever the limit. They count; those of another run stay and do not count.
+        limit (`int`, *optional*): How many to keep. Defaults to all.
+        keep: Names of checkpoints that are never removed, but count. Those of another run are never removed and do not count.
     """
     if limit is None or limit < 1:
         return
@@ -165,7 +165,7 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collecti
     for folder in [folder for folder in folders if folder.name not in keep][: max(surplus, 0)]:
         unfinished = folder.parent / UNFINISHED
         unfinished.mkdir(exist_ok=True)
-        folder.rename(unfinished / f"removed-{folder.name}")  # so that it is never half there
+        folder.rename(unfinished / f"removed-{folder.name}")  # never half removed, even if killed
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -173,13 +173,13 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collecti
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Bring all files below `folder` to the disk, and write their manifest last.
+    """Flush all files below `folder` to disk, then write their manifest.
 
-    The files are read once, from the memory they have just been written from. XXH3 takes a tenth of a second per gigabyte,
-    so hashing costs little beside writing; it finds damage, not forgery.
+    The files are read once more, usually from the page cache. XXH3 takes a tenth of a second per gigabyte, so hashing costs
+    little compared with writing. It detects damage, not forgery.
 
     Args:
-        folder: The folder, which is complete.
+        folder: A complete folder.
     """
     folder = Path(folder)
     files = {}
@@ -193,9 +193,9 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def manifest_problem(folder: str | Path) -> str | None:
-    """What is wrong with a folder that has a manifest, as the end of a sentence; `None` if nothing is.
+    """What is wrong with a folder that has a manifest, as the end of a sentence; `None` if it is intact.
 
-    Files that the manifest does not name are not looked at. Sizes are compared before anything is read.
+    Files that are not in the manifest are ignored. Sizes are compared before any file is read.
     """
     folder = Path(folder)
     try:
@@ -215,7 +215,7 @@ def manifest_problem(folder: str | Path) -> str | None:
 
 
 def flush_to_disk(path: str | Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -232,14 +232,14 @@ def _hash(path: Path) -> str:
 
 
 def choose_checkpoint(requested: str | bool | None, args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from, the same on all ranks; the main process has checked its files.
+    """The checkpoint to resume from, the same on all ranks. The main process checks its files.
 
     Args:
-        requested (`str` or `bool`, *optional*): A checkpoint; `True` or `"last"` for the newest that is complete.
-        args (`TrainingArguments`): Name the output folder, and which rank this is.
+        requested (`str` or `bool`, *optional*): A checkpoint; `True` or `"last"` for the newest complete one.
+        args (`TrainingArguments`): The run's arguments; they know the output folder and the rank.
 
     Raises:
-        TSTError: If there is none, or it is damaged.
+        TSTError: If it does not exist or is damaged.
     """
     if not requested:
         return None
@@ -256,7 +256,7 @@ def choose_checkpoint(requested: str | bool | None, args: TrainingArguments) -> 
 
 
 def check_checkpoint_is_there(requested: str | bool | None, output_dir: str) -> None:
-    """Raise `TSTError` if a checkpoint to resume from is named, and there is none. Reads nothing."""
+    """Raise `TSTError` if a checkpoint is requested and does not exist. Reads no file."""
     if requested in NEWEST:
         if not any(Path(output_dir).rglob("checkpoint-*")):
             raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
@@ -273,9 +273,9 @@ def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
     folder = Path(str(requested))
     if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):
         raise TSTError(
-            f"The checkpoint {requested} is not what was written: {problem}. Resume from another one, with "
-            "resume_from_checkpoint='last' for the newest that is complete, or, if it was changed on purpose, remove its "
-            f"{MANIFEST_FILE}, without which it is not checked."
+            f"The checkpoint {requested} is not what was written: {problem}. Resume from another one "
+            "(resume_from_checkpoint='last' takes the newest complete one). If you changed it on purpose, remove its "
+            f"{MANIFEST_FILE}: then it is not checked."
         )
     if problem := _missing_state(folder):
         raise TSTError(
@@ -286,23 +286,22 @@ def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint of the most steps, of the run that started in the folder last, that is complete, or `None`.
+    """The newest complete checkpoint of the run that started last in a folder; `None` if there is none.
 
-    A checkpoint with a manifest is complete if every file is what was written. Others, of the plain Trainer or of an older
-    hf_tst, are complete if their `trainer_state.json` is: Trainer writes it when weights, optimizer and schedule are
-    there. One without optimizer and schedule, as `save_only_model` writes it, is not. Those that are passed over are named in a
-    warning.
+    A checkpoint with a manifest is complete if every file matches it. A checkpoint without a manifest, from the plain Trainer,
+    is complete if its `trainer_state.json` is, since Trainer writes this file last. A checkpoint without optimizer and schedule,
+    as `save_only_model` writes it, is not complete. A warning names each checkpoint that is skipped.
 
     Args:
-        output_dir: Folder that holds the folders `checkpoint-<step>`.
+        output_dir: Folder that contains the folders `checkpoint-<step>`.
     """
     _restore_replaced(Path(output_dir))
     foreign = foreign_checkpoints(output_dir)
     for step, folder in reversed(list_checkpoints(output_dir).items()):
-        problem = "it is of another run" if folder in foreign else _problem(folder, step)
+        problem = "it belongs to another run" if folder in foreign else _problem(folder, step)
         if problem is None:
             return str(folder)
-        logger.warning(f"{folder} is passed over: {problem}.")
+        logger.warning(f"{folder} is skipped: {problem}.")
     return None
 
 
@@ -319,10 +318,10 @@ def _problem(folder: Path, step: int) -> str | None:
 
 
 def _missing_state(folder: Path) -> str | None:
-    """The missing file without which Trainer silently restarts optimizer and schedule; `None` if all are there."""
-    # DeepSpeed keeps both in a folder of its own. FSDP may make a folder of the optimizer.
+    """What is missing, as the end of a sentence, if Trainer would silently restart optimizer and schedule; `None` if nothing is."""
+    # DeepSpeed saves both in one folder. FSDP may save the optimizer as a folder.
     if any(folder.glob("global_step*")) or (
         any(folder.glob("optimizer*")) and any(folder.glob("scheduler.pt"))
     ):
         return None
-    return "it has no state of optimizer and learning rate schedule, as save_only_model leaves it"
+    return "it has no state of the optimizer and the learning rate schedule, as if saved with save_only_model"

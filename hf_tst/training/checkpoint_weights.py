@@ -1,4 +1,4 @@
-"""Weights of a checkpoint that Trainer does not load: they have other names there than in the model, as experts have."""
+"""Load weights that have other names in a checkpoint than in the model, such as experts. Trainer does not load them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class _View(torch.Tensor):
-    """A tensor of which parts stay views where they would be copied."""
+    """A tensor whose slices stay views: `contiguous` makes no copy."""
 
     def contiguous(self, *args: Any, **kwargs: Any) -> _View:
         return self
@@ -19,13 +19,13 @@ class _View(torch.Tensor):
 def load_renamed_weights(model: Any, folder: str | Path) -> None:
     """Load weights whose names in an ordinary checkpoint differ from the model's.
 
-    `save_pretrained` writes experts one by one, though Transformers computes them as one tensor per layer. `Trainer` does
-    not know of it: when it resumes, and when it loads the best model, it leaves experts as they are, with a warning.
-    Each is read into its place in the model; a model of which a place is no view of one tensor is read a second time.
+    `save_pretrained` writes experts one by one, but the model holds them as one tensor per layer. When `Trainer` resumes, or
+    loads the best model, it skips them with a warning. Here each is copied into its slice of the model's tensor. If a weight is
+    not a slice of one tensor, the whole checkpoint is loaded a second time.
 
     Args:
         model (`PreTrainedModel`): The model, not sharded.
-        folder: A folder with `model.safetensors`, or its parts and their index.
+        folder: A folder with `model.safetensors`, or its shards and their index.
     """
     from safetensors import safe_open
     from transformers.core_model_loading import revert_weight_conversion
@@ -36,7 +36,7 @@ def load_renamed_weights(model: Any, folder: str | Path) -> None:
     renamed = set(state) - set(files) - set(tied)
     if not files or not renamed:
         return
-    # Names in the checkpoint, and where in the model they belong.
+    # By name in the checkpoint, the slice of the model's tensor.
     places = revert_weight_conversion(
         model, {name: state[name].as_subclass(_View) for name in sorted(renamed)}
     )
@@ -47,7 +47,7 @@ def load_renamed_weights(model: Any, folder: str | Path) -> None:
                 for name in places.keys() & set(file.keys()):
                     places[name].copy_(file.get_tensor(name))
         return
-    # The configuration may say another type than the model's parameters have; float32 holds the shorter ones exactly.
+    # The dtype in the configuration may differ from that of the parameters. float32 holds the shorter ones exactly.
     is_full = any(parameter.dtype == torch.float32 for parameter in model.parameters())
     dtype = torch.float32 if is_full else model.dtype
     loaded = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
@@ -55,7 +55,7 @@ def load_renamed_weights(model: Any, folder: str | Path) -> None:
 
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
-    """The file that holds each weight, by its name."""
+    """The file of each weight, by the weight's name."""
     from safetensors import safe_open
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Which collator makes the batches of a run: of superposition, of recovery, and of evaluation."""
+"""The collators of a run: for superposition, recovery and evaluation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .arguments import TSTArguments
 
 @dataclass(frozen=True)
 class CheckingCollator:
-    """A collator whose batches are checked where they are made: on a GPU, an id without an embedding would end the process.
+    """A collator that also checks the ids of its batches. On a GPU, an id without an embedding would crash the process.
 
     Args:
-        collate: Makes the batch.
-        rules (`BlockRules`): What says which ids the model has an embedding for.
+        collate: The collator.
+        rules (`BlockRules`): The rules, with the size of the vocabulary.
     """
 
     collate: Any
@@ -32,7 +32,7 @@ class CheckingCollator:
         """The batch.
 
         Raises:
-            TSTError: If it holds an id that the model has no embedding for.
+            TSTError: If the batch has an id without an embedding.
         """
         batch = self.collate(features)
         self.rules.check_batch(batch)
@@ -41,12 +41,14 @@ class CheckingCollator:
 
 @dataclass(frozen=True)
 class DefaultCollator:
-    """Collator of evaluation, and of plain training: Trainer's own, but rows may be their ids alone, rows of tokens without
-    labels get a copy of them as labels, and blocks of equal length need no padding token.
+    """The collator of evaluation and plain training.
+
+    It is Trainer's own with three additions: a row may be a plain list of ids, rows without labels get their ids as labels, and
+    blocks of equal length need no padding token.
 
     Args:
         default: Trainer's collator.
-        adds_labels (`bool`, defaults to `True`): Whether rows without labels get them; those of prediction have no need of them.
+        adds_labels (`bool`, *optional*, defaults to `True`): Whether rows without labels get them. Prediction does not need them.
     """
 
     default: Any
@@ -74,19 +76,19 @@ class DefaultCollator:
 
 
 def _are_ids(values: Any) -> bool:
-    """Whether a row of `input_ids` holds whole numbers; models that are no language models may take others."""
+    """Whether `input_ids` are integers. Models of another kind may take floats."""
     return bool(np.asarray(values).dtype.kind in "iu")
 
 
 def make_collator(trainer: Any, data_collator: Any) -> Any:
-    """The collator of all batches of a run, by the one that the user gave, if any.
+    """The collator of a run, made from the user's collator if there is one.
 
     Args:
-        trainer (`TSTTrainer`): The trainer, with its arguments, model and tokenizer, and the collator that Trainer has chosen.
+        trainer (`TSTTrainer`): The trainer, with arguments, model, tokenizer and Trainer's default collator.
         data_collator: The user's, or `None`.
 
     Raises:
-        TSTError: If the user's collator does other bags than the arguments say, or cannot respect documents.
+        TSTError: If the user's collator makes other bags than the arguments say, or cannot respect documents.
     """
     args: TSTArguments = trainer.args
     boundaries = args.tst_document_boundaries
@@ -103,7 +105,7 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
     if data_collator is not None and boundaries == "respect" and not respects:
         raise TSTError(
             f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
-            f"{type(data_collator).__name__}: leave it out, or give DataCollatorForTokenSuperposition(1, "
+            f"{type(data_collator).__name__}: leave it out, or pass DataCollatorForTokenSuperposition(1, "
             "document_boundaries='respect')."
         )
     if ours and data_collator.bag_size > 1:
@@ -126,14 +128,14 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
 
 
 def without_added_labels(collator: Any) -> Any:
-    """The collator of prediction: that of a run, but rows without labels get none, as Trainer's do."""
+    """The collator of prediction: the run's collator, but it adds no labels."""
     if isinstance(collator, PhaseCollator):
         return without_added_labels(collator.evaluation)
     return replace(collator, adds_labels=False) if isinstance(collator, DefaultCollator) else collator
 
 
 def end_token_id(tokenizer: Any, model: Any) -> int | None:
-    """The token that ends a document: the tokenizer's, else the model's."""
+    """The end-of-sequence token: the tokenizer's, else the model's."""
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None:
         end = getattr(getattr(model, "config", None), "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""What training prints: one line per log, a bar below the lines, and nothing between them."""
+"""What training prints: one line per log, with a progress bar below."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..records.run_record import UTILIZATION
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 SPEED = "tst_raw_tokens_per_second"
-# Of what is logged, names that no line has, and ends of such names; the trackers and `trainer_state.json` have all of it.
+# Log entries that are not printed, by name and by ending. Trackers and `trainer_state.json` have them all.
 HIDDEN = (
     "grad_norm",
     "learning_rate",
@@ -33,14 +33,14 @@ HIDDEN_ENDS = ("_runtime", "_per_second")
 
 
 class ConsoleCallback(ProgressCallback):
-    """Prints a line per log; and, on a terminal, shows a bar with the phase, the step and the time left.
+    """Prints one line per log. On a terminal it also shows a bar with the phase, the step and the time left.
 
-    An evaluation after a log of the same step is in the line of that log. The time left counts from the step that a resumed run
-    began at.
+    An evaluation right after a log is printed on the line of that log. In a resumed run, the speed is measured from the step that
+    it resumed from.
 
     Args:
-        trainer (`TSTTrainer`): The trainer, which knows its `schedule` when training begins.
-        has_bar (`bool`): Whether there is a bar.
+        trainer (`TSTTrainer`): The trainer; it has its `schedule` when training begins.
+        has_bar (`bool`): Whether to show a bar.
     """
 
     def __init__(self, trainer: Any, has_bar: bool) -> None:
@@ -48,12 +48,12 @@ class ConsoleCallback(ProgressCallback):
         self._trainer = trainer
         self.training_bar: Any = None
         self.prediction_bar: Any = None
-        # tqdm finds out about the terminal.
+        # With None, tqdm shows a bar only on a terminal.
         self._no_bar = None if has_bar else True
-        self._line: list[str] = []  # what is not printed yet, as an evaluation follows
+        self._line: list[str] = []  # not printed yet, because an evaluation follows
         self._pace: list[str] = []
         self._first_step, self._began = 0, 0.0
-        self._evaluated = 0  # batches of the evaluation under way
+        self._evaluated = 0  # batches of the current evaluation
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._first_step, self._began = state.global_step, time.monotonic()
@@ -114,7 +114,7 @@ class ConsoleCallback(ProgressCallback):
         self.close()
 
     def close(self) -> None:
-        """Print what is held back, and remove the bars, however training ends."""
+        """Print the last line and remove the bars. Also runs when training fails."""
         self._print()
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
@@ -147,7 +147,7 @@ class ConsoleCallback(ProgressCallback):
 
 
 def replace_progress_callback(trainer: Any) -> ConsoleCallback | None:
-    """Put a [`ConsoleCallback`] instead of Trainer's own bar or printer, if it has one, and return it."""
+    """Replace Trainer's own bar or printer, if it has one, by a [`ConsoleCallback`], and return it."""
     console = None
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (ProgressCallback, PrinterCallback):
@@ -158,7 +158,7 @@ def replace_progress_callback(trainer: Any) -> ConsoleCallback | None:
 
 
 def _figures(logs: Mapping[str, Any]) -> list[str]:
-    """What a line shows of a log: losses, metrics of evaluation, and what a script has logged itself."""
+    """The entries of a log that are printed: losses, evaluation metrics, and entries that a script has logged."""
     shown = []
     for name, value in logs.items():
         if name == "tst_skipped_steps":
@@ -171,7 +171,7 @@ def _figures(logs: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Context in which messages and warnings do not break the bar, and saving and loading show no bars of their own."""
+    """Context in which log messages and warnings do not break the bar, and saving and loading show no bars."""
     loggers = [logging.getLogger(name) for name in (None, "transformers")]
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Multi-token prediction in a run of the trainer: when its heads are there, and in which checkpoints."""
+"""Multi-token prediction in the trainer: attaching the extra heads, their loss weight, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..mtp.losses import LOSS_WEIGHTS, extra_losses
 from .arguments import TSTArguments
 
 FILE_NAME = "mtp_heads.safetensors"
-# Whether the optimizer of the checkpoint knows the heads: it does from their first step on.
+# Whether the optimizer of the checkpoint has states for the heads: it has them from the first next-token step on.
 TRAINED = "trained"
 
 
 class MTPCallback(TrainerCallback):
-    """Makes the extra heads of a trainer's model, and keeps them while it trains.
+    """Makes the extra heads of a trainer's model, trains them in next-token steps, and saves and loads them.
 
-    The heads are made at the start, so that the optimizer knows them, and take part in next-token steps. They begin
-    from weights that follow from `seed` alone. In superposition steps the optimizer leaves them as they are.
+    The heads are made at the start, so that the optimizer has their parameters. Their first weights depend on `seed` alone.
+    Superposition steps do not change them.
 
     Args:
         trainer (`TSTTrainer`): The trainer, with its model, arguments and accelerator.
@@ -43,9 +43,9 @@ class MTPCallback(TrainerCallback):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Context in which the model has its extra heads; their losses come with the start of training.
+        """Context in which the model has its extra heads.
 
-        By then the model is wrapped, and their hooks are in front of those of FSDP.
+        Their losses are added when training starts. The model is wrapped then, and their hooks run before those of FSDP.
         """
         self._loaded_untrained = False
         with attached_heads(self._trainer.model, self.heads), self._hooks:
@@ -53,37 +53,37 @@ class MTPCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._reported_step = state.global_step
-        self.heads.take_loss()  # of a run that was broken off
+        self.heads.take_loss()  # of an interrupted run
         known = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         if not all(id(p) in known for p in self.heads.parameters()):
             raise TSTError(
-                "The optimizer was made before the extra heads of multi-token prediction, and would not train them: give the "
-                "trainer optimizer_cls_and_kwargs, or let it make the optimizer."
+                "The optimizer was made before the extra heads of multi-token prediction and would not train them: pass "
+                "optimizer_cls_and_kwargs to the trainer, or let it make the optimizer."
             )
-        self._hooks.close()  # left by a start that ran out of memory, after which auto_find_batch_size starts again
+        self._hooks.close()  # after out-of-memory, auto_find_batch_size starts training again
         self._hooks.enter_context(extra_losses(self._trainer.model, self.heads, self.loss_weight))
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._trainer.schedule.phase(state.global_step) == "superposition":
-            # The zeros that DDP asks for would make the optimizer decay the heads, and count steps that they did not make.
+            # DDP needs gradients of zero. With them, the optimizer would apply weight decay and count a step.
             for parameter in self.heads.parameters():
                 parameter.grad = None
         elif self._left_out(kwargs["model"]):
             raise TSTError(
-                f"mtp_num_heads={args.mtp_num_heads}, but the loss holds nothing of the extra heads: {type(self._trainer).__name__} takes "
+                f"mtp_num_heads={args.mtp_num_heads}, but the loss does not include the extra heads: {type(self._trainer).__name__} uses "
                 "another loss than the one that the model returns. Set mtp_num_heads=1."
             )
 
     def _left_out(self, model: Any) -> bool:
-        """Whether the heads have no gradient where the model has one; a step that is skipped leaves none at all."""
+        """Whether the model has gradients and the heads have none. After a skipped step nothing has gradients."""
         ours = {id(parameter) for parameter in self.heads.parameters()}
         trained = {id(p) for p in model.parameters() if p.grad is not None}
         return bool(trained) and not trained & ours
 
     def loss_weight(self, step: int | None = None) -> float:
-        """The weight of the extra heads' losses in an optimizer step, by default in the one that training is in.
+        """The weight of the extra heads' losses in an optimizer step, by default in the current one.
 
-        It goes in a straight line from its start in the first next-token step to its end in the last step of the run.
+        It changes linearly from the first next-token step to the last step of the run.
         """
         args, schedule, state = self._trainer.args, self._trainer.schedule, self._trainer.state
         start = LOSS_WEIGHTS[args.mtp_kind] if args.mtp_loss_weight is None else args.mtp_loss_weight
@@ -94,8 +94,8 @@ class MTPCallback(TrainerCallback):
         return float(start + (args.mtp_loss_weight_end - start) * done)
 
     def report(self) -> dict[str, float]:
-        """`mtp_loss`: what the extra heads have added to `loss` since the last report, and `mtp_loss_weight` of the last step;
-        nothing where they did not train.
+        """Log entries: `mtp_loss`, the part of `loss` since the last report that comes from the extra heads, and `mtp_loss_weight`
+        of the last step. Empty if the heads did not train.
 
         Every rank must take part.
         """
@@ -104,7 +104,7 @@ class MTPCallback(TrainerCallback):
         self._reported_step += steps
         if loss is None or steps < 1:
             return {}
-        # Losses are divided by the targets of the step, else each by those of its micro-batch.
+        # Losses are divided by the targets of the step if the model accepts their number, else by those of the micro-batch.
         by_step = trainer.model_accepts_loss_kwargs
         summed = by_step and args.average_tokens_across_devices
         total = trainer.accelerator.reduce(loss.float(), "sum" if summed else "mean").item()
@@ -113,7 +113,7 @@ class MTPCallback(TrainerCallback):
         return {"mtp_loss": round(added, 6), "mtp_loss_weight": round(weight, 6)}
 
     def save(self, folder: str | Path) -> None:
-        """Write the extra heads beside the model in a checkpoint. Every rank must take part."""
+        """Write the extra heads into a checkpoint. Every rank must take part."""
         weights = full_state_dict(self.heads) if self._trainer.is_fsdp_enabled else self.heads.state_dict()
         if not self._trainer.args.should_save:
             return
@@ -122,11 +122,11 @@ class MTPCallback(TrainerCallback):
         state = self._trainer.optimizer.state
         trained = any(parameter in state for parameter in self.heads.parameters())
         description = _description(self._trainer.args) | {TRAINED: str(trained)}
-        Path(folder).mkdir(parents=True, exist_ok=True)  # where FSDP writes shards later
+        Path(folder).mkdir(parents=True, exist_ok=True)  # FSDP makes it later, for its shards
         save_file({k: v.contiguous() for k, v in weights.items()}, Path(folder) / FILE_NAME, description)
 
     def load(self, folder: str | Path) -> None:
-        """Read the extra heads of a checkpoint, which [`check_same_heads`] has looked at."""
+        """Load the extra heads of a checkpoint, after [`check_same_heads`]."""
         from safetensors.torch import load_file
 
         self._loaded_untrained = _saved_description(folder).get(TRAINED) == "False"
@@ -134,30 +134,30 @@ class MTPCallback(TrainerCallback):
         load(self.heads, load_file(Path(folder) / FILE_NAME))
 
     def loading_optimizer(self) -> AbstractContextManager[None]:
-        """Context in which the optimizer's state is read, after [`load`]: shards from superposition have none of the heads."""
+        """Context to load the optimizer's state in, after [`load`]. Shards saved in superposition have no states of the heads."""
         if self._loaded_untrained and self._trainer.is_fsdp_enabled:
             return left_out_of_optimizer(self._trainer.optimizer, self.heads.parameters())
         return nullcontext()
 
 
 def check_same_heads(folder: str | Path, args: TSTArguments) -> None:
-    """Raise `TSTError` if a checkpoint has other extra heads than a run, or only one of the two has any."""
+    """Raise `TSTError` if the extra heads of a checkpoint are not those of the run."""
     saved = {name: value for name, value in _saved_description(folder).items() if name != TRAINED}
     if saved != (wanted := _description(args)):
         before, now = (", ".join(f"{k}={v}" for k, v in sorted(x.items())) for x in (saved, wanted))
         raise TSTError(
-            f"{folder} was trained with {before}, but this run has {now}: set mtp_num_heads and mtp_kind to what they were."
+            f"{folder} was trained with {before}, but this run has {now}: set mtp_num_heads and mtp_kind as they were."
         )
 
 
 def _description(args: TSTArguments) -> dict[str, str]:
-    """What a file of the heads says of them."""
+    """The metadata of the heads' file."""
     kind = {"mtp_kind": args.mtp_kind} if args.mtp_num_heads > 1 else {}
     return {**kind, "mtp_num_heads": str(args.mtp_num_heads)}
 
 
 def _saved_description(folder: str | Path) -> dict[str, str]:
-    """What the file of the heads in a checkpoint says, or as much of a checkpoint without heads."""
+    """The metadata of the heads' file in a checkpoint; that of one head if there is no such file."""
     from safetensors import safe_open
 
     if not (path := Path(folder) / FILE_NAME).is_file():

@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: detected without waiting for the device, and reported with their blocks."""
+"""Non-finite losses and gradients: detected without an extra synchronization, and reported with their blocks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..errors import RunError
 
 logger = logging.get_logger(__name__)
 
-# Blocks that a message names.
+# Maximum number of blocks in a message.
 _NAMED_BLOCKS = 32
-# Numbers that are noted before they are looked at, also if nothing is logged.
+# Maximum number of unchecked losses and norms, if nothing is logged for a long time.
 _MOST_NOTES = 1000
-# Stands for the micro-batch of a gradient: it comes after those of all losses of the step.
+# In place of a micro-batch's number, for a gradient: it sorts after all losses of the step.
 _GRADIENT = math.inf
 
 
 class NonFiniteCallback(TrainerCallback):
-    """Does with a loss or gradient that is not finite what `tst_nonfinite_loss` says.
+    """Applies `tst_nonfinite_loss`.
 
-    `"stop"` keeps each loss and gradient norm on the device, and looks at them where training waits for the device anyway:
-    when it logs, before it saves, and at its end. `"skip"` looks at each gradient norm before the optimizer's step.
+    With `"stop"` it keeps each loss and gradient norm on the device and checks them when training waits for the device anyway:
+    when it logs, before it saves, and at the end. With `"skip"` it checks each gradient norm before the optimizer step.
 
     Args:
         trainer (`TSTTrainer`): The trainer, with its arguments, state, accelerator and data.
@@ -51,7 +51,7 @@ class NonFiniteCallback(TrainerCallback):
             self.check()
 
     def note_loss(self, loss: Tensor) -> None:
-        """Note the loss of the next micro-batch; does not wait for the device."""
+        """Store the loss of the next micro-batch. Does not wait for the device."""
         if self._trainer.args.tst_nonfinite_loss != "stop":
             return
         step = self._trainer.state.global_step
@@ -59,27 +59,27 @@ class NonFiniteCallback(TrainerCallback):
         self._notes.append((step, micro_batch, loss))
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
-        """Note the norm of a step's gradient; `"skip"` waits for it, and drops a gradient that is not finite."""
+        """Store the gradient norm of a step. With `"skip"`, wait for it and drop a non-finite gradient."""
         choice = self._trainer.args.tst_nonfinite_loss
-        # A gradient scaler looks for itself, and finds infinities as a matter of course.
+        # A gradient scaler checks gradients itself; infinite ones are normal with it.
         if not isinstance(norm, Tensor) or getattr(self._trainer.accelerator, "scaler", None) is not None:
             return
         step = self._trainer.state.global_step
         if choice == "stop":
-            # Of sharded gradients, this rank's share.
+            # For sharded gradients, this rank's part of the norm.
             self._notes.append((step, _GRADIENT, norm.to_local() if hasattr(norm, "to_local") else norm))
         elif choice == "skip":
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if not torch.isfinite(whole):  # the norm is that of all ranks, so they agree
+            if not torch.isfinite(whole):  # all ranks have the same norm, so they agree
                 drop_gradient(model)
                 self.skipped_steps += 1
-                logger.warning(f"{self._describe(step, _GRADIENT, 0, float(whole))}: it is skipped.")
+                logger.warning(f"{self._describe(step, _GRADIENT, 0, float(whole))}: the step is skipped.")
 
     def check(self) -> None:
-        """Look at what was noted; waits for the device. Every rank must take part.
+        """Check all stored numbers. Waits for the device. Every rank must take part.
 
         Raises:
-            RunError: On all ranks, if a number of one of them is not finite.
+            RunError: On all ranks, if one of them has a non-finite number.
         """
         if self._trainer.args.tst_nonfinite_loss != "stop":
             return
@@ -90,7 +90,7 @@ class NonFiniteCallback(TrainerCallback):
         first = [(step, micro_batch, reader, float(number)) for step, micro_batch, number in bad[:1]]
         if found := gather_object(first):
             raise RunError(
-                f"{self._describe(*min(found))}. Training stops, and checkpoints are from before it: look at the data, lower "
+                f"{self._describe(*min(found))}. Training stops; all checkpoints are from before this step. Check the data, lower "
                 "learning_rate, or continue with resume_from_checkpoint='last' and tst_nonfinite_loss='skip'."
             )
 
@@ -103,13 +103,13 @@ class NonFiniteCallback(TrainerCallback):
 
 
 def drop_gradient(model: nn.Module) -> None:
-    """Leave an optimizer step out: an optimizer leaves parameters without gradient, and their moments, alone."""
+    """Skip an optimizer step: without gradients, the optimizer changes neither parameters nor moments."""
     for parameter in model.parameters():
         parameter.grad = None
 
 
 def name_blocks(blocks: list[int] | None) -> str:
-    """The blocks that a number was computed on, as the end of a sentence; empty in plain training and for streams, which have none."""
+    """The blocks that a number was computed on, as the end of a sentence. Empty in plain training and for streams (`None`)."""
     if blocks is None:
         return ""
     named = ", ".join(map(str, blocks[:_NAMED_BLOCKS])) + (", …" if len(blocks) > _NAMED_BLOCKS else "")

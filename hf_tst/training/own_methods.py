@@ -1,4 +1,4 @@
-"""What a subclass of the trainer brings of its own to a run with superposition: its loader is folded, its batches are checked."""
+"""Methods that a subclass of the trainer overrides, in a run with superposition: fold its loader, check its batches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .run_data import fold_own_loader
 
 
 class OwnMethods:
-    """Watches the methods of a subclass in a run with superposition.
+    """Folds the loader and checks the batches of a subclass that has its own, in a run with superposition.
 
     Args:
         trainer (`TSTTrainer`): The trainer.
-        base: The class `TSTTrainer`, whose methods need not be watched.
+        base: The class `TSTTrainer`.
     """
 
     def __init__(self, trainer: Any, base: type) -> None:
@@ -32,18 +32,18 @@ class OwnMethods:
         self.start()
 
     def start(self, loader: Any = None) -> None:
-        """Forget the run before; `loader` is what the trainer itself has made of the rows or batches of this one."""
+        """Begin a run. `loader` is the loader that the trainer itself has made for it."""
         self._loader = loader
-        self._has_trained_bags = False  # by a subclass's own compute_loss or training_step
+        self._has_trained_bags = False  # with a subclass's compute_loss or training_step
         self._counted: tuple[int, Any] = (-1, None)
 
     def note_count(self, count: Any) -> None:
-        """Note the number of targets that the trainer has counted for the step that begins."""
+        """Store the number of targets that the trainer has counted for the coming step."""
         self._counted = self._trainer.state.global_step, count
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which what a subclass gives to a run with superposition is folded, and checked."""
+        """Context in which the loader of a subclass is folded and its batches are checked."""
         trainer, base = self._trainer, self._base
         own = {"training_step": partial(self._train_on_batch, trainer.training_step)}
         if overrides(trainer, base.get_train_dataloader):  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ class OwnMethods:
             yield
 
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:
-        """What `get_train_dataloader` of a subclass gives, folded unless it is the loader of our rows, or made around it."""
+        """The loader of a subclass, folded unless it is the trainer's own loader or a wrapper of it."""
         trainer = self._trainer
         trainer._data = trainer.schedule = None
         loader = make_own()
@@ -66,7 +66,7 @@ class OwnMethods:
     def _train_on_batch(
         self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any = None
     ) -> Tensor:
-        """`training_step`, a subclass's own or ours, on a batch that is one of the phase."""
+        """Check a batch and run `training_step` on it."""
         trainer, base = self._trainer, self._base
         check_batch(trainer, inputs, num_items, *self._counted)
         own = any(overrides(trainer, getattr(base, name)) for name in ("compute_loss", "training_step"))
@@ -78,45 +78,45 @@ class OwnMethods:
 
 
 def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> None:
-    """Check that a batch, which a subclass's own methods may have made, is what the phase trains on.
+    """Check that a batch, which a subclass may have made, fits the phase, and that its targets are counted correctly.
 
     Args:
         trainer (`TSTTrainer`): The trainer.
-        batch: The batch that training gets.
-        given: Its number of targets, as training gets it.
-        step (`int`): The optimizer step for which the trainer has counted targets last.
-        count: How many it has counted.
+        batch: The batch that `training_step` gets.
+        given: `num_items_in_batch`, as `training_step` gets it.
+        step (`int`): The optimizer step for which the trainer last counted targets.
+        count: The number that it counted.
 
     Raises:
-        TSTError: If it is not of the phase, or its targets were not counted, or counted in another way.
+        TSTError: If the batch is of the other phase, or its targets are not counted or counted differently.
     """
     name, now = type(trainer).__name__, trainer.state.global_step
     if step != now:
         raise TSTError(
-            f"{name}.get_batch_samples does not call super().get_batch_samples, which counts the targets of bags: let it take the "
-            "batches and their number of targets from there."
+            f"{name}.get_batch_samples does not call super().get_batch_samples, which counts the targets of bags: let it call that "
+            "method and return its batches and number of targets."
         )
     superposed = is_superposed(batch)
     phase = trainer.schedule.phase(now)
     if superposed != (phase == "superposition"):
         raise TSTError(
             f"Optimizer step {now} is {phase}, but its batch holds {'bags' if superposed else 'single tokens'}: let "
-            f"get_train_dataloader of {name} return what super().get_train_dataloader() gives, or a loader of its own over other data."
+            f"{name}.get_train_dataloader return the loader of super().get_train_dataloader(), or its own loader over other data."
         )
     is_counted = given is None or given is count or (count is not None and float(given) == float(count))
     if superposed and not is_counted:
         raise TSTError(
-            f"{name} hands num_items_in_batch={float(given):g} to training_step, but the step has {float(count or 0):g} targets, since a "
-            "bag is one: hand on what super().get_batch_samples gives."
+            f"{name} passes num_items_in_batch={float(given):g} to training_step, but the step has {float(count or 0):g} targets (a bag is "
+            "one target): pass on the number from super().get_batch_samples."
         )
 
 
 @contextmanager
 def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Context in which the `compute_loss` or `training_step` of a trainer's subclass `name` meets its first batch of bags.
+    """Context in which the subclass `name` runs its own `compute_loss` or `training_step` on its first batch of bags.
 
     Raises:
-        TSTError: If it fails, but for want of memory, or never gives the model ids of as many dimensions as the batch has.
+        TSTError: If it fails for another reason than memory, or never passes ids to the model with the dimensions of the batch.
     """
     dimensions = set()
 
@@ -135,12 +135,12 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             raise
         shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
         raise TSTError(
-            f"{name}'s own loss fails on a batch of superposition ({shapes}; the last dimension is that of bags): "
-            f"{whole_message(error)}. Call another model, such as a teacher, inside of token_superposition(teacher, bag_size), and "
-            "leave out what needs single tokens where labels have three dimensions."
+            f"{name}'s own loss fails on a batch of bags ({shapes}; the last dimension is the bag's): "
+            f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
+            "Skip what needs single tokens where labels have three dimensions."
         ) from error
     if (expected := batch["input_ids"].dim()) not in dimensions:
         raise TSTError(
-            f"{name} does not give the model the input_ids of its batch, of shape {tuple(batch['input_ids'].shape)}, but others: hand "
-            f"them on with their {expected} dimensions, in which the last is that of bags."
+            f"{name} does not pass the batch's input_ids, of shape {tuple(batch['input_ids'].shape)}, to the model, but others: pass "
+            f"them on with all {expected} dimensions, the last of which is the bag's."
         )

@@ -1,4 +1,4 @@
-"""What happens to the model at the start of training and at the phase switch."""
+"""Change the model's input and loss at the start of training and at the phase switch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ REINITIALIZED: tuple[Reinitialized, ...] = get_args(Reinitialized)
 
 
 class PhaseSwitchCallback(TrainerCallback):
-    """Puts the model into token superposition or the fused next-token loss, as the phase of training asks.
+    """Turns token superposition, or the fused next-token loss, on and off by the phase of training.
 
-    [`TSTTrainer`] calls [`close`] when training ends, however it ends.
+    [`TSTTrainer`] calls [`close`] when training ends or fails.
 
     Args:
-        trainer (`TSTTrainer`): The trainer, which knows its `schedule` when training begins.
+        trainer (`TSTTrainer`): The trainer; it has its `schedule` when training begins.
 
     Raises:
-        TSTError: When training begins, if documents are to be respected and the model's attention crosses them.
+        TSTError: When training begins, with `tst_document_boundaries="respect"`, if the model's attention crosses documents.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -55,11 +55,11 @@ class PhaseSwitchCallback(TrainerCallback):
         logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
 
     def close(self) -> None:
-        """Give the model its own input and loss back."""
+        """Restore the model's own input and loss."""
         self._context.close()
 
     def _enter(self, args: TSTArguments, step: int, model: Any) -> None:
-        """Leave the phase that the model is in, and enter that of `step`."""
+        """Leave the current phase and enter that of `step`."""
         self.close()
         if self._trainer.schedule.phase(step) == "superposition":
             context = token_superposition(
@@ -79,14 +79,14 @@ class PhaseSwitchCallback(TrainerCallback):
 
 
 class ReinitializeCallback(TrainerCallback):
-    """The paper's ablation that loses what superposition gave: embedding, head or both forget what they learned.
+    """The paper's ablation that destroys the gain of superposition: new random weights for the embedding, the head or both.
 
-    They get new random weights when superposition ends, before the checkpoint there. Where they are one weight, both are
-    new. The optimizer's states stay. Nothing happens in a run without superposition.
+    They get new weights when superposition ends, before the checkpoint there. Tied weights are both new. The optimizer's states
+    are kept. Nothing happens in a run without superposition.
 
     Args:
         parts (`str`): `"embeddings"`, `"head"` or `"both"`.
-        schedule: Returns the run's phases, once training has begun.
+        schedule: Function that returns the run's phases once training has begun.
 
     Raises:
         TSTError: When training begins, if the weights are sharded.
@@ -109,7 +109,7 @@ class ReinitializeCallback(TrainerCallback):
         if schedule is None or state.global_step != schedule.switch_step:
             return
         model = kwargs["model"]
-        # All ranks draw the same numbers, and those of training stay what they would have been.
+        # All ranks draw the same numbers. Training's own random numbers do not change.
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers take machines back: the step is finished, a checkpoint written, and training stops."""
+"""Graceful SIGTERM handling: finish the step, write a checkpoint, stop training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ logger = logging.get_logger(__name__)
 class PreemptionCallback(TrainerCallback):
     """Graceful SIGTERM handling for `enable_jit_checkpoint`, instead of Trainer's own callback.
 
-    Trainer's waits three seconds, and then each process saves by itself, possibly in the middle of a step: processes that
-    stand at different steps wait for each other for ever, and what is drawn at random differs after the resume. Here the
-    step is finished first, at the end of which the processes agree. That costs runs with `enable_jit_checkpoint` on
-    several processes an exchange of one number a step, between their CPUs.
+    With Trainer's callback each process saves three seconds after the signal, possibly in the middle of a step. Processes at
+    different steps then deadlock, and random numbers differ after the resume. Here the step is finished first, and the processes
+    agree at its end. With several processes this costs one all-reduce of one number per step, between CPUs.
 
-    [`TSTTrainer`] calls [`close`] when training ends, however it ends.
+    [`TSTTrainer`] calls [`close`] when training ends or fails.
     """
 
     def __init__(self) -> None:
@@ -32,11 +31,11 @@ class PreemptionCallback(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.close()  # left by a start that ran out of memory, after which auto_find_batch_size starts again
+        self.close()  # after out-of-memory, auto_find_batch_size starts training again
         self.stopped = self._told = False
         if self._group is None and distributed.is_available() and distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")
-        if threading.current_thread() is threading.main_thread():  # signals can be caught there only
+        if threading.current_thread() is threading.main_thread():  # only this thread can set a signal handler
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,7 +50,7 @@ class PreemptionCallback(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def close(self) -> None:
-        """Give the signal back to whoever had it before."""
+        """Restore the previous signal handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None

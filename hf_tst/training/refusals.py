@@ -1,4 +1,4 @@
-"""What a [`TSTTrainer`] refuses, or warns of, before the first step, beyond values of single arguments."""
+"""What a [`TSTTrainer`] refuses or warns of before the first step, apart from the values of single arguments."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .arguments import TSTArguments
 
 logger = logging.get_logger(__name__)
 
-# Half a row of the trial whether attention stays inside documents.
+# Tokens per document in the check that attention stays inside documents.
 _LENGTH = 4
-# Share of the effect that one document has on the next across the boundary, in a row without documents, that is
-# taken for rounding: mixtures of experts and low precision are not exact from one batch to another.
+# A change of the logits below this share of the change in a row without boundaries counts as rounding: mixtures of experts and
+# low precision are not exact from one batch to another.
 _ROUNDING = 0.1
 
 
 def check_arguments(args: Any) -> None:
-    """Raise `TSTError` if arguments lack those of this package, contradict each other, or ask for several GPUs in one process."""
+    """Raise `TSTError` if `args` is no [`TSTArguments`], has contradictory values, or would train with `nn.DataParallel`."""
     if not isinstance(args, TSTArguments):
         raise TSTError(
-            f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: change the class name where the arguments are "
-            f"made, or let the class inherit hf_tst.TSTArguments."
+            f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: make the arguments with that class, or "
+            f"let your class inherit hf_tst.TSTArguments."
         )
     args.check()
     if args.tst_replaces_loss and args.n_gpu > 1:
@@ -45,13 +45,13 @@ def check_arguments(args: Any) -> None:
 
 
 def check_optimizer(args: TSTArguments, model: Any) -> None:
-    """Raise `TSTError` if the optimizer that arguments name cannot be made, as when its package is missing."""
+    """Raise `TSTError` if the optimizer cannot be made, for example because its package is missing."""
     with bad_input(f"optim={args.optim.value} cannot be used: ", (ImportError, ValueError), whole_message):
         Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
 def check_model(args: TSTArguments, model: Any) -> None:
-    """Raise `TSTError` if a model cannot be trained with the loss that arguments ask for."""
+    """Raise `TSTError` if a model does not work with the loss that the arguments select."""
     if args.tst_replaces_loss:
         _, core = find_language_model(model)
         check_fusable(core, args.tst_fused_loss)
@@ -60,25 +60,25 @@ def check_model(args: TSTArguments, model: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raise `TSTError` if a tokenizer gives ids that a model has no embedding for; a padding token is not in packed text."""
+    """Raise `TSTError` if a tokenizer has ids without an embedding. The padding token may be one: packed text does not have it."""
     size = embedding_size(model)
     highest = max((i for i in tokenizer.get_vocab().values() if i != tokenizer.pad_token_id), default=0)
     if size is not None and highest >= size:
         raise TSTError(
-            f"The tokenizer gives ids up to {highest}, but the model has embeddings for 0 to {size - 1}: use the model's own tokenizer, "
+            f"The tokenizer has ids up to {highest}, but the model has embeddings for 0 to {size - 1}: use the model's own tokenizer, "
             f"or add rows with model.resize_token_embeddings({highest + 1}) and save the model."
         )
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raise `TSTError` if a trainer's model, loss or processes do not work with what its arguments ask for."""
+    """Raise `TSTError` if a trainer's model, loss or processes do not work with its arguments."""
     args = trainer.args
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         check_optimizer(args, trainer.model)
     _warn_of_missing_fsdp(trainer)
     if args.tst_spikes != "ignore" and (args.fp16 or trainer.is_deepspeed_enabled):
         raise TSTError(
-            f"tst_spikes={args.tst_spikes!r} needs gradients as they are, which fp16 scales and DeepSpeed keeps to itself: use bf16 "
+            f"tst_spikes={args.tst_spikes!r} needs the gradients, but fp16 scales them and DeepSpeed hides them: use bf16 "
             "without DeepSpeed, or leave tst_spikes at 'ignore'."
         )
     if args.mtp_num_heads > 1:
@@ -87,12 +87,12 @@ def check_trainer(trainer: Any) -> None:
         return
     if getattr(trainer.accelerator, "mixed_precision", "no") == "fp8":
         raise TSTError(
-            "mixed_precision='fp8' replaces linear layers, and has not been tried with superposition and the fused loss: use bf16."
+            "mixed_precision='fp8' replaces linear layers and has not been tested with superposition and the fused loss: use bf16."
         )
     if _uses_fsdp1(trainer):
         raise TSTError(
-            "FSDP1 flattens the weights that superposition and the fused loss look for: set fsdp_version: 2 in the "
-            "configuration of accelerate, as hf_tst/pretraining/accelerate/fsdp2.yaml does."
+            "FSDP1 flattens the weights that superposition and the fused loss need: set fsdp_version: 2 in the "
+            "configuration of accelerate, as in hf_tst/pretraining/accelerate/fsdp2.yaml."
         )
     check_model(args, trainer.model)
     if trainer.compute_loss_func is not None:
@@ -114,7 +114,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _check_multi_token_prediction(trainer: Any) -> None:
-    """Raise `TSTError` for what multi-token prediction does not work with, or has not been tried with."""
+    """Raise `TSTError` for what does not work, or has not been tested, with multi-token prediction."""
     args = trainer.args
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     reasons = {
@@ -131,36 +131,36 @@ def _check_multi_token_prediction(trainer: Any) -> None:
     }
     if refused := [name for name, given in reasons.items() if given]:
         raise TSTError(
-            f"mtp_num_heads={args.mtp_num_heads} does not go with {', '.join(refused)}: leave it out, or set "
+            f"mtp_num_heads={args.mtp_num_heads} does not work with {', '.join(refused)}: leave it out, or set "
             "mtp_num_heads=1."
         )
 
 
 def _parallel_sizes(trainer: Any) -> dict[str, int]:
-    """By kind, the number of processes that share the work on one row."""
+    """The number of processes that share one row, by kind of parallelism."""
     config = getattr(trainer.accelerator, "parallelism_config", None)
     kinds = {"context": "cp_size", "sequence": "sp_size", "tensor": "tp_size"}
     return {kind: getattr(config, name, 1) or 1 for kind, name in kinds.items()}
 
 
 def _uses_fsdp1(trainer: Any) -> bool:
-    """Whether a trainer shards its model by the first FSDP, which flattens weights."""
+    """Whether a trainer uses FSDP1, which flattens weights."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     return plugin is not None and getattr(plugin, "fsdp_version", 1) != 2
 
 
 def _warn_of_missing_fsdp(trainer: Any) -> None:
-    """Warn if FSDP is asked for, by the arguments or by `accelerate launch`, and accelerate does something else.
+    """Warn if FSDP is requested, by the arguments or by `accelerate launch`, but not used.
 
-    It does so silently on CPU, where it makes FSDP ordinary DDP.
+    On CPU, accelerate silently falls back to DDP.
     """
     asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     accelerator = trainer.accelerator
     if asked and not trainer.is_fsdp_enabled and accelerator.is_main_process:
         logger.warning(
-            f"fsdp is asked for, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device.type}: "
-            "nothing is sharded, and every process holds the whole model. FSDP needs accelerators, and `accelerate "
-            "launch` or `torchrun`."
+            f"fsdp is set, but accelerate runs {accelerator.distributed_type.value} on {accelerator.device.type}: "
+            "nothing is sharded, and every process holds the whole model. FSDP needs GPUs or other accelerators, and "
+            "`accelerate launch` or `torchrun`."
         )
 
 
@@ -168,9 +168,10 @@ def _warn_of_missing_fsdp(trainer: Any) -> None:
 
 
 def block_rules(model: Any, tokenizer: Any) -> BlockRules:
-    """What blocks must keep to for a model: its vocabulary and its table of positions, and the tokenizer's padding token, if it is nothing else.
+    """What the blocks for a model must satisfy: ids in the vocabulary, rows that fit a table of positions, no padding.
 
-    A model without such a table may be trained on rows longer than its configuration says.
+    Without a table of positions, rows may be longer than the configuration says. The padding token is not checked if it is also
+    another special token.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")]
@@ -178,7 +179,7 @@ def block_rules(model: Any, tokenizer: Any) -> BlockRules:
     context, tables = context_length(config), []
     if context is not None and isinstance(model, nn.Module):
         tables = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
-    # OPT's table has two rows more, and MPT makes its biases for so many positions.
+    # OPT's table has two more rows. MPT makes its attention biases for `context` positions.
     has_table = {context, (context or 0) + 2} & {*tables} or getattr(config, "model_type", None) == "mpt"
     return BlockRules(
         pad_token_id=None if pad in others else pad,
@@ -188,15 +189,15 @@ def block_rules(model: Any, tokenizer: Any) -> BlockRules:
 
 
 def batch_rules(model: Any) -> BlockRules:
-    """What every batch must keep to, whoever made it."""
+    """What every batch must satisfy, also from a user's own loader."""
     return BlockRules(vocab_size=embedding_size(model), data="given")
 
 
 def check_stored_rows(trainer: Any) -> None:
-    """Check the rows of stored evaluation data, and the first ones of plain training, before the first step.
+    """Check the rows of stored evaluation data, and the first rows of plain training, before the first step.
 
     Raises:
-        TSTError: If one holds an id that the model has no embedding for, or is longer than its table of positions.
+        TSTError: If a row has an id without an embedding, or is longer than the model's table of positions.
     """
     rules, evaluation = block_rules(trainer.model, None), trainer.eval_dataset
     for blocks in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
@@ -209,19 +210,19 @@ def check_stored_rows(trainer: Any) -> None:
 
 
 def check_document_attention(model: nn.Module, rows: int = 2) -> None:
-    """Check that a document in a row does not see the one before it, when `position_ids` restart between them.
+    """Check that attention does not cross documents in a row whose `position_ids` restart between them.
 
-    Four forward passes over rows of eight tokens, without gradients: in sharded training every rank must take
-    part. What the first document is must not matter to the logits of the second, against a row of one document,
-    where it does.
+    The first half of a row is changed. If the halves are two documents, the logits of the second half must not change; if the row
+    is one document, they do, which gives the scale. This takes four forward passes over rows of eight tokens, without gradients.
+    In sharded training every rank must take part.
 
     Args:
-        model: The model, also wrapped.
-        rows (`int`, defaults to 2): Rows of a batch; some attention implementations keep documents apart in batches
-            of one row only.
+        model: The model; it may be wrapped.
+        rows (`int`, *optional*, defaults to 2): Rows per batch. Some attention implementations keep documents apart only in
+            batches of one row.
 
     Raises:
-        TSTError: If the model's attention, or another mixing of positions, crosses documents.
+        TSTError: If attention, or another layer that mixes positions, crosses documents.
     """
     _, core = find_language_model(model)
     name = type(core).__name__
@@ -255,6 +256,6 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
 
 
 def _change(model: nn.Module, tokens: Tensor, other: Tensor, position_ids: Tensor) -> float:
-    """How far the logits of the second half move when the first half changes."""
+    """The largest change of the second half's logits when the first half changes."""
     logits = [model(input_ids=ids, position_ids=position_ids).logits[:, _LENGTH:] for ids in (tokens, other)]
     return float((logits[0].float() - logits[1].float()).abs().max())

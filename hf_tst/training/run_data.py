@@ -1,4 +1,4 @@
-"""The data of one training run: its plan, its stream or the user's own loader, and its place in a checkpoint."""
+"""The data of one training run: a plan over a data set, a stream or the user's own loader, and its position in checkpoints."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.get_logger(__name__)
 
 
 def make_schedule(args: Any, steps: int) -> PhaseSchedule:
-    """The phases of a run of `steps` optimizer steps, by what has the fields of [`TSTArguments`]."""
+    """The phases of a run of `steps` optimizer steps. `args` has the fields of [`TSTArguments`]."""
     rows = args.tst_superposition_rows
     return PhaseSchedule(steps, args.tst_phase_ratio, args.tst_bag_size, args.tst_mode, rows)
 
 
 def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPlan:
-    """The plan of a run over a map-style data set: from the arguments and the number of blocks alone.
+    """The plan of a run over a map-style data set. It depends on the arguments and the number of blocks alone.
 
     Args:
         args (`TSTArguments`): The run's arguments.
@@ -73,10 +73,10 @@ class RunData:
     Args:
         rows (`PlannedRows`, `StreamedRows` or `FoldedBatches`): The rows of the run, or the batches of the user's own loader.
         start (`DataPosition`): The position before the first step.
-        steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
-        rank (`int`): This process among those that read data of their own.
-        tokens_left_out (`int`, *optional*): Tokens read, by all ranks, that found no place in a row of bags, as of the last
-            [`gather_left_out`]; `None` where bags do not end with documents.
+        steps_per_epoch (`int`): Optimizer steps in what Trainer calls an epoch.
+        rank (`int`): Data-parallel rank of this process.
+        tokens_left_out (`int`, *optional*): Tokens that all ranks have read but that did not fit into a row of bags, as of the
+            last [`gather_left_out`]. `None` if bags may cross documents.
     """
 
     rows: PlannedRows | StreamedRows | FoldedBatches
@@ -84,8 +84,8 @@ class RunData:
     steps_per_epoch: int
     rank: int
     tokens_left_out: int | None
-    _left_out_here: Tensor | int = 0  # by this rank, since they were gathered
-    # Where the readers of this rank stand in a stream, behind the batches that training got.
+    _left_out_here: Tensor | int = 0  # on this rank, since the last gather_left_out
+    # State of the stream after the last batch that training got, by loader process of this rank.
     _stream_states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def epoch(self, step: int) -> float:
@@ -94,7 +94,7 @@ class RunData:
         return epoch + (step - epoch * self.steps_per_epoch) / self.steps_per_epoch
 
     def blocks_of_step(self, step: int, rank: int, micro_batch: int | None) -> list[int] | None:
-        """Blocks that a micro-batch of a step trains on, or all ranks in the whole step; `None` without a plan."""
+        """Blocks of one micro-batch of a rank or, with `micro_batch=None`, of the whole step on all ranks; `None` without a plan."""
         if not isinstance(self.rows, PlannedRows):
             return None
         count = self.start.rows_per_step
@@ -104,7 +104,7 @@ class RunData:
         return [block for row in rows for block in self.rows.plan.row_blocks(row)]
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches that training gets, without the state of the stream that comes with them."""
+        """The batches for training. Takes the state of the stream out of them, and stores it."""
         for batch in batches:
             if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
                 self._stream_states[state.reader] = state.values
@@ -114,18 +114,18 @@ class RunData:
                 positions = batch["input_ids"].shape[:2].numel()
                 self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
-                # A row has as many places as it reads tokens: for each that is empty, a token was left out.
+                # A row of bags has one place per token that it reads, so each empty place is a token left out.
                 self._left_out_here = self._left_out_here + (batch["input_ids"] < 0).sum()
             yield batch
 
     def gather_left_out(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Bring `tokens_left_out` up to date; every rank must take part. `total` adds up a 0-dim tensor over all ranks."""
+        """Update `tokens_left_out`. Every rank must take part. `total` sums a 0-dim tensor over all ranks."""
         if self.tokens_left_out is not None and isinstance(self._left_out_here, Tensor):
             self.tokens_left_out += int(total(self._left_out_here))
             self._left_out_here = 0
 
     def save(self, folder: str | Path, step: int, writes_position: bool) -> None:
-        """Write the position, and this rank's state of a stream, into a checkpoint."""
+        """Write the position and, for a stream, this rank's state into a checkpoint."""
         os.makedirs(folder, exist_ok=True)
         if writes_position:
             replace(self.start, step=step, tokens_left_out=self.tokens_left_out or 0).save(folder)
@@ -137,7 +137,7 @@ class RunData:
 
         Args:
             folder: The checkpoint.
-            allow_change (`bool`): Continue although the data or what decides its order has changed.
+            allow_change (`bool`): Continue even if the data, or a setting that decides its order, has changed.
 
         Raises:
             TSTError: If data would be read twice or never, and `allow_change` is not set.
@@ -145,14 +145,14 @@ class RunData:
         saved = DataPosition.load(folder)
         if saved is None:
             logger.warning(
-                f"{folder} has no data_position.json, as if the plain Trainer had written it: its data cannot be compared."
+                f"{folder} has no data_position.json, like a checkpoint of the plain Trainer: whether the data is the same is not checked."
             )
             return
         length = self.start.block_length or saved.block_length
         try:
             saved.check_resumable(replace(self.start, block_length=length))
             if isinstance(self.rows, StreamedRows):
-                # Of a stream that does not say its block length, the blocks are checked as they come.
+                # The block length of a stream may not be known yet; the blocks are then checked when they are read.
                 self.rows.rules = replace(self.rows.rules, length=length or None)
         except TSTError as error:
             if not allow_change:
@@ -162,7 +162,7 @@ class RunData:
             self.tokens_left_out = saved.tokens_left_out
         readers = attrgetter("split_by_rank", "data", "stream_workers")
         if isinstance(self.rows, StreamedRows) and readers(saved) == readers(self.start):
-            # Without shards by rank every rank reads the same stream, and after a step all stand at the same place.
+            # Unless each rank has its own shards, all ranks read the same stream and have the same state after a step.
             file = _state_file(folder, self.rank if saved.split_by_rank else 0)
             if not file.is_file():
                 raise TSTError(
@@ -182,10 +182,10 @@ def open_run_data(trainer: Any) -> RunData:
     """Check a trainer's training data, and plan the run over it.
 
     Args:
-        trainer (`TSTTrainer`): The trainer; its batch size may have been lowered by `auto_find_batch_size`.
+        trainer (`TSTTrainer`): The trainer; `auto_find_batch_size` may have lowered its batch size.
 
     Raises:
-        TSTError: If the data has no full blocks of equal length, or too few of them, or batches would not come in order.
+        TSTError: If the data has no full blocks of equal length, or too few of them, or batches would come out of order.
     """
     args, blocks = trainer.args, trainer.train_dataset
     streamed = isinstance(blocks, IterableDataset)
@@ -196,15 +196,15 @@ def open_run_data(trainer: Any) -> RunData:
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
     joins = isinstance(trainer.data_collator.superposition, DataCollatorForTokenSuperposition)
-    # Columns that reach the collator: all, or those that the model's forward takes.
+    # The columns for the collator: those of the model's forward, or all (`None`).
     used = None
     if args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         used = [*trainer._signature_columns, *document_columns]
         if "input_ids" not in used:
             raise TSTError(
-                f"The forward of {type(trainer.model).__name__} names no input_ids, so remove_unused_columns=True removes them: set it to "
-                "False. Instead of giving a model that torch.compile has made, torch_compile=True may be set."
+                f"The forward of {type(trainer.model).__name__} has no argument input_ids, so remove_unused_columns=True removes this column: "
+                "set it to False. If the model was made by torch.compile, pass the original and set torch_compile=True instead."
             )
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
@@ -234,37 +234,37 @@ def open_run_data(trainer: Any) -> RunData:
         stream_workers=workers,
     )
     if facts.block_length and schedule.switch_step:
-        schedule.positions_per_row("superposition", facts.block_length)  # or its refusal
+        schedule.positions_per_row("superposition", facts.block_length)  # raises if L is not a multiple of s
     rank = args.process_index // (args.world_size // layout.world_size)
     return RunData(rows, position, _steps_per_epoch(args, schedule), rank, 0 if respects else None)
 
 
 def fold_own_loader(trainer: Any, loader: Any) -> RunData:
-    """The training data of a run whose batches come from the user's own loader or sampler: they are folded as they come.
+    """The training data of a run with the user's own loader or sampler. Its batches are folded into bags as they come.
 
     Args:
         trainer (`TSTTrainer`): The trainer.
-        loader: What its `get_train_dataloader` has returned.
+        loader: The result of its `get_train_dataloader`.
 
     Raises:
-        TSTError: If documents are to be respected, or the number of steps is not known.
+        TSTError: If `tst_document_boundaries="respect"`, or the number of steps is unknown.
     """
     args, layout = trainer.args, _layout(trainer)
     if isinstance(getattr(loader, "dataset", None), (PlannedRows, StreamedRows)):
         raise TSTError(
-            f"get_train_dataloader of {type(trainer).__name__} makes another loader of the rows that super().get_train_dataloader() reads in "
-            "their order: let it return that loader as it is, or one over train_dataset."
+            f"{type(trainer).__name__}.get_train_dataloader makes another loader over the dataset of super().get_train_dataloader(), whose "
+            "rows must be read in their order: return that loader unchanged, or make a loader over train_dataset."
         )
     if args.tst_document_boundaries == "respect":
         raise TSTError(
-            "tst_document_boundaries='respect' needs the trainer's own order of the data: leave get_train_dataloader and "
-            "_get_train_sampler as they are, or set it to 'ignore'."
+            "tst_document_boundaries='respect' needs the trainer's own order of the data: do not override get_train_dataloader or "
+            "_get_train_sampler, or set it to 'ignore'."
         )
-    # A batch is to the loader what a block is to a data set.
+    # Here the items are batches: superposition joins s batches, where it joins s blocks of a data set.
     schedule = _choose_schedule(trainer, loader, args.gradient_accumulation_steps)
     logger.info(
-        f"Batches of {type(trainer).__name__}'s own loader or sampler are folded as they come: a micro-batch of superposition is "
-        f"made of {schedule.blocks_per_row} batches."
+        f"Batches of {type(trainer).__name__}'s own loader or sampler are folded as they come: a micro-batch of superposition joins "
+        f"{schedule.blocks_per_row} batches."
     )
     collator = DataCollatorForTokenSuperposition(args.tst_bag_size, args.tst_mode)
     steps_per_epoch = _steps_per_epoch(args, schedule)
@@ -281,7 +281,7 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
 
 
 def _check_shared_out(first: Tensor) -> None:
-    """Raise `TSTError` if all processes read the same first batch. Every rank must take part."""
+    """Raise `TSTError` if all ranks read the same first batch. Every rank must take part."""
     digests = gather_object([hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()])
     if len(digests) > 1 and len(set(digests)) == 1:
         raise TSTError(
@@ -291,10 +291,10 @@ def _check_shared_out(first: Tensor) -> None:
 
 
 def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
-    """The phases of a run over `data`, of which a step of recovery reads `per_step` items.
+    """The phases of a run over `data`. A recovery step reads `per_step` items of it.
 
     Raises:
-        TSTError: If neither `max_steps` nor the length of the data says how many steps there are.
+        TSTError: If neither `max_steps` is set nor the data has a length.
     """
     args: TSTArguments = trainer.args
     if args.max_steps > 0:
@@ -309,7 +309,7 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
 
 
 def _tell_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
-    """Say how many steps a run by epochs has; `steps_per_pass` are those of recovery in one pass over the data."""
+    """Log how many steps `num_train_epochs` gives. `steps_per_pass` recovery steps would read the data once."""
     args: TSTArguments = trainer.args
     if args.max_steps > 0:
         return
@@ -320,8 +320,8 @@ def _tell_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass:
     )
     if trainer._has_own_schedule and plain != schedule.max_steps:
         logger.warning(
-            f"The learning rate schedule that was passed in `optimizers` may be made for {plain} steps, but "
-            f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps}: make it for these, or set max_steps."
+            f"The learning rate schedule in `optimizers` may be made for {plain} steps, but num_train_epochs="
+            f"{args.num_train_epochs:g} gives {schedule.max_steps}: make it for {schedule.max_steps} steps, or set max_steps."
         )
 
 
@@ -343,7 +343,7 @@ def _position(
     """The position before the first step."""
     if schedule.switch_step == 0:
         logger.warning(
-            f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one: no step is superposition."
+            f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there is no superposition."
         )
     return DataPosition(
         step=0,
@@ -365,14 +365,14 @@ def _steps_per_epoch(args: TSTArguments, schedule: PhaseSchedule) -> int:
 
 
 def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
-    """Warn if each of the first blocks begins with the end of the one before, as windows with a stride do."""
+    """Warn if the first blocks overlap, as windows with a stride do."""
     first = [
         np.asarray(as_block(blocks[index])["input_ids"]) for index in range(min(4, facts.num_blocks or 0))
     ]
     length = facts.block_length
     shared = []
     for one, following in pairwise(first):
-        # Only where the next block's first token is can it begin.
+        # An overlap begins where this block has the first token of the next one.
         sizes = {length - int(at) for at in np.flatnonzero(one == following[0])}
         shared.append(
             {size for size in sizes if 8 <= size < length and np.array_equal(one[-size:], following[:size])}
@@ -380,13 +380,13 @@ def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
     overlaps = set.intersection(*shared) if len(shared) > 1 else set()
     if overlaps and len(np.unique(first[0])) > 4:
         logger.warning(
-            f"Consecutive blocks share {max(overlaps)} of their {length} tokens, as windows with a stride do. A superposition "
-            "row joins consecutive blocks, and would read those tokens several times: cut the text into blocks that do not overlap."
+            f"Consecutive blocks share {max(overlaps)} of their {length} tokens, as windows with a stride do. A row of superposition "
+            "joins consecutive blocks and would read these tokens several times: cut the text into blocks that do not overlap."
         )
 
 
 def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
-    """The loader of a run's rows, from the step that training has reached."""
+    """The loader of a run's rows. It starts at the trainer's current step."""
     if isinstance(data.rows, FoldedBatches):
         return data.rows
     steps, rows_per_step = data.start.max_steps, data.start.rows_per_step
@@ -398,8 +398,8 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
         sampler_fn=lambda rows: sampler,
         is_training=True,
     )
-    # A loader draws a seed for its workers when it starts. It has a generator of its own, so that training draws the same
-    # numbers whether it was resumed or not.
+    # A loader draws a seed for its workers when it starts. With its own generator it does not change the random numbers of
+    # training, which must be the same after a resume.
     loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)
     return loader
 
@@ -407,19 +407,20 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
 def _check_loader(args: TSTArguments, streamed: bool) -> None:
     if args.dataloader_num_workers and not getattr(args, "dataloader_in_order", True):
         raise TSTError(
-            "dataloader_in_order=False would mix the batches of both phases: leave it at True, or set dataloader_num_workers=0."
+            "dataloader_in_order=False would mix the batches of both phases: set it to True, or set dataloader_num_workers=0."
         )
     if streamed and getattr(args.accelerator_config, "dispatch_batches", False):
         raise TSTError(
-            "accelerator_config's dispatch_batches=True does not work with a stream, of which each process reads its own rows: "
+            "accelerator_config's dispatch_batches=True does not work with a stream, since each process reads its own rows: "
             "leave it out."
         )
 
 
 def plain_loader(loader: Any, args: TSTArguments) -> Any:
-    """The loader of plain training that resumes, whose processes take no seed from the random numbers of training.
+    """The loader of resumed plain training.
 
-    An uninterrupted run has drawn that seed in its first epoch, if its loader processes stay.
+    With persistent workers, an uninterrupted run draws their seed only in its first epoch. A resumed run must not draw it from
+    the random numbers of training, so the loader gets its own generator.
     """
     if args.dataloader_persistent_workers and args.dataloader_num_workers:
         base: Any = getattr(loader, "base_dataloader", loader)

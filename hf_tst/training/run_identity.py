@@ -1,8 +1,8 @@
-"""Which checkpoints of an output folder belong to the run that trains there, and which to another one.
+"""Which checkpoints of an output folder belong to the current run, and which to another run.
 
-Each start of training gets an id. It is among the notes in `trainer_state.json`, with the step that training started from, so a
-checkpoint holds the ids of all starts that led to it. `_run.json` in the output folder holds those of the run that started there
-last. Names with `_` are left out of a push to the Hub.
+Each start of training gets an id. `trainer_state.json` stores it with the step that training started from, so a checkpoint has
+the ids of all starts that led to it. `_run.json` in the output folder has those of the run that started there last. Names that
+begin with `_` are not pushed to the Hub.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ logger = logging.get_logger(__name__)
 
 RUN_FILE = "_run.json"
 
-# The starts of a run, each as the step that it started from and its id. Checkpoints of the plain Trainer have none.
+# The starts of a run: pairs of the first step and the id. Checkpoints of the plain Trainer have none.
 Starts = list[tuple[int, str]]
 
 
 class RunIdentityCallback(TrainerCallback):
-    """Writes the ids of a run into its output folder when it starts, and names checkpoints of other runs there."""
+    """Writes the ids of a run into its output folder when it starts, and warns of checkpoints of other runs there."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
@@ -34,24 +34,24 @@ class RunIdentityCallback(TrainerCallback):
         write_whole(Path(args.output_dir) / RUN_FILE, json.dumps({"starts": _starts(vars(state))}) + "\n")
         if foreign := foreign_checkpoints(args.output_dir):
             logger.warning(
-                f"{args.output_dir} holds {', '.join(folder.name for folder in foreign)} of another run: "
-                "resume_from_checkpoint='last' and save_total_limit leave them alone, but this run replaces those whose step "
-                "it reaches. Name another output_dir, or move them away."
+                f"{args.output_dir} has {', '.join(folder.name for folder in foreign)} of another run: "
+                "resume_from_checkpoint='last' and save_total_limit ignore them, but this run overwrites those whose step "
+                "it reaches. Choose another output_dir, or move them away."
             )
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The folders `checkpoint-<step>` by step, in the order of the steps."""
+    """The folders `checkpoint-<step>` by step, sorted."""
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
     numbers = [(folder.name.removeprefix("checkpoint-"), folder) for folder in folders]
     return dict(sorted((int(number), folder) for number, folder in numbers if number.isdecimal()))
 
 
 def foreign_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a folder that are of another run than the one that started there last, in the order of their steps.
+    """The checkpoints in a folder that do not belong to the run that started there last, sorted by step.
 
-    Those of the same run count, too, if it was since resumed from an earlier one: it repeats their steps. A folder in which
-    no run has noted its start has none, and a checkpoint whose state cannot be read is none.
+    If this run was resumed from an earlier checkpoint, its own later checkpoints count as foreign, too, since it repeats their
+    steps. Without `_run.json` no checkpoint is foreign, nor is one whose state cannot be read.
     """
     try:
         text = (Path(output_dir) / RUN_FILE).read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def foreign_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _led_to(run: Starts, folder: Path, step: int) -> bool:
-    """Whether a checkpoint is one that a run of these starts has written, or was resumed from."""
+    """Whether a run with these starts has written a checkpoint or was resumed from it."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         starts = _starts(state)

@@ -1,4 +1,4 @@
-"""Losses and gradients far above their running level: the step is skipped, or the run stops, on all ranks alike."""
+"""Spikes: losses and gradient norms far above their running level. All ranks skip the step or stop."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SPIKES = "TSTSpikes"
 
 
 class SpikeCallback(TrainerCallback):
-    """Does with a spike of the loss or of the gradient norm what `tst_spikes` says.
+    """Applies `tst_spikes`.
 
-    A spike is a number of one optimizer step that is more than `tst_spike_threshold` standard deviations above the mean of the last
-    `tst_spike_window` steps of its phase; nothing is one before half of them are there. A spike counts in that mean as the
-    highest number that would be none, so a lasting change of the level is followed. Both numbers are those of all ranks. With
-    `"ignore"` nothing is computed; else training waits for the device once per step.
+    A spike is a loss or gradient norm of one optimizer step that is more than `tst_spike_threshold` standard deviations above the
+    mean of the last `tst_spike_window` steps of its phase. No step counts as a spike before half of these steps are done. In the
+    mean, a spike is clipped to the limit, so the mean follows a lasting change. Loss and norm are those of all ranks. With
+    `"ignore"` nothing is computed; otherwise training waits for the device once per step.
 
     Args:
         trainer (`TSTTrainer`): The trainer, with its arguments, state, schedule, accelerator and data.
@@ -33,7 +33,7 @@ class SpikeCallback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._loss: Tensor | None = None  # of the micro-batches of this step, on this rank
+        self._loss: Tensor | None = None  # sum over the micro-batches of this step, on this rank
         self.skipped_steps = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -42,12 +42,12 @@ class SpikeCallback(TrainerCallback):
             state.stateful_callbacks.pop(SPIKES, None)
 
     def note_loss(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch to that of the step; does not wait for the device."""
+        """Add the loss of a micro-batch to that of the step. Does not wait for the device."""
         if self._trainer.args.tst_spikes != "ignore":
             self._loss = loss if self._loss is None else self._loss + loss
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
-        """Judge a step by its loss and the norm of its gradient, before the optimizer's step. Every rank must take part.
+        """Check the loss and gradient norm of a step, before the optimizer step. Every rank must take part.
 
         Raises:
             RunError: On all ranks, at a spike with `tst_spikes="stop"`.
@@ -66,11 +66,11 @@ class SpikeCallback(TrainerCallback):
             self._handle(model, spikes)
 
     def _find(self, numbers: dict[str, float]) -> dict[str, dict[str, float]]:
-        """The numbers of a step that are spikes: `value`, and the highest one that would be none; all join the running level."""
+        """The numbers of a step that are spikes, each with its `value` and `limit`. Adds all numbers to the running levels."""
         args, state = self._trainer.args, self._trainer.state
         phase = self._trainer.schedule.phase(state.global_step)
         kept = state.stateful_callbacks.setdefault(SPIKES, {"phase": phase, "levels": {}, "found": []})
-        if kept["phase"] != phase:  # another loss
+        if kept["phase"] != phase:  # each phase has another loss
             kept |= {"phase": phase, "levels": {}}
         found = {}
         for name, number in numbers.items():
@@ -94,9 +94,9 @@ class SpikeCallback(TrainerCallback):
         text = f"Optimizer step {step} ({kept['phase']}) has a spike: {told}{name_blocks(blocks)}"
         if self._trainer.args.tst_spikes == "stop":
             raise RunError(
-                f"{text}. Training stops: look at the data, lower learning_rate, or resume with tst_spikes='skip'."
+                f"{text}. Training stops: check the data, lower learning_rate, or resume with tst_spikes='skip'."
             )
         drop_gradient(model)
         self.skipped_steps += 1
         kept["found"].append({"step": step, "blocks": blocks, **spikes})
-        logger.warning(f"{text}. It is skipped.")
+        logger.warning(f"{text}. The step is skipped.")

@@ -1,4 +1,4 @@
-"""The target bags of superposition: how many a step has, which its loss is divided by, and the lowest loss that they allow."""
+"""The target bags of a superposition step: their number, which divides the loss, and the lowest possible loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..losses.multi_hot import count_target_bags, sum_bag_entropies
 
 
 class TargetBagMeter:
-    """Counts the target bags of each step of superposition, and adds up their entropies. Only a report waits for the device.
+    """Counts the target bags of each superposition step and sums their entropies. Only `report` waits for the device.
 
     Args:
         trainer (`TSTTrainer`): The trainer, with its arguments and accelerator.
@@ -29,13 +29,13 @@ class TargetBagMeter:
         self._steps = 0
 
     def count(self, batches: Sequence[Any], device: torch.device) -> Tensor:
-        """Target bags of one step, of all ranks if the loss is averaged over their tokens; every rank must take part then.
+        """The number of target bags in one step. A bag with ignored labels counts by the weights of its valid tokens.
 
-        A bag that weighs less than a whole one counts in part.
+        With `average_tokens_across_devices` it is the number on all ranks, and every rank must take part.
 
         Args:
             batches: The micro-batches of this rank, with `labels`.
-            device (`torch.device`): Where the count is to be.
+            device (`torch.device`): Device of the result.
         """
         trainer, args = self._trainer, self._trainer.args
         weights = offset_weights(
@@ -55,14 +55,15 @@ class TargetBagMeter:
         return bags
 
     def report(self, loss: float) -> dict[str, float]:
-        """`tst_loss_above_floor` of the steps since the last report, whose mean loss is `loss`; nothing in recovery.
+        """Log entry `tst_loss_above_floor`: the mean loss since the last report, `loss`, minus the lowest possible loss.
 
-        Every rank must take part.
+        Empty in recovery. Every rank must take part.
         """
         total, steps = self._floor, self._steps
         self.clear()
         if total is None:
             return {}
-        summed = self._trainer.args.average_tokens_across_devices  # each has divided by the bags of all
+        # Then each rank has divided by the bags of all ranks.
+        summed = self._trainer.args.average_tokens_across_devices
         floor = self._trainer.accelerator.reduce(total, "sum" if summed else "mean").item() / steps
         return {"tst_loss_above_floor": round(loss - floor, 6)}

@@ -1,4 +1,4 @@
-"""Tokens and seconds of training: counted, and logged by phase."""
+"""Count and log the tokens and seconds of training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LONG_WAIT = 0.1  # fraction of the time
 
 
 class TokenMeterCallback(TrainerCallback):
-    """Counts raw and latent tokens and the seconds spent training (evaluation and saving left out).
+    """Counts raw and latent tokens, and the seconds of training without evaluation and saving.
 
-    It also corrects what Trainer calls the epoch: Trainer does not know where a resumed epoch began.
+    It also corrects `epoch`: Trainer does not know where a resumed epoch began.
 
     Args:
-        trainer (`TSTTrainer`): The trainer, which reads its batches through [`watch`].
+        trainer (`TSTTrainer`): The trainer. It reads its batches through [`watch`].
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -56,7 +56,7 @@ class TokenMeterCallback(TrainerCallback):
             state.epoch = self._trainer._data.epoch(state.global_step)
         pauses = control.should_log or control.should_evaluate or control.should_save
         if pauses and args.device.type != "cpu":
-            torch.accelerator.synchronize()  # as what comes next does: these steps' work is not the next ones' time
+            torch.accelerator.synchronize()  # so that the time of these steps ends before logging, evaluation or saving
         self._seconds += time.perf_counter() - self._since
         self._restart_clock()
 
@@ -66,12 +66,12 @@ class TokenMeterCallback(TrainerCallback):
     on_evaluate = on_save = _restart_clock
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; notes their latent length, and how long training waits for each."""
+        """Pass the batches on; measure their latent length and how long training waits for them."""
         start = time.perf_counter()
         for batch in batches:
             self._waited += time.perf_counter() - start
             if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), torch.Tensor):
-                # A row of L tokens has L positions in either phase, also where it is folded to shorter rows.
+                # L, which is not `ids.shape[1]` where each block is folded into its own, shorter row.
                 data = self._trainer._data
                 self._latent_length = ids.shape[1] if data is None else data.start.block_length
             yield batch
@@ -79,7 +79,7 @@ class TokenMeterCallback(TrainerCallback):
         self._waited += time.perf_counter() - start
 
     def gather_left_out(self) -> None:
-        """Add up over the ranks the tokens that found no place in a bag. Every rank must take part."""
+        """Sum the tokens left out of bags over all ranks. Every rank must take part."""
         if (data := self._trainer._data) is not None:
             data.gather_left_out(self._trainer.accelerator.reduce)
 
@@ -87,18 +87,18 @@ class TokenMeterCallback(TrainerCallback):
         return None if self._trainer._data is None else self._trainer._data.tokens_left_out
 
     def report(self, with_speed: bool) -> dict[str, Any]:
-        """Log entries after the optimizer steps done.
+        """Log entries for the steps so far.
 
         Args:
-            with_speed (`bool`): Add tokens per second, utilization and the wait for data, since the last report that had them.
+            with_speed (`bool`): Add tokens per second, utilization and the wait for data since the last report with speed.
 
         Returns:
-            Numbers alone, since callbacks and trackers may take logs for that: `tst_current_bag_size` of the last step done,
-            s in superposition and 1 in recovery; `tst_raw_tokens` and `tst_latent_tokens` since the run began;
-            `tst_tokens_left_out` of the raw tokens read, where bags end with documents (`tst_raw_tokens` does not
-            count them); `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`;
-            `tst_model_flops_utilization`, where FLOPs and the peak of the device are known; `tst_data_wait_seconds` that
-            training waited for batches on this rank, and `tst_data_wait_fraction` of the time.
+            Numbers only, because trackers may expect numbers: `tst_current_bag_size` of the last step, s in superposition and 1
+            in recovery; `tst_raw_tokens` and `tst_latent_tokens` since the run began; `tst_tokens_left_out`, if bags end with
+            documents: raw tokens that were read but are in no bag (`tst_raw_tokens` does not count them);
+            `tst_raw_tokens_per_second` and `tst_latent_tokens_per_second`; `tst_model_flops_utilization`, if the FLOPs and the
+            peak of the device are known; `tst_data_wait_seconds` that this rank waited for batches, and
+            `tst_data_wait_fraction`, their share of the time.
         """
         schedule, state = self._trainer.schedule, self._trainer.state
         step, flops = state.global_step, state.total_flos

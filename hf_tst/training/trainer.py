@@ -53,35 +53,39 @@ from .token_meter import TokenMeterCallback
 
 
 class TSTTrainer(Trainer):
-    """Trainer for causal language models that trains on bags of tokens first (token superposition).
+    """Trainer for causal language models that first trains on bags of tokens (superposition), then on single tokens (recovery).
 
-    Use it as [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the order of the
-    text. Superposition joins `tst_bag_size` consecutive blocks to a row of L bags; recovery reads other blocks. Evaluation
+    Use it like [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the order of the
+    text. Superposition joins `tst_bag_size` consecutive blocks into one row of L bags. Recovery reads other blocks. Evaluation
     and prediction are next-token in both phases.
 
-    A subclass may bring its own `get_train_dataloader` or `_get_train_sampler`. Their batches of rows of L tokens are then
-    folded as they come: superposition joins `tst_bag_size` batches, each row cut into L/s bags (see [`FoldedBatches`]).
+    A subclass may have its own `get_train_dataloader` or `_get_train_sampler`. Its batches of rows of L tokens are then folded
+    as they come: superposition joins `tst_bag_size` batches and cuts each row into L/s bags (see [`FoldedBatches`]).
 
-    It may be the first parent of two, `class Mine(TSTTrainer, OtherTrainer)`. Bags then get the model's own loss and tokens that of the
-    other trainer's `compute_loss`, whose loader or sampler, if it has one of its own, is folded as a subclass's.
+    The class can be combined with another trainer, `class Mine(TSTTrainer, OtherTrainer)`. Superposition then uses the model's own
+    loss, and recovery the other trainer's `compute_loss`. If the other trainer has its own loader or sampler, its batches are folded
+    as those of a subclass.
 
-    `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` says how many passes to read, and the number of
-    steps is derived from the blocks that each phase consumes; an epoch is then an equal share of the steps. Blocks at the end that do
-    not fill a whole optimizer step are not read.
+    `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` is the number of passes, and the number of
+    steps is derived from the blocks that each phase consumes; an epoch is then an equal share of the steps. Blocks at the end that
+    do not fill a whole optimizer step are not read.
 
     Args:
         model (`PreTrainedModel`): As for [`~transformers.Trainer`].
-        args ([`TSTTrainingArguments`]): Or of any class of training arguments that inherits [`TSTArguments`].
-        data_collator (*optional*): Collates blocks in both phases and evaluation; labels are `input_ids` by default.
+        args ([`TSTTrainingArguments`]): The arguments, of this class or of any training arguments that inherit [`TSTArguments`].
+        data_collator (*optional*): Collates blocks in both phases and in evaluation. By default labels are a copy of `input_ids`.
         positional, kwargs: All other arguments of [`~transformers.Trainer`].
 
-    Raises:
-        TSTError: If the arguments, the model or the data cannot go with superposition.
-        RunError: From `train`, if the run is stopped: by a loss that is not finite, by a full disk.
+    Attributes:
+        schedule ([`PhaseSchedule`]): The phases of the run, once the training data is loaded.
+        fused_loss (`str`): `tst_fused_loss` as it is used in superposition: `"auto"` becomes `"off"` if a subclass has its own
+            `compute_loss`, which may read logits.
+        fused_recovery (`str`): The same for recovery and evaluation, where the `compute_loss` of another parent counts, too.
+        preempted (`bool`): Whether SIGTERM has ended training (`enable_jit_checkpoint`).
 
-    `schedule` has the phases of the run, from when the training data is loaded; `fused_loss` is `tst_fused_loss`, or `"off"` where
-    that is `"auto"` and a subclass has its own `compute_loss`; `fused_recovery` is the same of recovery and evaluation, where another
-    parent's `compute_loss` counts, too; `preempted` is true once SIGTERM has ended it (`enable_jit_checkpoint`).
+    Raises:
+        TSTError: If the arguments, the model or the data do not work with superposition.
+        RunError: From `train`, if the run is stopped, for example by a non-finite loss or a full disk.
     """
 
     args: TSTArguments
@@ -98,13 +102,13 @@ class TSTTrainer(Trainer):
         check_arguments(args)
         self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
-        self._checkpoint: str | None = None  # that training resumes from
-        self._unfinished: Path | None = None  # where a checkpoint is being written
+        self._checkpoint: str | None = None  # to resume from, during training
+        self._unfinished: Path | None = None  # parent of the checkpoint that is being written
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
         given = arguments_by_name(model, args, data_collator, *positional)
-        # PreemptionCallback takes the place of Trainer's own.
+        # PreemptionCallback replaces the callback that Trainer adds for this option.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(**given, **kwargs)
         self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
@@ -122,18 +126,18 @@ class TSTTrainer(Trainer):
 
     @property
     def preempted(self) -> bool:
-        """Whether the last training ended early because of SIGTERM, with a checkpoint to continue from."""
+        """Whether SIGTERM ended the last training early, with a checkpoint to resume from."""
         return self._preemption.stopped
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository to push to, or find it; refuses one that holds another model.
+        """Create the repository to push to, unless it exists. Refuses a repository with another model.
 
         Raises:
             HubError: If the Hub refuses or does not answer.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
-            # It takes no `private` in the older Transformers.
+            # In older versions of Transformers it has no argument `private`.
             super().init_hf_repo(token, *([] if private is None else [private]))
             if self.is_world_process_zero():
                 config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
@@ -148,16 +152,17 @@ class TSTTrainer(Trainer):
         """Train through both phases. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            TSTError: If no file can be made in the output folder, or the checkpoint is damaged, or was trained on other data
-                positions than the arguments and the data give.
-            RunError: At a loss that is not finite, and if a checkpoint cannot be written.
+            TSTError: If the output folder is not writable, the checkpoint is damaged, or the data or its order has changed since
+                the checkpoint.
+            RunError: At a non-finite loss, and if a checkpoint cannot be written.
         """
         args = self.args
         check_stored_rows(self)
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
-        filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"  # it waits for the device
-        # These two are changed below.
+        # Trainer's filter of logged losses waits for the device in each step. With "stop" it has nothing to filter.
+        filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
+        # `set_initial_training_values` and `log` change these two arguments; this restores them at the end.
         kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
@@ -169,10 +174,10 @@ class TSTTrainer(Trainer):
             if self._console is not None:
                 self._console.close()
             self._checkpoint = None
-            self.is_in_train = False  # Trainer leaves it set when training fails
+            self.is_in_train = False  # Trainer does not reset it when training fails
 
     def get_train_dataloader(self) -> DataLoader:
-        """The training batches of both phases; the plain Trainer's if there is no superposition step.
+        """The loader of both phases; the plain Trainer's if superposition is off.
 
         Raises:
             TSTError: If the data has no full blocks of equal length, or too few of them.
@@ -188,17 +193,17 @@ class TSTTrainer(Trainer):
 
     @signature_of(Trainer._get_dataloader)
     def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
-        """A loader of Trainer's, whose collator also checks the ids."""
+        """Trainer's loader, with a collator that also checks the ids."""
         checking = CheckingCollator(self.data_collator, batch_rules(self.model))
         with replaced(self.__dict__, "data_collator", checking):
             return super()._get_dataloader(*positional, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        batch_rules(self.model).check_batch(inputs)  # of somebody else's loader
+        batch_rules(self.model).check_batch(inputs)  # the loader may be a user's own
         return super()._prepare_inputs(inputs)
 
     def _begin(self, data: RunData) -> Any:
-        """Take `data` for the run that begins or resumes; returns its loader."""
+        """Start or resume a run on `data`, and return its loader."""
         self._data, self.schedule = data, data.start.schedule
         self._expert_load.clear()
         self._target_bags.clear()
@@ -209,20 +214,20 @@ class TSTTrainer(Trainer):
         return loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """Steps and epochs of the run, with the number of steps that the data plan gives."""
+        """Steps and epochs of the run. The number of steps comes from the data plan."""
         if self._data is not None:
-            self.args.ignore_data_skip = True  # the rows begin where training stands; `train` puts it back
+            self.args.ignore_data_skip = True  # the loader starts at the current step; `train` restores it
             args = copy.copy(args)
             args.max_steps = self._data.start.max_steps
         values = super().set_initial_training_values(args, dataloader)
-        if self.schedule is None:
+        if self.schedule is None:  # plain training
             self.schedule = PhaseSchedule(max_steps=values[-1], phase_ratio=0, bag_size=1)
         self._shape = find_shape(self.model)
         return values
 
     @signature_of(Trainer.create_scheduler)
     def create_scheduler(self, num_training_steps: int, *positional: Any, **kwargs: Any) -> Any:
-        """The learning rate schedule, with the options that a run of so many steps has."""
+        """The learning rate schedule, with the options of [`TSTArguments.schedule_options`]."""
         options = self.args.schedule_options(num_training_steps)
         with changed_arguments(self.args, lr_scheduler_kwargs=options):
             return super().create_scheduler(num_training_steps, *positional, **kwargs)
@@ -230,9 +235,9 @@ class TSTTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of one optimizer step, and their number of targets: of target bags, in superposition."""
+        """The micro-batches of one optimizer step, and their number of targets. In superposition a target is a bag."""
         if self.state.global_step >= self.state.max_steps:
-            # Resumed from its last checkpoint, Trainer would see that the run is over after one step more.
+            # Resumed from the last checkpoint of a finished run, Trainer would do one more step before it stops.
             self.control.should_training_stop = True
             return [], None
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
@@ -242,6 +247,7 @@ class TSTTrainer(Trainer):
         elif not self.model_accepts_loss_kwargs:
             count = None
         else:
+            # The ranks of tensor parallelism have the same batch.
             count = self._target_bags.count(samples, device) / self.get_tp_size()
         self._own.note_count(count)
         return samples, count
@@ -249,7 +255,7 @@ class TSTTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward pass; notes the loss, which must be finite."""
+        """One forward and backward pass. Stores the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._non_finite.note_loss(loss)
         self._spikes.note_loss(loss)
@@ -264,13 +270,14 @@ class TSTTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch; in training, also counts what its routers send to each expert.
+        """The loss of a batch. In training it also counts how many positions the routers send to each expert.
 
-        What a model adds to its loss, such as a router's auxiliary loss, is a mean over a micro-batch. Where superposition
-        or the fused loss is on, its weight is one over the micro-batches of a step on all ranks, so that a step trains
-        on their mean, and evaluation is that of one rank. Plain training adds them up, as [`~transformers.Trainer`] does.
+        A model may add a term to its loss that is a mean over a micro-batch, such as a router's auxiliary loss. With superposition
+        or the fused loss, this term is divided by the number of micro-batches of a step on all ranks, so that a step trains on
+        the mean. In plain training the terms are summed, as in [`~transformers.Trainer`].
 
-        Another parent's `compute_loss` has tokens to itself, and does not see bags, whose labels have a dimension more than it knows.
+        If another parent has its own `compute_loss`, it computes the loss of single tokens. It never gets bags, because it does
+        not expect labels with three dimensions.
         """
         if not is_superposed(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -278,7 +285,7 @@ class TSTTrainer(Trainer):
         if num_items_in_batch is not None and self.args.tst_replaces_loss and adds_to_loss(self.model.config):
             parts = self.current_gradient_accumulation_steps if model.training else 1
             if self.args.average_tokens_across_devices:
-                # Trainer multiplies the loss by so many ranks, since gradients are averaged over them.
+                # Trainer multiplies the loss by this number, since gradients are averaged over these ranks.
                 parts *= self.accelerator.num_processes // self.get_tp_size()
         if parts > 1:
             num_items_in_batch = num_items_in_batch / parts
@@ -292,7 +299,7 @@ class TSTTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """FLOPs of this process for a forward and backward pass over `inputs`, in training; 0 if they cannot be counted."""
+        """FLOPs of this process for a forward and backward pass over `inputs` in training; 0 if unknown."""
         input_ids, args = inputs.get("input_ids"), self.args
         if self._shape is None or not isinstance(input_ids, Tensor):
             return 0
@@ -302,12 +309,12 @@ class TSTTrainer(Trainer):
         return rows * length * per_token // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; during training with the bag size, the tokens so far, the load of experts and the extra heads' loss."""
+        """Log `logs`. During training, add bag size, tokens, speed, expert load, loss above the floor and the extra heads' loss."""
         if not self.is_in_train:
             super().log(logs, start_time)
             return
         if "train_loss" in logs:
-            # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` puts the limit back.
+            # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` restores the limit.
             self.args.save_total_limit = None
         self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
@@ -319,7 +326,7 @@ class TSTTrainer(Trainer):
             entries["tst_skipped_steps"] = skipped
         ours = set(entries)
         super().log(entries, start_time)
-        # What Trainer and callbacks have added belongs to the caller's, from which the best model is chosen.
+        # Trainer chooses the best model from the caller's `logs`, so entries that Trainer and callbacks have added go there, too.
         logs.update({name: value for name, value in entries.items() if name == "epoch" or name not in ours})
 
     @signature_of(Trainer.evaluation_loop)
@@ -331,10 +338,10 @@ class TSTTrainer(Trainer):
         *positional: Any,
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Evaluate or predict; with the fused loss, where training has it and nothing but the loss is asked for."""
+        """Evaluate or predict. Uses the fused loss if training does and only the loss is needed."""
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        # An own `prediction_step` may read logits, whatever is asked for.
+        # A subclass's `prediction_step` may read logits in any case.
         reads = not prediction_loss_only or overrides(self, Trainer.prediction_step)
         fuses = self.args.tst_replaces_loss and not reads
         positional = (dataloader, description, prediction_loss_only, *positional)
@@ -342,7 +349,7 @@ class TSTTrainer(Trainer):
             return super().evaluation_loop(*positional, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The batches of prediction; rows without labels get none."""
+        """The loader of prediction. It adds no labels."""
         with replaced(self.__dict__, "data_collator", without_added_labels(self.data_collator)):
             return super().get_test_dataloader(test_dataset)
 
@@ -366,13 +373,14 @@ class TSTTrainer(Trainer):
             load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy="best" Trainer saves only if this is true; the checkpoint at the switch is saved, too.
         is_best = super()._determine_best_metric(metrics, trial)
         at_switch = self._data is not None and self.state.global_step == self._data.start.schedule.switch_step
         saves = self.args.tst_save_at_switch and self.args.save_strategy == SaveStrategy.BEST
         return is_best or (at_switch and saves)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._non_finite.check()  # every checkpoint is from before the first bad number
+        self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
@@ -388,7 +396,7 @@ class TSTTrainer(Trainer):
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         """Write this rank's files of a checkpoint into `folder`, inside `_unfinished`."""
         state, run_dir = self.state, Path(self._get_output_dir(trial))
-        # Trainer would look for the best checkpoint in `_unfinished`, and wait there for other ranks, which may have failed.
+        # Otherwise Trainer would look for the best checkpoint in `_unfinished`, and wait for other ranks, which may have failed.
         best_step, state.best_global_step = state.best_global_step, None
         self._unfinished = folder.parent
         try:
@@ -411,15 +419,15 @@ class TSTTrainer(Trainer):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else it has no name yet
+        if self._unfinished is None:  # else Trainer calls it too early, before the checkpoint is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary checkpoint, also where its weights are sharded by FSDP."""
+        """Save the model as an ordinary checkpoint, also if FSDP shards its weights."""
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        # Trainer would write nothing with SHARDED_STATE_DICT, and tied weights twice with FULL_STATE_DICT.
+        # Trainer would save nothing with SHARDED_STATE_DICT, and tied weights twice with FULL_STATE_DICT.
         weights = without_tied(self.model, self.accelerator.get_state_dict(self.model))
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
@@ -433,7 +441,7 @@ class TSTTrainer(Trainer):
         """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
 
         Raises:
-            HubError: If the Hub refuses or does not answer; the model is saved in `output_dir` then.
+            HubError: If the Hub refuses or does not answer. The model is still saved in `output_dir`.
         """
         kept = f"The model is saved in {self.args.output_dir}."
         with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
@@ -441,10 +449,10 @@ class TSTTrainer(Trainer):
 
     @signature_of(Trainer.create_model_card)
     def create_model_card(self, *positional: Any, **kwargs: Any) -> None:
-        """Write `README.md` in the output folder from the record of the run, with its loss curve.
+        """Write `README.md` and the loss curve into the output folder, from the record of the run.
 
-        Arguments as for [`~transformers.Trainer.create_model_card`]; `tasks`, `dataset_tags` and `dataset_args` are for
-        results that a card of this kind does not hold. A card that no trainer wrote is left as it is.
+        Arguments are those of [`~transformers.Trainer.create_model_card`], but `tasks`, `dataset_tags` and `dataset_args` are
+        ignored. A card that no trainer has written is not changed.
         """
         if self.is_world_process_zero():
             write_card_of_trainer(self, *positional, **kwargs)

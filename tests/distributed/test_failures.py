@@ -28,7 +28,7 @@ def test_a_rank_that_dies_takes_the_job_down(tmp_path, make_args, launcher, when
     assert done.returncode != 0
     assert "Traceback" in done.stdout or "exitcode" in done.stdout
     # FSDP, asked for by the launcher or by the arguments, became DDP.
-    assert done.stdout.count("fsdp is asked for, but accelerate runs MULTI_CPU on cpu") == 1
+    assert done.stdout.count("fsdp is set, but accelerate runs MULTI_CPU on cpu") == 1
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == left
     checkpoint = last_complete_checkpoint(tmp_path / "run")
     assert checkpoint == str(tmp_path / "run" / "checkpoint-2")  # a half-written one has another name

@@ -59,9 +59,9 @@ def test_evaluation_is_that_of_one_process_and_makes_no_logits(two, tmp_path):
 def test_what_cannot_go_with_it_is_refused(two):
     old, loading = two[1]["refusals"]
     assert old == (
-        "mtp_num_heads=3 does not go with FSDP1 (FSDP2 is fsdp_version: 2): leave it out, or set mtp_num_heads=1."
+        "mtp_num_heads=3 does not work with FSDP1 (FSDP2 is fsdp_version: 2): leave it out, or set mtp_num_heads=1."
     )
-    assert "does not go with fsdp_cpu_ram_efficient_loading: leave it out" in loading
+    assert "does not work with fsdp_cpu_ram_efficient_loading: leave it out" in loading
 
 
 @pytest.mark.parametrize("name", CASES)

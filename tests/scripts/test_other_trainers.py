@@ -289,7 +289,7 @@ def test_batches_that_make_no_bags_are_refused_before_the_first_step(collator, m
 def test_a_column_that_superposition_would_drop_is_refused(llama, make_args):
     blocks = [block | {"weight": 1.0} for block in make_blocks(100)]
     args = make_args(tst_phase_ratio=0.5, remove_unused_columns=False)
-    with pytest.raises(TSTError, match="the columns weight, which have no place in a bag"):
+    with pytest.raises(TSTError, match="the columns weight, which bags cannot hold"):
         TSTTrainer(llama, args, train_dataset=blocks).train()
 
 

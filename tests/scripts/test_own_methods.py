@@ -86,11 +86,11 @@ class LoadsRowsOfManyLengths(TSTTrainer):
         (CallsForward, "call the model itself"),
         (CallsBody, "call the model itself"),
         (CallsEmbedding, "call the model itself"),
-        (UnfoldsBags, "does not give the model the input_ids of its batch, of shape"),
-        (HasItsOwnLoss, "HasItsOwnLoss's own loss fails on a batch of superposition"),
+        (UnfoldsBags, "does not pass the batch's input_ids"),
+        (HasItsOwnLoss, "HasItsOwnLoss's own loss fails on a batch of bags"),
         (TakesItsOwnSamples, "does not call super"),
         (CountsItsOwnTargets, "num_items_in_batch=88 to training_step, but the step has 22 targets"),
-        (ShufflesOurRows, "makes another loader of the rows"),
+        (ShufflesOurRows, "makes another loader over the dataset"),
         (UnfoldsOurBatches, "step 0 is superposition, but its batch holds single tokens"),
         (LoadsRowsOfManyLengths, r"several shapes \(\(None, 12\) and \(None, 8\)\)"),
     ],
@@ -163,7 +163,7 @@ IDS = {"input_ids": [1, 2, 3, 4] * 3}
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        (IDS | {"label": 1}, {}, "the columns label, which have no place in a bag"),
+        (IDS | {"label": 1}, {}, "the columns label, which bags cannot hold"),
         (IDS | {"weight": 1.0}, {"remove_unused_columns": False}, "the columns weight"),
         (IDS | {"labels": 1}, {}, r"labels of shape \(\)"),
         (IDS | {"labels": [0.5] * BLOCK_LENGTH}, {}, "and type float64"),

@@ -1,4 +1,4 @@
-"""Training data of other kinds than rows with columns: rows of ids alone, of several lengths, drawn at random."""
+"""Training data of other kinds than rows with columns: rows that are only ids, of several lengths, drawn at random."""
 
 import datasets
 import numpy as np
@@ -97,8 +97,6 @@ def test_windows_drawn_at_random_without_a_seed_resume_with_the_option_that_the_
         return trainer.state.global_step
 
     run()
-    with pytest.raises(
-        TSTError, match=r"at random needs a seed of its own.*or set tst_allow_data_change=True"
-    ):
+    with pytest.raises(TSTError, match=r"at random needs its own seed.*or set tst_allow_data_change=True"):
         run(resume=True)
     assert run(resume=True, tst_allow_data_change=True) == 10

@@ -30,10 +30,10 @@ def multi_hot_loss_and_gradient(
         labels (`torch.LongTensor` of shape `(n, s)`): Targets in `[0, V)`, or `ignore_index`.
         weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset. A target of weight 0 is ignored.
         gradient_scale (0-dim `torch.FloatTensor`): Factor on the gradient of the sum of the losses.
-        ignore_index (`int`, defaults to -100): Label of positions without a target.
+        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
         softcap (`float`, *optional*): Cap on the scaled logits.
-        logit_scale (`float`, defaults to 1): Factor on the logits.
-        write_gradient (`bool`, defaults to `True`): If `False`, `logits` are not changed.
+        logit_scale (`float`, *optional*, defaults to 1): Factor on the logits.
+        write_gradient (`bool`, *optional*, defaults to `True`): If `False`, `logits` are not changed.
 
     Returns:
         `torch.FloatTensor` of shape `(n,)`: Losses. A row without a target has loss 0 and gradient 0, whatever its logits are.
