@@ -21,34 +21,39 @@ from .queue import RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .summary import Comparison, compare_runs
 
-COMPARE = f"""Train arms ({", ".join(ARMS)}) on one configuration and one budget, and compare them.
+COMPARE = f"""Train arms ({", ".join(ARMS)}) with one configuration and an
+equal budget, and compare them.
 
-Takes a recipe and the flags of training, and those of the comparison, which are listed first. {EVERY_RUN}
+Takes a recipe and the flags of training. The flags of the comparison are
+listed first.
+{EVERY_RUN}
 
   %(prog)s --output_dir runs/compare
-  %(prog)s recipe.yaml --arms baseline,tst --seeds 0,1,2 --learning_rates 1e-3,2e-3 --budget data
+  %(prog)s recipe.yaml --arms baseline,tst --seeds 0,1 --budget data
 """
-SWEEP = f"""Train over a grid of bag sizes s, phase ratios r, weightings and modes, and draw the losses as heat maps.
+SWEEP = f"""Train a grid of bag sizes s, phase ratios r, weightings and modes, and draw
+the losses as heat maps.
 
-Takes a recipe and the flags of training, and those of the sweep, which are listed first. The cells of the grid are the arms
-of a comparison. {EVERY_RUN}
+Takes a recipe and the flags of training. The flags of the sweep are listed
+first. The cells of the grid are the arms of a comparison.
+{EVERY_RUN}
 
   %(prog)s --output_dir runs/sweep --bag_sizes 2,4,6 --phase_ratios 0.2,0.3
-  %(prog)s recipe.yaml --weightings uniform,power_law --modes full,output --seeds 0,1
+  %(prog)s recipe.yaml --weightings uniform,power_law --modes full,output
 """
 
 
 @dataclass
 class CompareArguments(ExperimentArguments):
-    """What is compared."""
+    """The comparison."""
 
     command: ClassVar[str] = "compare"
     description: ClassVar[str] = COMPARE
-    arms: str = HfArg(default="baseline,tst", help=f"Arms, of {', '.join(ARMS)} and those of more_arms.")
+    arms: str = HfArg(default="baseline,tst", help=f"Arms to compare: of {', '.join(ARMS)}, and those of more_arms.")
     more_arms: str | None = HfArg(
         default=None,
-        help="Further arms, a mapping in a file or JSON: names, each with the options of TST and MTP that it changes, "
-        "and its seeds where they are others.",
+        help="Further arms, as JSON or a mapping in a configuration file: each name has the options of TST and MTP that the arm "
+        "changes, and optionally its own seeds.",
     )
 
     def select_arms(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

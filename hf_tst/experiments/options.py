@@ -23,11 +23,12 @@ from .arms import Arm, check_arms, make_arm, setting
 
 T = TypeVar("T")
 UNITS: Mapping[str, str] = {"flops": "FLOPs", "data": "raw tokens", "time": "measured time of training"}
-EVERY_RUN = """Every run is a process with
-a folder of its own in output_dir. If you start the command again, it does the missing runs, and an interrupted run continues
-from its last checkpoint. Every run is also evaluated before training, continues even if it diverges (tst_nonfinite_loss=ignore), has no
-progress bar, and takes its seed from --seeds. Logs and evaluations that are missing or too rare for a curve
-come 20 times per run."""
+EVERY_RUN = """Each run is a process with its own folder in output_dir. Start the command
+again to do the missing runs; an interrupted run resumes from its last
+checkpoint. Each run is also evaluated before training, continues even if it
+diverges (tst_nonfinite_loss=ignore), shows no progress bar, and takes its seed
+from --seeds. A run without evaluations, or with too few logs for a curve, gets
+20 of them."""
 
 
 @dataclass

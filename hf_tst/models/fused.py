@@ -83,7 +83,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
         if choice == "off":
             raise UnfusableHeadError("tst_fused_loss is 'off'")
         if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
-            raise UnfusableHeadError("it has a loss function of its own")
+            raise UnfusableHeadError("it has its own loss function")
         head = inspect_head(model)
     except UnfusableHeadError as error:
         if choice == "on":
