@@ -49,7 +49,9 @@ class CompareArguments(ExperimentArguments):
 
     command: ClassVar[str] = "compare"
     description: ClassVar[str] = COMPARE
-    arms: str = HfArg(default="baseline,tst", help=f"Arms to compare: of {', '.join(ARMS)}, and those of more_arms.")
+    arms: str = HfArg(
+        default="baseline,tst", help=f"Arms to compare: of {', '.join(ARMS)}, and those of more_arms."
+    )
     more_arms: str | None = HfArg(
         default=None,
         help="Further arms, as JSON or a mapping in a configuration file: each name has the options of TST and MTP that the arm "
