@@ -70,3 +70,9 @@ def test_a_peak_adds_tokens_a_second_and_the_share_of_the_peak(tmp_path):
         passes = 1 if row["step"].startswith("evaluation") else 3
         flops = 2 * 8 * passes * (2 * met + 4 * width * 8)
         assert float(row["share_of_peak"]) == pytest.approx(flops / seconds / 1e9)
+
+
+def test_a_checkpoint_is_measured_and_leaves_nothing(tmp_path):
+    rows, _ = run("benchmark_checkpoint.py", "--gigabytes", 0.001, 0.002, cwd=tmp_path)
+    assert [row["gigabytes"] for row in rows] == ["0.001", "0.002"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]

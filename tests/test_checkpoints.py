@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import make_blocks, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
+from hf_tst.training import checkpoint_folders
 from hf_tst.training.checkpoint_folders import (
     MANIFEST_FILE,
     UNFINISHED,
@@ -266,6 +268,95 @@ def test_a_checkpoint_without_optimizer_and_schedule_is_not_resumed_from(train, 
     with pytest.raises(ValueError, match=r"no checkpoint to resume from|save_only_model") as caught:
         train(12, requested if requested == "last" else str(folder / requested))
     assert len(str(caught.value).splitlines()) == 1
+
+
+# What reaches the disk while training continues
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Holds up what brings files of the second checkpoint to the disk, until it is told what becomes of them."""
+
+    class Disk:
+        reached, may_go_on = threading.Event(), threading.Event()
+        error = None
+
+        def flush(self, path):
+            if Path(path).name == "optimizer.pt" and Path(path).parent.name == "checkpoint-4":
+                self.reached.set()
+                assert self.may_go_on.wait(60)
+                if self.error:
+                    raise self.error
+
+    disk = Disk()
+    monkeypatch.setattr(checkpoint_folders, "flush_to_disk", disk.flush)
+    return disk
+
+
+class AtStep5(TrainerCallback):
+    """Calls something at the beginning of the step, one after the other."""
+
+    def __init__(self, *calls):
+        self.calls = calls
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            for call in self.calls:
+                call()
+
+
+@pytest.fixture
+def train_on(disk, llama, make_args):
+    """Trains with a checkpoint every second step, of which one may stay; the disk is held up until step 5 has begun."""
+
+    def train_on(call=lambda: None, resume=None, **overrides):
+        options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+        args = make_args(**options | {"tst_save_at_switch": False} | overrides)
+        callbacks = [AtStep5(call, disk.may_go_on.set)]
+        trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(200), callbacks=callbacks)
+        trainer.train(resume)
+        return trainer
+
+    return train_on
+
+
+def test_training_continues_while_files_reach_the_disk_and_the_older_checkpoint_stays(
+    disk, train_on, make_args, tmp_path
+):
+    """The machine stops at step 5: the older checkpoint is taken, and leads to the weights of the whole run."""
+    folder = Path(make_args().output_dir)
+
+    def lose_power():
+        assert disk.reached.wait(60)
+        assert manifest_problem(folder / "checkpoint-4") is None
+        shutil.copytree(folder, tmp_path / "after")
+        lost = tmp_path / "after" / "checkpoint-4" / "optimizer.pt"
+        lost.write_bytes(bytes(lost.stat().st_size))
+
+    whole = train_on(lose_power)
+    assert steps(folder) == [8]
+    assert steps(tmp_path / "after") == [2, 4]
+    assert last_complete_checkpoint(tmp_path / "after") == str(tmp_path / "after" / "checkpoint-2")
+    resumed = train_on(resume="last", output_dir=str(tmp_path / "after"))
+    assert weights_equal(resumed.model, whole.model)
+    assert steps(tmp_path / "after") == [8]
+
+
+@pytest.mark.parametrize("max_steps", [8, 5])
+def test_a_checkpoint_that_does_not_reach_the_disk_stops_the_run(disk, train_on, make_args, max_steps):
+    """Before the next checkpoint, or at the end; the older one stays."""
+    disk.error = OSError(5, "Input/output error")
+    if max_steps == 5:
+        disk.may_go_on.set()
+    with pytest.raises(RuntimeError, match=r"Writing .*checkpoint-4 failed: .*Input/output error"):
+        train_on(max_steps=max_steps)
+    assert steps(make_args().output_dir) == [2, 4]
+
+
+def test_a_callback_may_remove_a_checkpoint_that_is_on_its_way_to_the_disk(disk, train_on, make_args):
+    folder = Path(make_args().output_dir)
+    train_on(lambda: shutil.rmtree(folder / "checkpoint-4"), save_total_limit=None)
+    assert steps(folder) == [2, 6, 8]
 
 
 # Rotation

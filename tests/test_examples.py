@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import DENSE, make_model, weights_equal
 from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from versions import fails_before, params
 
@@ -115,3 +118,27 @@ def test_muon_and_adamw_as_one_optimizer_do_what_each_does_alone():
                 optimizer.step()
             model.zero_grad()
     assert weights_equal(*models)
+
+
+@NEEDS_MUON
+def test_muon_refuses_weights_that_are_sharded_after_the_optimizer_was_made(tmp_path):
+    """As accelerate does; no weight is changed."""
+    module = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "examples" / "muon.py"))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make_model("llama").train()
+        before = copy.deepcopy(model.state_dict())
+        optimizer = module["MuonAndAdamW"](model, lr=0.01, weight_decay=0.1)
+        places = {id(p): name for name, p in model.named_parameters()}
+        names = [[places[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        sharded = dict(model.named_parameters())
+        for group, members in zip(optimizer.param_groups, names, strict=True):
+            group["params"] = [sharded[name] for name in members]
+        tokens = torch.randint(0, 64, (2, 12))
+        model(tokens, labels=tokens).loss.backward()
+        with pytest.raises(ValueError, match="sharded weights"):
+            optimizer.step()
+        assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+    finally:
+        distributed.destroy_process_group()

@@ -3,6 +3,9 @@
 A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder and renamed when it is complete. Before it is
 removed, it is moved back there. Trainer and pushes to the Hub ignore `_unfinished`. `manifest.json` holds the size and hash
 of every file and is written last.
+
+The files reach the disk later, while training continues (see [`DiskFlush`]). If the machine stops before that, the hashes show
+it, and an older checkpoint is still there: none is removed before the newer one is on the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,21 +68,21 @@ def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[
         RunError: On all ranks, if one of them fails.
     """
     run_dir, name = checkpoint.parent, checkpoint.name
-    with _agreeing(checkpoint, args):
+    with agreeing(checkpoint, args):
         if args.local_process_index == 0:
             clear_unfinished(run_dir)
-    with _agreeing(checkpoint, args):
+    with agreeing(checkpoint, args):
         write(run_dir / UNFINISHED / name)
     # First the main process; then one process on each other machine, in case each machine has its own disk.
     for finishes in (args.process_index == 0, args.local_process_index == 0):
-        with _agreeing(checkpoint, args):
+        with agreeing(checkpoint, args):
             if finishes and (run_dir / UNFINISHED / name).is_dir():
                 with suppress(FileNotFoundError):  # on a shared disk that does not show the renaming yet
                     finish_checkpoint(run_dir, name)
 
 
 @contextmanager
-def _agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
+def agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
     """Context that raises `RunError` on all ranks if its body fails on one of them.
 
     It does not help where the body itself makes ranks wait for each other, such as when FSDP gathers whole weights.
@@ -117,6 +121,7 @@ def finish_checkpoint(output_dir: Path, name: str) -> None:
         _take_over(target, written)
     write_manifest(written)
     if target.exists():
+        flush_folder(written)
         target.rename(unfinished / f"{_REPLACED}{name}")
     written.rename(target)
     flush_to_disk(output_dir)
@@ -173,19 +178,21 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, keep: Collecti
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Flush all files below `folder` to disk, then write their manifest.
+    """Write the manifest of all files below `folder`, and flush it and the entries of the folders to disk.
 
-    The files are read once more, usually from the page cache. XXH3 takes a tenth of a second per gigabyte, so hashing costs
-    little compared with writing. It detects damage, not forgery.
+    The files are read once more, usually from the page cache, several at a time. XXH3 detects damage, not forgery.
 
     Args:
         folder: A complete folder.
     """
     folder = Path(folder)
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
-        flush_to_disk(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    with ThreadPoolExecutor() as threads:
+        hashes = list(threads.map(_hash, paths))
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    }
     text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=2) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     for path in (folder / MANIFEST_FILE, *(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -221,6 +228,14 @@ def flush_to_disk(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until all files below a folder are on the disk; what somebody removes meanwhile is left out."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            with suppress(FileNotFoundError):
+                flush_to_disk(path)
 
 
 def _hash(path: Path) -> str:

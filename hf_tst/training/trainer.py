@@ -31,6 +31,7 @@ from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_chec
 from .checkpoint_weights import load_renamed_weights
 from .collators import CheckingCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
+from .disk_flush import DiskFlush
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .overriding import (
@@ -104,6 +105,7 @@ class TSTTrainer(Trainer):
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # to resume from, during training
         self._unfinished: Path | None = None  # parent of the checkpoint that is being written
+        self._flush: DiskFlush | None = None  # of the checkpoint written last
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
@@ -167,8 +169,13 @@ class TSTTrainer(Trainer):
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
             with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, self._own.watched():
-                return super().train(self._checkpoint, *positional, **kwargs)
+                result = super().train(self._checkpoint, *positional, **kwargs)
+            self._finish_flush()
+            return result
         finally:
+            if self._flush is not None:
+                self._flush.wait()
+                self._flush = None
             self._switch.close()
             self._preemption.close()
             if self._console is not None:
@@ -382,16 +389,25 @@ class TSTTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
+        self._finish_flush()
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
         write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
         if args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
-        if args.should_save:
-            keep = {checkpoint.name, Path(state.best_model_checkpoint or "").name}
-            if self._data is not None and args.tst_save_at_switch:
+        self._flush = DiskFlush(checkpoint, args)
+
+    def _finish_flush(self) -> None:
+        """Wait until the checkpoint written last is on the disk; only then remove those beyond the limit."""
+        flush, self._flush = self._flush, None
+        if flush is None:
+            return
+        flush.finish()
+        if self.args.should_save:
+            keep = {flush.checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
+            if self._data is not None and self.args.tst_save_at_switch:
                 keep.add(f"checkpoint-{self._data.start.schedule.switch_step}")
-            rotate_checkpoints(checkpoint.parent, args.save_total_limit, keep)
+            rotate_checkpoints(flush.checkpoint.parent, self.args.save_total_limit, keep)
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         """Write this rank's files of a checkpoint into `folder`, inside `_unfinished`."""

@@ -2,7 +2,7 @@
 
     python scripts/examples/muon.py --output_dir out --max_steps 1000 --learning_rate 1e-3
 
-Needs torch 2.9. One process or DDP: FSDP2 shards the matrices that Muon orthogonalizes as a whole.
+Needs torch 2.9. One process or DDP; weights that FSDP2 shards are refused.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_tst import TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
+from hf_tst import TSTError, TSTTrainer, TSTTrainingArguments, pack_blocks, tokenize_documents
 
 
 @dataclass
@@ -45,6 +46,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            raise TSTError("Muon has not been tried with sharded weights (FSDP2): use DDP, or AdamW alone.")
         for part in self._parts:
             part.step(closure)
 

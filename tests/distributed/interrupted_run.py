@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.cli.main import run_command
+from hf_tst.training import checkpoint_folders
 
 
 class SignalOne(TrainerCallback):
@@ -49,6 +50,11 @@ def refuse_to_rename(event, arguments):
         raise OSError(28, "No space left on device")
 
 
+def refuse_to_flush(path):
+    if path.parent.name == "checkpoint-3" and path.parent.parent.name != checkpoint_folders.UNFINISHED:
+        raise OSError(5, "Input/output error")
+
+
 def train(output_dir: str, what: str, resume: str) -> None:
     args = TSTTrainingArguments(
         output_dir=output_dir,
@@ -81,6 +87,8 @@ def train(output_dir: str, what: str, resume: str) -> None:
         trainer.failing = int(what[-1])
     if what == "full at the end":
         sys.addaudithook(refuse_to_rename)
+    if what == "lost":
+        checkpoint_folders.flush_to_disk = refuse_to_flush
     trainer.train(resume_from_checkpoint=resume or None)
     print(
         json.dumps(

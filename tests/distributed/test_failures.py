@@ -101,6 +101,16 @@ def test_a_process_that_cannot_write_its_part_of_a_checkpoint_stops_all(tmp_path
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
 
 
+def test_a_checkpoint_that_does_not_reach_the_disk_stops_all(tmp_path):
+    """At the next checkpoint, though only the first process brings it there."""
+    done = launch("torchrun", TESTS / "distributed" / "interrupted_run.py", tmp_path / "run", "lost", "")
+    assert done.returncode != 0
+    for rank in (0, 1):
+        message = f"rank {rank}: Writing {tmp_path}/run/checkpoint-3 failed: [Errno 5] Input/output error ("
+        assert message in done.stdout
+    assert steps(tmp_path / "run") == [2, 3]
+
+
 def test_the_last_complete_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path / "missing") is None
     states = {5: '{"global_step": 5}', 20: '{"global_step": 20}', 30: '{"global_step": 2', 40: None, 50: "[]"}
