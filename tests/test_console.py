@@ -189,7 +189,7 @@ def test_ctrl_c_names_the_flag_that_continues(recipe, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_a_comparison_shows_where_its_runs_are(tmp_path, capsys, monkeypatch, on_terminal):
     (tmp_path / "run.sh").write_text("echo 'step 3/10  loss 4.125'; sleep 3\n")
-    monkeypatch.setattr(run_queue, "TOLD_EVERY", 1)
+    monkeypatch.setattr(run_queue, "PROGRESS_EVERY", 1)
     terminal = make_terminal(monkeypatch) if on_terminal else None
     run_queue.run_all(
         [run_queue.PlannedRun("tst", tmp_path / "tst", {})], launcher=f"sh {tmp_path / 'run.sh'}"

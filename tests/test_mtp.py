@@ -359,7 +359,7 @@ def two_norms(model):
     [
         (no_layers, "decoder layers cannot be found"),
         (unmakeable, "cannot make a OtherLayer"),
-        (uncallable, "cannot be called apart"),
+        (uncallable, "cannot be called alone"),
         (no_linear_head, "its head is a Linear, not a plain"),
         (two_norms, "something other than one norm"),
     ],

@@ -21,8 +21,8 @@ from .text_files import (
     column_type,
     columns_of,
     ending,
+    log_column,
     read_column,
-    tell_column,
 )
 from .written_once import open_arrow, written_once
 
@@ -64,7 +64,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
         )
     columns = columns_of(files[0])
     column = choose_column(columns, text_column, f"The file {files[0]}")
-    tell_column(column, columns, path)
+    log_column(column, columns, path)
     if streaming:
         for file in files:
             check_column(file, column)

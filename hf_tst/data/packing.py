@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .text_files import TOKENS, choose_column, is_readable, no_text, tell_column
+from .text_files import TOKENS, choose_column, is_readable, log_column, no_text
 from .written_once import open_arrow, written_once
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def tokenize_documents(
     columns = list(documents.column_names or next(iter(documents), {}))
     column = choose_column(columns, text_column, "The data")
     _check_column(documents, column)
-    tell_column(column, columns, "the data")
+    log_column(column, columns, "the data")
     if column == TOKENS:
         return documents
     eos = tokenizer.eos_token_id

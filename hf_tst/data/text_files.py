@@ -59,7 +59,7 @@ def choose_column(columns: Sequence[str], text_column: str | None, source: str) 
     )
 
 
-def tell_column(column: str, columns: Sequence[str], source: str) -> None:
+def log_column(column: str, columns: Sequence[str], source: str) -> None:
     """Log which column is read if there are several, or if it has an unusual name. Logs once for training and evaluation data."""
     others = ", ".join(name for name in columns if name != column)
     if others or column not in (TOKENS, "text"):

@@ -29,7 +29,7 @@ SETTINGS_FILE = "arguments.yaml"
 DATA_FILE = "data.yaml"
 LOG_FILE = "log.txt"
 # Seconds between two lines of progress, if there is no terminal for a bar.
-TOLD_EVERY = 60.0
+PROGRESS_EVERY = 60.0
 CONTINUE = "finished runs are kept, and the same command does the missing ones"
 
 
@@ -121,7 +121,7 @@ def run_all(
     places = _places(processes, launcher)
     active: dict[Popen[bytes], tuple[PlannedRun, dict[str, str]]] = {}
     bar = tqdm(total=count, disable=None, leave=False, dynamic_ncols=True, bar_format="{n}/{total}  {desc}")
-    began = told = time.monotonic()
+    began = shown = time.monotonic()
     with _noted_signals() as signals:
         try:
             while waiting or active:
@@ -139,9 +139,9 @@ def run_all(
                 ended = [child for child in active if child.poll() is not None]
                 if not ended:
                     time.sleep(0.1)
-                    if time.monotonic() - told > (TOLD_EVERY if bar.disable else 1):
-                        told = time.monotonic()
-                        _tell(bar, [run for run, _ in active.values()])
+                    if time.monotonic() - shown > (PROGRESS_EVERY if bar.disable else 1):
+                        shown = time.monotonic()
+                        _show_progress(bar, [run for run, _ in active.values()])
                 for child in ended:
                     run, place = active.pop(child)
                     places.append(place)
@@ -230,7 +230,7 @@ def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(processes)]
 
 
-def _tell(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
+def _show_progress(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
     """Show the last line of training of the running processes."""
     lines = [f"{run.name}  {_last_step(run)}" for run in runs]
     if bar.disable:

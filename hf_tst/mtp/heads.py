@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import TSTError, check_choice
 from ..models.head import trial_pass
 from ..models.sharding import is_sharded, own_class
-from .losses import LayerCall, decoder_layers, extra_losses, find_model_end, trying, unservable
+from .losses import LayerCall, decoder_layers, extra_losses, find_model_end, trying, unsupported
 
 MTPKind = Literal["parallel", "sequential"]
 
@@ -167,7 +167,7 @@ class MTPHeads(nn.Module):
         with trying(model, "one of its layers cannot be called alone"), trial_pass(call.returned.device):
             shapes = {getattr(hidden, "shape", None) for hidden in self(call, embedded)}
         if shapes != {call.returned.shape}:
-            raise unservable(model, "one of its layers does not return hidden states when called alone")
+            raise unsupported(model, "one of its layers does not return hidden states when called alone")
 
 
 class _SequentialHead(nn.Module):

@@ -33,7 +33,7 @@ LOSS_WEIGHTS = {"parallel": 1.0, "sequential": 0.3}
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-def unservable(model: Any, reason: str) -> TSTError:
+def unsupported(model: Any, reason: str) -> TSTError:
     """The error for a model whose path from its last layer to its loss is not supported."""
     return TSTError(
         f"Multi-token prediction does not support {own_class(model).__name__}: {reason}. Set mtp_num_heads=1."
@@ -42,11 +42,11 @@ def unservable(model: Any, reason: str) -> TSTError:
 
 @contextmanager
 def trying(model: Any, failure: str) -> Iterator[None]:
-    """Context that runs code of a model: any error becomes an [`unservable`] error with `failure` as its reason."""
+    """Context that runs code of a model: any error becomes an [`unsupported`] error with `failure` as its reason."""
     try:
         yield
     except Exception as error:
-        raise unservable(model, f"{failure} ({type(error).__name__}: {error})") from error
+        raise unsupported(model, f"{failure} ({type(error).__name__}: {error})") from error
 
 
 @dataclass
@@ -126,14 +126,14 @@ def find_model_end(model: Any) -> ModelEnd:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise unservable(model, "it is not a causal language model of Transformers, or is wrapped")
+        raise unsupported(model, "it is not a causal language model of Transformers, or is wrapped")
     layers = decoder_layers(model)
     if not layers:
-        raise unservable(model, "its decoder layers cannot be found")
+        raise unsupported(model, "its decoder layers cannot be found")
     try:
         head = inspect_head(model)
     except UnfusableHeadError as error:
-        raise unservable(model, str(error)) from error
+        raise unsupported(model, str(error)) from error
     last_layer = layers[-1]
     call: LayerCall | None = None
     with trying(model, "its layers cannot be followed"):
@@ -143,13 +143,13 @@ def find_model_end(model: Any) -> ModelEnd:
             call = LayerCall.noted(last_layer, *called[last_layer])
     bodies = [module for module in called if module is not last_layer and last_layer in module.modules()]
     if call is None or not isinstance(call.returned, Tensor) or not bodies:
-        raise unservable(model, "its last layer is not called with hidden states inside of a body")
+        raise unsupported(model, "its last layer is not called with hidden states inside of a body")
     given, *_ = called.get(head.module, [()])
     end = given[0] if given else None
     after = [(module, output) for module, args, _, output in calls if args and args[0] is call.returned]
     norms = [module for module, output in after if _is_same(output, end)]
     if not norms and not _is_same(call.returned, end):
-        raise unservable(model, "something other than one norm is between its last layer and its head")
+        raise unsupported(model, "something other than one norm is between its last layer and its head")
     return ModelEnd(bodies[-1], last_layer, norms[0] if norms else None, head, call)
 
 

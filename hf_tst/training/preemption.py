@@ -26,20 +26,20 @@ class PreemptionCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
-        self._told = False
+        self._signaled = False
         self._group: Any = None
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()  # after out-of-memory, auto_find_batch_size starts training again
-        self.stopped = self._told = False
+        self.stopped = self._signaled = False
         if self._group is None and distributed.is_available() and distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():  # only this thread can set a signal handler
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._anybody_told():
+        if not self._any_rank_signaled():
             return
         self.stopped = control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # there may be seconds left
@@ -56,11 +56,11 @@ class PreemptionCallback(TrainerCallback):
             self._before = None
 
     def _note(self, *_: Any) -> None:
-        self._told = True
+        self._signaled = True
 
-    def _anybody_told(self) -> bool:
+    def _any_rank_signaled(self) -> bool:
         if self._group is None:
-            return self._told
-        told = torch.tensor(int(self._told))
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._group)
-        return bool(told)
+            return self._signaled
+        signaled = torch.tensor(int(self._signaled))
+        distributed.all_reduce(signaled, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(signaled)

@@ -216,7 +216,7 @@ def open_run_data(trainer: Any) -> RunData:
         facts = check_blocks(blocks, rules)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
-        _tell_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
+        _log_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
         first = as_block(blocks[0])
         columns = [name for name in first if used is None or name in used]
         if joins:
@@ -304,11 +304,11 @@ def _choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
             "The training data has no length, so num_train_epochs cannot be counted in steps: set max_steps."
         )
     schedule = make_plan(args, len(data), per_step).schedule
-    _tell_steps_of_epochs(trainer, schedule, len(data) / per_step)
+    _log_steps_of_epochs(trainer, schedule, len(data) / per_step)
     return schedule
 
 
-def _tell_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
+def _log_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
     """Log how many steps `num_train_epochs` gives. `steps_per_pass` recovery steps would read the data once."""
     args: TSTArguments = trainer.args
     if args.max_steps > 0:

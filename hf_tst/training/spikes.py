@@ -88,10 +88,10 @@ class SpikeCallback(TrainerCallback):
         state, data = self._trainer.state, self._trainer._data
         step, kept = state.global_step, state.stateful_callbacks[SPIKES]
         blocks = None if data is None else data.blocks_of_step(step, data.rank, None)
-        told = " and ".join(
+        numbers = " and ".join(
             f"{name} {spike['value']:.4g} (limit {spike['limit']:.4g})" for name, spike in spikes.items()
         )
-        text = f"Optimizer step {step} ({kept['phase']}) has a spike: {told}{name_blocks(blocks)}"
+        text = f"Optimizer step {step} ({kept['phase']}) has a spike: {numbers}{name_blocks(blocks)}"
         if self._trainer.args.tst_spikes == "stop":
             raise RunError(
                 f"{text}. Training stops: check the data, lower learning_rate, or resume with tst_spikes='skip'."

@@ -368,7 +368,7 @@ def test_a_teacher_reads_bags_or_is_refused(make_args):
 
     args = make_args(tst_phase_ratio=0.5)
     trainer = has_term(distillation)(make_model("llama"), args, train_dataset=make_blocks(100))
-    with pytest.raises(TSTError, match=r"inside of token_superposition\(teacher, bag_size\)"):
+    with pytest.raises(TSTError, match=r"inside token_superposition\(teacher, bag_size\)"):
         trainer.train()
     assert trainer.state.global_step == 0
     has_term(with_bags)(make_model("llama"), args, train_dataset=make_blocks(100)).train()
