@@ -153,9 +153,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     late = main([*flags, "0,9", "--seconds", "100"])
     assert [run.status for run in late.runs] == ["finished", "finished", "missing", "missing"]
     shutil.rmtree(tmp_path)
-    with pytest.raises(
-        TSTError, match="too little for 4 runs: 0 s have passed, and the runs need 88 s besides"
-    ):
+    with pytest.raises(TSTError, match=r"too little for 4 runs: \d+ s have passed, and the runs need 88 s"):
         main([*flags, "0,1", "--seconds", "80"])
 
 
