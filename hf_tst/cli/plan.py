@@ -215,20 +215,15 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
 
     rows = [other for other in plan.comparison if other.gpu_hours is not None]
     rows = rows or [Alternative("this run", raw_tokens=plan.raw_tokens, gpu_hours=plan.gpu_hours)]
-    names = [other.name for other in rows]
+    names = [
+        other.name + (f"\nloss {other.loss:.3f} (published)" if other.loss else "") for other in rows
+    ]
     figure = Figure(figsize=(9, 0.9 + 0.5 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(names, [other.gpu_hours for other in rows], color="tab:blue")
     left.set_xlabel(f"GPU-hours ({plan.gpu}, {plan.mfu:.0%} of peak)")
     right.barh(names, [(other.raw_tokens or 0) / 1e9 for other in rows], color="tab:orange")
     right.set_xlabel("raw tokens (billions)")
-    for index, other in enumerate(rows):
-        if other.loss is not None:
-            left.annotate(
-                f"loss {other.loss:.3f} (published)", (other.gpu_hours or 0, index), xytext=(4, 0),
-                textcoords="offset points", va="center",
-            )  # fmt: skip
-    left.margins(x=0.35)  # for the losses, which stand behind the bars
     left.invert_yaxis()
     figure.savefig(path, dpi=120)
     return Path(path)
