@@ -215,9 +215,7 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
 
     rows = [other for other in plan.comparison if other.gpu_hours is not None]
     rows = rows or [Alternative("this run", raw_tokens=plan.raw_tokens, gpu_hours=plan.gpu_hours)]
-    names = [
-        other.name + (f"\nloss {other.loss:.3f} (published)" if other.loss else "") for other in rows
-    ]
+    names = [other.name + (f"\nloss {other.loss:.3f} (published)" if other.loss else "") for other in rows]
     figure = Figure(figsize=(9, 0.9 + 0.5 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(names, [other.gpu_hours for other in rows], color="tab:blue")
