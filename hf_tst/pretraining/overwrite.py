@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from ..errors import TSTError
 
@@ -31,9 +32,10 @@ def check_free(output_dir: str, command: str) -> None:
     """
     folder = Path(output_dir)
     if any((folder / name).exists() for name in ("trainer_state.json", "config.json", "adapter_config.json")):
+        elsewhere = command.replace(f" --output_dir {quote(output_dir)}", "")
         raise TSTError(
             f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
-            f"`{command} --output_dir {output_dir.rstrip('/')}-2` keeps it."
+            f"`{elsewhere} --output_dir {quote(output_dir.rstrip('/') + '-2')}` keeps it."
         )
     if any(folder.glob("checkpoint-*")) or (folder / REPLACED).is_dir():
         raise TSTError(
