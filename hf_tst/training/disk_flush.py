@@ -1,4 +1,4 @@
-"""The files of a checkpoint are brought to the disk (fsync) in a thread, while training continues."""
+"""Flush the files of a checkpoint to disk (fsync) in a thread, while training continues."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .checkpoint_folders import agreeing, flush_folder
 
 
 class DiskFlush:
-    """Brings a checkpoint to the disk, by one process per machine. The checkpoint is complete, and has its name, already.
+    """Flushes a checkpoint to disk, in one process per machine. The checkpoint is complete, and has its name, already.
 
     Args:
         checkpoint (`Path`): The folder `checkpoint-<step>`.
-        args (`TrainingArguments`): Say which rank this is.
+        args (`TrainingArguments`): The run's arguments; they know the rank.
     """
 
     def __init__(self, checkpoint: Path, args: TrainingArguments) -> None:
         self.checkpoint, self._args = checkpoint, args
         threads = ThreadPoolExecutor(1)
         # On a machine with a disk of its own, or with its own cache of a shared one.
-        flushes = [threads.submit(flush_folder, checkpoint)] if args.local_process_index == 0 else []
-        self._flushes = flushes
+        flushes_here = args.local_process_index == 0
+        self._flushes = [threads.submit(flush_folder, checkpoint)] if flushes_here else []
         threads.shutdown(wait=False)
 
     def finish(self) -> None:
