@@ -2,10 +2,14 @@
 
 import csv
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 from processes import run_script
+from versions import fails_before
+
+from hf_tst.data.quickstart import train_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -76,3 +80,34 @@ def test_a_checkpoint_is_measured_and_leaves_nothing(tmp_path):
     rows, _ = run("benchmark_checkpoint.py", "--gigabytes", 0.001, 0.002, cwd=tmp_path)
     assert [row["gigabytes"] for row in rows] == ["0.001", "0.002"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@fails_before("torch", "2.9", "it has no Muon")
+def test_muon_and_adamw_are_compared_with_the_best_rate_of_each(tmp_path):
+    documents = [{"text": " ".join(f"{word} {word * number}" for word in range(40))} for number in range(100)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
+    train_tokenizer((document["text"] for document in documents), 300).save_pretrained(tmp_path / "tokenizer")
+    flags = ("--text", text, "--tokenizer", tmp_path / "tokenizer", "--steps", 20, "--csv", "rows.csv")
+    flags = (*flags, "--learning_rates", 1e-3, 1e-2, "--seeds", 1, 2, "--output_dir", "runs")
+    written = []
+    for _ in range(2):  # nothing is trained in the second run
+        done = run_script(SCRIPTS / "benchmark_muon.py", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = (tmp_path / "runs").rglob("eval_results.json")
+        written.append(sorted((path, path.stat().st_mtime_ns) for path in results))
+    assert written[0] == written[1]
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    half = rows[: len(rows) // 2]
+    assert [row["eval_loss"] for row in half] == [row["eval_loss"] for row in rows[len(half) :]]
+    losses = {
+        (row["optimizer"], row["arm"], row["learning_rate"], row["seed"]): float(row["eval_loss"])
+        for row in half
+    }
+    assert len(losses) == len(half) == 12
+    for optimizer, arm in itertools.product(("adamw", "muon"), ("baseline", "tst")):
+        chosen = [rate for *pair, rate, seed in losses if pair == [optimizer, arm] and seed == "2"]
+        tried = {rate: losses[optimizer, arm, rate, "1"] for rate in ("0.001", "0.01")}
+        assert chosen == [min(tried, key=tried.__getitem__)]
+    assert len(set(losses.values())) == 12

@@ -2,6 +2,7 @@
 
     python scripts/examples/muon.py --output_dir out --max_steps 1000 --learning_rate 1e-3
 
+`--optimizer adamw` is the same run without Muon, to compare; `--evaluate True` holds 1 % of the documents out for it.
 Needs torch 2.9. One process or DDP; weights that FSDP2 shards are refused.
 """
 
@@ -21,6 +22,8 @@ class Data:
     model: str = "HuggingFaceTB/SmolLM2-135M"
     dataset: str = "roneneldan/TinyStories"
     block_size: int = 512
+    optimizer: str = "muon"
+    evaluate: bool = False
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -57,13 +60,25 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(data.model)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model), dtype="float32")
     documents = load_dataset(data.dataset, split="train")
+    held_out = None
+    if data.evaluate:
+        documents, held_out = documents.train_test_split(test_size=0.01, seed=0).values()
+        held_out = pack_blocks(tokenize_documents(held_out, tokenizer), data.block_size)
     blocks = pack_blocks(tokenize_documents(documents, tokenizer), data.block_size)
-    optimizer = MuonAndAdamW(model, args.learning_rate, args.weight_decay)
+    # Without an optimizer, TSTTrainer makes the one that `optim` names: AdamW.
+    muon = MuonAndAdamW(model, args.learning_rate, args.weight_decay) if data.optimizer == "muon" else None
     trainer = TSTTrainer(
-        model, args, train_dataset=blocks, processing_class=tokenizer, optimizers=(optimizer, None)
+        model,
+        args,
+        train_dataset=blocks,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        optimizers=(muon, None),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    if data.evaluate:
+        trainer.save_metrics("eval", trainer.evaluate())
 
 
 if __name__ == "__main__":
