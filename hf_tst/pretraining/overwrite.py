@@ -37,7 +37,7 @@ def check_free(output_dir: str, command: str) -> None:
             f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
             f"`{elsewhere} --output_dir {quote(output_dir.rstrip('/') + '-2')}` keeps it."
         )
-    if any(folder.glob("checkpoint-*")) or (folder / REPLACED).is_dir():
+    if any(folder.glob("checkpoint-*")) or is_set_aside(folder):
         raise TSTError(
             f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
             f"`{command} --overwrite_output_dir` replaces it."
@@ -70,6 +70,11 @@ def set_aside(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Whether `folder` holds what [`set_aside`] moved."""
+    return (folder / REPLACED).is_dir()
 
 
 def put_back(folder: Path) -> None:

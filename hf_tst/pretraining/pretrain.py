@@ -21,12 +21,12 @@ from ..errors import PreemptedError, TSTError
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
-from ..training.checkpoint_folders import check_checkpoint_is_there
+from ..training.checkpoint_folders import check_checkpoint_is_there, flush_folder
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
-from .overwrite import check_free, discard, nothing_left, put_back, set_aside
+from .overwrite import check_free, discard, is_set_aside, nothing_left, put_back, set_aside
 from .parts import prepare_run
 
 # The sample at the end: maximum number of prompt tokens, and of generated tokens.
@@ -36,11 +36,13 @@ SAMPLE_CHOICES = 20
 
 
 class ReplaceRunCallback(TrainerCallback):
-    """Removes the run that was set aside at the first checkpoint of the new one."""
+    """Removes the run that was set aside, when the first checkpoint of the new one is on the disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            discard(Path(args.output_dir))
+        folder = Path(args.output_dir)
+        if state.is_world_process_zero and is_set_aside(folder):
+            flush_folder(folder / f"checkpoint-{state.global_step}")
+            discard(folder)
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.phases import Phase, PhaseSchedule
@@ -27,11 +27,11 @@ from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
-from .checkpoint_folders import check_output_dir, choose_checkpoint, rotate_checkpoints, write_checkpoint
+from .checkpoint_folders import check_output_dir, choose_checkpoint
+from .checkpoint_saver import CheckpointSaver
 from .checkpoint_weights import load_renamed_weights
 from .collators import CheckingCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
-from .disk_flush import DiskFlush
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
 from .overriding import (
@@ -47,7 +47,7 @@ from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
 from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
-from .run_identity import RunIdentityCallback, foreign_checkpoints
+from .run_identity import RunIdentityCallback
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
@@ -104,8 +104,7 @@ class TSTTrainer(Trainer):
         self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # to resume from, during training
-        self._unfinished: Path | None = None  # parent of the checkpoint that is being written
-        self._flush: DiskFlush | None = None  # of the checkpoint written last
+        self._saver = CheckpointSaver(self)
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
@@ -170,12 +169,10 @@ class TSTTrainer(Trainer):
         try:
             with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, self._own.watched():
                 result = super().train(self._checkpoint, *positional, **kwargs)
-            self._finish_flush()
+            self._saver.finish()
             return result
         finally:
-            if self._flush is not None:
-                self._flush.wait()
-                self._flush = None
+            self._saver.close()
             self._switch.close()
             self._preemption.close()
             if self._console is not None:
@@ -389,53 +386,22 @@ class TSTTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
-        self._finish_flush()
-        args, state = self.args, self.state
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
-        write_checkpoint(checkpoint, args, lambda folder: self._write_checkpoint(model, trial, folder))
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-        self._flush = DiskFlush(checkpoint, args)
+        write = partial(super()._save_checkpoint, model, trial)
+        self._saver.save(Path(self._get_output_dir(trial)), write, self._add_to_checkpoint)
 
-    def _finish_flush(self) -> None:
-        """Wait until the checkpoint written last is on the disk; only then remove those beyond the limit."""
-        flush, self._flush = self._flush, None
-        if flush is None:
-            return
-        flush.finish()
-        if self.args.should_save:
-            keep = {flush.checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
-            if self._data is not None and self.args.tst_save_at_switch:
-                keep.add(f"checkpoint-{self._data.start.schedule.switch_step}")
-            rotate_checkpoints(flush.checkpoint.parent, self.args.save_total_limit, keep)
-
-    def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
-        """Write this rank's files of a checkpoint into `folder`, inside `_unfinished`."""
-        state, run_dir = self.state, Path(self._get_output_dir(trial))
-        # Otherwise Trainer would look for the best checkpoint in `_unfinished`, and wait for other ranks, which may have failed.
-        best_step, state.best_global_step = state.best_global_step, None
-        self._unfinished = folder.parent
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._unfinished, state.best_global_step = None, best_step
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        """Write what this rank adds to Trainer's files: the extra heads, and the position in the data."""
         if self._mtp is not None:
             self._mtp.save(folder)
         if self._data is not None:
-            self._data.save(folder, state.global_step, self.args.should_save)
-        best = run_dir / f"checkpoint-{best_step}"
-        if best_step and (
-            best_step == state.global_step or (best.is_dir() and best not in foreign_checkpoints(run_dir))
-        ):
-            state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self._data.save(folder, self.state.global_step, self.args.should_save)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+        return str(self._saver.unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else Trainer calls it too early, before the checkpoint is complete
+        # While it is not None, Trainer calls this too early: before the checkpoint is complete.
+        if self._saver.unfinished is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,114 @@
+"""Save the checkpoints of a trainer: complete or not there, and flushed to disk (fsync) while training continues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoint_folders import agreeing, flush_folder, rotate_checkpoints, write_checkpoint
+from .run_identity import foreign_checkpoints
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a trainer, one after the other.
+
+    Args:
+        trainer ([`TSTTrainer`]): The trainer.
+
+    Attributes:
+        unfinished (`Path`, *optional*): While a checkpoint is written, the folder that it is in until it is complete.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.unfinished: Path | None = None
+        self._flush: _DiskFlush | None = None  # of the checkpoint written last
+
+    def save(self, run_dir: Path, write: Callable[[], Any], add: Callable[[Path], Any]) -> None:
+        """Write the checkpoint of this step. Every rank must take part.
+
+        Args:
+            run_dir (`Path`): Folder of the checkpoints.
+            write: Trainer's own method. While it runs, `unfinished` is the folder to write `checkpoint-<step>` into.
+            add: Function that adds this rank's further files to the given checkpoint.
+
+        Raises:
+            RunError: On all ranks, if this checkpoint fails on one of them, or the one before did not reach the disk.
+        """
+        self.finish()
+        trainer = self._trainer
+        checkpoint = run_dir / f"checkpoint-{trainer.state.global_step}"
+        write_checkpoint(checkpoint, trainer.args, lambda folder: self._write(folder, run_dir, write, add))
+        if trainer.args.push_to_hub:
+            trainer._push_from_checkpoint(str(checkpoint))
+        self._flush = _DiskFlush(checkpoint, trainer.args.local_process_index == 0)
+
+    def _write(
+        self, folder: Path, run_dir: Path, write: Callable[[], Any], add: Callable[[Path], Any]
+    ) -> None:
+        state = self._trainer.state
+        # Otherwise Trainer would look for the best checkpoint in `unfinished`, and wait for other ranks, which may have failed.
+        best_step, state.best_global_step = state.best_global_step, None
+        self.unfinished = folder.parent
+        try:
+            write()
+        finally:
+            self.unfinished, state.best_global_step = None, best_step
+        add(folder)
+        best = run_dir / f"checkpoint-{best_step}"
+        if best_step and (
+            best_step == state.global_step or (best.is_dir() and best not in foreign_checkpoints(run_dir))
+        ):
+            state.best_model_checkpoint = str(best)
+        if self._trainer.args.should_save:
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def finish(self) -> None:
+        """Wait until the checkpoint written last is on the disk; only then remove those beyond the limit. Every rank must take part.
+
+        Raises:
+            RunError: On all ranks, if it failed on one of them.
+        """
+        flush, self._flush = self._flush, None
+        if flush is None:
+            return
+        args, state = self._trainer.args, self._trainer.state
+        with agreeing(flush.checkpoint, args):
+            flush.result()
+        if args.should_save:
+            keep = {flush.checkpoint.name, Path(state.best_model_checkpoint or "").name}
+            if args.tst_save_at_switch and self._trainer.schedule is not None:
+                keep.add(f"checkpoint-{self._trainer.schedule.switch_step}")
+            rotate_checkpoints(flush.checkpoint.parent, args.save_total_limit, keep)
+
+    def close(self) -> None:
+        """Wait until the thread of this process ends, whether it failed or not."""
+        if self._flush is not None:
+            self._flush.wait()
+            self._flush = None
+
+
+class _DiskFlush:
+    """Flushes a checkpoint to disk in a thread. The checkpoint is complete, and has its name, already.
+
+    Args:
+        checkpoint (`Path`): Its folder.
+        here (`bool`): Whether this process does so: one per machine, which has a disk of its own, or its own cache of a shared one.
+    """
+
+    def __init__(self, checkpoint: Path, here: bool) -> None:
+        self.checkpoint = checkpoint
+        threads = ThreadPoolExecutor(1)
+        self._flushes = [threads.submit(flush_folder, checkpoint)] if here else []
+        threads.shutdown(wait=False)
+
+    def result(self) -> None:
+        for flush in self._flushes:
+            flush.result()
+
+    def wait(self) -> None:
+        wait(self._flushes)
