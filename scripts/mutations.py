@@ -164,7 +164,9 @@ def main() -> None:
         copy_checkout(Path(folder))
         chosen = [mutation for mutation in MUTATIONS if args.only in mutation.subject]
         for tests in dict.fromkeys(tuple(files_of(mutation)) for mutation in chosen):
-            if red := first_failure(list(tests), Path(folder)):
+            if red := first_failure(
+                list(tests), Path(folder), "not full" if args.core else "full or not full"
+            ):
                 raise RuntimeError(f"{red} is red though nothing is broken yet.")
         for mutation in chosen:
             rows.append(row(mutation, first_red_test(mutation, Path(folder), args.core)))
