@@ -369,6 +369,34 @@ def test_waiting_for_data_is_logged(llama, make_args, monkeypatch, caplog):
     assert raw == [latent * 4, latent * 4 / 6, latent * 4, *[latent] * 7]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_batches_are_made_with_one_thread_and_steps_with_all(llama, make_args, fails):
+    """Where cores are busy, many threads that share out a small copy wait for the slowest of them."""
+    seen = {"data": set(), "model": set()}
+
+    def collate(blocks):
+        seen["data"].add(torch.get_num_threads())
+        if fails and len(seen["model"]):
+            raise ValueError("no batch")
+        tokens = torch.stack([torch.as_tensor(block["input_ids"]) for block in blocks])
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        llama.register_forward_pre_hook(lambda *_: seen["model"].add(torch.get_num_threads()))
+        trainer = TSTTrainer(llama, make_args(max_steps=4), collate, make_blocks(60))
+        if fails:
+            with pytest.raises(ValueError, match="no batch"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"data": {1}, "model": {3}}
+
+
 def test_the_last_loss_of_superposition_is_logged(llama, make_args):
     trainer = TSTTrainer(llama, make_args(logging_steps=100), train_dataset=make_blocks(200))
     trainer.train()

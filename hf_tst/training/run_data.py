@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -426,3 +427,18 @@ def plain_loader(loader: Any, args: TSTArguments) -> Any:
         base: Any = getattr(loader, "base_dataloader", loader)
         base.generator = torch.Generator().manual_seed(args.seed)
     return loader
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which torch has one thread on the CPU, as in the processes of a loader.
+
+    A batch of bags is large enough for torch to share out its copies among all threads. On busy cores, each copy then waits for the
+    slowest thread: ten times as long as one thread takes for all of it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

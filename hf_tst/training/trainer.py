@@ -46,7 +46,7 @@ from .own_methods import OwnMethods
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
-from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
+from .run_data import RunData, fold_own_loader, make_loader, one_thread, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
@@ -245,7 +245,8 @@ class TSTTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
-        samples = list(islice(self._meter.watch(batches), num_batches))
+        with one_thread():
+            samples = list(islice(self._meter.watch(batches), num_batches))
         if not samples or not is_superposed(samples[0]):
             samples, count = super().get_batch_samples(iter(samples), num_batches, device)
         elif not self.model_accepts_loss_kwargs:
