@@ -70,10 +70,10 @@ def test_heads_train_in_next_token_steps_only(make_args, family, kind, ratio):
     assert not any(torch.equal(start[name], weight) for name, weight in model.state_dict().items())
     found = losses(trainer)
     if ratio:
-        assert found[first] > found[first - 1] + 0.5  # the losses of the extra heads
+        assert found[first] > found[first - 1] + 0.2  # the losses of the extra heads
     else:
         # Random tokens: log V a target; the extra heads have 10 and 9 where the next token has 11.
-        extra = 19 / 11 if kind == "parallel" else 0.3 * 19 / 22
+        extra = 0.1 * 19 / 11 if kind == "parallel" else 0.3 * 19 / 22
         assert found[0] > 0.9 * math.log(VOCAB_SIZE) * (1 + extra)
     if "router_aux_loss_coef" in model.config.to_dict():
         assert any("tst_expert_load_max" in entry for entry in trainer.state.log_history)
@@ -335,7 +335,7 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
         assert ("mtp_loss" in entry) == trains
         assert "mtp_loss" not in plain
         assert entry["loss"] - entry.get("mtp_loss", 0) == pytest.approx(plain["loss"], abs=2e-5)
-        assert not trains or entry["mtp_loss"] > 1
+        assert not trains or entry["mtp_loss"] > 0.5
 
 
 @pytest.mark.parametrize("stop", [None, 2, 6])
@@ -405,7 +405,7 @@ def test_a_beginning_that_runs_out_of_memory_leaves_no_second_loss(make_args):
                 raise RuntimeError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    options = {"tst_phase_ratio": 0, "mtp_num_heads": 2, "max_steps": 2}
+    options = {"tst_phase_ratio": 0, "mtp_num_heads": 2, "mtp_loss_weight": 1.0, "max_steps": 2}
     args = make_args(auto_find_batch_size=True, per_device_train_batch_size=2, **options)
     found = OneTooLarge(make_model("llama"), args, train_dataset=make_blocks(40))
     found.train()

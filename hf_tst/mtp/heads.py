@@ -206,7 +206,7 @@ def multi_token_prediction(
         model (`PreTrainedModel`): The model that `heads` are for, not wrapped; it may be wrapped inside. Contexts of
             [`token_superposition`] and [`fused_next_token_loss`] are entered inside, too.
         heads (`MTPHeads`): The extra heads.
-        loss_weight (`float`, *optional*): 1 for parallel heads and 0.3 for sequential ones by default.
+        loss_weight (`float`, *optional*): 0.1 for parallel heads and 0.3 for sequential ones by default.
 
     Yields:
         The same `model`.
