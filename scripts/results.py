@@ -162,11 +162,14 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
         [Row(("83M", "1,500", "25M", "6"), "100m-gpu-1500")],
     ),
     "mtp": (
-        ("arm",),
+        ("arm", "weight of the extra head"),
         [
-            Row(("TST",), "prose-16k-mtp"),
-            Row(("MTP, one extra head",), "prose-16k-mtp", "mtp"),
-            Row(("TST and MTP",), "prose-16k-mtp", "tst+mtp"),
+            Row(("TST", ""), "mtp-weight-4000"),
+            *(
+                Row((name, weight.replace("-", " ")), "mtp-weight-4000", f"{arm}-{weight}")
+                for name, arm in (("MTP", "mtp"), ("TST and MTP", "tst+mtp"))
+                for weight in ("0.1", "0.3-to-0.1", "1")
+            ),
         ],
     ),
 }  # fmt: skip
@@ -200,7 +203,7 @@ def make_table(name: str) -> str:
         cells.append(
             (*row.labels, describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead, links)
         )
-    return table([*columns, "baseline", "TST - baseline", "seeds ahead", "record"], cells)  # fmt: skip
+    return table([*columns, "baseline", "loss - baseline", "seeds ahead", "record"], cells)  # fmt: skip
 
 
 def page_of(record: str) -> str:
