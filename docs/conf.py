@@ -128,7 +128,11 @@ def write_record_pages(app: Sphinx) -> None:
     """A page for each comparison in docs/comparisons, which git ignores: its record, if there is one, and its configuration."""
     folder = Path(app.srcdir) / "comparisons"
     folder.mkdir(exist_ok=True)
-    for name in sorted(RECORDS.keys() | CONFIGS.keys()):
+    names = sorted(RECORDS.keys() | CONFIGS.keys())
+    for page in folder.glob("*.md"):
+        if page.stem not in names:  # from an earlier state of the repository
+            page.unlink()
+    for name in names:
         page = folder / f"{name}.md"
         text = f"# {name}\n\n[All results](../results.md)\n"
         if name in RECORDS:
