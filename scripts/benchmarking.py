@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import gc
+import os
 import platform
 import random
 import shlex
@@ -117,8 +118,10 @@ def _synchronize(device: torch.device) -> None:
 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name, cores = torch.cuda.get_device_name(device), f" on {os.cpu_count()} CPU cores"
+    else:
+        name, cores = f"{platform.machine()} CPU", ""
+    return f"{name}, {torch.get_num_threads()} threads{cores}"
 
 
 def _version(package: str) -> str:
