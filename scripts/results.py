@@ -92,6 +92,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("1,000", "16k", "uniform"), "bag-weighting-1000"),
             Row(("4,000", "16k", "uniform"), "bag-weighting-4000"),
             Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
+            Row(("16,000, again", "16k", "uniform"), "bag-weighting-16000"),
             Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
             Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
             Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
@@ -175,8 +176,8 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
 }  # fmt: skip
 # What README shows: by name of a curve, its rows, by steps.
 CURVES = {
-    "mean of the bag (the paper)": {1000: 0, 4000: 1, 16000: 2},
-    "last token weighs most": {1000: 6, 4000: 7, 16000: 8},
+    "mean of the bag (the paper)": {1000: 0, 4000: 1, 16000: 3},
+    "linear input, power-law targets": {1000: 7, 4000: 8, 16000: 9},
 }
 
 

@@ -22,9 +22,11 @@ from ..errors import TSTError, check_names
 TRAINER_ARGUMENTS = (
     "output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "weight_decay", "bf16", "gradient_checkpointing", "seed", "logging_steps", "eval_strategy", "eval_steps",
+    "weight_decay", "bf16", "activation_checkpointing", "seed", "logging_steps", "eval_strategy", "eval_steps",
     "save_strategy", "save_steps", "report_to",
 )  # fmt: skip
+# What Trainer's own help does not say.
+HELP = {"resume_from_checkpoint": "Checkpoint folder to resume from, or last: the newest complete one."}
 # More choices than these are not listed.
 MOST_CHOICES = 6
 LONGEST_DEFAULT = 40
@@ -75,6 +77,8 @@ class ArgumentParser(HfArgumentParser):
         self, kinds: Sequence[type], usage: str = "%(prog)s [recipe] [--flag value ...]", **options: Any
     ) -> None:
         super().__init__(kinds, usage=usage, formatter_class=HelpFormatter, **options)
+        for action in self._actions:
+            action.help = HELP.get(action.dest, action.help)
         self._shows_all = False
         if any(issubclass(kind, TrainingArguments) for kind in kinds):
             self.add_argument(
