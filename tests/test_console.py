@@ -92,6 +92,47 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(rec
     assert contents(run_folder) == before
 
 
+def test_a_run_that_is_stopped_after_its_first_checkpoint_stays_in_place_of_the_old_one(
+    recipe, run_folder, monkeypatch, capsys
+):
+    """Also if Ctrl-C comes while the old run is being removed, and both have a checkpoint of the same step."""
+    old = contents(run_folder / "checkpoint-2")
+
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain.ReplaceRunCallback, "on_save", lambda *args, **kwargs: stop(None))
+    flags = ["train", str(recipe), "--output_dir", str(run_folder), "--seed", "5"]
+    assert cli.main([*flags, "--overwrite_output_dir"]) == 130
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+    assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert contents(run_folder / "checkpoint-2") != old
+    assert not (run_folder / "model.safetensors").exists()
+    assert not (run_folder / "_replaced").exists()
+    monkeypatch.undo()
+    assert cli.main([*flags, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_a_run_that_is_stopped_while_the_old_one_is_set_aside_leaves_it_whole(
+    recipe, run_folder, monkeypatch
+):
+    before = contents(run_folder)
+    moved = []
+    rename = Path.rename
+
+    def stop_at_third(path, target):
+        if "_replaced" in str(target):
+            moved.append(path)
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop_at_third)
+    flags = ["--output_dir", str(run_folder), "--overwrite_output_dir"]
+    assert cli.main(["train", str(recipe), *flags]) == 130
+    assert contents(run_folder) == before
+
+
 def test_a_half_finished_run_is_resumed_or_replaced(recipe, run_folder, capsys):
     for name in ("config.json", "trainer_state.json", "model.safetensors"):
         (run_folder / name).unlink()

@@ -20,6 +20,10 @@ TRAINING = Path(__file__).parent.parent / "hf_tst" / "training"
 
 # Methods of Trainer that begin with an underscore: their arguments, and what breaks without them.
 METHODS = {
+    "_hp_search_setup": (
+        "trial",
+        "sets the arguments of a trial; without it a search over tst_ arguments trains on other bags than it says",
+    ),
     "_get_dataloader": (
         "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
         "makes the loader of the rows, with all dataloader_ arguments; without it no run with superposition starts",

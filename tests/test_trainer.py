@@ -19,10 +19,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
-from hf_tst.training import token_meter
+from hf_tst.training import non_finite, token_meter
 
 LOG_V = math.log(VOCAB_SIZE)
 
@@ -509,3 +510,47 @@ def test_more_rows_are_what_a_loader_of_the_users_own_gives(llama, make_args, ac
     assert losses(runs[0]) == losses(runs[1])
     assert weights_equal(runs[0].model, runs[1].model)
     assert runs[0].state.total_flos == runs[1].state.total_flos
+
+
+@pytest.mark.parametrize("name", ["tst_bag_size", "tst_phase_ratio", "mtp_num_heads"])
+def test_a_search_over_what_the_trainer_was_made_with_is_refused(llama, make_args, name):
+    """Its trials would train on the bags of the first one."""
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(400))
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    with pytest.raises(ValueError, match=f"sets {name}="):
+        trainer._hp_search_setup({name: 3})
+
+
+def test_a_search_over_other_arguments_trains(llama, make_args):
+    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(400))
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    trainer._hp_search_setup({"learning_rate": 0.5})
+    trainer.train()
+    assert max(entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry) == 0.5
+
+
+@pytest.mark.parametrize("name", ["own", "train_loss"])
+def test_a_log_of_the_users_own_is_no_business_of_other_ranks_and_keeps_the_limit(
+    llama, make_args, monkeypatch, name, tmp_path
+):
+    """A script may log on the main process alone, where a sum over all would wait for ever."""
+
+    class Logging(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer.accelerator, "reduce", lambda *_: pytest.fail("waits for other ranks"))
+                patch.setattr(non_finite, "gather_object", lambda *_: pytest.fail("waits for other ranks"))
+                trainer.log({name: 1.0})
+
+        def on_save(self, args, state, control, **kwargs):
+            kept.append(len([*tmp_path.glob("checkpoint-*")]))
+
+    kept = []
+    args = make_args(
+        tst_document_boundaries="respect", output_dir=str(tmp_path), save_strategy="steps", save_steps=1,
+        save_total_limit=1, tst_save_at_switch=False,
+    )  # fmt: skip
+    blocks = [{**block, "document_ids": [0] * BLOCK_LENGTH} for block in make_blocks(400)]
+    trainer = TSTTrainer(llama, args, train_dataset=blocks, callbacks=[Logging()])
+    trainer.train()
+    assert max(kept) <= 2

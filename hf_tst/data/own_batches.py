@@ -17,6 +17,7 @@ from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, as_block
+from .rows import one_thread
 
 
 @dataclass(eq=False, repr=False)
@@ -67,7 +68,11 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
             raise TSTError(
                 "The training loader's batches must be mappings with the same columns in all of them."
             )
-        tensors = {name: [torch.as_tensor(batch[name]) for batch in batches] for name in first}
+        given = [name for name in first if any(batch[name] is not None for batch in batches)]
+        with one_thread():
+            return self._fold({name: [torch.as_tensor(batch[name]) for batch in batches] for name in given})
+
+    def _fold(self, tensors: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         for name, parts in tensors.items():
             if len(shapes := {part.shape[1:] for part in parts}) > 1:
                 found = " and ".join(sorted(str((None, *shape)) for shape in shapes))

@@ -6,10 +6,12 @@ A batch of a stream contains the state to resume from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
@@ -330,3 +332,18 @@ class PhaseCollator:
         batch = collate([row.columns for row in features])
         state = features[-1].stream_state
         return batch if state is None else {**batch, STREAM_STATE: state}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which torch has one thread on the CPU, as in the processes of a loader.
+
+    A batch of bags is large enough for torch to share out its copies among all threads. On busy cores, each copy then waits for the
+    slowest thread: ten times as long as one thread takes for all of it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -63,13 +63,18 @@ def set_aside(folder: Path) -> None:
     aside = folder / REPLACED
     keeps = aside.is_dir()
     aside.mkdir(exist_ok=True)
-    for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+    try:
+        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+            if not keeps:
+                path.rename(aside / path.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except BaseException:
         if not keeps:
-            path.rename(aside / path.name)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+            put_back(folder)
+        raise
 
 
 def is_set_aside(folder: Path) -> bool:

@@ -41,8 +41,15 @@ class ReplaceRunCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir)
         if state.is_world_process_zero and is_set_aside(folder):
-            flush_folder(folder / f"checkpoint-{state.global_step}")
-            discard(folder)
+            _discard_replaced(folder)
+
+
+def _discard_replaced(folder: Path) -> None:
+    """Remove the run that was set aside, once the checkpoints of the new one are on the disk; keep it if they do not get there."""
+    with suppress(OSError):
+        for checkpoint in folder.glob("checkpoint-*"):
+            flush_folder(checkpoint)
+        discard(folder)
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
@@ -114,14 +121,18 @@ def _train(
     folder = Path(args.output_dir)
     if run_args.overwrite_output_dir:
         trainer.add_callback(ReplaceRunCallback())
+    if run_args.overwrite_output_dir and trainer.is_world_process_zero():
+        set_aside(folder)
     try:
-        if run_args.overwrite_output_dir and trainer.is_world_process_zero():
-            set_aside(folder)
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException as error:
+        begun = any(folder.glob("checkpoint-*"))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
-            put_back(folder)
-        if isinstance(error, KeyboardInterrupt) and any(folder.glob("checkpoint-*")):
+            if not begun:
+                put_back(folder)
+            elif is_set_aside(folder):
+                _discard_replaced(folder)
+        if isinstance(error, KeyboardInterrupt) and begun:
             raise KeyboardInterrupt("continue with --resume_from_checkpoint last") from error
         raise
     if trainer.preempted:

@@ -43,7 +43,7 @@ class NonFiniteCallback(TrainerCallback):
         self._notes, self.skipped_steps = [], 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and ("loss" in logs or "train_loss" in logs):
+        if logs and ("loss" in logs or "train_runtime" in logs):
             self.check()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

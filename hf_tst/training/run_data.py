@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -27,7 +27,7 @@ from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block,
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
-from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows
+from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError
 from .arguments import TSTArguments
 from .refusals import block_rules
@@ -106,12 +106,19 @@ class RunData:
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches for training. Takes the state of the stream out of them, and stores it."""
-        for batch in batches:
+        # A loader of the user's own may compute in this process.
+        reading = nullcontext if isinstance(self.rows, FoldedBatches) else one_thread
+        while True:
+            with reading():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
                 self._stream_states[state.reader] = state.values
                 self.start = replace(self.start, block_length=state.values["block_length"])
             elif isinstance(self.rows, FoldedBatches) and not self.start.block_length:
-                _check_shared_out(batch["input_ids"])
+                if self.start.world_size > 1:  # not the ranks of tensor parallelism, which read the same
+                    _check_shared_out(batch["input_ids"])
                 positions = batch["input_ids"].shape[:2].numel()
                 self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
             if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
@@ -261,6 +268,10 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
             "tst_document_boundaries='respect' needs the trainer's own order of the data: do not override get_train_dataloader or "
             "_get_train_sampler, or set it to 'ignore'."
         )
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, RandomSampler) and sampler.generator is None and loader.generator is None:
+        # It would draw its order from the numbers of the whole process, which a resumed run has later than its first batch.
+        sampler.generator = torch.Generator().manual_seed(_order(args)[0])
     # Here the items are batches: superposition joins s batches, where it joins s blocks of a data set.
     schedule = _choose_schedule(trainer, loader, args.gradient_accumulation_steps)
     logger.info(
@@ -427,18 +438,3 @@ def plain_loader(loader: Any, args: TSTArguments) -> Any:
         base: Any = getattr(loader, "base_dataloader", loader)
         base.generator = torch.Generator().manual_seed(args.seed)
     return loader
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Context in which torch has one thread on the CPU, as in the processes of a loader.
-
-    A batch of bags is large enough for torch to share out its copies among all threads. On busy cores, each copy then waits for the
-    slowest thread: ten times as long as one thread takes for all of it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.phases import Phase, PhaseSchedule
-from ..errors import bad_input
+from ..errors import TSTError, bad_input
 from ..models.head import replaced
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
@@ -46,11 +47,14 @@ from .own_methods import OwnMethods
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
-from .run_data import RunData, fold_own_loader, make_loader, one_thread, open_run_data, plain_loader
+from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
+
+# What Trainer logs at the end of training.
+TRAIN_ENTRIES = {"train_loss", "train_runtime"}
 
 
 class TSTTrainer(Trainer):
@@ -180,6 +184,17 @@ class TSTTrainer(Trainer):
             self._checkpoint = None
             self.is_in_train = False  # Trainer does not reset it when training fails
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        names = [field.name for field in fields(TSTArguments)]
+        before = {name: getattr(self.args, name) for name in names}
+        super()._hp_search_setup(trial)
+        for name, value in before.items():
+            if (now := getattr(self.args, name)) != value:
+                raise TSTError(
+                    f"hyperparameter_search sets {name}={now}, but the trainer was made with {value}: search other arguments, and compare "
+                    f"values of {name} with `hf-tst sweep` or `hf-tst compare`."
+                )
+
     def get_train_dataloader(self) -> DataLoader:
         """The loader of both phases; the plain Trainer's if superposition is off.
 
@@ -245,8 +260,7 @@ class TSTTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
-        with one_thread():
-            samples = list(islice(self._meter.watch(batches), num_batches))
+        samples = list(islice(self._meter.watch(batches), num_batches))
         if not samples or not is_superposed(samples[0]):
             samples, count = super().get_batch_samples(iter(samples), num_batches, device)
         elif not self.model_accepts_loss_kwargs:
@@ -318,10 +332,12 @@ class TSTTrainer(Trainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
-        if "train_loss" in logs:
+        at_end = logs.keys() >= TRAIN_ENTRIES
+        if at_end:
             # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` restores the limit.
             self.args.save_total_limit = None
-        self._meter.gather_left_out()
+        if at_end or "loss" in logs:  # Trainer logs these on all ranks; a script may log others on one
+            self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
         if "loss" in logs:
             entries |= self._expert_load.report(self.accelerator.reduce)

@@ -78,6 +78,16 @@ def own_loader(base):
     return OwnLoader
 
 
+def shuffled_loader(base):
+    """Its order comes from torch's global generator."""
+
+    class ShuffledLoader(base):
+        def get_train_dataloader(self):
+            return loader_of(self, shuffle=True)
+
+    return ShuffledLoader
+
+
 def own_stream(base):
     class OwnStream(base):
         def get_train_dataloader(self):
@@ -136,6 +146,7 @@ def plain(base):
 KINDS = [
     plain,
     own_loader,
+    shuffled_loader,
     own_stream,
     prepared_loader,
     own_sampler,
@@ -182,7 +193,7 @@ def test_without_superposition_it_is_the_plain_trainer(kind, llama, make_args, t
     assert weights_equal(trainer.model, other.model)
 
 
-@pytest.mark.parametrize("kind", [own_loader, own_sampler, prepared_loader])
+@pytest.mark.parametrize("kind", [own_loader, shuffled_loader, own_sampler, prepared_loader])
 def test_an_own_loader_resumes_bit_for_bit(kind, make_args, tmp_path):
     def run(folder, resume=None, **options):
         args = make_args(
