@@ -304,6 +304,16 @@ def test_a_column_that_superposition_would_drop_is_refused(llama, make_args):
         TSTTrainer(llama, args, train_dataset=blocks).train()
 
 
+def test_a_column_without_values_is_left_out(llama, make_args):
+    class Loader(TSTTrainer):
+        def get_train_dataloader(self):
+            return loader_of(
+                self, collate_fn=lambda rows: {**default_data_collator(rows), "attention_mask": None}
+            )
+
+    Loader(llama, make_args(), train_dataset=make_blocks(400)).train()
+
+
 def test_labels_equal_to_the_input_are_refused(llama, make_args):
     class PredictsItsInput(TSTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
