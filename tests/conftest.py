@@ -84,7 +84,9 @@ CORE = {
     "test_resume": r"uninterrupted_run\[.*-(blocks|block stream)\]|refused_with_both_values",
     "test_other_trainers": "s_times|plain_trainer|same_loss|refused",
     "test_bad_input": "",
-    "test_console": "not_overwritten|replaced_when|one_line|resumed_run_begins|ctrl_c|misspelt",
+    "test_mtp": r"written_out\[llama-",
+    "test_text_files": r"file_that_was_changed|no_text.*\[(two kinds|all null)-map\]",
+    "test_console": "not_overwritten|old_one_back|replaced_when|one_line|resumed_run_begins|ctrl_c|misspelt",
     "test_cli": "help_teaches|ordinary_model|one_sentence_and_status_2",
 }
 
