@@ -6,6 +6,7 @@ What the sentences say is tested beside what they are about, and for files and f
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,22 @@ OVERRIDES = {
 }  # fmt: skip
 
 # Changes to a recipe that trains; `None` leaves a line empty.
+# Names of options, and the packages that they need.
+TRACKERS = {
+    "wandb": "wandb", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "swanlab": "swanlab",
+    "codecarbon": "codecarbon",
+}  # fmt: skip
+OPTIMIZERS = {
+    "schedule_free_adamw": "schedulefree", "grokadamw": "grokadamw", "lomo": "lomo_optim", "stable_adamw": "optimi",
+    "adamw_bnb_8bit": "bitsandbytes",
+}  # fmt: skip
+
+
+def absent(options):
+    """An option whose package is not installed."""
+    return next(name for name, package in options.items() if find_spec(package) is None)
+
+
 RECIPES = {
     "steps: fraction": {"max_steps": 6.5},
     "steps: list": {"max_steps": [1, 2]},
@@ -173,8 +190,7 @@ RECIPES = {
     "schedule: missing option": {"lr_scheduler_type": "cosine_with_min_lr"},
     "schedule: no end": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 3}},
     "optimizer: unknown": {"optim": "bogus"},
-    "optimizer: missing package": {"optim": "adamw_bnb_8bit"},
-    "optimizer: another missing package": {"optim": "schedule_free_adamw"},
+    "optimizer: missing package": {"optim": absent(OPTIMIZERS)},
     "optimizer: no targets": {"optim": "galore_adamw"},
     "saving: unknown": {"save_strategy": "bogus"},
     "evaluation: unknown": {"eval_strategy": "bogus"},
@@ -183,7 +199,7 @@ RECIPES = {
     "best model: other steps": {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
     "precision: both": {"bf16": True, "fp16": True},
     "trackers: unknown": {"report_to": "bogus"},
-    "trackers: missing package": {"report_to": "wandb"},
+    "trackers: missing package": {"report_to": absent(TRACKERS)},
     "seed: word": {"seed": "lucky"},
     "data seed: word": {"data_seed": "lucky"},
     "lora: rank": {"lora_rank": 0},

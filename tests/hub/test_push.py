@@ -100,8 +100,10 @@ def test_a_pushed_model_is_loaded_by_people_without_this_package(hub, push, envi
         "import sys; sys.modules['hf_tst'] = None\n"
         "from transformers import AutoModelForCausalLM, pipeline\n"
         "model = AutoModelForCausalLM.from_pretrained('someone/model')\n"
-        "text = pipeline('text-generation', model='someone/model')('w3', max_new_tokens=2)[0]['generated_text']\n"
-        "print(model.num_parameters(), len(text) > 2)\n"
+        "generate = pipeline('text-generation', model='someone/model')\n"
+        "options = {'min_new_tokens': 2, 'max_new_tokens': 2, 'return_tensors': True}\n"
+        "ids = generate('w3', **options)[0]['generated_token_ids']\n"
+        "print(model.num_parameters(), len(ids) > 2)\n"
     )
     # In a Python that has not loaded this package yet.
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
