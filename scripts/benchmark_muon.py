@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Make folders of the model's configuration with its tokenizer, and of the text, as the example takes them."""
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Make folders of the model's configuration with its tokenizer, and of the text; the example's flags that name them."""
     model, text = Path(options.output_dir) / "model", Path(options.output_dir) / "text"
     text.mkdir(parents=True, exist_ok=True)
     link = text / "train.jsonl"
@@ -61,16 +61,18 @@ def prepare(options: argparse.Namespace) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     ).save_pretrained(model)
+    return {"model": model, "dataset": text, "block_size": 64}
 
 
-def train(options: argparse.Namespace, optimizer: str, arm: str, rate: float, seed: int) -> float:
+def train(
+    options: argparse.Namespace, data: dict[str, Any], optimizer: str, arm: str, rate: float, seed: int
+) -> float:
     """The final evaluation loss of one run, in nats per token."""
     folder = Path(options.output_dir) / f"{arm}-{optimizer}-lr{rate:g}-seed{seed}"
     result = folder / "eval_results.json"
     if not result.is_file():
         flags = {
-            "model": options.output_dir + "/model", "dataset": options.output_dir + "/text", "block_size": 64,
-            "optimizer": optimizer, "evaluate": True, "output_dir": folder, "max_steps": options.steps, "seed": seed,
+            **data, "optimizer": optimizer, "evaluate": True, "output_dir": folder, "max_steps": options.steps, "seed": seed,
             "learning_rate": rate, "tst_phase_ratio": ARMS[arm], "tst_bag_size": 4, "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 32, "adam_beta2": 0.95, "weight_decay": 0.1, "warmup_steps": options.steps // 20,
             "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": json.dumps({"num_decay_steps": options.steps // 5}),
@@ -88,15 +90,16 @@ def train(options: argparse.Namespace, optimizer: str, arm: str, rate: float, se
 
 def main() -> None:
     options = parse_arguments()
-    prepare(options)
+    data = prepare(options)
     rows: list[dict[str, Any]] = []
     first, *others = options.seeds
     for optimizer, arm in itertools.product(("adamw", "muon"), ARMS):
         losses = {
-            (rate, first): train(options, optimizer, arm, rate, first) for rate in options.learning_rates
+            (rate, first): train(options, data, optimizer, arm, rate, first)
+            for rate in options.learning_rates
         }
         best, _ = min(losses, key=losses.__getitem__)
-        losses |= {(best, seed): train(options, optimizer, arm, best, seed) for seed in others}
+        losses |= {(best, seed): train(options, data, optimizer, arm, best, seed) for seed in others}
         rows += [
             {"optimizer": optimizer, "arm": arm, "steps": options.steps, "learning_rate": rate, "seed": seed, "eval_loss": round(loss, 4)}
             for (rate, seed), loss in losses.items()

@@ -174,11 +174,14 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
         ],
     ),
 }  # fmt: skip
-# What README shows: by name of a curve, its rows, by steps.
+# What README shows: the curves, by name, and the runs of each, by steps.
+STEPS = (1000, 4000, 16000)
 CURVES = {
-    "mean of the bag (the paper)": {1000: 0, 4000: 1, 16000: 3},
-    "linear input, power-law targets": {1000: 7, 4000: 8, 16000: 9},
-}
+    name: {steps: Row((name,), f"bag-weighting-{steps}", arm) for steps in STEPS}
+    for name, arm in (
+        ("mean of the bag (the paper)", "tst"), ("linear input, power-law targets", "tst-linear-power"),
+    )
+}  # fmt: skip
 
 
 def describe(values: Sequence[float], spec: str) -> str:
@@ -225,12 +228,11 @@ def make_grid() -> str:
 
 def make_summary() -> str:
     """README's table: the difference to the baseline by steps."""
-    rows = QUESTIONS["steps"][1]
     cells = []
-    for steps, first in CURVES["mean of the bag (the paper)"].items():
-        others = [curve.get(steps) for curve in CURVES.values()]
-        losses = ["not measured" if i is None else describe(rows[i].differences, "+.3f") for i in others]
-        cells.append((f"{steps:,}", describe([*rows[first].baseline.values()], ".3f"), *losses))
+    for steps in STEPS:
+        rows = [curve[steps] for curve in CURVES.values()]
+        losses = [describe(row.differences, "+.3f") for row in rows]
+        cells.append((f"{steps:,}", describe([*rows[0].baseline.values()], ".3f"), *losses))
     return table(["steps", "baseline", *(f"TST, {name}" for name in CURVES)], cells)
 
 
@@ -262,15 +264,14 @@ def draw_summary() -> Any:
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    for (name, places), color, style in zip(CURVES.items(), COLORS, ("o-", "s--"), strict=False):
-        apart = [QUESTIONS["steps"][1][place].differences for place in places.values()]
+    for (name, rows), color, style in zip(CURVES.items(), COLORS, ("o-", "s--"), strict=False):
+        apart = [row.differences for row in rows.values()]
         means, spreads = [*map(statistics.mean, apart)], [*map(statistics.stdev, apart)]
-        axes.errorbar([*places], means, yerr=spreads, fmt=style, color=color, capsize=4, label=f"TST, {name}")
+        axes.errorbar(STEPS, means, yerr=spreads, fmt=style, color=color, capsize=4, label=f"TST, {name}")
     axes.axhline(0, color="black", linewidth=1)
     axes.text(16000, 0.004, "baseline", ha="right")
     axes.set_xscale("log")
-    steps = [*CURVES["mean of the bag (the paper)"]]
-    axes.set_xticks(steps, [f"{step:,}" for step in steps])
+    axes.set_xticks(STEPS, [f"{steps:,}" for steps in STEPS])
     axes.minorticks_off()
     axes.set_xlabel("optimizer steps of the run")
     axes.set_ylabel("loss minus the baseline's (nats)")

@@ -50,7 +50,6 @@ OVERRIDES = {
     "num_key_value_heads": 1, "max_position_embeddings": 32,
 }  # fmt: skip
 
-# Changes to a recipe that trains; `None` leaves a line empty.
 # Names of options, and the packages that they need.
 TRACKERS = {
     "wandb": "wandb", "clearml": "clearml", "comet_ml": "comet_ml", "dvclive": "dvclive", "swanlab": "swanlab",
@@ -63,10 +62,11 @@ OPTIMIZERS = {
 
 
 def absent(options):
-    """An option whose package is not installed."""
-    return next(name for name, package in options.items() if find_spec(package) is None)
+    """The options whose packages are not installed."""
+    return [name for name, package in options.items() if find_spec(package) is None]
 
 
+# Changes to a recipe that trains; `None` leaves a line empty.
 RECIPES = {
     "steps: fraction": {"max_steps": 6.5},
     "steps: list": {"max_steps": [1, 2]},
@@ -190,7 +190,8 @@ RECIPES = {
     "schedule: missing option": {"lr_scheduler_type": "cosine_with_min_lr"},
     "schedule: no end": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 3}},
     "optimizer: unknown": {"optim": "bogus"},
-    "optimizer: missing package": {"optim": absent(OPTIMIZERS)},
+    "optimizer: missing package": {"optim": absent(OPTIMIZERS)[0]},
+    "optimizer: another missing package": {"optim": absent(OPTIMIZERS)[1]},
     "optimizer: no targets": {"optim": "galore_adamw"},
     "saving: unknown": {"save_strategy": "bogus"},
     "evaluation: unknown": {"eval_strategy": "bogus"},
@@ -199,7 +200,7 @@ RECIPES = {
     "best model: other steps": {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
     "precision: both": {"bf16": True, "fp16": True},
     "trackers: unknown": {"report_to": "bogus"},
-    "trackers: missing package": {"report_to": absent(TRACKERS)},
+    "trackers: missing package": {"report_to": absent(TRACKERS)[0]},
     "seed: word": {"seed": "lucky"},
     "data seed: word": {"data_seed": "lucky"},
     "lora: rank": {"lora_rank": 0},

@@ -98,10 +98,10 @@ def test_a_run_that_is_stopped_after_its_first_checkpoint_stays_in_place_of_the_
     """Also if Ctrl-C comes while the old run is being removed, and both have a checkpoint of the same step."""
     old = contents(run_folder / "checkpoint-2")
 
-    def stop(folder):
+    def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain.ReplaceRunCallback, "on_save", lambda *args, **kwargs: stop(None))
+    monkeypatch.setattr(pretrain.ReplaceRunCallback, "on_save", stop)
     flags = ["train", str(recipe), "--output_dir", str(run_folder), "--seed", "5"]
     assert cli.main([*flags, "--overwrite_output_dir"]) == 130
     assert "--resume_from_checkpoint last" in capsys.readouterr().err

@@ -55,7 +55,10 @@ def test_with_one_head_it_is_the_plain_trainer_bit_for_bit(llama, make_args, kin
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen3_moe", "gpt2"])
 def test_heads_train_in_next_token_steps_only(make_args, family, kind, ratio):
     heads = Heads()
-    args = make_args(tst_phase_ratio=ratio, mtp_num_heads=3, mtp_kind=kind, weight_decay=0.1)
+    weight = 1.0 if kind == "parallel" else 0.3
+    args = make_args(
+        tst_phase_ratio=ratio, mtp_num_heads=3, mtp_kind=kind, mtp_loss_weight=weight, weight_decay=0.1
+    )
     model = make_model(family)
     start = copy.deepcopy(model.state_dict())
     trainer = TSTTrainer(model, args, train_dataset=make_blocks(200), callbacks=[heads])
@@ -70,10 +73,10 @@ def test_heads_train_in_next_token_steps_only(make_args, family, kind, ratio):
     assert not any(torch.equal(start[name], weight) for name, weight in model.state_dict().items())
     found = losses(trainer)
     if ratio:
-        assert found[first] > found[first - 1] + 0.2  # the losses of the extra heads
+        assert found[first] > found[first - 1] + 0.5  # the losses of the extra heads
     else:
         # Random tokens: log V a target; the extra heads have 10 and 9 where the next token has 11.
-        extra = 0.1 * 19 / 11 if kind == "parallel" else 0.3 * 19 / 22
+        extra = weight * 19 / (11 if kind == "parallel" else 22)
         assert found[0] > 0.9 * math.log(VOCAB_SIZE) * (1 + extra)
     if "router_aux_loss_coef" in model.config.to_dict():
         assert any("tst_expert_load_max" in entry for entry in trainer.state.log_history)
@@ -324,7 +327,7 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
     found = []
     for num_heads in (1, 3):
         args = make_args(
-            tst_phase_ratio=ratio, mtp_num_heads=num_heads, mtp_kind=kind, learning_rate=0, logging_steps=2,
+            tst_phase_ratio=ratio, mtp_num_heads=num_heads, mtp_kind=kind, mtp_loss_weight=1.0, learning_rate=0, logging_steps=2,
             gradient_accumulation_steps=2,
         )  # fmt: skip
         trainer = TSTTrainer(copy.deepcopy(llama), args, train_dataset=make_blocks(200))
@@ -335,7 +338,7 @@ def test_the_share_of_the_extra_heads_in_the_loss_is_logged(llama, make_args, ki
         assert ("mtp_loss" in entry) == trains
         assert "mtp_loss" not in plain
         assert entry["loss"] - entry.get("mtp_loss", 0) == pytest.approx(plain["loss"], abs=2e-5)
-        assert not trains or entry["mtp_loss"] > 0.5
+        assert not trains or entry["mtp_loss"] > 1
 
 
 @pytest.mark.parametrize("stop", [None, 2, 6])

@@ -62,6 +62,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                 else:
                     yield next(batches)
 
+    @one_thread()
     def _joined(self, batches: list[Any]) -> dict[str, Tensor]:
         first = batches[0]
         if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
@@ -69,10 +70,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                 "The training loader's batches must be mappings with the same columns in all of them."
             )
         given = [name for name in first if any(batch[name] is not None for batch in batches)]
-        with one_thread():
-            return self._fold({name: [torch.as_tensor(batch[name]) for batch in batches] for name in given})
-
-    def _fold(self, tensors: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        tensors = {name: [torch.as_tensor(batch[name]) for batch in batches] for name in given}
         for name, parts in tensors.items():
             if len(shapes := {part.shape[1:] for part in parts}) > 1:
                 found = " and ".join(sorted(str((None, *shape)) for shape in shapes))

@@ -92,5 +92,12 @@ def put_back(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove what [`set_aside`] moved."""
-    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+    """Remove what [`set_aside`] moved, once the checkpoints of the new run are on the disk; keep it if they do not get there."""
+    from ..training.checkpoint_folders import flush_folder  # loads torch
+
+    if not is_set_aside(folder):
+        return
+    with suppress(OSError):
+        for checkpoint in folder.glob("checkpoint-*"):
+            flush_folder(checkpoint)
+        shutil.rmtree(folder / REPLACED, ignore_errors=True)

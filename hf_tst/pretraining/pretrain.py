@@ -21,12 +21,12 @@ from ..errors import PreemptedError, TSTError
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
-from ..training.checkpoint_folders import check_checkpoint_is_there, flush_folder
+from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
-from .overwrite import check_free, discard, is_set_aside, nothing_left, put_back, set_aside
+from .overwrite import check_free, discard, nothing_left, put_back, set_aside
 from .parts import prepare_run
 
 # The sample at the end: maximum number of prompt tokens, and of generated tokens.
@@ -39,17 +39,8 @@ class ReplaceRunCallback(TrainerCallback):
     """Removes the run that was set aside, when the first checkpoint of the new one is on the disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir)
-        if state.is_world_process_zero and is_set_aside(folder):
-            _discard_replaced(folder)
-
-
-def _discard_replaced(folder: Path) -> None:
-    """Remove the run that was set aside, once the checkpoints of the new one are on the disk; keep it if they do not get there."""
-    with suppress(OSError):
-        for checkpoint in folder.glob("checkpoint-*"):
-            flush_folder(checkpoint)
-        discard(folder)
+        if state.is_world_process_zero:
+            discard(Path(args.output_dir))
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
@@ -121,17 +112,14 @@ def _train(
     folder = Path(args.output_dir)
     if run_args.overwrite_output_dir:
         trainer.add_callback(ReplaceRunCallback())
-    if run_args.overwrite_output_dir and trainer.is_world_process_zero():
-        set_aside(folder)
+        if trainer.is_world_process_zero():
+            set_aside(folder)
     try:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException as error:
         begun = any(folder.glob("checkpoint-*"))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
-            if not begun:
-                put_back(folder)
-            elif is_set_aside(folder):
-                _discard_replaced(folder)
+            (discard if begun else put_back)(folder)
         if isinstance(error, KeyboardInterrupt) and begun:
             raise KeyboardInterrupt("continue with --resume_from_checkpoint last") from error
         raise

@@ -53,9 +53,6 @@ from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
 
-# What Trainer logs at the end of training.
-TRAIN_ENTRIES = {"train_loss", "train_runtime"}
-
 
 class TSTTrainer(Trainer):
     """Trainer for causal language models that first trains on bags of tokens (superposition), then on single tokens (recovery).
@@ -185,8 +182,7 @@ class TSTTrainer(Trainer):
             self.is_in_train = False  # Trainer does not reset it when training fails
 
     def _hp_search_setup(self, trial: Any) -> None:
-        names = [field.name for field in fields(TSTArguments)]
-        before = {name: getattr(self.args, name) for name in names}
+        before = {field.name: getattr(self.args, field.name) for field in fields(TSTArguments)}
         super()._hp_search_setup(trial)
         for name, value in before.items():
             if (now := getattr(self.args, name)) != value:
@@ -332,7 +328,7 @@ class TSTTrainer(Trainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
-        at_end = logs.keys() >= TRAIN_ENTRIES
+        at_end = "train_runtime" in logs
         if at_end:
             # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` restores the limit.
             self.args.save_total_limit = None

@@ -7,7 +7,7 @@ Needs torch 2.9. One process or DDP; weights that FSDP2 shards are refused.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import load_dataset
@@ -22,7 +22,7 @@ class Data:
     model: str = "HuggingFaceTB/SmolLM2-135M"
     dataset: str = "roneneldan/TinyStories"
     block_size: int = 512
-    optimizer: str = "muon"
+    optimizer: Literal["muon", "adamw"] = "muon"
     evaluate: bool = False
 
 
