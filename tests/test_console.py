@@ -302,6 +302,16 @@ def test_help_has_ours_first_and_the_rest_on_request(capsys):
     assert "  --adam_beta1" in pages["--help_all"]
 
 
+def test_the_help_of_a_comparison_lists_no_flag_that_it_refuses(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["compare", "--help_all"])
+    text = capsys.readouterr().out
+    assert "  --per_device_train_batch_size" in text
+    for flag in ("resume_from_checkpoint", "push_to_hub", "load_best_model_at_end", "auto_find_batch_size"):
+        assert not re.search(rf"--{flag}\b", text)
+        assert cli.main(["compare", f"--{flag}=yes"]) == 2
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_have_names(name):
     values = parse_values([name, "--seed", "5"], TRAINING, "")

@@ -38,6 +38,10 @@ class ExperimentArguments:
     # The name of the command, and its `--help`.
     command: ClassVar[str]
     description: ClassVar[str]
+    # What runs that all end at the same step cannot have.
+    impossible: ClassVar[Sequence[str]] = (
+        "push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size",
+    )  # fmt: skip
 
     budget: Literal["flops", "data", "time"] = HfArg(
         default="flops",
@@ -134,7 +138,7 @@ def parse_experiment(
     steps = namespace.max_steps
     if steps <= 0:
         raise TSTError(f"max_steps is {steps}: set it, so that all runs have a known budget.")
-    for name in ("push_to_hub", "load_best_model_at_end", "resume_from_checkpoint", "auto_find_batch_size"):
+    for name in kind.impossible:
         if values.get(name):
             raise TSTError(
                 f"{name} is not possible in a comparison, whose runs all end at the same step: leave it out."

@@ -68,7 +68,8 @@ class ArgumentParser(HfArgumentParser):
     """A parser that raises `TSTError` with one sentence, where `argparse` would print its usage and exit.
 
     Args:
-        kinds: Dataclasses of arguments; each is a section of the help, named by the first line of its docstring.
+        kinds: Dataclasses of arguments; each is a section of the help, named by the first line of its docstring. The help does not
+            list the arguments that one names as `impossible`.
         usage (`str`): The line above the help.
         options: As for `argparse.ArgumentParser`.
     """
@@ -77,8 +78,9 @@ class ArgumentParser(HfArgumentParser):
         self, kinds: Sequence[type], usage: str = "%(prog)s [recipe] [--flag value ...]", **options: Any
     ) -> None:
         super().__init__(kinds, usage=usage, formatter_class=HelpFormatter, **options)
+        hidden = {name for kind in kinds for name in getattr(kind, "impossible", ())}
         for action in self._actions:
-            action.help = HELP.get(action.dest, action.help)
+            action.help = SUPPRESS if action.dest in hidden else HELP.get(action.dest, action.help)
         self._shows_all = False
         if any(issubclass(kind, TrainingArguments) for kind in kinds):
             self.add_argument(
