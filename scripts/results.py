@@ -137,6 +137,15 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("8",), SWEEPS[0], "s8-r0.3-uniform-full"),
         ],
     ),
+    "rows": (
+        ("s", "superposition rows", "bag weights"),
+        [
+            Row(("4", "longer", "uniform"), "bag-size-rows-4000"),
+            Row(("4", "more", "uniform"), "bag-size-rows-4000", "tst-more"),
+            Row(("8", "longer", "uniform"), "bag-size-rows-4000", "tst-s8"),
+            Row(("8", "longer", "linear, power law"), "bag-size-rows-4000", "tst-s8-linear-power"),
+        ],
+    ),
     "bag-weighting": (("steps", "input", "targets"), [*_weighting(1000), *_weighting(4000), *_weighting(16000)]),
     "offset-weighting": (
         ("targets",),
