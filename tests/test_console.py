@@ -312,6 +312,21 @@ def test_the_help_of_a_comparison_lists_no_flag_that_it_refuses(capsys):
         assert cli.main(["compare", f"--{flag}=yes"]) == 2
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_leave_their_cores_to_others_unless_the_user_says_otherwise(given, monkeypatch):
+    """It takes effect only in a process that has not imported torch yet, hence one of its own."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    script = (
+        "import os, sys; from hf_tst.cli import main as cli; assert 'torch' not in sys.modules\n"
+        "cli.import_module = lambda _: sys.exit(str(('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])))\n"
+        "cli.main(['env'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == str((False, given or "PASSIVE"))
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_have_names(name):
     values = parse_values([name, "--seed", "5"], TRAINING, "")

@@ -131,7 +131,7 @@ def test_without_a_word_on_documents_it_is_refused():
 def test_short_bags_are_averaged_over_what_they_hold(dtype):
     embedding = torch.nn.Embedding(50, 8, dtype=dtype)
     bags = torch.tensor([[[1, 2, 3], [4, -100, -100], [5, 6, -100]]])
-    mean = average_embeddings(embedding(bags.clamp_min(0).flatten(1)), bags, ignore_index=-100)
+    mean = average_embeddings(embedding(bags.clamp_min(0).flatten(1)), bags, has_short_bags=True)
     for found, ids in zip(mean[0], ([1, 2, 3], [4], [5, 6]), strict=True):
         torch.testing.assert_close(found, embedding.weight[ids].float().mean(0).to(dtype))
     mean.float().sum().backward()
@@ -146,7 +146,7 @@ def test_full_bags_have_exactly_the_ordinary_average(dtype, bag_size):
     bags = torch.randint(0, 50, (2, 5, bag_size))
     embedded = embedding(bags.flatten(1))
     assert torch.equal(
-        average_embeddings(embedded, bags, ignore_index=-100), average_embeddings(embedded, bags)
+        average_embeddings(embedded, bags, has_short_bags=True), average_embeddings(embedded, bags)
     )
 
 

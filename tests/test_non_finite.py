@@ -1,6 +1,7 @@
 """Numbers that are not finite are found without waiting for the device, and told with their step and blocks."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,11 +103,13 @@ def test_stopping_waits_for_the_device_less_often_than_the_plain_trainer(llama, 
     assert waits_per_step(llama, make_args, TSTTrainer, **options, tst_nonfinite_loss="skip") == plain + 1
 
 
-def test_the_filter_of_logged_losses_is_as_before_when_training_is_over(llama, make_args):
-    args = make_args()
+def test_arguments_are_those_given_in_checkpoints_and_when_training_is_over(llama, make_args):
+    args = make_args(save_strategy="steps", save_steps=3)
     TSTTrainer(llama, args, train_dataset=make_blocks(200)).train()
-    assert args.logging_nan_inf_filter
-    assert not args.ignore_data_skip
+    saved = torch.load(Path(args.output_dir) / "checkpoint-3" / "training_args.bin", weights_only=False)
+    for each in (args, saved):
+        assert each.logging_nan_inf_filter
+        assert not each.ignore_data_skip
 
 
 def test_it_stops_though_nothing_is_logged_for_long(llama, make_args, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import TSTError, check_choice
 from .folding import (
     DOCUMENT_BOUNDARIES,
+    IGNORE_INDEX,
     DocumentBoundaries,
     document_bags,
     document_starts,
@@ -67,7 +68,6 @@ class DataCollatorForTokenSuperposition:
     Args:
         bag_size (`int`): Tokens per bag, s.
         mode (`"full" | "input" | "output"`, *optional*, defaults to `"full"`): See `TSTTrainingArguments.tst_mode`.
-        ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
         superposition_rows (`"longer" | "more"`, *optional*, defaults to `"longer"`): See
             `TSTTrainingArguments.tst_superposition_rows`.
         document_boundaries (`"ignore" | "respect"`, *optional*, defaults to `"ignore"`): See
@@ -94,7 +94,6 @@ class DataCollatorForTokenSuperposition:
 
     bag_size: int
     mode: TSTMode = "full"
-    ignore_index: int = -100
     superposition_rows: SuperpositionRows = "longer"
     document_boundaries: DocumentBoundaries = "ignore"
     eos_token_id: int | None = None
@@ -131,9 +130,9 @@ class DataCollatorForTokenSuperposition:
         if self.document_boundaries == "respect":
             return self._collate_documents(features, tokens, targets)
         if self.mode == "output":
-            labels = next_window_labels(targets, self.bag_size, self.ignore_index)
+            labels = next_window_labels(targets, self.bag_size)
             return {"input_ids": tokens, "labels": labels}
-        labels = next_bag_labels(fold_into_bags(targets, self.bag_size), self.ignore_index)
+        labels = next_bag_labels(fold_into_bags(targets, self.bag_size))
         return {"input_ids": fold_into_bags(tokens, self.bag_size), "labels": labels}
 
     def _collate_tokens(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -143,7 +142,7 @@ class DataCollatorForTokenSuperposition:
         batch["input_ids"] = batch["input_ids"].long()
         if "labels" not in batch:
             padding = batch.get("attention_mask", torch.ones(())) == 0
-            batch["labels"] = batch["input_ids"].masked_fill(padding, self.ignore_index)
+            batch["labels"] = batch["input_ids"].masked_fill(padding, IGNORE_INDEX)
         return batch | {"labels": batch["labels"].long()}
 
     def _collate_documents(
@@ -151,14 +150,12 @@ class DataCollatorForTokenSuperposition:
     ) -> dict[str, Tensor]:
         starts = document_starts(self._follows_an_end(features, tokens))
         if self.bag_size > 1 and self.mode != "output":
-            tokens, labels, positions = document_bags(
-                tokens, targets, starts, self.bag_size, self.ignore_index
-            )
+            tokens, labels, positions = document_bags(tokens, targets, starts, self.bag_size)
         else:
             positions = positions_in_documents(starts)
-            labels = targets.masked_fill(starts, self.ignore_index)
+            labels = targets.masked_fill(starts, IGNORE_INDEX)
             if self.bag_size > 1:
-                labels = document_windows(targets, starts, self.bag_size, self.ignore_index)
+                labels = document_windows(targets, starts, self.bag_size)
         return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
     def _follows_an_end(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from ..errors import TSTError
 DocumentBoundaries = Literal["ignore", "respect"]
 
 DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
+# Label of a position without a target, and token of an empty place of a bag. Models of Transformers ignore it.
+IGNORE_INDEX = -100
 
 
 def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
@@ -34,23 +36,23 @@ def fold_into_bags(tokens: Tensor, bag_size: int) -> Tensor:
     return tokens.unflatten(1, (-1, bag_size))
 
 
-def next_bag_labels(bags: Tensor, ignore_index: int = -100) -> Tensor:
+def next_bag_labels(bags: Tensor) -> Tensor:
     """Targets of superposition, `(B, l, s)`: the target of position t is bag t + 1; the last position has none."""
-    last = torch.full_like(bags[:, :1], ignore_index)
+    last = torch.full_like(bags[:, :1], IGNORE_INDEX)
     return torch.cat([bags[:, 1:], last], dim=1)
 
 
-def next_window_labels(tokens: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
+def next_window_labels(tokens: Tensor, bag_size: int) -> Tensor:
     """Targets of output-only superposition, `(B, L) -> (B, L, s)`: the targets of position t are tokens t+1 … t+s.
 
-    Tokens beyond the end of the row are `ignore_index`.
+    Tokens beyond the end of the row are -100.
     """
-    beyond = tokens.new_full((tokens.shape[0], bag_size), ignore_index)
+    beyond = tokens.new_full((tokens.shape[0], bag_size), IGNORE_INDEX)
     return torch.cat([tokens[:, 1:], beyond], dim=1).unfold(1, bag_size, 1)
 
 
 def average_embeddings(
-    embedded: Tensor, bags: Tensor, weights: Tensor | None = None, ignore_index: int | None = None
+    embedded: Tensor, bags: Tensor, weights: Tensor | None = None, has_short_bags: bool = False
 ) -> Tensor:
     """Mean embedding of each bag, `(B, l·s, d) -> (B, l, d)`, summed in float32, in the dtype of `embedded`.
 
@@ -58,13 +60,14 @@ def average_embeddings(
         embedded (`torch.FloatTensor` of shape `(B, l·s, d)`): Output of the model's input embedding for the tokens.
         bags (`torch.LongTensor` of shape `(B, l, s)`): The tokens.
         weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset in the mean; equal by default.
-        ignore_index (`int`, *optional*): Marks empty places of short bags: a bag's mean is over the tokens that it
-            holds. By default every bag is full.
+        has_short_bags (`bool`, *optional*, defaults to `False`): Whether bags may have empty places, which hold -100: the mean of
+            such a bag is over the tokens that it holds.
     """
     vectors = embedded.unflatten(1, bags.shape[1:])
-    if weights is None and ignore_index is None:
-        return vectors.mean(dim=2, dtype=torch.float32).to(embedded.dtype)
-    held = torch.ones_like(bags) if ignore_index is None else bags != ignore_index
+    if weights is None and not has_short_bags:
+        # Not `mean`, whose gradient is a float32 tensor of the size of all s vectors.
+        return (vectors.sum(dim=2, dtype=torch.float32) / bags.shape[2]).to(embedded.dtype)
+    held = bags != IGNORE_INDEX if has_short_bags else torch.ones_like(bags)
     shares = held.float() if weights is None else held * weights
     total = (shares[..., None] * vectors).sum(dim=2)
     smallest = torch.finfo(torch.float32).tiny  # a bag may hold nothing
@@ -83,7 +86,7 @@ def positions_in_documents(starts: Tensor) -> Tensor:
 
 
 def document_bags(
-    tokens: Tensor, targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100
+    tokens: Tensor, targets: Tensor, starts: Tensor, bag_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bags that are cut at the end of each document, and their targets.
 
@@ -92,14 +95,13 @@ def document_bags(
 
     Args:
         tokens (`torch.LongTensor` of shape `(B, n)`): Token ids; n is a multiple of `bag_size`.
-        targets (`torch.LongTensor` of shape `(B, n)`): The token each position holds as a target, or `ignore_index`.
+        targets (`torch.LongTensor` of shape `(B, n)`): The token each position holds as a target, or -100.
         starts (`torch.BoolTensor` of shape `(B, n)`): First tokens of documents.
         bag_size (`int`): Tokens per bag, s.
-        ignore_index (`int`, *optional*, defaults to -100): Fills empty places of a bag, and labels that are no target.
 
     Returns:
-        `input_ids` of shape `(B, l, s)` with `ignore_index` in empty places; `labels` of shape `(B, l, s)`, where
-        position t holds bag t + 1 if that is of the same document, else `ignore_index`; and `position_ids` of shape
+        `input_ids` of shape `(B, l, s)` with -100 in empty places; `labels` of shape `(B, l, s)`, where
+        position t holds bag t + 1 if that is of the same document, else -100; and `position_ids` of shape
         `(B, l)`, which count the bags of each document from 0.
     """
     positions = positions_in_documents(starts)
@@ -109,21 +111,21 @@ def document_bags(
     place = (bag * bag_size + positions % bag_size).clamp_max(length)
 
     def fill(values: Tensor) -> Tensor:
-        empty = pad(torch.full_like(values, ignore_index), (0, 1))
+        empty = pad(torch.full_like(values, IGNORE_INDEX), (0, 1))
         return fold_into_bags(empty.scatter(1, place, values)[:, :length], bag_size)
 
     position_ids = fill(positions)[..., 0] // bag_size
     # A bag that begins a document is no target.
-    target_bags = fill(targets).masked_fill((position_ids == 0)[..., None], ignore_index)
-    return fill(tokens), next_bag_labels(target_bags, ignore_index), position_ids
+    target_bags = fill(targets).masked_fill((position_ids == 0)[..., None], IGNORE_INDEX)
+    return fill(tokens), next_bag_labels(target_bags), position_ids
 
 
-def document_windows(targets: Tensor, starts: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
+def document_windows(targets: Tensor, starts: Tensor, bag_size: int) -> Tensor:
     """Targets of output-only superposition inside documents: the targets of position t are tokens t+1 … t+s of its document.
 
-    `(B, n) -> (B, n, s)`; tokens of other documents and beyond the row are `ignore_index`.
+    `(B, n) -> (B, n, s)`; tokens of other documents and beyond the row are -100.
     """
     document = starts.cumsum(dim=1)
-    windows = next_window_labels(targets, bag_size, ignore_index)
-    documents = next_window_labels(document, bag_size, 0)
-    return windows.masked_fill(documents != document[..., None], ignore_index)
+    windows = next_window_labels(targets, bag_size)
+    documents = next_window_labels(document, bag_size)
+    return windows.masked_fill(documents != document[..., None], IGNORE_INDEX)

@@ -89,9 +89,7 @@ def sum_bag_entropies(labels: Tensor, *, weights: Tensor | None = None, ignore_i
         `torch.FloatTensor`: In nats, 0-dim float32.
     """
     shares = resolve_weights(weights, labels) * (labels != ignore_index)
-    equal = torch.zeros_like(shares)
-    for offset in range(labels.shape[-1]):
-        equal += shares[..., offset, None] * (labels == labels[..., offset, None])
+    equal = ((labels[..., :, None] == labels[..., None, :]) * shares[..., None, :]).sum(dim=-1)
     whole = shares.sum(dim=-1, keepdim=True)
     return torch.where(shares > 0, shares * (whole / equal).log(), 0.0).sum()
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries, average_embeddings
+from ..bags.folding import DOCUMENT_BOUNDARIES, IGNORE_INDEX, DocumentBoundaries, average_embeddings
 from ..bags.phases import MODES, TSTMode, check_bag_size
 from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, offset_weights, resolve_weighting
 from ..errors import TSTError, check_choice
@@ -83,7 +83,7 @@ def token_superposition(
     check_loss_is_replaceable(core)
     device = next(core.parameters()).device
     averaged = None if input_weighting == "uniform" else input_weights(input_weighting, bag_size).to(device)
-    bags = _BagInput(bag_size, mode, averaged, -100 if document_boundaries == "respect" else None)
+    bags = _BagInput(bag_size, mode, averaged, document_boundaries == "respect")
     embedding = core.get_input_embeddings()
     with (
         replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss),
@@ -226,14 +226,14 @@ class _BagInput:
     Args:
         bag_size (`int`): Tokens per bag, s.
         mode (`str`): See [`token_superposition`].
-        weights (`torch.FloatTensor` of shape `(s,)`, *optional*), ignore_index (`int`, *optional*): See
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*), has_short_bags (`bool`): See
             [`average_embeddings`].
     """
 
     bag_size: int
     mode: TSTMode
     weights: Tensor | None
-    ignore_index: int | None
+    has_short_bags: bool
     _bags: Tensor | None = None
     _has_checked_labels: bool = False
 
@@ -273,15 +273,15 @@ class _BagInput:
             _refuse_bags(args[0])
             return None
         bags = self._bags
-        if self.ignore_index is not None:
-            bags = bags.masked_fill(bags == self.ignore_index, 0)
+        if self.has_short_bags:
+            bags = bags.masked_fill(bags == IGNORE_INDEX, 0)
         return (bags.flatten(1), *args[1:])
 
     def after_embedding(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         """Forward hook: their embeddings `(B, l·s, d)` become one vector for each bag, `(B, l, d)`."""
         if self._bags is None:
             return None
-        return average_embeddings(embedded, self._bags, self.weights, self.ignore_index)
+        return average_embeddings(embedded, self._bags, self.weights, self.has_short_bags)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: ends the pass, also after an exception."""
@@ -299,7 +299,7 @@ def _refuse_bags(input_ids: Any) -> None:
 
 def _check_targets(bags: Tensor, labels: Tensor) -> None:
     """Raise `TSTError` if the labels of bags are the bags themselves, which a user's `compute_loss` may pass by mistake."""
-    targets = labels != -100
+    targets = labels != IGNORE_INDEX
     same = bool((labels == bags)[targets].all()) and bool(targets.any())
     if same and bool((bags != bags[0, 0, 0]).any()):
         raise TSTError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bags.collator import DataCollatorForTokenSuperposition
+from ..bags.folding import IGNORE_INDEX
 from ..data.blocks import IDS_ALONE, BlockRules, as_block
 from ..data.own_batches import FoldingCollator
 from ..data.rows import PhaseCollator
@@ -69,7 +70,7 @@ class DefaultCollator:
             batch = self.default(features)
             if not given:
                 padding = batch["attention_mask"] == 0
-                batch = {**batch, "labels": batch["input_ids"].masked_fill(padding, -100)}
+                batch = {**batch, "labels": batch["input_ids"].masked_fill(padding, IGNORE_INDEX)}
         if not given and not self.adds_labels:
             del batch["labels"]
         return batch

@@ -105,6 +105,7 @@ class TSTTrainer(Trainer):
         self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
         self._checkpoint: str | None = None  # to resume from, during training
+        self._given: dict[str, Any] = {}  # arguments that differ during training
         self._saver = CheckpointSaver(self)
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
@@ -164,11 +165,16 @@ class TSTTrainer(Trainer):
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         # Trainer's filter of logged losses waits for the device in each step. With "stop" it has nothing to filter.
         filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
-        # `set_initial_training_values` and `log` change these two arguments; this restores them at the end.
-        kept = {name: getattr(args, name) for name in ("ignore_data_skip", "save_total_limit")}
+        # `set_initial_training_values` and `log` change two of these; they are restored in checkpoints and at the end.
+        names = ("logging_nan_inf_filter", "ignore_data_skip", "save_total_limit")
+        self._given = {name: getattr(args, name) for name in names}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
-            with changed_arguments(args, logging_nan_inf_filter=filters, **kept), heads, self._own.watched():
+            with (
+                changed_arguments(args, **self._given | {"logging_nan_inf_filter": filters}),
+                heads,
+                self._own.watched(),
+            ):
                 result = super().train(self._checkpoint, *positional, **kwargs)
             self._saver.finish()
             return result
@@ -399,7 +405,8 @@ class TSTTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
-        write = partial(super()._save_checkpoint, model, trial)
+        as_given = changed_arguments(self.args, **self._given)  # Trainer saves its arguments, too
+        write = as_given(partial(super()._save_checkpoint, model, trial))
         self._saver.save(Path(self._get_output_dir(trial)), write, self._add_to_checkpoint)
 
     def _add_to_checkpoint(self, folder: Path) -> None:
