@@ -33,6 +33,9 @@ from .phases import (
     folds_blocks,
 )
 
+# Of them the first one that a batch has tells documents apart: by a change, or by a step other than 1.
+DOCUMENT_COLUMNS = ("document_ids", "position_ids")
+
 
 @dataclass
 class DataCollatorForTokenSuperposition:
@@ -120,18 +123,32 @@ class DataCollatorForTokenSuperposition:
         if self.bag_size == 1 and self.document_boundaries == "ignore":
             return self._collate_tokens(features)
         masks = [feature.get("attention_mask") for feature in features]
-        if not all(mask is None or np.asarray(mask).all() for mask in masks):
-            raise TSTError(
-                "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
-                "pack the data into full blocks."
-            )
-        tokens = self._stack(features, "input_ids")
-        targets = self._stack(features, "labels") if "labels" in features[0] else tokens
+        check_no_padding(all(mask is None or np.asarray(mask).all() for mask in masks))
+        documents = DOCUMENT_COLUMNS if self.document_boundaries == "respect" else ()
+        names = {"input_ids", "labels", *documents} & {*features[0]}
+        return self.fold(
+            {
+                name: torch.from_numpy(np.stack([feature[name] for feature in features], dtype=np.int64))
+                for name in names
+            }
+        )
+
+    def fold(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch of rows that are stacked already, on the device of the rows.
+
+        Args:
+            columns: `input_ids` and, optionally, `labels` and a column that tells documents apart, integers of shape `(B, l·s)`.
+
+        Returns:
+            The batch, as for a list of rows.
+        """
+        columns = {name: self._as_rows(column).long() for name, column in columns.items()}
+        tokens = columns["input_ids"]
+        targets = columns.get("labels", tokens)
         if self.document_boundaries == "respect":
-            return self._collate_documents(features, tokens, targets)
+            return self._fold_documents(columns, targets)
         if self.mode == "output":
-            labels = next_window_labels(targets, self.bag_size)
-            return {"input_ids": tokens, "labels": labels}
+            return {"input_ids": tokens, "labels": next_window_labels(targets, self.bag_size)}
         labels = next_bag_labels(fold_into_bags(targets, self.bag_size))
         return {"input_ids": fold_into_bags(tokens, self.bag_size), "labels": labels}
 
@@ -145,10 +162,8 @@ class DataCollatorForTokenSuperposition:
             batch["labels"] = batch["input_ids"].masked_fill(padding, IGNORE_INDEX)
         return batch | {"labels": batch["labels"].long()}
 
-    def _collate_documents(
-        self, features: Sequence[Mapping[str, Any]], tokens: Tensor, targets: Tensor
-    ) -> dict[str, Tensor]:
-        starts = document_starts(self._follows_an_end(features, tokens))
+    def _fold_documents(self, columns: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        tokens, starts = columns["input_ids"], document_starts(self._follows_an_end(columns))
         if self.bag_size > 1 and self.mode != "output":
             tokens, labels, positions = document_bags(tokens, targets, starts, self.bag_size)
         else:
@@ -158,24 +173,31 @@ class DataCollatorForTokenSuperposition:
                 labels = document_windows(targets, starts, self.bag_size)
         return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
-    def _follows_an_end(self, features: Sequence[Mapping[str, Any]], tokens: Tensor) -> Tensor:
+    def _follows_an_end(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Whether each token except the first of the row starts a document, `(B, n - 1)`."""
-        if "document_ids" in features[0]:
-            return self._stack(features, "document_ids").diff() != 0
-        if "position_ids" in features[0]:
-            return self._stack(features, "position_ids").diff() != 1
+        for name, same in zip(DOCUMENT_COLUMNS, (0, 1), strict=True):
+            if name in columns:
+                return columns[name].diff() != same
         if self.eos_token_id is None:
             raise TSTError(
                 "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
                 "a column 'document_ids', or set tst_document_boundaries='ignore'."
             )
-        return tokens[:, :-1] == self.eos_token_id
+        return columns["input_ids"][:, :-1] == self.eos_token_id
 
-    def _stack(self, features: Sequence[Mapping[str, Any]], column: str) -> Tensor:
-        """A column of all rows as int64, copied once."""
-        stacked = torch.from_numpy(np.stack([feature[column] for feature in features], dtype=np.int64))
+    def _as_rows(self, column: Tensor) -> Tensor:
+        """A column `(B, l·s)` as the rows to fold: each of its s blocks by itself, if there are more rows in superposition."""
         if not folds_blocks(self.bag_size, self.mode, self.superposition_rows):
-            return stacked
-        length = stacked.shape[1] // self.bag_size
+            return column
+        length = column.shape[1] // self.bag_size
         folded_length(length, self.bag_size)  # or its refusal
-        return stacked.reshape(-1, length)
+        return column.reshape(-1, length)
+
+
+def check_no_padding(is_full: bool) -> None:
+    """Raise `TSTError` unless the rows to fold are full: all of their attention masks hold ones."""
+    if not is_full:
+        raise TSTError(
+            "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
+            "pack the data into full blocks."
+        )

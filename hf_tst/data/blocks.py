@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..bags.collator import DOCUMENT_COLUMNS
 from ..errors import TSTError, bad_input
 
 # Columns that superposition reads. Recovery passes on all columns that the model accepts.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
-# Columns that say where documents end.
-DOCUMENT_COLUMNS = ("document_ids", "position_ids")
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
 # Stored lengths that are checked before training starts.

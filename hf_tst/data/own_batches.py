@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 
-from ..bags.collator import DataCollatorForTokenSuperposition
+from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, as_block
+from .blocks import TOKEN_COLUMNS, as_block
 from .rows import one_thread
 
 
@@ -109,7 +109,7 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         collator (`DataCollatorForTokenSuperposition`): Makes the bags.
 
     Returns:
-        The batch of the collator, with l = N · L / (rows · s).
+        The batch of the collator, with l = N · L / (rows · s), on the device of the given one.
 
     Raises:
         TSTError: If the batch lacks labels, has columns that a bag cannot hold, is padded, or does not divide into bags.
@@ -126,8 +126,10 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         raise TSTError(
             f"The collator's batches hold {', '.join(sorted(unknown))}, which a bag cannot hold: leave it out in superposition."
         )
-    columns = {name: torch.as_tensor(batch[name]).reshape(rows, -1).cpu().numpy() for name in names}
-    return collator([{name: values[row] for name, values in columns.items()} for row in range(rows)])
+    columns = {name: torch.as_tensor(batch[name]).reshape(rows, -1) for name in names}
+    # On a device this waits for it, once for each batch of bags with a mask.
+    check_no_padding("attention_mask" not in columns or bool(columns.pop("attention_mask").all()))
+    return collator.fold(columns)
 
 
 @dataclass(frozen=True)

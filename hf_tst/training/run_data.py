@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..bags.collator import DataCollatorForTokenSuperposition
+from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import DOCUMENT_COLUMNS, TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
+from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
 from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
