@@ -265,6 +265,25 @@ def spoil(rows):
     return {"input_ids": ids.where(ids != 0, VOCAB_SIZE + 3), "labels": ids}
 
 
+@pytest.mark.parametrize("bag_size", [2, 4])
+def test_a_loader_or_collator_that_makes_bags_itself_is_refused(llama, make_args, bag_size):
+    """Folded once more, their targets would be those of another bag."""
+    bags = DataCollatorForTokenSuperposition(bag_size)
+
+    class OwnLoader(TSTTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=2, collate_fn=bags)
+
+    trainers = [
+        OwnLoader(llama, make_args(), train_dataset=make_blocks(400)),
+        TSTTrainer(llama, make_args(), lambda rows: bags(rows), train_dataset=make_blocks(400)),
+    ]
+    for trainer in trainers:
+        with pytest.raises(TSTError, match=f"shape .*, {bag_size}\\)"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
 class OwnLoaders(TSTTrainer):
     """Loaders that are not Trainer's."""
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_tst import TSTTrainer, multi_hot_cross_entropy
+from hf_tst import TSTError, TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
 from hf_tst.training import non_finite, token_meter
 
@@ -512,21 +512,85 @@ def test_more_rows_are_what_a_loader_of_the_users_own_gives(llama, make_args, ac
     assert runs[0].state.total_flos == runs[1].state.total_flos
 
 
-@pytest.mark.parametrize("name", ["tst_bag_size", "tst_phase_ratio", "mtp_num_heads"])
-def test_a_search_over_what_the_trainer_was_made_with_is_refused(llama, make_args, name):
-    """Its trials would train on the bags of the first one."""
-    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(400))
-    trainer.hp_search_backend = HPSearchBackend.RAY
-    with pytest.raises(ValueError, match=f"sets {name}="):
-        trainer._hp_search_setup({name: 3})
+class Searched(TSTTrainer):
+    """Its training begins as a trial of `hyperparameter_search` does, whose packages are not installed."""
+
+    def search(self, trial):
+        self.hp_search_backend, self.next_trial = HPSearchBackend.RAY, trial
+        self.train()
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(self.next_trial)
 
 
-def test_a_search_over_other_arguments_trains(llama, make_args):
-    trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(400))
-    trainer.hp_search_backend = HPSearchBackend.RAY
-    trainer._hp_search_setup({"learning_rate": 0.5})
-    trainer.train()
-    assert max(entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry) == 0.5
+class SearchedAndChecked(Searched):
+    """Batches of a subclass with its own step are checked in superposition alone."""
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("trainer_class", [Searched, SearchedAndChecked])
+@pytest.mark.parametrize("collator", [None, default_data_collator])
+def test_trials_of_a_search_train_as_trainers_made_with_their_arguments(
+    llama, make_args, trainer_class, collator
+):
+    def start():
+        return copy.deepcopy(llama)
+
+    trials = [
+        {"tst_phase_ratio": 0.0, "learning_rate": 0.5},
+        {"tst_phase_ratio": 0.5, "tst_bag_size": 2, "tst_input_weighting": "linear"},
+        {"tst_phase_ratio": 0.3, "tst_bag_size": 4, "tst_superposition_rows": "more"},
+    ]
+    blocks = make_blocks(400)
+    searched = trainer_class(args=make_args(), model_init=start, data_collator=collator, train_dataset=blocks)
+    values = {}
+    for trial in trials:
+        values |= trial
+        searched.search(dict(trial))
+        alone = TSTTrainer(start(), make_args(**values), collator, train_dataset=blocks)
+        alone.train()
+        assert losses(searched) == losses(alone)
+        assert weights_equal(searched.model, alone.model)
+
+
+def test_a_trial_with_wrong_arguments_or_other_heads_is_refused(llama, make_args):
+    trainer = Searched(llama, make_args(), train_dataset=make_blocks(400))
+    with pytest.raises(TSTError, match="mtp_num_heads=3"):
+        trainer.search({"mtp_num_heads": 3})
+    trainer.args.mtp_num_heads = 1
+    with pytest.raises(TSTError, match="tst_phase_ratio"):
+        trainer.search({"tst_phase_ratio": 3})
+
+
+def test_a_collator_may_be_assigned_later(llama, make_args):
+    """As callers of Trainer do. It collates the blocks of both phases and of evaluation."""
+    seen = []
+
+    def mine(features):
+        seen.append(len(features))
+        return default_data_collator(features)
+
+    blocks = make_blocks(400)
+    runs = []
+    for later in (False, True):
+        trainer = TSTTrainer(
+            copy.deepcopy(llama),
+            make_args(),
+            None if later else mine,
+            train_dataset=blocks,
+            eval_dataset=blocks[:4],
+        )
+        if later:
+            trainer.data_collator = mine
+        assert trainer.data_collator is mine
+        trainer.train()
+        trainer.evaluate()
+        runs.append((losses(trainer), list(seen)))
+        seen.clear()
+    assert runs[0] == runs[1]
+    assert runs[0][1]
 
 
 @pytest.mark.parametrize("name", ["own", "train_loss"])

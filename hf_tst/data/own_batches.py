@@ -126,7 +126,13 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         raise TSTError(
             f"The collator's batches hold {', '.join(sorted(unknown))}, which a bag cannot hold: leave it out in superposition."
         )
-    columns = {name: torch.as_tensor(batch[name]).reshape(rows, -1) for name in names}
+    columns = {name: torch.as_tensor(batch[name]) for name in names}
+    if wrong := sorted(name for name, column in columns.items() if column.dim() != 2):
+        raise TSTError(
+            f"The training loader's or collator's batches hold {wrong[0]} of shape {tuple(columns[wrong[0]].shape)}, but the trainer makes "
+            "the bags itself, of batches of shape (rows, tokens): use a collator that makes none."
+        )
+    columns = {name: column.reshape(rows, -1) for name, column in columns.items()}
     # On a device this waits for it, once for each batch of bags with a mask.
     check_no_padding("attention_mask" not in columns or bool(columns.pop("attention_mask").all()))
     return collator.fold(columns)

@@ -320,11 +320,6 @@ class PhaseCollator:
     recovery: Callable[[list[Any]], dict[str, Any]]
     evaluation: Callable[[list[Any]], dict[str, Any]]
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the collator of recovery, which Trainer saves with the model; `None` without one."""
-        return getattr(self.recovery, "tokenizer", None)
-
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         if not isinstance(features[0], Row):
             return self.evaluation(features)

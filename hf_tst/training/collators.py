@@ -81,17 +81,18 @@ def _are_ids(values: Any) -> bool:
     return bool(np.asarray(values).dtype.kind in "iu")
 
 
-def make_collator(trainer: Any, data_collator: Any) -> Any:
-    """The collator of a run, made from the user's collator if there is one.
+def make_collator(trainer: Any) -> Any:
+    """The collator of a run, made from the trainer's `data_collator`: the user's, or a [`DefaultCollator`].
 
     Args:
-        trainer (`TSTTrainer`): The trainer, with arguments, model, tokenizer and Trainer's default collator.
-        data_collator: The user's, or `None`.
+        trainer (`TSTTrainer`): The trainer, with arguments, model, tokenizer and `data_collator`.
 
     Raises:
         TSTError: If the user's collator makes other bags than the arguments say, or cannot respect documents.
     """
     args: TSTArguments = trainer.args
+    data_collator: Any = trainer.data_collator
+    is_default, ours = isinstance(data_collator, DefaultCollator), _is_ours(data_collator)
     boundaries = args.tst_document_boundaries
     eos_token_id = end_token_id(trainer.processing_class, trainer.model)
     options: Any = {
@@ -99,11 +100,9 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
         "eos_token_id": eos_token_id,
     }  # fmt: skip
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
-    recovery = DataCollatorForTokenSuperposition(1, **options)
-    evaluation: Any = DefaultCollator(trainer.data_collator)
-    ours = isinstance(data_collator, DataCollatorForTokenSuperposition)
+    recovery: Any = DataCollatorForTokenSuperposition(1, **options)
     respects = ours and data_collator.document_boundaries == "respect"
-    if data_collator is not None and boundaries == "respect" and not respects:
+    if boundaries == "respect" and not (is_default or respects):
         raise TSTError(
             f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
             f"{type(data_collator).__name__}: leave it out, or pass DataCollatorForTokenSuperposition(1, "
@@ -119,19 +118,29 @@ def make_collator(trainer: Any, data_collator: Any) -> Any:
                 f"tst_{name}={getattr(args, f'tst_{name}')!r}: leave data_collator out."
             )
         superposition = data_collator
-    elif data_collator is not None:
-        recovery = evaluation = data_collator
+    elif not is_default:
+        recovery = data_collator
         if not ours:
             superposition = FoldingCollator(data_collator, superposition)
+    evaluation = _evaluation_collator(data_collator)
     if args.tst_enabled:
         return PhaseCollator(superposition, recovery, evaluation)
-    return evaluation if data_collator is None and boundaries == "ignore" else recovery
+    return evaluation if is_default and boundaries == "ignore" else recovery
 
 
-def without_added_labels(collator: Any) -> Any:
-    """The collator of prediction: the run's collator, but it adds no labels."""
-    if isinstance(collator, PhaseCollator):
-        return without_added_labels(collator.evaluation)
+def _is_ours(collator: Any) -> bool:
+    return isinstance(collator, DataCollatorForTokenSuperposition)
+
+
+def _evaluation_collator(data_collator: Any) -> Any:
+    """The collator of evaluation, which never makes bags."""
+    makes_bags = _is_ours(data_collator) and data_collator.bag_size > 1
+    return DefaultCollator(data_collator) if makes_bags else data_collator
+
+
+def without_added_labels(trainer: Any) -> Any:
+    """The `data_collator` for prediction: that of evaluation, but it adds no labels."""
+    collator = _evaluation_collator(trainer.data_collator)
     return replace(collator, adds_labels=False) if isinstance(collator, DefaultCollator) else collator
 
 

@@ -49,7 +49,7 @@ class OwnMethods:
         if overrides(trainer, base.get_train_dataloader):  # type: ignore[attr-defined]
             own["get_train_dataloader"] = partial(self._fold_loader, trainer.get_train_dataloader)
         with ExitStack() as stack:
-            for name, method in own.items() if trainer.args.tst_enabled else ():
+            for name, method in own.items():
                 stack.enter_context(replaced(vars(trainer), name, method))
             yield
 
@@ -58,6 +58,8 @@ class OwnMethods:
         trainer = self._trainer
         trainer._data = trainer.schedule = None
         loader = make_own()
+        if not trainer.args.tst_enabled:
+            return loader
         is_another = isinstance(loader, DataLoader) and loader is not self._loader
         if trainer._data is None or is_another:
             return trainer._begin(fold_own_loader(trainer, loader))
@@ -68,6 +70,8 @@ class OwnMethods:
     ) -> Tensor:
         """Check a batch and run `training_step` on it."""
         trainer, base = self._trainer, self._base
+        if not trainer.args.tst_enabled:
+            return step(model, inputs, num_items)
         check_batch(trainer, inputs, num_items, *self._counted)
         own = any(overrides(trainer, getattr(base, name)) for name in ("compute_loss", "training_step"))
         first = own and is_superposed(inputs) and not self._has_trained_bags

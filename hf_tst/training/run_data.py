@@ -30,6 +30,7 @@ from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError
 from .arguments import TSTArguments
+from .collators import make_collator
 from .refusals import block_rules
 
 logger = logging.get_logger(__name__)
@@ -203,7 +204,7 @@ def open_run_data(trainer: Any) -> RunData:
     respects = args.tst_document_boundaries == "respect"
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
-    joins = isinstance(trainer.data_collator.superposition, DataCollatorForTokenSuperposition)
+    joins = isinstance(make_collator(trainer).superposition, DataCollatorForTokenSuperposition)
     # The columns for the collator: those of the model's forward, or all (`None`).
     used = None
     if args.remove_unused_columns:

@@ -31,7 +31,7 @@ from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint
 from .checkpoint_saver import CheckpointSaver
 from .checkpoint_weights import load_renamed_weights
-from .collators import CheckingCollator, make_collator, without_added_labels
+from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
 from .non_finite import NonFiniteCallback
@@ -114,10 +114,10 @@ class TSTTrainer(Trainer):
         # PreemptionCallback replaces the callback that Trainer adds for this option.
         with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
             super().__init__(**given, **kwargs)
-        self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
         self._has_own_schedule = self.lr_scheduler is not None
-        self.data_collator: Any = make_collator(self, data_collator)
-        check_trainer(self)
+        if data_collator is None:
+            self.data_collator: Any = DefaultCollator(self.data_collator)
+        self._choose_and_check()
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
         self._non_finite, self._spikes = NonFiniteCallback(self), SpikeCallback(self)
@@ -126,6 +126,12 @@ class TSTTrainer(Trainer):
         for callback in filter(None, (*ours, args.enable_jit_checkpoint and self._preemption)):
             self.add_callback(callback)
         self._console = replace_progress_callback(self)
+
+    def _choose_and_check(self) -> None:
+        """Choose the losses, and check model, collator and processes, for the current arguments."""
+        self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
+        make_collator(self)
+        check_trainer(self)
 
     @property
     def preempted(self) -> bool:
@@ -188,14 +194,19 @@ class TSTTrainer(Trainer):
             self.is_in_train = False  # Trainer does not reset it when training fails
 
     def _hp_search_setup(self, trial: Any) -> None:
-        before = {field.name: getattr(self.args, field.name) for field in fields(TSTArguments)}
+        names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
+        heads = {name: getattr(self.args, name) for name in names}
         super()._hp_search_setup(trial)
-        for name, value in before.items():
+        if trial is None:
+            return
+        for name, value in heads.items():
             if (now := getattr(self.args, name)) != value:
                 raise TSTError(
-                    f"hyperparameter_search sets {name}={now}, but the trainer was made with {value}: search other arguments, and compare "
-                    f"values of {name} with `hf-tst sweep` or `hf-tst compare`."
+                    f"hyperparameter_search sets {name}={now}, but the trainer has made its extra heads with {value}: search other "
+                    "arguments, and compare heads with `hf-tst compare`."
                 )
+        check_arguments(self.args)
+        self._choose_and_check()
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of both phases; the plain Trainer's if superposition is off.
@@ -215,7 +226,7 @@ class TSTTrainer(Trainer):
     @signature_of(Trainer._get_dataloader)
     def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
         """Trainer's loader, with a collator that also checks the ids."""
-        checking = CheckingCollator(self.data_collator, batch_rules(self.model))
+        checking = CheckingCollator(make_collator(self), batch_rules(self.model))
         with replaced(self.__dict__, "data_collator", checking):
             return super()._get_dataloader(*positional, **kwargs)
 
@@ -373,7 +384,7 @@ class TSTTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The loader of prediction. It adds no labels."""
-        with replaced(self.__dict__, "data_collator", without_added_labels(self.data_collator)):
+        with replaced(self.__dict__, "data_collator", without_added_labels(self)):
             return super().get_test_dataloader(test_dataset)
 
     # Checkpoints
