@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, VOCAB_SIZE, make_family
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels
 from hf_tst.models.head import UnfusableHeadError, inspect_head
+from hf_tst.training.refusals import check_ids_reach_the_embedding_alone
 
 TOKENS = torch.randint(1, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
 BAGS = fold_into_bags(TOKENS, 4)
@@ -108,6 +109,12 @@ def test_loss_and_gradients_are_those_of_its_own_logits(family):
         outputs, found = step(model, input_ids=TOKENS, labels=TOKENS)
     torch.testing.assert_close(outputs.loss, plain.loss, rtol=1e-5, atol=1e-6)
     assert_same_gradients(found, gradients)
+
+
+@by_name(SERVED)
+def test_its_ids_reach_the_embedding_alone(family, caplog):
+    check_ids_reach_the_embedding_alone(make_family(family))
+    assert "Cannot check" not in caplog.text
 
 
 @by_name(SERVED)

@@ -12,6 +12,7 @@ import torch
 from processes import Script
 from transformers import LlamaConfig
 
+from hf_tst import TSTError
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import BlockStream, pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
@@ -125,6 +126,44 @@ def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_
         runs.append((result.stdout, [(file, file.stat().st_mtime_ns) for file in files]))
     assert runs[0] == runs[1]
     assert "hf_tst/blocks-" in runs[0][0]
+
+
+@pytest.mark.parametrize("lost", ["a file", "all files", "a part of a file", "the list of files"])
+def test_a_cache_that_has_lost_files_is_written_again(tokenizer, tmp_path, monkeypatch, lost):
+    """As on disks where old files are removed one by one: the folder is still there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    data = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(300)]})
+
+    def pack():
+        return pack_blocks(tokenize_documents(data, tokenizer, num_proc=2), 8)[:]["input_ids"]
+
+    whole = pack()
+    for folder in (tmp_path / "hf_tst").iterdir():
+        files = sorted(folder.glob("data-*"))
+        if lost == "a part of a file":
+            files[0].write_bytes(files[0].read_bytes()[:-200])
+        elif lost == "the list of files":
+            (folder / "sizes.json").unlink()
+        for file in {"a file": files[-1:], "all files": files}.get(lost, []):
+            file.unlink()
+    assert pack() == whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_that_blocks_would_not_keep_are_refused(stream, masked):
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100 if masked else 1, 2, 3, 4]} for _ in range(9)]
+
+    def pack():
+        if stream:
+            return [block["input_ids"].tolist() for block in BlockStream(rows, 8)]
+        return pack_blocks(datasets.Dataset.from_list(rows), 8)[:]["input_ids"]
+
+    if masked:
+        with pytest.raises(TSTError, match="labels that differ"):
+            pack()
+    else:
+        assert pack() == [[1, 2, 3, 4] * 2] * 4
 
 
 def test_what_is_made_of_packed_data_is_not_taken_for_it(tokenizer):

@@ -8,9 +8,10 @@ import datasets
 import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import CONFIG_MAPPING, TrainingArguments
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_tst import (
@@ -150,6 +151,155 @@ def test_a_model_with_a_loss_of_its_own_is_refused_unless_training_is_plain(make
     with pytest.raises(ValueError, match="TrOCRForCausalLM computes its loss itself"):
         TSTTrainer(model, make_args(), train_dataset=make_blocks(4))
     TSTTrainer(model, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4)).train()
+
+
+def test_a_loss_function_that_was_set_is_refused_unless_training_is_plain(llama, make_args):
+    def focal(logits, labels, **_):
+        return logits.sum() * 0 + 400
+
+    llama.loss_function = focal
+    with pytest.raises(TSTError, match="set to focal"):
+        TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
+    trainer = TSTTrainer(llama, make_args(tst_phase_ratio=0, max_steps=1), train_dataset=make_blocks(4))
+    assert trainer.train().training_loss == 400
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+    def __init__(self, kind="none", **options):
+        self.kind, self.vocab_size, self.hidden_size = kind, VOCAB_SIZE, 16
+        super().__init__(**options)
+
+
+class OwnModelForCausalLM(PreTrainedModel):
+    """A model that reads ids beside its embedding, as models with value embeddings or hashed neighbours do."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.more = nn.Embedding(VOCAB_SIZE, 16), nn.Embedding(128, 16)
+        self.body, self.head = nn.GRU(16, 16, batch_first=True), nn.Linear(16, VOCAB_SIZE, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids=None, labels=None, **options):
+        hidden = self.embed(input_ids)
+        if self.config.kind == "value embedding":
+            hidden = hidden + self.more(input_ids)
+        if self.config.kind == "row of a table":
+            hidden = hidden + self.more.weight[input_ids.long()]
+        if self.config.kind == "hash of neighbours":
+            hidden = hidden + self.more(
+                (nn.functional.pad(input_ids[:, :-1], (1, 0)) * 31 + input_ids).long() % 128
+            )
+        logits = self.head(self.body(hidden)[0])
+        loss = (
+            None if labels is None else self.loss_function(logits, labels, vocab_size=VOCAB_SIZE, **options)
+        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("mode", ["full", "output"])
+@pytest.mark.parametrize("kind", ["none", "value embedding", "row of a table", "hash of neighbours"])
+def test_a_model_that_reads_ids_beside_its_embedding_is_refused(make_args, kind, mode):
+    trainer = TSTTrainer(
+        OwnModelForCausalLM(OwnConfig(kind)),
+        make_args(tst_mode=mode, max_steps=4),
+        train_dataset=make_blocks(80),
+    )
+    if kind == "none" or mode == "output":  # which reads single tokens
+        trainer.train()
+        return
+    with pytest.raises(TSTError, match="OwnModelForCausalLM looks tokens up outside"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert trainer.model.training
+
+
+def test_a_user_s_subclass_of_a_causal_model_is_one_whatever_its_name(llama, make_args):
+    class Mine(type(llama)):
+        pass
+
+    TSTTrainer(Mine(llama.config), make_args(max_steps=2), train_dataset=make_blocks(40)).train()
+
+
+def test_periodic_text_is_not_taken_for_copied_labels(llama, make_args):
+    blocks = [{"input_ids": [5, 6, 7, 8] * (BLOCK_LENGTH // 4)} for _ in range(100)]
+    TSTTrainer(llama, make_args(tst_bag_size=4, max_steps=4), train_dataset=blocks).train()
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "_prepare_inputs"])
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_labels_that_a_subclass_masks_by_the_ids_beside_them_are_refused_in_superposition(
+    llama, make_args, method, ratio
+):
+    def masked(inputs):
+        return {**inputs, "labels": inputs["labels"].masked_fill(inputs["input_ids"] == 5, -100)}
+
+    class MasksInLoss(TSTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, masked(inputs), *args, **kwargs)
+
+    class MasksBefore(TSTTrainer):
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs(masked(inputs))
+
+    trainer_class = MasksInLoss if method == "compute_loss" else MasksBefore
+    blocks = [{"input_ids": [5, 6, 7, 5] * (BLOCK_LENGTH // 4)} for _ in range(100)]
+    trainer = trainer_class(llama, make_args(tst_phase_ratio=ratio, max_steps=4), train_dataset=blocks)
+    if not ratio:
+        trainer.train()
+        return
+    with pytest.raises(TSTError, match="mask labels in the data or in data_collator"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_change_of_gradient_accumulation_in_training_is_refused(llama, make_args, step):
+    class Ramp(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                args.gradient_accumulation_steps = 2
+
+    trainer = TSTTrainer(
+        llama,
+        make_args(max_steps=10, tst_phase_ratio=0.4),
+        train_dataset=make_blocks(400),
+        callbacks=[Ramp()],
+    )
+    with pytest.raises(TSTError, match=r"gradient_accumulation_steps was 1 .* is 2 now"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("ratio", [0, 0.3])
+def test_rows_that_a_collator_changes_are_checked_as_it_makes_them(llama, make_args, part, ratio):
+    def lowered(rows):
+        ids = torch.tensor([row["input_ids"] for row in rows]) - 1000
+        return {"input_ids": ids, "labels": ids}
+
+    high = [{"input_ids": [1000 + token for token in block["input_ids"]]} for block in make_blocks(100)]
+    trainer = TSTTrainer(
+        llama,
+        make_args(tst_phase_ratio=ratio, max_steps=4),
+        lowered,
+        train_dataset=high,
+        eval_dataset=high[:4],
+    )
+    trainer.train() if part == "train_dataset" else trainer.evaluate()
+
+
+def test_several_data_sets_in_place_of_one_are_refused(llama, make_args):
+    data = datasets.DatasetDict(train=datasets.Dataset.from_list(make_blocks(100)))
+    with pytest.raises(TSTError, match=r"choose one, such as data\['train'\]"):
+        TSTTrainer(llama, make_args(), train_dataset=data).train()
 
 
 @pytest.mark.parametrize("patched", ["class", "instance"])

@@ -86,6 +86,7 @@ READ = {
     "byte order mark, blank lines": ({"a.jsonl": b"\xef\xbb\xbf\n" + lines(ROWS) + b"\n"}, "a.jsonl", TEXTS),
     "list": ({"a.json": json.dumps(ROWS).encode()}, "a.json", TEXTS),
     "list over lines": ({"a.json": json.dumps(ROWS, indent=1).encode()}, "a.json", TEXTS),
+    "list over lines, after an empty one": ({"a.json": b"\n" + json.dumps(ROWS, indent=1).encode()}, "a.json", TEXTS),
     "list of strings": ({"a.json": json.dumps(TEXTS).encode()}, "a.json", TEXTS),
     "lines with capitals": ({"a.csv": table(",", NUMBERS, TEXTS, header=["Id", "Text"])}, "a.csv", TEXTS),
     "semicolons": ({"a.csv": table(";", NUMBERS, TEXTS, header=["id", "text"])}, "a.csv", TEXTS),

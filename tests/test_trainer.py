@@ -20,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 from transformers.trainer_utils import HPSearchBackend
+from transformers.utils import logging
 
 from hf_tst import TSTError, TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
@@ -512,6 +513,63 @@ def test_more_rows_are_what_a_loader_of_the_users_own_gives(llama, make_args, ac
     assert runs[0].state.total_flos == runs[1].state.total_flos
 
 
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_tokens_of_an_own_loader_are_counted_alike_after_a_resume_at_a_short_batch(llama, make_args, step):
+    """The last batch of a pass has one row, the others two."""
+
+    class OwnLoader(TSTTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=2, collate_fn=default_data_collator
+            )
+
+    options = {
+        "max_steps": 8,
+        "tst_phase_ratio": 0.25,
+        "tst_bag_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    found = []
+    for resumed in (None, f"checkpoint-{step}"):
+        args = make_args(per_device_train_batch_size=2, logging_steps=8, **options)
+        trainer = OwnLoader(copy.deepcopy(llama), args, train_dataset=make_blocks(5))
+        trainer.train(resumed and str(Path(args.output_dir) / resumed))
+        found.append(
+            [entry["tst_raw_tokens"] for entry in trainer.state.log_history if "tst_raw_tokens" in entry]
+        )
+    assert found[0][-1] == found[1][-1]
+
+
+def test_a_negative_data_seed_is_one(llama, make_args):
+    orders = []
+    for seed in (-1, 1):
+        trainer = TSTTrainer(llama, make_args(data_seed=seed), train_dataset=make_blocks(400))
+        orders.append(
+            [
+                row.columns["input_ids"].tolist()
+                for row in trainer.get_train_dataloader().dataset.__getitems__([0, 1])
+            ]
+        )
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("given_by", ["data", "collator", "neither"])
+def test_positions_that_superposition_drops_are_told(llama, make_args, caplog, given_by):
+    def flattened(rows):
+        batch = default_data_collator(rows)
+        return batch | {"position_ids": (torch.arange(BLOCK_LENGTH) % 5).expand(len(rows), -1)}
+
+    blocks = make_blocks(100)
+    if given_by == "data":
+        blocks = [{**block, "position_ids": [i % 5 for i in range(BLOCK_LENGTH)]} for block in blocks]
+    logging.warning_once.cache_clear()
+    caplog.clear()
+    collator = flattened if given_by == "collator" else None
+    TSTTrainer(llama, make_args(max_steps=4), collator, train_dataset=blocks).train()
+    assert ("does not pass position_ids on" in caplog.text) == (given_by != "neither")
+
+
 class Searched(TSTTrainer):
     """Its training begins as a trial of `hyperparameter_search` does, whose packages are not installed."""
 
@@ -562,6 +620,41 @@ def test_a_trial_with_wrong_arguments_or_other_heads_is_refused(llama, make_args
     trainer.args.mtp_num_heads = 1
     with pytest.raises(TSTError, match="tst_phase_ratio"):
         trainer.search({"tst_phase_ratio": 3})
+
+
+@pytest.mark.parametrize("collator", [None, default_data_collator])
+@pytest.mark.parametrize("makes", ["other ids", "other labels", "a column", "ids of text"])
+def test_a_transform_of_the_data_is_kept_in_both_phases(llama, make_args, collator, makes):
+    """Training on its rows is training on a list of what it makes."""
+    stored = datasets.Dataset.from_list([{"input_ids": block["input_ids"]} for block in make_blocks(400)])
+    if makes == "other labels":
+        stored = stored.map(lambda row: {"labels": row["input_ids"]})
+    if makes == "ids of text":
+        stored = stored.map(
+            lambda row: {"text": " ".join(map(str, row["input_ids"]))}, remove_columns=["input_ids"]
+        )
+
+    def change(rows):
+        if makes == "ids of text":
+            ids = [[int(token) for token in text.split()] for text in rows["text"]]
+            return {"input_ids": ids, "labels": ids}
+        ids = [[token % 10 if makes == "other ids" else token for token in row] for row in rows["input_ids"]]
+        return {
+            "input_ids": ids,
+            "labels": [[-100] * 5 + row[5:] for row in ids] if "label" in makes else ids,
+        }
+
+    runs = []
+    for data in (stored.with_transform(change), stored.with_transform(change)[:]):
+        if isinstance(data, dict):
+            data = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
+        trainer = TSTTrainer(
+            copy.deepcopy(llama), make_args(remove_unused_columns=False), collator, train_dataset=data
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert losses(runs[0]) == losses(runs[1])
+    assert weights_equal(runs[0].model, runs[1].model)
 
 
 def test_a_collator_may_be_assigned_later(llama, make_args):

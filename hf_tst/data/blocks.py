@@ -163,7 +163,7 @@ class BlockRules:
         Other data is not checked: reading it may be slow, or draw random numbers. Rows may have several lengths.
         """
         if hasattr(blocks, "select_columns"):
-            if hasattr(blocks, "num_rows") and "input_ids" in blocks.column_names:
+            if _is_stored(blocks) and "input_ids" in blocks.column_names:
                 self._check_table(blocks.select_columns("input_ids"), limit)
         elif isinstance(blocks, (list, tuple)) or hasattr(blocks, "starts"):
             for index in range(min(len(blocks), limit or len(blocks))):
@@ -211,8 +211,8 @@ NO_RULES = BlockRules()
 def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     """Check that a map-style data set holds full, equal blocks of tokens.
 
-    256 blocks spread over the data are read and, of a `datasets.Dataset`, the first 100 000 stored lengths. Of a list,
-    every length is looked at. Blocks are checked again as they are read.
+    256 blocks spread over the data are read and, of a `datasets.Dataset` without a transform, the first 100 000 stored lengths. Of
+    a list, every length is looked at. Blocks are checked again as they are read.
 
     Args:
         blocks: The data set.
@@ -223,8 +223,12 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     """
     if len(blocks) == 0:
         raise TSTError("The training data is empty: it has no block of tokens.")
-    is_dataset = hasattr(blocks, "select_columns")
-    if is_dataset:
+    if isinstance(blocks, Mapping):
+        raise TSTError(
+            f"The training data is several data sets, {', '.join(map(repr, blocks))}: choose one, such as data[{next(iter(blocks))!r}]."
+        )
+    is_stored = _is_stored(blocks)
+    if is_stored:
         blocks = blocks.with_format("numpy")
     length = len(NO_RULES.check(blocks[0], 0))
     rules = replace(rules, length=length)
@@ -234,7 +238,7 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     if isinstance(blocks, (list, tuple)):
         for index, block in enumerate(blocks):
             check_length(len(as_block(block, index).get("input_ids", ())), length, index)
-    elif is_dataset:
+    elif is_stored:
         stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
         _check_stored_lengths(stored["input_ids"], length, range(len(stored)))
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
@@ -324,7 +328,7 @@ class BlockReader:
         self.rules = rules
         self._as_arrays = as_arrays
         self._is_table = False
-        if hasattr(blocks, "select_columns"):
+        if _is_stored(blocks):
             blocks = blocks.select_columns(self.columns)
             if as_arrays:
                 self._is_table = _holds_ids(blocks)
@@ -373,6 +377,15 @@ class BlockReader:
                 raise self.rules.bad_id(indices[at // length], values[at])
             arrays.append(values.astype(np.int64).reshape(-1, size * length))
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
+
+
+def _is_stored(blocks: Any) -> bool:
+    """Whether the rows of a data set are those that a `datasets.Dataset` has stored, and not made by a transform as they are read."""
+    return (
+        hasattr(blocks, "select_columns")
+        and hasattr(blocks, "num_rows")
+        and blocks.format["type"] != "custom"
+    )
 
 
 def _holds_ids(blocks: Any) -> bool:

@@ -12,12 +12,20 @@ from accelerate import skip_first_batches
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .blocks import TOKEN_COLUMNS, as_block
 from .rows import one_thread
+
+logger = logging.get_logger(__name__)
+
+POSITIONS_ARE_DROPPED = (
+    "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
+    "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -126,6 +134,8 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         raise TSTError(
             f"The collator's batches hold {', '.join(sorted(unknown))}, which a bag cannot hold: leave it out in superposition."
         )
+    if "position_ids" in names and collator.document_boundaries == "ignore":
+        logger.warning_once(POSITIONS_ARE_DROPPED)
     columns = {name: torch.as_tensor(batch[name]) for name in names}
     if wrong := sorted(name for name, column in columns.items() if column.dim() != 2):
         raise TSTError(

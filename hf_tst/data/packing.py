@@ -125,7 +125,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens per row.
 
     Raises:
-        TSTError: If the data does not fill one block.
+        TSTError: If the data does not fill one block, or has labels that are not its ids.
         RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
@@ -164,7 +164,10 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         # Loaded tokens may hold whole blocks, which come before the next document is read.
         self._rest, self._first = self._first, self._rest[:0]
         for document in chain([{"input_ids": []}], self.documents):
-            self._rest = np.concatenate([self._rest, np.asarray(document["input_ids"], dtype=np.int32)])
+            tokens = np.asarray(document["input_ids"], dtype=np.int32)
+            if document.get("labels") is not None:
+                _check_labels(tokens, document["labels"])
+            self._rest = np.concatenate([self._rest, tokens])
             while len(self._rest) >= self.block_size:
                 block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
                 yield {"input_ids": block}
@@ -248,6 +251,15 @@ def _has_shuffle_buffer(node: Any) -> bool:
     return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)
 
 
+def _check_labels(tokens: Any, labels: Any) -> None:
+    """Raise `TSTError` if the labels of documents are not their tokens: blocks hold tokens alone, so all of them become targets."""
+    if not np.array_equal(np.asarray(tokens), np.asarray(labels)):
+        raise TSTError(
+            "The documents have labels that differ from their input_ids, such as masked prompts, which blocks do not keep: remove the column "
+            "labels to train on all tokens, or make blocks with labels of your own."
+        )
+
+
 def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> int:
     """Write the blocks of tokenized documents to an Arrow file, and return how many tokens the documents hold."""
     import pyarrow as pa
@@ -255,7 +267,10 @@ def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> i
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
     rest, tokens = np.empty(0, dtype=np.int32), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for table in documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        given = [name for name in (TOKENS, "labels") if name in documents.column_names]
+        for table in documents.select_columns(given).with_format("arrow").iter(batch_size=1000):
+            if table.num_columns > 1:
+                _check_labels(*(column.combine_chunks().flatten() for column in table.columns))
             for chunk in table["input_ids"].chunks:
                 found = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
                 tokens += len(found)

@@ -178,7 +178,7 @@ class DataPlan:
         result = np.empty_like(position)
         for data_pass in np.unique(passes):
             here = passes == data_pass
-            seed = (self.seed, int(data_pass), *stream.encode())
+            seed = (self.seed % 2**64, int(data_pass), *stream.encode())
             result[here] = Permutation(size, seed)(position[here])
         return result
 

@@ -247,7 +247,7 @@ def _read_lines(path: str, column: str) -> Iterator[Part]:
 
 def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
     """The objects of a file, each with its place. The file has one object per line, one list of objects, or one object."""
-    number = 0
+    number, is_first = 0, True
     for text in _decoded(path):
         for line in io.StringIO(text, newline="\n"):
             number += 1
@@ -256,14 +256,15 @@ def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                if number == 1 and ending(path) == ".json":
+                if is_first and ending(path) == ".json":
                     yield from _json_list(path)
                     return
                 reason = one_line(error).replace("line 1 ", "")
                 raise TSTError(f"Cannot read line {number} of {path} as JSON: {reason}.") from error
-            if isinstance(row, list) and number == 1:
+            if isinstance(row, list) and is_first:
                 yield from _json_list(path)
                 return
+            is_first = False
             yield f"line {number}", row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import datasets
 
 
+# The names and sizes of the files of a folder.
+SIZES = "sizes.json"
+
+
 def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
     """The files `data-*` that `write` makes, sorted by name.
 
@@ -21,7 +26,7 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
     write at the same time, and a failure leaves nothing behind. `datasets` stores mapped and shuffled versions in the same folder.
 
     Args:
-        name (`str`): A name that depends on the content. If the files exist, nothing is written.
+        name (`str`): A name that depends on the content. If all the files exist, nothing is written.
         write: Function that writes files into the given folder.
 
     Raises:
@@ -31,13 +36,14 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
 
     root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst"
     folder = root / name
-    if not (datasets.is_caching_enabled() and folder.is_dir()):
+    if not (datasets.is_caching_enabled() and _is_complete(folder)):
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as unfinished:
                 made = Path(unfinished, name)
                 made.mkdir()
                 write(made)
+                (made / SIZES).write_text(json.dumps(_sizes(made)), encoding="utf-8")
                 _put(made, folder)
         except OSError as error:
             free = f" ({shutil.disk_usage(root).free / 1e9:.2f} GB are free there)" if root.is_dir() else ""
@@ -49,12 +55,26 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Rename a folder, unless another process has already made it: its files are the same."""
+    """Rename a folder, unless another process has already made it: its files are the same. One that has lost files is replaced."""
+    if folder.is_dir() and not _is_complete(folder):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         made.rename(folder)
     except OSError:
-        if not folder.is_dir():
+        if not _is_complete(folder):
             raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("data-*"))}
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has all files that were written: caches on disks of many users lose old files, one by one."""
+    try:
+        return bool(json.loads((folder / SIZES).read_text(encoding="utf-8")) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def open_arrow(files: list[Path]) -> datasets.Dataset:

@@ -53,7 +53,8 @@ def replaced_loss(
     """
     if isinstance(model.loss_function, TSTLoss):
         raise RuntimeError(
-            "The model is inside token_superposition or fused_next_token_loss already: leave that context first."
+            "The model is inside token_superposition or fused_next_token_loss already: leave that context first. If it is a copy that was made "
+            "in such a context, as in training, load its state_dict into a new model."
         )
     head = _choose_head(model, choice, next_token=weights is None)
     names, takes_cache = _argument_names(called), "use_cache" in _argument_names(model)

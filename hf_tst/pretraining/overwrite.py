@@ -17,8 +17,9 @@ from ..errors import TSTError
 REPLACED = "_replaced"
 # Files of a run in its folder; other files are the user's.
 RUN_FILES = (
-    "checkpoint-*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
-    "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "*_results.json",
+    "checkpoint-[0-9]*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
+    "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "all_results.json", "train_results.json",
+    "eval_results.json",
     "loss_curve.png", "_run.json",
 )  # fmt: skip
 

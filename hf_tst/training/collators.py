@@ -132,6 +132,11 @@ def _is_ours(collator: Any) -> bool:
     return isinstance(collator, DataCollatorForTokenSuperposition)
 
 
+def keeps_ids(collator: Any) -> bool:
+    """Whether the ids of a batch are those of the rows. A user's collator may change them."""
+    return isinstance(collator, DefaultCollator) or _is_ours(collator)
+
+
 def _evaluation_collator(data_collator: Any) -> Any:
     """The collator of evaluation, which never makes bags."""
     makes_bags = _is_ours(data_collator) and data_collator.bag_size > 1

@@ -73,7 +73,8 @@ class OwnMethods:
         if not trainer.args.tst_enabled:
             return step(model, inputs, num_items)
         check_batch(trainer, inputs, num_items, *self._counted)
-        own = any(overrides(trainer, getattr(base, name)) for name in ("compute_loss", "training_step"))
+        methods = ("compute_loss", "training_step", "_prepare_inputs")
+        own = any(overrides(trainer, getattr(base, name)) for name in methods)
         first = own and is_superposed(inputs) and not self._has_trained_bags
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items)
@@ -120,13 +121,18 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     """Context in which the subclass `name` runs its own `compute_loss` or `training_step` on its first batch of bags.
 
     Raises:
-        TSTError: If it fails for another reason than memory, or never passes ids to the model with the dimensions of the batch.
+        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch, or passes
+            other labels.
     """
-    dimensions = set()
+    dimensions: set[int | None] = set()
+    changed: list[bool] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         dimensions.add(ids.dim() if isinstance(ids, Tensor) else None)
+        labels = kwargs.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 3:
+            changed.append(not torch.equal(labels, batch["labels"].to(labels.device)))
 
     called, _ = find_language_model(model)
     try:
@@ -143,6 +149,11 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
             "Skip what needs single tokens where labels have three dimensions."
         ) from error
+    if any(changed):
+        raise TSTError(
+            f"{name} passes labels to the model that are not those of the batch. In superposition labels are the next bag's, so what is "
+            "masked by the ids beside them are other targets: mask labels in the data or in data_collator, which gets single tokens."
+        )
     if (expected := batch["input_ids"].dim()) not in dimensions:
         raise TSTError(
             f"{name} does not pass the batch's input_ids, of shape {tuple(batch['input_ids'].shape)}, to the model, but others: pass "

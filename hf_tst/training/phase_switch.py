@@ -15,7 +15,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..models.superposition import fused_next_token_loss, token_superposition
 from .arguments import TSTArguments
-from .refusals import check_document_attention
+from .refusals import check_document_attention, check_ids_reach_the_embedding_alone
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +32,8 @@ class PhaseSwitchCallback(TrainerCallback):
         trainer (`TSTTrainer`): The trainer; it has its `schedule` when training begins.
 
     Raises:
-        TSTError: When training begins, with `tst_document_boundaries="respect"`, if the model's attention crosses documents.
+        TSTError: When training begins, if the model reads ids outside of its input embedding or, with
+            `tst_document_boundaries="respect"`, if its attention crosses documents.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -43,6 +44,8 @@ class PhaseSwitchCallback(TrainerCallback):
         if args.tst_document_boundaries == "respect":
             rows = 2 if args.tst_superposition_rows == "more" else min(2, args.per_device_train_batch_size)
             check_document_attention(kwargs["model"], rows=rows)
+        if self._trainer.schedule.phase(state.global_step) == "superposition" and args.tst_mode != "output":
+            check_ids_reach_the_embedding_alone(kwargs["model"])
         self._enter(args, state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

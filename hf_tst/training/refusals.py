@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +15,14 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.blocks import SAMPLED_BLOCKS, BlockRules
-from ..errors import TSTError, bad_input, whole_message
+from ..errors import TSTError, bad_input, one_line, whole_message
 from ..models.fused import check_fusable
 from ..models.head import check_loss_is_replaceable
 from ..models.shape import context_length, embedding_size
+from ..models.sharding import own_class
 from ..models.superposition import find_language_model
 from .arguments import TSTArguments
+from .collators import keeps_ids
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +60,11 @@ def check_model(args: TSTArguments, model: Any) -> None:
         _, core = find_language_model(model)
         check_fusable(core, args.tst_fused_loss)
         if args.tst_enabled:
+            if own := vars(core).get("_loss_function"):
+                raise TSTError(
+                    f"The model's loss_function was set to {getattr(own, '__name__', type(own).__name__)}, which superposition would replace: "
+                    "leave it out, or set tst_phase_ratio=0."
+                )
             check_loss_is_replaceable(core)
 
 
@@ -199,6 +208,8 @@ def check_stored_rows(trainer: Any) -> None:
     Raises:
         TSTError: If a row has an id without an embedding, or is longer than the model's table of positions.
     """
+    if not keeps_ids(trainer.data_collator):
+        return  # a collator of the user's may make other rows of them, whose ids are checked batch by batch
     rules, evaluation = block_rules(trainer.model, None), trainer.eval_dataset
     for blocks in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
         replace(rules, data="evaluation").check_stored(blocks)
@@ -225,26 +236,15 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
         TSTError: If attention, or another layer that mixes positions, crosses documents.
     """
     _, core = find_language_model(model)
-    name = type(core).__name__
+    name = own_class(core).__name__
     if "position_ids" not in inspect.signature(type(core).forward).parameters:
         raise TSTError(
             f"{name} takes no position_ids, so it cannot keep documents apart: set tst_document_boundaries='ignore'."
         )
-    device = next(core.parameters()).device
-    vocabulary = core.config.get_text_config().vocab_size
-    ascending = torch.arange(2 * _LENGTH, device=device).expand(rows, -1)
-    token = ascending % vocabulary
-    other = torch.where(token < _LENGTH, vocabulary - 1 - token, token)
-
-    was_training = model.training
-    model.eval()
-    try:
-        # Odd shapes would make a compiled model recompile for dynamic shapes.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            across = _change(model, token, other, ascending)
-            inside = _change(model, token, other, ascending % _LENGTH)
-    finally:
-        model.train(was_training)
+    token, other, ascending = _probe_rows(core, rows)
+    with _probing(model):
+        across = _change(model, token, other, position_ids=ascending)
+        inside = _change(model, token, other, position_ids=ascending % _LENGTH)
     if not inside <= _ROUNDING * across:
         implementation = getattr(core.config, "_attn_implementation", None)
         raise TSTError(
@@ -255,7 +255,66 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
         )
 
 
-def _change(model: nn.Module, tokens: Tensor, other: Tensor, position_ids: Tensor) -> float:
+def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
+    """Check that a model reads ids through its input embedding alone, since superposition averages what that gives.
+
+    The ids of a row are changed, while the input embedding gives what it gave before: the logits must not change. If the embedding
+    follows, they do, which gives the scale. This takes four forward passes over a row of eight tokens, without gradients. In
+    sharded training every rank must take part. If the model cannot run them, a warning is logged.
+
+    Args:
+        model: The model; it may be wrapped.
+
+    Raises:
+        TSTError: If the model looks ids up elsewhere, too, for example in a second table or by hashes of neighbours.
+    """
+    _, core = find_language_model(model)
+    name = own_class(core).__name__
+    token, other, _ = _probe_rows(core, rows=1)
+    first: list[Tensor] = []
+
+    def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        first.append(output.clone())
+        return first[0].clone()  # models may scale it in place
+
+    try:
+        with _probing(model):
+            scale = _change(model, token, other)
+            with core.get_input_embeddings().register_forward_hook(hold):
+                elsewhere = _change(model, token, other)
+    except (RuntimeError, ValueError, TypeError) as error:
+        logger.warning(f"Cannot check that ids reach {name} by its input embedding alone: {one_line(error)}.")
+        return
+    if elsewhere > _ROUNDING * scale:
+        raise TSTError(
+            f"{name} looks tokens up outside of its input embedding, too, so bags do not reach it: its logits depend on the ids where the "
+            "embedding gives the same. Superposition cannot train this model; set tst_phase_ratio=0."
+        )
+
+
+def _probe_rows(core: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of tokens of two documents, the same with another first half, and its positions, each `rows` times."""
+    vocabulary = core.config.get_text_config().vocab_size
+    ascending = torch.arange(2 * _LENGTH, device=next(core.parameters()).device).expand(rows, -1)
+    # From the middle of the vocabulary, since special tokens, such as padding, are at its ends.
+    token = (vocabulary // 2 + ascending) % vocabulary
+    return token, torch.where(ascending < _LENGTH, (token - _LENGTH) % vocabulary, token), ascending
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Context for forward passes of a few tokens, which leave no trace."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Odd shapes would make a compiled model recompile for dynamic shapes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _change(model: nn.Module, tokens: Tensor, other: Tensor, **inputs: Tensor) -> float:
     """The largest change of the second half's logits when the first half changes."""
-    logits = [model(input_ids=ids, position_ids=position_ids).logits[:, _LENGTH:] for ids in (tokens, other)]
+    logits = [model(input_ids=ids, **inputs).logits[:, _LENGTH:] for ids in (tokens, other)]
     return float((logits[0].float() - logits[1].float()).abs().max())

@@ -24,13 +24,13 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
-from ..data.own_batches import FoldedBatches
+from ..data.own_batches import POSITIONS_ARE_DROPPED, FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError
 from .arguments import TSTArguments
-from .collators import make_collator
+from .collators import keeps_ids, make_collator
 from .refusals import block_rules
 
 logger = logging.get_logger(__name__)
@@ -105,6 +105,14 @@ class RunData:
             rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
         return [block for row in rows for block in self.rows.plan.row_blocks(row)]
 
+    def check_accumulation(self, steps: int) -> None:
+        """Raise `TSTError` if `gradient_accumulation_steps` is no longer that which the rows of a step were planned for."""
+        if steps != self.start.accumulation_steps:
+            raise TSTError(
+                f"gradient_accumulation_steps was {self.start.accumulation_steps} when the order of the data was planned, but is {steps} now: "
+                "do not change it during training; resume with another value instead."
+            )
+
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches for training. Takes the state of the stream out of them, and stores it."""
         # A loader of the user's own may compute in this process.
@@ -167,6 +175,8 @@ class RunData:
             if not allow_change:
                 raise
             logger.warning(f"tst_allow_data_change is set, so training continues. {error}")
+        if isinstance(self.rows, FoldedBatches):  # whose next batch may be the short last one of a pass
+            self.start = replace(self.start, block_length=length)
         if self.tokens_left_out is not None:
             self.tokens_left_out = saved.tokens_left_out
         readers = attrgetter("split_by_rank", "data", "stream_workers")
@@ -201,6 +211,8 @@ def open_run_data(trainer: Any) -> RunData:
     _check_loader(args, streamed)
     layout = _layout(trainer)
     rules = block_rules(trainer.model, trainer.processing_class)
+    if not keeps_ids(trainer.data_collator):
+        rules = replace(rules, vocab_size=None)  # the ids of its batches are checked
     respects = args.tst_document_boundaries == "respect"
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
@@ -230,6 +242,8 @@ def open_run_data(trainer: Any) -> RunData:
         columns = [name for name in first if used is None or name in used]
         if joins:
             check_columns(first, used)
+        if "position_ids" in columns and not respects:
+            logger.warning(POSITIONS_ARE_DROPPED)
         rules = replace(rules, length=facts.block_length)
         _warn_of_overlap(blocks, facts)
         rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
