@@ -42,7 +42,7 @@ class Mutation:
 
 MUTATIONS = [
     Mutation("switch step", "bags/phases.py", "step < self.switch_step else", "step <= self.switch_step else", "phases trainer"),
-    Mutation("mean of a bag", "bags/folding.py", ".mean(dim=2, dtype=torch.float32)", ".sum(dim=2, dtype=torch.float32)", "bags superposition"),
+    Mutation("mean of a bag", "bags/folding.py", ".sum(dim=2, dtype=torch.float32) / bags.shape[2]", ".sum(dim=2, dtype=torch.float32)", "bags superposition"),
     Mutation(
         "its sum in float32", "bags/folding.py", "held.float() if weights is None",
         "held.to(embedded.dtype) if weights is None", "bags documents",
@@ -52,7 +52,7 @@ MUTATIONS = [
     Mutation("target of a bag", "bags/folding.py", "torch.cat([bags[:, 1:], last], dim=1)", "torch.cat([bags[:, :-1], last], dim=1)", "bags collator superposition"),
     Mutation("targets of a window", "bags/folding.py", "torch.cat([tokens[:, 1:], beyond], dim=1).unfold", "torch.cat([tokens, beyond[:, 1:]], dim=1).unfold", "bags collator superposition"),
     Mutation("targets of a step, accumulated", "training/target_bags.py", "torch.stack(parts).sum()", "torch.stack(parts).mean()", "trainer"),
-    Mutation("order of the data, by seed", "data/read_order.py", "(self.seed, int(data_pass),", "(0, int(data_pass),", "data audit"),
+    Mutation("order of the data, by seed", "data/read_order.py", "(self.seed % 2**64, int(data_pass),", "(0, int(data_pass),", "data audit"),
     Mutation("order of the data, by step", "data/read_order.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
     Mutation("a resumed run's place in the data", "training/run_data.py", "data.steps_per_epoch, lambda: trainer.state.global_step)", "data.steps_per_epoch, lambda: 0)", "resume audit"),

@@ -76,3 +76,13 @@ def test_padding_is_no_target_where_labels_are_made_from_tokens():
     ]
     batch = DataCollatorForTokenSuperposition(bag_size=1)(rows)
     assert batch["labels"].tolist() == [[5, 6, 7, -100], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda row: {"input_ids": row}])
+def test_rows_may_be_their_ids_alone(make):
+    rows = [make([1, 2, 3, 4]), make([5, 6, 7, 8])]
+    batch = DataCollatorForTokenSuperposition(bag_size=2)(rows)
+    assert batch["input_ids"].tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+    assert batch["labels"][:, 0].tolist() == [[3, 4], [7, 8]]
+    plain = DataCollatorForTokenSuperposition(bag_size=1)(rows)
+    assert plain["labels"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]

@@ -37,3 +37,10 @@ def test_the_curve_is_a_picture(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     other = plot_loss_curve(HISTORY, tmp_path / "other.png")
     assert other.read_bytes() != path.read_bytes()
+
+
+def test_the_evaluation_after_training_is_that_of_its_last_phase():
+    trained = [{name: value for name, value in entry.items() if name != "eval_loss"} for entry in HISTORY]
+    end = trained[-1]["step"]
+    *_, last = phase_rows([*trained, {"step": end, "train_runtime": 1.0}, {"step": end, "eval_loss": 1.25}])
+    assert last[-1] == "1.250"

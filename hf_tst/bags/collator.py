@@ -107,8 +107,9 @@ class DataCollatorForTokenSuperposition:
         check_choice("superposition_rows", self.superposition_rows, SUPERPOSITION_ROWS)
         check_choice("document_boundaries", self.document_boundaries, DOCUMENT_BOUNDARIES)
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch of rows, as described above, all `torch.LongTensor`."""
+    def __call__(self, features: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch of rows, as described above, all `torch.LongTensor`. A row may be its ids alone."""
+        features = [row if isinstance(row, Mapping) else {"input_ids": row} for row in features]
         for feature in features:
             if "input_ids" not in feature:
                 raise TSTError(

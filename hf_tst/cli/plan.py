@@ -95,7 +95,8 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     data_args: DataArguments = pick(vars(values), DataArguments)
     if values.max_steps <= 0:
         raise TSTError(
-            f"max_steps is {values.max_steps}: set it: without data, a plan cannot derive the steps from num_train_epochs."
+            f"max_steps is {values.max_steps}, and a plan reads no data to count the steps of num_train_epochs: set max_steps, or use "
+            "`hf-tst train ... --dry_run`, which reads it."
         )
     check_phase_ratio(values.tst_phase_ratio, "tst_phase_ratio")
     check_bag_size(values.tst_bag_size, "tst_bag_size")

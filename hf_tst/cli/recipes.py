@@ -19,7 +19,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> None:
         TSTError: For a flag.
     """
     ArgumentParser([], "%(prog)s", description=DESCRIPTION, prog=prog).parse_flags(argv)
-    rows = [("recipe", "parameters", "tokens", "GPU-hours (h100)")]
+    rows = [("recipe", "parameters", "tokens", "H100-hours")]
     for name in recipe_names():
         if "model_name_or_path" in read_config(str(RECIPES / f"{name}.yaml")):
             rows.append((name, "the model's", "-", "-"))  # which is on the Hub
@@ -28,10 +28,14 @@ def main(argv: Sequence[str], prog: str | None = None) -> None:
         figures = (
             f"{plan.model.parameters / 1e6:,.0f}M",
             f"{plan.raw_tokens / 1e9:,.2f}B",
-            f"{plan.gpu_hours:,.1f}",
+            f"{plan.gpu_hours:,.1f}" if plan.gpu_hours > 0.05 else "< 0.1",
         )
         rows.append((name, *figures))
     print(format_columns(rows))
+    print(
+        "\nHours at 40 % of the peak. Uncompiled, the 270M model reached 15 %: see\n"
+        "hf-tst plan NAME --mfu 0.15. Pairs cost the same, but 10B-A1B ends at the\nsame loss, as in the paper."
+    )
     print(f"\nhf-tst train NAME, hf-tst plan NAME; the files are in\n{RECIPES}\n")
     names = ", ".join(sorted(path.stem for path in ACCELERATE.glob("*.yaml")))
     print(f"For accelerate launch --config_file FOLDER/NAME.yaml: {names}, in\n{ACCELERATE}")

@@ -109,17 +109,16 @@ def declared_arguments(sources: Iterable[str]) -> dict[str, Any]:
 def describe(values: Mapping[str, Any]) -> str:
     """Model, data, number of steps and output folder of the run, in two lines."""
     trained = values.get("model_name_or_path")
-    model = (
-        f"{trained}, continued"
-        if trained
-        else f"a new {values.get('config_name') or values.get('model_type')}"
-    )
+    new = values.get("config_name") or values.get("model_type") or "model"
+    model = f"{trained}, continued" if trained else f"a new {new}"
+    if resumed := values.get("resume_from_checkpoint"):
+        model = f"the run in {values['output_dir']}, continued from its checkpoint {Path(str(resumed)).name}"
     data = values.get("train_file") or values.get("dataset_name") or "Python's standard library"
     length = ""
     steps, ratio, size = (
         _number(values.get(name)) for name in ("max_steps", "tst_phase_ratio", "tst_bag_size")
     )
-    if steps > 0:
+    if steps > 0 and 0 <= ratio <= 1 and size >= 1 and size.is_integer():  # other values are refused soon
         on_bags = round(ratio * steps) if size > 1 else 0
         phases = f", the first {on_bags:,} on bags of {size:g} tokens" if on_bags else ", none on bags"
         length = f"{steps:,.0f} steps{phases}, "

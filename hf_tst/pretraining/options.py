@@ -30,7 +30,8 @@ below are of that run. To see the defaults for your own data, name it before
 
   %(prog)s
   %(prog)s 30m-laptop-tst --max_steps 1000
-  %(prog)s --train_file a.jsonl --tokenizer_name gpt2 --model_type llama
+  %(prog)s --train_file a.jsonl --tokenizer_name gpt2 --model_type llama \\
+      --config_overrides hidden_size=256,num_hidden_layers=8,intermediate_size=768
   %(prog)s recipe.yaml --resume_from_checkpoint last   the newest complete one
   %(prog)s recipe.yaml --dry_run                       check all, train nothing
   %(prog)s --help_all                                  all flags

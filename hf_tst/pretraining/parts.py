@@ -100,9 +100,10 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Se
         return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
     if packed:
         return None
-    also = "" if args.model_type else ", and an architecture by model_type or config_name"
+    also = "" if args.model_type else ", and an architecture by config_name or model_type"
     raise TSTError(
-        f"Text needs a tokenizer: name one by tokenizer_name{also}, such as --tokenizer_name gpt2 --model_type llama."
+        f"Text needs a tokenizer: name one by tokenizer_name{also}, such as --tokenizer_name gpt2 --config_name "
+        "HuggingFaceTB/SmolLM2-135M, or a folder of your own (see Tokenizer in docs/data.md)."
     )
 
 
@@ -210,7 +211,10 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
 def explained_loading(name: str) -> AbstractContextManager[None]:
     """Context that turns an error while `name` is made, or loaded from a folder or the Hub, into one sentence."""
     errors = (OSError, ImportError, StrictDataclassError, ValueError)
-    return bad_input(f"Cannot load {name}: ", errors, whole_message)
+    folder = Path(name).parent
+    looks_local = folder != Path() and folder.is_dir() and not Path(name).exists()
+    here = f" (the folder {folder} has no such name)" if looks_local else ""
+    return bad_input(f"Cannot load {name}{here}: ", errors, whole_message)
 
 
 def prepare_blocks(

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..errors import PreemptedError, TSTError
+from ..records.card import CURVE_FILE, GENERATED_TAG
 from ..records.hub import HubError
 from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
@@ -55,9 +56,12 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     at_switch = output / f"checkpoint-{switch}"
     if switch and at_switch.is_dir():
         print(f"at switch   {at_switch}")
-    has_curve = (output / "loss_curve.png").is_file()
+    card = output / "README.md"
+    is_ours = GENERATED_TAG in card.read_text(encoding="utf-8", errors="replace")
+    has_curve = (output / CURVE_FILE).is_file()
     print(
-        f"card        {output / 'README.md'}, {'with' if has_curve else 'without (pip install matplotlib)'} loss_curve.png"
+        f"card        {card if is_ours else f'not written: {card} is yours'}, "
+        f"{'with' if has_curve else 'without (pip install matplotlib)'} {CURVE_FILE}"
     )
 
 
@@ -117,11 +121,15 @@ def _train(
     try:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException as error:
-        begun = any(folder.glob("checkpoint-*"))  # of this run: those of an older one are set aside
+        begun = any(folder.glob("checkpoint-[0-9]*"))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
             (discard if begun else put_back)(folder)
         if isinstance(error, KeyboardInterrupt) and begun:
-            raise KeyboardInterrupt("continue with --resume_from_checkpoint last") from error
+            newest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-[0-9]*"))
+            raise KeyboardInterrupt(
+                f"at step {trainer.state.global_step}, and the newest checkpoint is of step {newest}: continue with "
+                "--resume_from_checkpoint last"
+            ) from error
         raise
     if trainer.preempted:
         raise PreemptedError(

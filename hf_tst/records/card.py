@@ -40,19 +40,19 @@ def write_model_card(
         The card's path.
 
     Raises:
-        TSTError: If the folder holds a card that no trainer wrote; it is not changed.
+        TSTError: If the folder holds a card that no trainer wrote; it is not changed. The curve is written.
     """
     folder = Path(folder)
     path = folder / "README.md"
-    if path.exists() and not _is_generated(path):
-        raise TSTError(
-            f"{path} was not written by a trainer, and is not overwritten: move it away to get the card of the run."
-        )
     curve: str | None = CURVE_FILE
     try:
         plot_loss_curve(record.log_history, folder / CURVE_FILE, record.switch_step)
     except ImportError:  # matplotlib is an extra
         curve = None
+    if path.exists() and not _is_generated(path):
+        raise TSTError(
+            f"{path} was not written by a trainer, and is not overwritten: move it away to get the card of the run."
+        )
     here = str(folder if folder.name else folder.absolute())
     make_model_card(record, repo_id=repo_id or here, curve=curve, **metadata).save(path)
     return path

@@ -34,7 +34,9 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
         if not losses:
             continue
         first, last = losses[0], losses[-1]
-        evaluations = [f"{entry['eval_loss']:.3f}" for entry in entries if "eval_loss" in entry]
+        # That after training belongs to no phase, but to the last step.
+        here = [*entries, *(entry for entry in log_history if entry.get("step") == last["step"])]
+        evaluations = [f"{entry['eval_loss']:.3f}" for entry in here if "eval_loss" in entry]
         row = (
             phase,
             f"{step}-{last['step'] - 1}",

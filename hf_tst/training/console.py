@@ -58,6 +58,8 @@ class ConsoleCallback(ProgressCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._first_step, self._began = state.global_step, time.monotonic()
         if state.is_world_process_zero:
+            if self._first_step:
+                tqdm.write(f"continued from step {self._first_step:,} of {state.max_steps:,}")
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, leave=False,
                 disable=self._no_bar, bar_format=BAR,

@@ -372,6 +372,10 @@ def _position(
         logger.warning(
             f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there is no superposition."
         )
+    if schedule.switch_step == schedule.max_steps:
+        logger.warning(
+            "All steps are superposition, so the model never trains on next tokens: set tst_phase_ratio below 1."
+        )
     return DataPosition(
         step=0,
         **vars(schedule),
