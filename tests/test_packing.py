@@ -315,6 +315,19 @@ def test_evaluation_takes_blocks_all_over_the_data_and_training_the_first_ones(
     assert [row["input_ids"] for row in blocks] == [[block] * 4 for block in taken]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "told"), [("*.jsonl", True), ("held_out.jsonl", True), ("train.jsonl", False)]
+)
+def test_text_that_is_trained_on_and_evaluated_on_is_told(tmp_path, caplog, pattern, told):
+    for name in ("train", "held_out"):
+        datasets.Dataset.from_dict({"text": [name] * 20}).to_json(tmp_path / f"{name}.jsonl")
+    held_out = tmp_path / "held_out.jsonl"
+    load_documents(
+        DataArguments(train_file=str(tmp_path / pattern), validation_file=str(held_out)), ModelArguments()
+    )
+    assert (f"{held_out} is trained on and evaluated on" in caplog.text) == told
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("source", ["file", "folder"])
 def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, tokenizer, source, streaming):

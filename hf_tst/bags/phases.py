@@ -15,6 +15,11 @@ MODES: tuple[TSTMode, ...] = get_args(TSTMode)
 SUPERPOSITION_ROWS: tuple[SuperpositionRows, ...] = get_args(SuperpositionRows)
 
 
+def superposes(phase_ratio: float, bag_size: int) -> bool:
+    """Whether settings ask for superposition: r > 0 and s > 1."""
+    return phase_ratio > 0 and bag_size > 1
+
+
 @dataclass(frozen=True)
 class PhaseSchedule:
     """The two phases of one training run.

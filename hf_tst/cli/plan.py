@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from ..bags.phases import check_bag_size, check_phase_ratio
+from ..bags.phases import check_bag_size, check_phase_ratio, superposes
 from ..errors import TSTError, check_at_least, check_names
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
@@ -114,7 +114,7 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
         activation_checkpointing=bool(recomputes),
     )
     weights = 2 if model_args.dtype in ("bfloat16", "float16") else 4
-    superposed = values.tst_phase_ratio > 0 and values.tst_bag_size > 1
+    superposed = superposes(values.tst_phase_ratio, values.tst_bag_size)
     plan = plan_run(
         ModelShape.from_config(config, model_args.lora_config()),
         make_schedule(values, values.max_steps),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ..bags.phases import Phase, PhaseSchedule, folds_blocks
+from ..bags.phases import Phase, PhaseSchedule, folds_blocks, superposes
 from ..errors import TSTError, check_names
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
@@ -113,7 +113,7 @@ def check_arms(arms: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any])
         changed = {**values, **changes}
         if changes.get("mtp_num_heads", 1) > 1 and values.get("lora_rank"):
             raise TSTError(f"The arm {name} has extra heads, which LoRA cannot train: leave out one of them.")
-        if is_superposed(changed):
+        if asks_for_superposition(changed):
             continue
         if setting(changed, "tst_document_boundaries") == "respect":
             raise TSTError(
@@ -146,7 +146,7 @@ def make_arm(
         del changed["mtp_num_heads"]
     if values.get("tst_fused_loss") == "off":
         changed["tst_fused_loss"] = "off"
-    elif not is_superposed(changed) and "tst_fused_loss" not in changes:
+    elif not asks_for_superposition(changed) and "tst_fused_loss" not in changes:
         changed["tst_fused_loss"] = "on"
     heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
     # Settings that are out of range are refused when the run's arguments are made.
@@ -161,6 +161,6 @@ def setting(values: Mapping[str, Any], name: str) -> Any:
     return values.get(name, TSTTrainingArguments.__dataclass_fields__[name].default)
 
 
-def is_superposed(values: Mapping[str, Any]) -> bool:
+def asks_for_superposition(values: Mapping[str, Any]) -> bool:
     """Whether a configuration asks for superposition."""
-    return setting(values, "tst_phase_ratio") > 0 and setting(values, "tst_bag_size") > 1
+    return superposes(setting(values, "tst_phase_ratio"), setting(values, "tst_bag_size"))

@@ -13,7 +13,7 @@ from typing import Any
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..records.run_record import write_whole
-from .arms import BASELINE, Arm, StepCost, is_superposed, setting
+from .arms import BASELINE, Arm, StepCost, asks_for_superposition, setting
 from .options import UNITS, Experiment, parse_list
 from .queue import PlannedRun, run_all
 from .run import read_whole
@@ -129,7 +129,7 @@ def calibrate(experiment: Experiment) -> dict[str, StepCost]:
 
 def _pace(experiment: Experiment, name: str, values: Mapping[str, Any]) -> StepCost:
     """Seconds per step, from a run of `calibration_steps` steps in each phase of an arm, evaluated at its end only."""
-    superposed, steps = is_superposed(values), experiment.args.calibration_steps
+    superposed, steps = asks_for_superposition(values), experiment.args.calibration_steps
     settings = {
         **values, "max_steps": steps * (2 if superposed else 1), "logging_strategy": "steps",
         "logging_steps": max(1, steps // 4), "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no",
@@ -200,14 +200,14 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     """
     args = experiment.args
     assert args.seconds is not None
-    first = next((run for run in runs if is_superposed(run.settings)), runs[0])
+    first = next((run for run in runs if asks_for_superposition(run.settings)), runs[0])
     folder = experiment.output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     pace = _pace(experiment, folder.name, first.settings)
     whole = time.monotonic() - began
     evaluation = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"]
-    timed = pace.recovery + (pace.superposition if is_superposed(first.settings) else 0.0)
+    timed = pace.recovery + (pace.superposition if asks_for_superposition(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
     steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
     return TimeLimit(steps, steps, args.seconds, start, evaluation, **vars(pace), operations=operations)

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import TSTError, check_choice
 from ..planning.flops import FORMULA
-from .arms import ARMS, BASELINE, define_arms, is_superposed, setting
+from .arms import ARMS, BASELINE, asks_for_superposition, define_arms, setting
 from .budget import ArmRun, plan_within_limit
 from .options import EVERY_RUN, Experiment, ExperimentArguments, open_experiment, parse_list
 from .queue import RunRefusedError, run_all
@@ -95,7 +95,7 @@ class SweepArguments(ExperimentArguments):
             arms[name] = {
                 "tst_bag_size": size, "tst_phase_ratio": ratio, "tst_offset_weighting": weighting, "tst_mode": mode, **heads,
             }  # fmt: skip
-            if not is_superposed(arms[name]):
+            if not asks_for_superposition(arms[name]):
                 raise TSTError(
                     f"{name} is plain training: leave bag size 1 and ratio 0 out; --baseline trains without superposition."
                 )
@@ -169,7 +169,7 @@ def _facts(experiment: Experiment, runs: Sequence[ArmRun]) -> dict[str, str]:
         found = dict.fromkeys(getattr(result, name) for _, result in results)
         facts[name] = "; ".join(found) or "nothing has run"
     if not isinstance(experiment.args, SweepArguments):  # the names of its arms say it
-        if any(is_superposed(arm.values) for arm in experiment.arms):
+        if any(asks_for_superposition(arm.values) for arm in experiment.arms):
             size, ratio = setting(values, "tst_bag_size"), setting(values, "tst_phase_ratio")
             facts["superposition"] = f"s = {size}, r = {ratio}"
         for arm in experiment.arms:

@@ -171,7 +171,7 @@ def _check_processes(config: Path) -> None:
 def _train(config: Path) -> None:
     checkpoint = last_complete_checkpoint(config.parent)
     begins = ["--resume_from_checkpoint", checkpoint] if checkpoint else ["--overwrite_output_dir"]
-    trainer = train([str(config), *begins], prog="run_worker")
+    trainer = train([str(config), *begins])
     if not trainer.is_world_process_zero():
         return
     args = trainer.args
@@ -252,8 +252,7 @@ def _seconds_at(step: int, timed: Sequence[TimedSteps]) -> float:
 def _peak_memory() -> tuple[int, str]:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "GPU"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024, "process"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
 
 
 if __name__ == "__main__":

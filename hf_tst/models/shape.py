@@ -15,7 +15,7 @@ from .moe import experts_in_layer, experts_per_position
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a causal language model. Letters as in `plan.py`.
+    """Sizes of a causal language model. Letters as in `planning/estimate.py`.
 
     Args:
         parameters (`int`): All, tied ones counted once, P.

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
+from transformers.utils import logging
 
 from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import BlockStream, pack_blocks, tokenize_documents
@@ -28,6 +29,8 @@ from ..training.arguments import TSTTrainingArguments
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
 from ..training.run_data import make_schedule
 from .options import DataArguments, ModelArguments, choose_block_size
+
+logger = logging.get_logger(__name__)
 
 QUICK_START_BYTES = 6_000_000
 QUICK_START_VOCABULARY = 8192
@@ -46,6 +49,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         load_text_file(args.validation_file, text_column=args.text_column) if args.validation_file else None
     )
     if args.train_file:
+        validation_files = matching_files(args.validation_file) if args.validation_file else []
+        if both := {*matching_files(args.train_file)} & {*validation_files}:
+            logger.warning(
+                f"{', '.join(sorted(both))} is trained on and evaluated on, so the evaluation loss says nothing about new text."
+            )
         train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
         import datasets

@@ -24,6 +24,7 @@ from ..bags.phases import (
     TSTMode,
     check_bag_size,
     check_phase_ratio,
+    superposes,
 )
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError, bad_input, check_at_least, check_choice
@@ -250,7 +251,7 @@ class TSTArguments(_Base):
     @property
     def tst_enabled(self) -> bool:
         """Whether any superposition is asked for: r > 0 and s > 1."""
-        return self.tst_phase_ratio > 0 and self.tst_bag_size > 1
+        return superposes(self.tst_phase_ratio, self.tst_bag_size)
 
     @property
     def tst_replaces_loss(self) -> bool:

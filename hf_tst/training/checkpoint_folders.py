@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..errors import RunError, TSTError, one_line
@@ -31,7 +32,6 @@ from .run_identity import foreign_checkpoints, list_checkpoints
 logger = logging.get_logger(__name__)
 
 UNFINISHED = "_unfinished"
-STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 2
 # Values of resume_from_checkpoint that mean the newest complete checkpoint, in Python and on a command line.
@@ -117,7 +117,7 @@ def finish_checkpoint(output_dir: Path, name: str) -> None:
     """
     unfinished = output_dir / UNFINISHED
     written, target = unfinished / name, output_dir / name
-    if target.is_dir() and not (target / STATE_FILE).exists():
+    if target.is_dir() and not (target / TRAINER_STATE_NAME).exists():
         _take_over(target, written)
     write_manifest(written)
     if target.exists():
@@ -324,11 +324,11 @@ def _problem(folder: Path, step: int) -> str | None:
     if (folder / MANIFEST_FILE).exists():
         return manifest_problem(folder) or _missing_state(folder)
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"its {STATE_FILE} cannot be read"
+        return f"its {TRAINER_STATE_NAME} cannot be read"
     if not isinstance(state, dict) or state.get("global_step") != step:
-        return f"its {STATE_FILE} is not that of step {step}"
+        return f"its {TRAINER_STATE_NAME} is not that of step {step}"
     return _missing_state(folder)
 
 

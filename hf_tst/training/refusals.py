@@ -111,6 +111,10 @@ def check_trainer(trainer: Any) -> None:
         )
     if not args.tst_enabled:
         return
+    if (tensor := _parallel_sizes(trainer)["tensor"]) > 1:
+        logger.warning(
+            f"Tensor parallelism (size {tensor}) has not been tested with superposition: compare its first losses with those of one process."
+        )
     for kind, size in _parallel_sizes(trainer).items():
         if kind != "tensor" and size > 1:
             raise TSTError(

@@ -92,6 +92,7 @@ class TSTTrainer(Trainer):
 
     args: TSTArguments
 
+    @signature_of(Trainer.__init__)
     def __init__(
         self,
         model: nn.Module | None = None,
