@@ -17,7 +17,7 @@ class CheckpointSaver:
     """Saves the checkpoints of a trainer, one after the other.
 
     Args:
-        trainer ([`TSTTrainer`]): The trainer.
+        trainer ([`SavingTrainer`]): The trainer.
 
     Attributes:
         unfinished (`Path`, *optional*): While a checkpoint is written, the folder that it is in until it is complete.
@@ -81,8 +81,7 @@ class CheckpointSaver:
             flush.result()
         if args.should_save:
             keep = {flush.checkpoint.name, Path(state.best_model_checkpoint or "").name}
-            if args.tst_save_at_switch and self._trainer.schedule is not None:
-                keep.add(f"checkpoint-{self._trainer.schedule.switch_step}")
+            keep |= self._trainer._kept_checkpoints()
             rotate_checkpoints(flush.checkpoint.parent, args.save_total_limit, keep)
 
     def close(self) -> None:

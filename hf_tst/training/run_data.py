@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -55,7 +55,9 @@ def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPl
     """
 
     def plan(steps: int) -> DataPlan:
-        return DataPlan(num_blocks, make_schedule(args, steps), rows_per_step, *_order(args))
+        return DataPlan(
+            num_blocks, make_schedule(args, steps), rows_per_step, _order_seed(args), _shuffles(args)
+        )
 
     if args.max_steps <= 0:
         return longest_plan(args.num_train_epochs, plan)
@@ -63,9 +65,12 @@ def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPl
     return plan(args.max_steps)
 
 
-def _order(args: TSTArguments) -> tuple[int, bool]:
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return seed, args.train_sampling_strategy != "sequential"
+def _order_seed(args: TSTArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _shuffles(args: TSTArguments) -> bool:
+    return bool(args.train_sampling_strategy != "sequential")
 
 
 @dataclass
@@ -217,16 +222,7 @@ def open_run_data(trainer: Any) -> RunData:
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
     joins = isinstance(make_collator(trainer).superposition, DataCollatorForTokenSuperposition)
-    # The columns for the collator: those of the model's forward, or all (`None`).
-    used = None
-    if args.remove_unused_columns:
-        trainer._set_signature_columns_if_needed()
-        used = [*trainer._signature_columns, *document_columns]
-        if "input_ids" not in used:
-            raise TSTError(
-                f"The forward of {type(trainer.model).__name__} has no argument input_ids, so remove_unused_columns=True removes this column: "
-                "set it to False. If the model was made by torch.compile, pass the original and set torch_compile=True instead."
-            )
+    used = _columns_for_collator(trainer, document_columns)
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
     if streamed:
@@ -252,7 +248,7 @@ def open_run_data(trainer: Any) -> RunData:
         schedule,
         layout,
         facts,
-        shuffle=_order(args)[1] and not streamed,
+        shuffle=_shuffles(args) and not streamed,
         split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
         stream_workers=workers,
     )
@@ -260,6 +256,20 @@ def open_run_data(trainer: Any) -> RunData:
         schedule.positions_per_row("superposition", facts.block_length)  # raises if L is not a multiple of s
     rank = args.process_index // (args.world_size // layout.world_size)
     return RunData(rows, position, _steps_per_epoch(args, schedule), rank, 0 if respects else None)
+
+
+def _columns_for_collator(trainer: Any, document_columns: Sequence[str]) -> list[str] | None:
+    """The columns of blocks that the collator gets: those of the model's forward and of documents, or all (`None`)."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    trainer._set_signature_columns_if_needed()
+    used = [*trainer._signature_columns, *document_columns]
+    if "input_ids" not in used:
+        raise TSTError(
+            f"The forward of {type(trainer.model).__name__} has no argument input_ids, so remove_unused_columns=True removes this column: "
+            "set it to False. If the model was made by torch.compile, pass the original and set torch_compile=True instead."
+        )
+    return used
 
 
 def fold_own_loader(trainer: Any, loader: Any) -> RunData:
@@ -286,7 +296,7 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, RandomSampler) and sampler.generator is None and loader.generator is None:
         # It would draw its order from the numbers of the whole process, which a resumed run has later than its first batch.
-        sampler.generator = torch.Generator().manual_seed(_order(args)[0])
+        sampler.generator = torch.Generator().manual_seed(_order_seed(args))
     # Here the items are batches: superposition joins s batches, where it joins s blocks of a data set.
     schedule = _choose_schedule(trainer, loader, args.gradient_accumulation_steps)
     logger.info(
@@ -384,7 +394,7 @@ def _position(
         offset_weighting=args.tst_offset_weighting,
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
-        seed=_order(args)[0],
+        seed=_order_seed(args),
         shuffle=shuffle,
         split_by_rank=split_by_rank,
         stream_workers=stream_workers,

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,10 @@ from ..errors import TSTError, bad_input
 from ..models.head import replaced
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
-from ..models.sharding import without_tied
 from ..models.superposition import fused_evaluation_loss
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
-from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
-from .checkpoint_folders import check_output_dir, choose_checkpoint
-from .checkpoint_saver import CheckpointSaver
-from .checkpoint_weights import load_renamed_weights
 from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
@@ -49,12 +43,13 @@ from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
 from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
 from .run_identity import RunIdentityCallback
+from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
 
 
-class TSTTrainer(Trainer):
+class TSTTrainer(SavingTrainer):
     """Trainer for causal language models that first trains on bags of tokens (superposition), then on single tokens (recovery).
 
     Use it like [`~transformers.Trainer`]. `train_dataset` holds blocks: rows of L tokens in `input_ids`, in the order of the
@@ -105,9 +100,7 @@ class TSTTrainer(Trainer):
         check_arguments(args)
         self.schedule: PhaseSchedule | None = None
         self._data: RunData | None = None
-        self._checkpoint: str | None = None  # to resume from, during training
         self._given: dict[str, Any] = {}  # arguments that differ during training
-        self._saver = CheckpointSaver(self)
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
@@ -139,20 +132,6 @@ class TSTTrainer(Trainer):
         """Whether SIGTERM ended the last training early, with a checkpoint to resume from."""
         return self._preemption.stopped
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository to push to, unless it exists. Refuses a repository with another model.
-
-        Raises:
-            HubError: If the Hub refuses or does not answer.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
-            # In older versions of Transformers it has no argument `private`.
-            super().init_hf_repo(token, *([] if private is None else [private]))
-            if self.is_world_process_zero():
-                config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
-                check_repo_holds_no_other_model(self.hub_model_id, config, token, self.args.hub_revision)
-
     # Training
 
     @signature_of(Trainer.train)
@@ -168,13 +147,10 @@ class TSTTrainer(Trainer):
         """
         args = self.args
         check_stored_rows(self)
-        check_output_dir(args)
-        self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
+        # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
+        self._given = {name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")}
         # Trainer's filter of logged losses waits for the device in each step. With "stop" it has nothing to filter.
         filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
-        # `set_initial_training_values` and `log` change two of these; they are restored in checkpoints and at the end.
-        names = ("logging_nan_inf_filter", "ignore_data_skip", "save_total_limit")
-        self._given = {name: getattr(args, name) for name in names}
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
             with (
@@ -182,17 +158,12 @@ class TSTTrainer(Trainer):
                 heads,
                 self._own.watched(),
             ):
-                result = super().train(self._checkpoint, *positional, **kwargs)
-            self._saver.finish()
-            return result
+                return super().train(resume_from_checkpoint, *positional, **kwargs)
         finally:
-            self._saver.close()
             self._switch.close()
             self._preemption.close()
             if self._console is not None:
                 self._console.close()
-            self._checkpoint = None
-            self.is_in_train = False  # Trainer does not reset it when training fails
 
     def _hp_search_setup(self, trial: Any) -> None:
         names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
@@ -348,11 +319,8 @@ class TSTTrainer(Trainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
-        at_end = "train_runtime" in logs
-        if at_end:
-            # At the end, with a limit of 1, Trainer would remove all checkpoints but the best. `train` restores the limit.
-            self.args.save_total_limit = None
-        if at_end or "loss" in logs:  # Trainer logs these on all ranks; a script may log others on one
+        # Trainer logs these on all ranks; a script may log others on one.
+        if "train_runtime" in logs or "loss" in logs:
             self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
         if "loss" in logs:
@@ -397,17 +365,10 @@ class TSTTrainer(Trainer):
         check_same_heads(resume_from_checkpoint, self.args)
         if self._mtp is not None:
             self._mtp.load(resume_from_checkpoint)
-        if not self.is_fsdp_enabled:
-            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with nullcontext() if self._mtp is None else self._mtp.loading_optimizer():
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With save_strategy="best" Trainer saves only if this is true; the checkpoint at the switch is saved, too.
@@ -419,9 +380,13 @@ class TSTTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
-        as_given = changed_arguments(self.args, **self._given)  # Trainer saves its arguments, too
-        write = as_given(partial(super()._save_checkpoint, model, trial))
-        self._saver.save(Path(self._get_output_dir(trial)), write, self._add_to_checkpoint)
+        with changed_arguments(self.args, **self._given):  # Trainer saves its arguments, too
+            super()._save_checkpoint(model, trial)
+
+    def _kept_checkpoints(self) -> set[str]:
+        if self.schedule is None or not self.args.tst_save_at_switch:
+            return set()
+        return {f"checkpoint-{self.schedule.switch_step}"}
 
     def _add_to_checkpoint(self, folder: Path) -> None:
         """Write what this rank adds to Trainer's files: the extra heads, and the position in the data."""
@@ -430,38 +395,7 @@ class TSTTrainer(Trainer):
         if self._data is not None:
             self._data.save(folder, self.state.global_step, self.args.should_save)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saver.unfinished or super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # While it is not None, Trainer calls this too early: before the checkpoint is complete.
-        if self._saver.unfinished is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary checkpoint, also if FSDP shards its weights."""
-        if _internal_call or not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        # Trainer would save nothing with SHARDED_STATE_DICT, and tied weights twice with FULL_STATE_DICT.
-        weights = without_tied(self.model, self.accelerator.get_state_dict(self.model))
-        if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    # The Hub
-
-    @signature_of(Trainer.push_to_hub)
-    def push_to_hub(self, *positional: Any, **kwargs: Any) -> Any:
-        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
-
-        Raises:
-            HubError: If the Hub refuses or does not answer. The model is still saved in `output_dir`.
-        """
-        kept = f"The model is saved in {self.args.output_dir}."
-        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
-            return super().push_to_hub(*positional, **kwargs)
+    # The card
 
     @signature_of(Trainer.create_model_card)
     def create_model_card(self, *positional: Any, **kwargs: Any) -> None:

@@ -1,0 +1,136 @@
+"""A Trainer whose checkpoints are complete or not there. Nothing of it is about superposition."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from ..models.sharding import without_tied
+from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
+from .arguments import changed_arguments
+from .checkpoint_folders import check_output_dir, choose_checkpoint
+from .checkpoint_saver import CheckpointSaver
+from .checkpoint_weights import load_renamed_weights
+from .overriding import signature_of
+
+
+class SavingTrainer(Trainer):
+    """Trainer that writes each checkpoint whole, checks it before it resumes from it, and explains errors of the Hub.
+
+    A subclass adds its files by `_add_to_checkpoint`, and keeps checkpoints beyond `save_total_limit` by `_kept_checkpoints`.
+
+    Args:
+        given, kwargs: The arguments of [`~transformers.Trainer`].
+    """
+
+    def __init__(self, *given: Any, **kwargs: Any) -> None:
+        self._saver = CheckpointSaver(self)
+        self._checkpoint: str | None = None  # to resume from, during training
+        super().__init__(*given, **kwargs)
+
+    @signature_of(Trainer.train)
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train. Arguments and result are those of [`~transformers.Trainer.train`].
+
+        Raises:
+            TSTError: If the output folder is not writable, or the checkpoint is damaged.
+            RunError: If a checkpoint cannot be written.
+        """
+        args = self.args
+        check_output_dir(args)
+        self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
+        try:
+            with changed_arguments(
+                args, save_total_limit=args.save_total_limit
+            ):  # `log` changes it at the end
+                result = super().train(self._checkpoint, *positional, **kwargs)
+            self._saver.finish()
+            return result
+        finally:
+            self._saver.close()
+            self._checkpoint = None
+            self.is_in_train = False  # Trainer does not reset it when training fails
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs`."""
+        if self.is_in_train and "train_runtime" in logs:
+            # At the end, with a limit of 1, Trainer would remove all checkpoints but the best.
+            self.args.save_total_limit = None
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed_weights(self.model, self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        write = partial(super()._save_checkpoint, model, trial)
+        self._saver.save(Path(self._get_output_dir(trial)), write, self._add_to_checkpoint)
+
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        """Write what this rank adds to Trainer's files."""
+
+    def _kept_checkpoints(self) -> set[str]:
+        """Names of the checkpoints that `save_total_limit` does not remove, besides the best and the last."""
+        return set()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saver.unfinished or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # While it is not None, Trainer calls this too early: before the checkpoint is complete.
+        if self._saver.unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as an ordinary checkpoint, also if FSDP shards its weights."""
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # Trainer would save nothing with SHARDED_STATE_DICT, and tied weights twice with FULL_STATE_DICT.
+        weights = without_tied(self.model, self.accelerator.get_state_dict(self.model))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository to push to, unless it exists. Refuses a repository with another model.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained_hub_errors(f"Making the repository {name}", "Nothing was changed."):
+            # In older versions of Transformers it has no argument `private`.
+            super().init_hf_repo(token, *([] if private is None else [private]))
+            if self.is_world_process_zero():
+                config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
+                check_repo_holds_no_other_model(self.hub_model_id, config, token, self.args.hub_revision)
+
+    @signature_of(Trainer.push_to_hub)
+    def push_to_hub(self, *positional: Any, **kwargs: Any) -> Any:
+        """Upload the model, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            HubError: If the Hub refuses or does not answer. The model is still saved in `output_dir`.
+        """
+        kept = f"The model is saved in {self.args.output_dir}."
+        with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
+            return super().push_to_hub(*positional, **kwargs)
