@@ -537,3 +537,62 @@ def test_a_stream_of_other_blocks_is_refused(llama, make_args):
         TSTTrainer(llama, args, train_dataset=shorter).train(checkpoint)
     with pytest.raises(ValueError, match="stream of 3 shards and is stream of 4 shards"):
         TSTTrainer(llama, args, train_dataset=packed_stream(4)).train(checkpoint)
+
+
+class Asks(TrainerCallback):
+    """Asks for a loader during training and reads from it, as callbacks that look at the data do."""
+
+    trainer = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.look()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.look()
+
+    def look(self):
+        if self.trainer is not None:
+            next(iter(self.trainer.get_train_dataloader()))
+
+
+class Wraps(TSTTrainer):
+    def get_train_dataloader(self):
+        return super().get_train_dataloader()
+
+
+class Own(TSTTrainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_size=2, collate_fn=self.data_collator, drop_last=True
+        )
+
+
+@pytest.mark.parametrize("trainer_class", [TSTTrainer, Wraps, Own])
+@pytest.mark.parametrize("source", ["blocks", "packed stream"])
+def test_a_loader_that_is_asked_for_in_training_changes_nothing(llama, make_args, source, trainer_class):
+    if trainer_class is Own and source != "blocks":
+        return
+    found = []
+    for asks in (False, True):
+        callback, boundaries = Asks(), "ignore" if trainer_class is Own else "respect"
+        args = make_args(
+            max_steps=8, gradient_accumulation_steps=2, logging_steps=2, save_strategy="steps", save_steps=2,
+            tst_document_boundaries=boundaries,
+        )  # fmt: skip
+        trainer = trainer_class(
+            copy.deepcopy(llama), args, train_dataset=SOURCES[source](), callbacks=[callback]
+        )
+        trainer.model.config.eos_token_id = 5
+        callback.trainer = trainer if asks else None
+        trainer.train()
+        logs = [
+            {name: value for name, value in entry.items() if "second" not in name and "runtime" not in name and "wait" not in name}
+            for entry in trainer.state.log_history
+        ]  # fmt: skip
+        states = [
+            torch.load(path, weights_only=True)
+            for path in sorted(Path(args.output_dir).rglob("stream_state_0.pt"))
+        ]
+        positions = [path.read_text() for path in sorted(Path(args.output_dir).rglob("data_position.json"))]
+        found.append((logs, str(states), positions))
+    assert found[0] == found[1]

@@ -29,11 +29,15 @@ class OwnMethods:
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
-        self.start()
+        self._loader: Any = None
+        self.clear()
 
-    def start(self, loader: Any = None) -> None:
-        """Begin a run. `loader` is the loader that the trainer itself has made for it."""
+    def note_loader(self, loader: Any) -> None:
+        """Store the loader that the trainer itself has made."""
         self._loader = loader
+
+    def clear(self) -> None:
+        """Forget the batches of an earlier run."""
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
         self._counted: tuple[int, Any] = (-1, None)
 
@@ -56,13 +60,13 @@ class OwnMethods:
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:
         """The loader of a subclass, folded unless it is the trainer's own loader or a wrapper of it."""
         trainer = self._trainer
-        trainer._data = trainer.schedule = None
+        trainer._opened = None
         loader = make_own()
         if not trainer.args.tst_enabled:
             return loader
         is_another = isinstance(loader, DataLoader) and loader is not self._loader
-        if trainer._data is None or is_another:
-            return trainer._begin(fold_own_loader(trainer, loader))
+        if trainer._opened is None or is_another:
+            return trainer._open(fold_own_loader(trainer, loader))
         return loader
 
     def _train_on_batch(

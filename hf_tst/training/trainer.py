@@ -74,7 +74,7 @@ class TSTTrainer(SavingTrainer):
         positional, kwargs: All other arguments of [`~transformers.Trainer`].
 
     Attributes:
-        schedule ([`PhaseSchedule`]): The phases of the run, once the training data is loaded.
+        schedule ([`PhaseSchedule`]): The phases of the run, once it has begun.
         fused_loss (`str`): `tst_fused_loss` as it is used in superposition: `"auto"` becomes `"off"` if a subclass has its own
             `compute_loss`, which may read logits.
         fused_recovery (`str`): The same for recovery and evaluation, where the `compute_loss` of another parent counts, too.
@@ -99,7 +99,8 @@ class TSTTrainer(SavingTrainer):
         args = args or TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
         self.schedule: PhaseSchedule | None = None
-        self._data: RunData | None = None
+        self._opened: RunData | None = None  # by the last call of `get_train_dataloader`
+        self._data: RunData | None = None  # of the run
         self._given: dict[str, Any] = {}  # arguments that differ during training
         self._own = OwnMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
@@ -181,19 +182,19 @@ class TSTTrainer(SavingTrainer):
         self._choose_and_check()
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of both phases; the plain Trainer's if superposition is off.
+        """The loader of both phases; the plain Trainer's if superposition is off. One that is asked for in training does not affect it.
 
         Raises:
             TSTError: If the data has no full blocks of equal length, or too few of them.
         """
-        self._data = self.schedule = None
+        self._opened = None
         if not self.args.tst_enabled or self.train_dataset is None:
             loader = super().get_train_dataloader()
             return plain_loader(loader, self.args) if self._checkpoint else loader
         own_sampler = overrides(self, Trainer._get_train_sampler)
         if own_sampler or other_parent(self, TSTTrainer, "get_train_dataloader"):
-            return self._begin(fold_own_loader(self, super().get_train_dataloader()))
-        return self._begin(open_run_data(self))
+            return self._open(fold_own_loader(self, super().get_train_dataloader()))
+        return self._open(open_run_data(self))
 
     @signature_of(Trainer._get_dataloader)
     def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
@@ -206,20 +207,23 @@ class TSTTrainer(SavingTrainer):
         batch_rules(self.model).check_batch(inputs)  # the loader may be a user's own
         return super()._prepare_inputs(inputs)
 
-    def _begin(self, data: RunData) -> Any:
-        """Start or resume a run on `data`, and return its loader."""
-        self._data, self.schedule = data, data.start.schedule
-        self._expert_load.clear()
-        self._target_bags.clear()
+    def _open(self, data: RunData) -> Any:
+        """The loader of `data`, at the position of the checkpoint that training resumes from."""
+        self._opened = data
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
         loader = make_loader(self, data)
-        self._own.start(loader)
+        self._own.note_loader(loader)
         return loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """Steps and epochs of the run. The number of steps comes from the data plan."""
+        """Begin a run on the data of the loader: its steps and epochs. The number of steps comes from the data plan."""
+        self._data, self.schedule = self._opened, None
+        self._expert_load.clear()
+        self._target_bags.clear()
+        self._own.clear()
         if self._data is not None:
+            self.schedule = self._data.start.schedule
             self.args.ignore_data_skip = True  # the loader starts at the current step; `train` restores it
             args = copy.copy(args)
             args.max_steps = self._data.start.max_steps
