@@ -138,6 +138,9 @@ def test_a_cache_that_has_lost_files_is_written_again(tokenizer, tmp_path, monke
         return pack_blocks(tokenize_documents(data, tokenizer, num_proc=2), 8)[:]["input_ids"]
 
     whole = pack()
+    made_by_datasets = [folder / "cache-1.arrow" for folder in (tmp_path / "hf_tst").iterdir()]
+    for file in made_by_datasets:
+        file.write_text("of a running process")
     for folder in (tmp_path / "hf_tst").iterdir():
         files = sorted(folder.glob("data-*"))
         if lost == "a part of a file":
@@ -147,6 +150,20 @@ def test_a_cache_that_has_lost_files_is_written_again(tokenizer, tmp_path, monke
         for file in {"a file": files[-1:], "all files": files}.get(lost, []):
             file.unlink()
     assert pack() == whole
+    assert all(file.exists() for file in made_by_datasets)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [None] * 3])
+def test_labels_of_another_kind_are_not_those_of_tokens(labels):
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": label} for label in labels]
+    packed = [[1, 2, 3, 4, 1, 2], [3, 4, 1, 2, 3, 4]]
+    assert pack_blocks(datasets.Dataset.from_list(rows), 6)[:]["input_ids"] == packed
+    assert [block["input_ids"].tolist() for block in BlockStream(rows, 6)] == packed
+
+
+def test_documents_without_tokens_are_told_to_be_tokenized():
+    with pytest.raises(TSTError, match=r"have \['text'\]: tokenize"):
+        pack_blocks(datasets.Dataset.from_dict({"text": ["a"]}), 4)
 
 
 @pytest.mark.parametrize("stream", [False, True])

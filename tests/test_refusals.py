@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_tst import (
@@ -157,6 +158,12 @@ def test_a_loss_function_that_was_set_is_refused_unless_training_is_plain(llama,
     def focal(logits, labels, **_):
         return logits.sum() * 0 + 400
 
+    llama.loss_function = ForCausalLMLoss  # that which it has
+    TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
+    with token_superposition(llama, 2):
+        copied = copy.deepcopy(llama)
+    with pytest.raises(TSTError, match="is a copy that was made there"):
+        TSTTrainer(copied, make_args(), train_dataset=make_blocks(4))
     llama.loss_function = focal
     with pytest.raises(TSTError, match="set to focal"):
         TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
@@ -199,11 +206,25 @@ class OwnModelForCausalLM(PreTrainedModel):
             hidden = hidden + self.more(
                 (nn.functional.pad(input_ids[:, :-1], (1, 0)) * 31 + input_ids).long() % 128
             )
+        if self.config.kind == "noise":
+            hidden = hidden + 0.02 * torch.randn_like(hidden)
         logits = self.head(self.body(hidden)[0])
-        loss = (
-            None if labels is None else self.loss_function(logits, labels, vocab_size=VOCAB_SIZE, **options)
-        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=VOCAB_SIZE, **options)
+        if self.config.kind == "gives a tuple":
+            return (logits,) if loss is None else (loss, logits)
+        if self.config.kind == "gives a dictionary":
+            return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("kind", ["gives a tuple", "gives a dictionary", "noise"])
+def test_other_forms_of_outputs_and_noise_are_no_reason_to_refuse_a_model(make_args, kind):
+    model = OwnModelForCausalLM(OwnConfig(kind))
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    TSTTrainer(model, make_args(max_steps=4, tst_fused_loss="off"), train_dataset=make_blocks(80)).train()
 
 
 @pytest.mark.parametrize("mode", ["full", "output"])
@@ -235,7 +256,39 @@ def test_periodic_text_is_not_taken_for_copied_labels(llama, make_args):
     TSTTrainer(llama, make_args(tst_bag_size=4, max_steps=4), train_dataset=blocks).train()
 
 
-@pytest.mark.parametrize("method", ["compute_loss", "_prepare_inputs"])
+@pytest.mark.parametrize("how", ["pops its labels", "in two parts"])
+def test_own_losses_that_pass_the_labels_of_the_batch_train(llama, make_args, how):
+    class Own(TSTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if how == "in two parts":
+                halves = [{name: part[i::2] for name, part in inputs.items()} for i in range(2)]
+                return sum(super(Own, self).training_step(model, half, num_items_in_batch) for half in halves)
+            labels = inputs.pop("labels")
+            loss = model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    args = make_args(max_steps=4, per_device_train_batch_size=2)
+    Own(llama, args, train_dataset=make_blocks(100)).train()
+
+
+def test_documents_are_respected_by_a_model_of_model_init(llama, make_args):
+    llama.config.use_cache = True
+    args = make_args(max_steps=4, tst_document_boundaries="respect")
+    llama.config.eos_token_id = 5
+    TSTTrainer(None, args, model_init=lambda: copy.deepcopy(llama), train_dataset=make_blocks(100)).train()
+
+
+def test_positions_of_several_axes_are_left_out_of_bags(llama, make_args):
+    def collate(rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids, "position_ids": torch.zeros(3, *ids.shape, dtype=torch.long)}
+
+    args = make_args(max_steps=4, tst_phase_ratio=1.0, remove_unused_columns=False)
+    TSTTrainer(llama, args, collate, train_dataset=make_blocks(100)).train()
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "in place", "_prepare_inputs"])
 @pytest.mark.parametrize("ratio", [0, 0.5])
 def test_labels_that_a_subclass_masks_by_the_ids_beside_them_are_refused_in_superposition(
     llama, make_args, method, ratio
@@ -251,7 +304,12 @@ def test_labels_that_a_subclass_masks_by_the_ids_beside_them_are_refused_in_supe
         def _prepare_inputs(self, inputs):
             return super()._prepare_inputs(masked(inputs))
 
-    trainer_class = MasksInLoss if method == "compute_loss" else MasksBefore
+    class MasksInPlace(TSTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            inputs["labels"][inputs["input_ids"] == 5] = -100
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer_class = {"compute_loss": MasksInLoss, "in place": MasksInPlace}.get(method, MasksBefore)
     blocks = [{"input_ids": [5, 6, 7, 5] * (BLOCK_LENGTH // 4)} for _ in range(100)]
     trainer = trainer_class(llama, make_args(tst_phase_ratio=ratio, max_steps=4), train_dataset=blocks)
     if not ratio:

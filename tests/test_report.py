@@ -39,6 +39,25 @@ def test_the_curve_is_a_picture(tmp_path):
     assert other.read_bytes() != path.read_bytes()
 
 
+def test_evaluations_are_those_of_their_phase_in_the_order_of_the_log():
+    """Also between logs, and after the last one."""
+    history = [
+        {"step": step, "tst_current_bag_size": 1 + (step <= 12), "tst_raw_tokens": step, "tst_latent_tokens": step, "loss": 1.0}
+        for step in (10, 20)
+    ]  # fmt: skip
+    history += [
+        {"step": step, "tst_current_bag_size": 1 + (step <= 12), "eval_loss": step}
+        for step in (4, 12, 20, 24)
+    ]
+    history.sort(key=lambda entry: entry["step"])
+    _, first, second = phase_rows(history)
+    assert (first[-1], second[-1]) == ("12.000", "24.000")
+    _, first, second = phase_rows(
+        [*history, {"step": 25, "train_runtime": 1.0}, {"step": 25, "eval_loss": 25}]
+    )
+    assert (first[-1], second[-1]) == ("12.000", "25.000")
+
+
 def test_the_evaluation_after_training_is_that_of_its_last_phase():
     trained = [{name: value for name, value in entry.items() if name != "eval_loss"} for entry in HISTORY]
     end = trained[-1]["step"]

@@ -125,8 +125,10 @@ class DataCollatorForTokenSuperposition:
             return self._collate_tokens(features)
         masks = [feature.get("attention_mask") for feature in features]
         check_no_padding(all(mask is None or np.asarray(mask).all() for mask in masks))
-        documents = DOCUMENT_COLUMNS if self.document_boundaries == "respect" else ()
-        names = {"input_ids", "labels", *documents} & {*features[0]}
+        documents = [name for name in DOCUMENT_COLUMNS if features[0].get(name) is not None][:1]
+        names = {"input_ids", "labels", *(documents if self.document_boundaries == "respect" else ())} & {
+            *features[0]
+        }
         return self.fold(
             {
                 name: torch.from_numpy(np.stack([feature[name] for feature in features], dtype=np.int64))

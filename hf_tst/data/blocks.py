@@ -14,12 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS
 from ..errors import TSTError, bad_input
 
+logger = logging.get_logger(__name__)
+
 # Columns that superposition reads. Recovery passes on all columns that the model accepts.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+POSITIONS_ARE_DROPPED = (
+    "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
+    "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
+)
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
 # Stored lengths that are checked before training starts.
@@ -244,16 +251,24 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
 
 
-def check_columns(block: Mapping[str, Any], passed_on: Collection[str] | None) -> None:
+def check_columns(
+    block: Mapping[str, Any], passed_on: Collection[str] | None, bag_columns: Collection[str] = TOKEN_COLUMNS
+) -> None:
     """Check that superposition drops no column of a block that recovery passes to the model or to `compute_loss`.
+
+    A warning is logged, once, if it drops `position_ids`.
 
     Args:
         block: The columns of a block.
         passed_on (`Collection[str]`, *optional*): Names of columns that are passed on. Defaults to all.
+        bag_columns (`Collection[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Those that superposition reads.
 
     Raises:
         TSTError: If it drops one.
     """
+    dropped = {*block} & {"position_ids"} - {*bag_columns}
+    if dropped and (passed_on is None or dropped & {*passed_on}):
+        logger.warning_once(POSITIONS_ARE_DROPPED)
     known = {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS, "special_tokens_mask"}
     if "labels" in block:
         known |= {"label", "label_ids"}  # collators prefer `labels`
@@ -381,11 +396,8 @@ class BlockReader:
 
 def _is_stored(blocks: Any) -> bool:
     """Whether the rows of a data set are those that a `datasets.Dataset` has stored, and not made by a transform as they are read."""
-    return (
-        hasattr(blocks, "select_columns")
-        and hasattr(blocks, "num_rows")
-        and blocks.format["type"] != "custom"
-    )
+    form = getattr(blocks, "format", None)
+    return hasattr(blocks, "select_columns") and isinstance(form, Mapping) and form.get("type") != "custom"
 
 
 def _holds_ids(blocks: Any) -> bool:

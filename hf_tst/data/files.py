@@ -182,6 +182,18 @@ class TokenFile(Dataset[dict[str, NDArray[Any]]]):
             )
         return TokenFile(self.path, block_size, starts)
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Check that the model has an embedding for every id of the file, in one pass over it unless the type of ids says so.
+
+        Raises:
+            TSTError: If not, with the highest id.
+        """
+        if np.iinfo(self.ids.dtype).max >= vocab_size and (highest := int(self.ids.max())) >= vocab_size:
+            raise TSTError(
+                f"The file {self.path} holds the id {highest}, but the model has embeddings for 0 to {vocab_size - 1}: set "
+                "vocab_size in config_overrides to that of the tokenizer that made the file."
+            )
+
 
 def _open_ids(path: str) -> NDArray[Any]:
     with bad_input(f"Cannot read {path} as a NumPy array: ", (OSError, ValueError, EOFError)):

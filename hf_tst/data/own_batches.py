@@ -17,15 +17,10 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import TOKEN_COLUMNS, as_block
+from .blocks import POSITIONS_ARE_DROPPED, TOKEN_COLUMNS, as_block
 from .rows import one_thread
 
 logger = logging.get_logger(__name__)
-
-POSITIONS_ARE_DROPPED = (
-    "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
-    "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
-)
 
 
 @dataclass(eq=False, repr=False)
@@ -136,7 +131,9 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
         )
     if "position_ids" in names and collator.document_boundaries == "ignore":
         logger.warning_once(POSITIONS_ARE_DROPPED)
-    columns = {name: torch.as_tensor(batch[name]) for name in names}
+    documents = DOCUMENT_COLUMNS if collator.document_boundaries == "respect" else ()
+    used = [name for name in (*TOKEN_COLUMNS, *documents) if name in names]
+    columns = {name: torch.as_tensor(batch[name]) for name in used}
     if wrong := sorted(name for name, column in columns.items() if column.dim() != 2):
         raise TSTError(
             f"The training loader's or collator's batches hold {wrong[0]} of shape {tuple(columns[wrong[0]].shape)}, but the trainer makes "

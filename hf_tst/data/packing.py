@@ -130,6 +130,11 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
     """
     from datasets.fingerprint import Hasher
 
+    if TOKENS not in documents.column_names:
+        raise TSTError(
+            f"Documents need a column {TOKENS!r}, but have {documents.column_names}: tokenize them with hf_tst.tokenize_documents."
+        )
+
     def write(folder: Path) -> None:
         tokens = _write_blocks(documents, block_size, folder / "blocks.arrow")
         (folder / "blocks.arrow").rename(folder / f"data-{tokens}.arrow")
@@ -165,8 +170,9 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         self._rest, self._first = self._first, self._rest[:0]
         for document in chain([{"input_ids": []}], self.documents):
             tokens = np.asarray(document["input_ids"], dtype=np.int32)
-            if document.get("labels") is not None:
-                _check_labels(tokens, document["labels"])
+            labels: Any = document.get("labels")
+            if np.ndim(labels) == 1:
+                _check_labels(tokens, labels)
             self._rest = np.concatenate([self._rest, tokens])
             while len(self._rest) >= self.block_size:
                 block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
@@ -251,6 +257,15 @@ def _has_shuffle_buffer(node: Any) -> bool:
     return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)
 
 
+def _has_lists(documents: datasets.Dataset, name: str) -> bool:
+    """Whether a data set has a column of lists, such as labels of tokens."""
+    import pyarrow as pa
+
+    schema = documents.data.schema
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return name in documents.column_names and any(is_kind(schema.field(name).type) for is_kind in kinds)
+
+
 def _check_labels(tokens: Any, labels: Any) -> None:
     """Raise `TSTError` if the labels of documents are not their tokens: blocks hold tokens alone, so all of them become targets."""
     if not np.array_equal(np.asarray(tokens), np.asarray(labels)):
@@ -267,7 +282,7 @@ def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> i
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
     rest, tokens = np.empty(0, dtype=np.int32), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        given = [name for name in (TOKENS, "labels") if name in documents.column_names]
+        given = [name for name in (TOKENS, "labels") if name == TOKENS or _has_lists(documents, name)]
         for table in documents.select_columns(given).with_format("arrow").iter(batch_size=1000):
             if table.num_columns > 1:
                 _check_labels(*(column.combine_chunks().flatten() for column in table.columns))

@@ -218,7 +218,7 @@ class StreamedRows(Dataset[Row]):
         group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
         if superposed and self.joins:
             blocks = [as_block(row) for row in group]
-            check_columns(blocks[0], self.columns)
+            check_columns(blocks[0], self.columns, self.bag_columns)
             return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in blocks])
         rows = [self._chosen(row) for row in group]
         return rows if superposed else rows[0]

@@ -55,14 +55,24 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Rename a folder, unless another process has already made it: its files are the same. One that has lost files is replaced."""
-    if folder.is_dir() and not _is_complete(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Rename a folder, unless another process has already made it: its files are the same. One that has lost files gets all of them.
+
+    Nothing else is removed there: `datasets` keeps files of its own in it, which running processes may use.
+    """
     try:
         made.rename(folder)
+        return
     except OSError:
-        if not _is_complete(folder):
+        if not folder.is_dir():
             raise
+    if _is_complete(folder):
+        return
+    names = [*_sizes(made), SIZES]
+    for name in names:
+        (made / name).replace(folder / name)
+    for file in folder.glob("data-*"):
+        if file.name not in names:
+            file.unlink(missing_ok=True)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -15,9 +15,10 @@ from shlex import quote
 from ..errors import TSTError
 
 REPLACED = "_replaced"
+CHECKPOINTS = "checkpoint-[0-9]*"
 # Files of a run in its folder; other files are the user's.
 RUN_FILES = (
-    "checkpoint-[0-9]*", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
+    CHECKPOINTS, "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
     "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "all_results.json", "train_results.json",
     "eval_results.json",
     "loss_curve.png", "_run.json",
@@ -38,7 +39,7 @@ def check_free(output_dir: str, command: str) -> None:
             f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
             f"`{elsewhere} --output_dir {quote(output_dir.rstrip('/') + '-2')}` keeps it."
         )
-    if any(folder.glob("checkpoint-*")) or is_set_aside(folder):
+    if any(folder.glob(CHECKPOINTS)) or is_set_aside(folder):
         raise TSTError(
             f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
             f"`{command} --overwrite_output_dir` replaces it."

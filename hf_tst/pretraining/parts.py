@@ -301,6 +301,9 @@ def load_parts(
         check_optimizer(args, model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model)
+        for text in documents if args.process_index == 0 else ():  # once, since the file may be large
+            if isinstance(text, TokenFile):
+                text.check_ids(model.get_input_embeddings().num_embeddings)
         block_size = choose_block_size(data_args, model.config)
         if args.tst_enabled:
             make_schedule(args, 1).positions_per_row("superposition", block_size)  # or its refusal

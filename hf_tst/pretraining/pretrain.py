@@ -25,6 +25,7 @@ from ..training.arguments import TSTTrainingArguments
 from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries
 from ..training.phase_switch import ReinitializeCallback
+from ..training.run_identity import list_checkpoints
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
 from .overwrite import check_free, discard, nothing_left, put_back, set_aside
@@ -121,11 +122,11 @@ def _train(
     try:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException as error:
-        begun = any(folder.glob("checkpoint-[0-9]*"))  # of this run: those of an older one are set aside
+        begun = any(list_checkpoints(folder))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
             (discard if begun else put_back)(folder)
         if isinstance(error, KeyboardInterrupt) and begun:
-            newest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-[0-9]*"))
+            newest = max(list_checkpoints(folder))
             raise KeyboardInterrupt(
                 f"at step {trainer.state.global_step}, and the newest checkpoint is of step {newest}: continue with "
                 "--resume_from_checkpoint last"

@@ -28,14 +28,18 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
     """
     rows: list[tuple[str, ...]] = [PHASE_COLUMNS]
     step = raw_tokens = latent_tokens = 0
+    last_phase = next((phase_of(entry) for entry in reversed(log_history) if phase_of(entry)), None)
     for phase in ("superposition", "recovery"):
         entries = [entry for entry in log_history if phase_of(entry) == phase]
         losses = [entry for entry in entries if "loss" in entry and "tst_raw_tokens" in entry]
         if not losses:
             continue
         first, last = losses[0], losses[-1]
-        # That after training belongs to no phase, but to the last step.
-        here = [*entries, *(entry for entry in log_history if entry.get("step") == last["step"])]
+        # The evaluation after training belongs to no phase, so to the last one.
+        phases = (phase, None) if phase == last_phase else (phase,)
+        here = [
+            entry for entry in log_history if phase_of(entry) in phases and entry["step"] >= first["step"]
+        ]
         evaluations = [f"{entry['eval_loss']:.3f}" for entry in here if "eval_loss" in entry]
         row = (
             phase,

@@ -130,13 +130,18 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     """
     dimensions: set[int | None] = set()
     changed: list[bool] = []
+    # Taken before, since the subclass may change the batch.
+    labels, expected = batch["labels"].clone(), batch["input_ids"].dim()
+    shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
+    ids_shape = tuple(batch["input_ids"].shape)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         dimensions.add(ids.dim() if isinstance(ids, Tensor) else None)
-        labels = kwargs.get("labels")
-        if isinstance(labels, Tensor) and labels.dim() == 3:
-            changed.append(not torch.equal(labels, batch["labels"].to(labels.device)))
+        passed = kwargs.get("labels")
+        # A loss that is computed in parts passes other shapes.
+        if isinstance(passed, Tensor) and passed.shape == labels.shape:
+            changed.append(not torch.equal(passed, labels.to(passed.device)))
 
     called, _ = find_language_model(model)
     try:
@@ -147,7 +152,6 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
             raise
-        shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
         raise TSTError(
             f"{name}'s own loss fails on a batch of bags ({shapes}; the last dimension is the bag's): "
             f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
@@ -158,8 +162,8 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             f"{name} passes labels to the model that are not those of the batch. In superposition labels are the next bag's, so what is "
             "masked by the ids beside them are other targets: mask labels in the data or in data_collator, which gets single tokens."
         )
-    if (expected := batch["input_ids"].dim()) not in dimensions:
+    if expected not in dimensions:
         raise TSTError(
-            f"{name} does not pass the batch's input_ids, of shape {tuple(batch['input_ids'].shape)}, to the model, but others: pass "
+            f"{name} does not pass the batch's input_ids, of shape {ids_shape}, to the model, but others: pass "
             f"them on with all {expected} dimensions, the last of which is the bag's."
         )

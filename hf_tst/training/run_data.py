@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
-from ..data.own_batches import POSITIONS_ARE_DROPPED, FoldedBatches
+from ..data.own_batches import FoldedBatches
 from ..data.read_order import BatchLayout, DataPlan, longest_plan
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows, one_thread
@@ -237,9 +237,7 @@ def open_run_data(trainer: Any) -> RunData:
         first = as_block(blocks[0])
         columns = [name for name in first if used is None or name in used]
         if joins:
-            check_columns(first, used)
-        if "position_ids" in columns and not respects:
-            logger.warning(POSITIONS_ARE_DROPPED)
+            check_columns(first, used, bag_columns)
         rules = replace(rules, length=facts.block_length)
         _warn_of_overlap(blocks, facts)
         rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)

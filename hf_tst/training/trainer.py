@@ -170,7 +170,7 @@ class TSTTrainer(SavingTrainer):
         names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
         heads = {name: getattr(self.args, name) for name in names}
         super()._hp_search_setup(trial)
-        if trial is None:
+        if self.hp_search_backend is None:
             return
         for name, value in heads.items():
             if (now := getattr(self.args, name)) != value:
