@@ -84,8 +84,8 @@ class NonFiniteCallback(TrainerCallback):
         if self._trainer.args.tst_nonfinite_loss != "stop":
             return
         notes, self._notes = self._notes, []
-        numbers = [number.to(notes[0][2].device, torch.float32) for _, _, number in notes]
-        bad = list(compress(notes, (~torch.stack(numbers).isfinite()).tolist())) if notes else []
+        are_bad = [~torch.isfinite(number).to(notes[0][2].device) for _, _, number in notes]
+        bad = list(compress(notes, torch.stack(are_bad).tolist())) if notes else []
         reader = 0 if self._trainer._data is None else self._trainer._data.rank
         first = [(step, micro_batch, reader, float(number)) for step, micro_batch, number in bad[:1]]
         if found := gather_object(first):
