@@ -200,6 +200,11 @@ class OwnModelForCausalLM(PreTrainedModel):
         hidden = self.embed(input_ids)
         if self.config.kind == "value embedding":
             hidden = hidden + self.more(input_ids)
+        if self.config.kind == "table without a mix of positions":
+            logits = self.head(hidden + self.more(input_ids))
+            return CausalLMOutputWithPast(
+                loss=None if labels is None else self.loss_function(logits, labels, VOCAB_SIZE), logits=logits
+            )
         if self.config.kind == "row of a table":
             hidden = hidden + self.more.weight[input_ids.long()]
         if self.config.kind == "hash of neighbours":
@@ -228,7 +233,10 @@ def test_other_forms_of_outputs_and_noise_are_no_reason_to_refuse_a_model(make_a
 
 
 @pytest.mark.parametrize("mode", ["full", "output"])
-@pytest.mark.parametrize("kind", ["none", "value embedding", "row of a table", "hash of neighbours"])
+@pytest.mark.parametrize(
+    "kind",
+    ["none", "value embedding", "table without a mix of positions", "row of a table", "hash of neighbours"],
+)
 def test_a_model_that_reads_ids_beside_its_embedding_is_refused(make_args, kind, mode):
     trainer = TSTTrainer(
         OwnModelForCausalLM(OwnConfig(kind)),

@@ -290,9 +290,9 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
 
     try:
         with _probing(model):
-            scale = _change(model, token, other)
+            scale = _change(model, token, other, begin=0)
             with core.get_input_embeddings().register_forward_hook(hold):
-                elsewhere, noise = _change(model, token, other), _change(model, token, token)
+                elsewhere, noise = (_change(model, token, ids, begin=0) for ids in (other, token))
     except Exception as error:  # whatever a model may raise: the check is an extra
         logger.warning(f"Cannot check that ids reach {name} by its input embedding alone: {one_line(error)}.")
         return
@@ -325,12 +325,12 @@ def _probing(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _change(model: nn.Module, tokens: Tensor, other: Tensor, **inputs: Tensor) -> float:
-    """The largest change of the second half's logits when the first half changes."""
+def _change(model: nn.Module, tokens: Tensor, other: Tensor, begin: int = _LENGTH, **inputs: Tensor) -> float:
+    """The largest change of the logits from position `begin` on, by default of the second half, when the first half changes."""
     _, core = find_language_model(model)
     options: dict[str, Any] = inputs
     if "use_cache" in inspect.signature(type(core).forward).parameters:
         options = inputs | {"use_cache": False}  # as in training; with a cache, attention crosses documents
     outputs = [model(input_ids=ids, **options) for ids in (tokens, other)]
-    logits = [(each["logits"] if isinstance(each, Mapping) else each[0])[:, _LENGTH:] for each in outputs]
+    logits = [(each["logits"] if isinstance(each, Mapping) else each[0])[:, begin:] for each in outputs]
     return float((logits[0].float() - logits[1].float()).abs().max())
