@@ -13,11 +13,11 @@ from hf_tst import TSTTrainer, fused_evaluation_loss, token_superposition
 
 @contextmanager
 def logit_widths(model):
-    """The last dimension of the logits of every forward pass in evaluation mode."""
+    """The last dimension of the logits of every forward pass with labels in evaluation mode."""
     widths = []
 
     def note(module, args, output):
-        if not module.training:
+        if not module.training and output.loss is not None:
             widths.append(output.logits.shape[-1])
 
     handle = model.register_forward_hook(note)

@@ -128,7 +128,7 @@ def test_superposition_alters_neither_flops_nor_peak_of_memory():
         (["--num_gpus", "0"], "must be at least 1"),
         (["--num_gpus", "8", "--shard_size", "3"], "shard_size=3 must divide num_gpus=8"),
         (["--num_gpus", "3"], "is not a multiple of the 98304 tokens of a micro-batch"),
-        (["--max_steps", "-1"], "max_steps is -1: set it"),
+        (["--max_steps", "-1"], "max_steps is -1, and a plan reads no data"),
         (["--tst_phase_ratio", "2"], "tst_phase_ratio must be from 0 to 1"),
         (["--tst_bag_size", "0"], "tst_bag_size must be a whole number"),
         (["--block_size", "4096"], "more than the model's context of 2048"),

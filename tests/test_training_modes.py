@@ -47,7 +47,9 @@ def plain(tmp_path_factory):
 def test_recomputed_activations(make_args, plain, model_type, reentrant, fused):
     recomputed = []
     model = make_model(model_type)
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda mlp, _: recomputed.append(1) if mlp.training else None
+    )
     options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
     args = make_args(adam_epsilon=1e-3, tst_fused_loss=fused, **options)
     torch.testing.assert_close(train(model, args), plain(make_args, model_type), rtol=1e-5, atol=1e-5)
@@ -56,7 +58,9 @@ def test_recomputed_activations(make_args, plain, model_type, reentrant, fused):
 
 def test_the_older_name_of_recomputed_activations(make_args, plain):
     model, passes = make_model("llama"), []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda mlp, _: passes.append(1) if mlp.training else None
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(
         train(model, make_args(adam_epsilon=1e-3)), plain(make_args, "llama"), rtol=1e-5, atol=1e-5

@@ -137,7 +137,7 @@ def evaluations(folder: Path, world_size: int, settings: dict[str, str] | None =
     widths = set()
 
     def note(module: Any, args: Any, output: Any) -> None:
-        if not module.training:
+        if not module.training and output.loss is not None:
             widths.add(output.logits.shape[-1])
 
     trainer.model.register_forward_hook(note)
