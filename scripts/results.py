@@ -94,11 +94,13 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
             Row(("16,000, again", "16k", "uniform"), "bag-weighting-16000"),
             Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
+            Row(("64,000, other text", "16k", "uniform"), "one-pass-64000"),
             Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
             Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
             Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
             Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
             Row(("16,000", "16k", "linear, power law"), "bag-weighting-16000", "tst-linear-power"),
+            Row(("64,000, other text", "16k", "linear, power law"), "one-pass-64000", "tst-linear-power"),
         ],
     ),
     "vocabulary": (
