@@ -94,13 +94,13 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
             Row(("16,000, again", "16k", "uniform"), "bag-weighting-16000"),
             Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
-            Row(("64,000, other text", "16k", "uniform"), "one-pass-64000"),
+            Row(("64,000, more text", "16k", "uniform"), "one-pass-64000"),
             Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
             Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
             Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
             Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
             Row(("16,000", "16k", "linear, power law"), "bag-weighting-16000", "tst-linear-power"),
-            Row(("64,000, other text", "16k", "linear, power law"), "one-pass-64000", "tst-linear-power"),
+            Row(("64,000, more text", "16k", "linear, power law"), "one-pass-64000", "tst-linear-power"),
         ],
     ),
     "vocabulary": (
@@ -252,7 +252,7 @@ def draw_rows(name: str) -> Any:
     from matplotlib.figure import Figure
 
     rows = QUESTIONS[name][1]
-    figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.9 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         apart = row.differences
@@ -264,7 +264,8 @@ def draw_rows(name: str) -> Any:
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [", ".join(row.labels) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("loss minus the baseline's (nats); left of 0, TST is ahead")
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("loss minus the baseline's (nats)\nleft of 0, TST is ahead")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
