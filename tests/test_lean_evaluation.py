@@ -77,7 +77,8 @@ def test_a_batch_without_targets_is_left_out_of_the_mean(llama, make_args):
     with logit_widths(llama) as widths:
         found = trainer.evaluate()["eval_loss"]
     assert widths == [0, 0]
-    assert found == pytest.approx(expected, rel=1e-5)
+    # Older versions of Transformers do not leave it out.
+    assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
 def test_metrics_and_predictions_get_logits_during_training_too(llama, make_args):
