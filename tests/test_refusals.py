@@ -7,7 +7,7 @@ from types import MethodType, SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, make_model
+from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -281,10 +281,18 @@ def test_own_losses_that_pass_the_labels_of_the_batch_train(llama, make_args, ho
 
 
 def test_documents_are_respected_by_a_model_of_model_init(llama, make_args):
-    llama.config.use_cache = True
-    args = make_args(max_steps=4, tst_document_boundaries="respect")
+    """Trainer does not switch the cache of such a model off, with which attention would cross documents."""
     llama.config.eos_token_id = 5
-    TSTTrainer(None, args, model_init=lambda: copy.deepcopy(llama), train_dataset=make_blocks(100)).train()
+    runs = []
+    for use_cache in (True, False):
+        llama.config.use_cache = use_cache
+        args = make_args(max_steps=8, tst_document_boundaries="respect")
+        trainer = TSTTrainer(
+            None, args, model_init=lambda: copy.deepcopy(llama), train_dataset=make_blocks(200)
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
 
 
 def test_positions_of_several_axes_are_left_out_of_bags(llama, make_args):
