@@ -125,10 +125,9 @@ class DataCollatorForTokenSuperposition:
             return self._collate_tokens(features)
         masks = [feature.get("attention_mask") for feature in features]
         check_no_padding(all(mask is None or np.asarray(mask).all() for mask in masks))
-        documents = [name for name in DOCUMENT_COLUMNS if features[0].get(name) is not None][:1]
-        names = {"input_ids", "labels", *(documents if self.document_boundaries == "respect" else ())} & {
-            *features[0]
-        }
+        names = [name for name in ("input_ids", "labels") if name in features[0]]
+        if self.document_boundaries == "respect":
+            names += [name for name in DOCUMENT_COLUMNS if features[0].get(name) is not None][:1]
         return self.fold(
             {
                 name: torch.from_numpy(np.stack([feature[name] for feature in features], dtype=np.int64))

@@ -100,6 +100,6 @@ def discard(folder: Path) -> None:
     if not is_set_aside(folder):
         return
     with suppress(OSError):
-        for checkpoint in folder.glob("checkpoint-*"):
+        for checkpoint in folder.glob(CHECKPOINTS):
             flush_folder(checkpoint)
         shutil.rmtree(folder / REPLACED, ignore_errors=True)

@@ -131,9 +131,8 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     dimensions: set[int | None] = set()
     changed: list[bool] = []
     # Taken before, since the subclass may change the batch.
-    labels, expected = batch["labels"].clone(), batch["input_ids"].dim()
+    labels, ids_shape = batch["labels"].clone(), tuple(batch["input_ids"].shape)
     shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
-    ids_shape = tuple(batch["input_ids"].shape)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -162,7 +161,7 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             f"{name} passes labels to the model that are not those of the batch. In superposition labels are the next bag's, so what is "
             "masked by the ids beside them are other targets: mask labels in the data or in data_collator, which gets single tokens."
         )
-    if expected not in dimensions:
+    if (expected := len(ids_shape)) not in dimensions:
         raise TSTError(
             f"{name} does not pass the batch's input_ids, of shape {ids_shape}, to the model, but others: pass "
             f"them on with all {expected} dimensions, the last of which is the bag's."

@@ -30,7 +30,7 @@ from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, EpochSampler, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError
 from .arguments import TSTArguments
-from .collators import keeps_ids, make_collator
+from .collators import keeps_ids
 from .refusals import block_rules
 
 logger = logging.get_logger(__name__)
@@ -216,12 +216,13 @@ def open_run_data(trainer: Any) -> RunData:
     _check_loader(args, streamed)
     layout = _layout(trainer)
     rules = block_rules(trainer.model, trainer.processing_class)
-    if not keeps_ids(trainer.data_collator):
-        rules = replace(rules, vocab_size=None)  # the ids of its batches are checked
+    # A user's collator gets the blocks of a row one by one, and may change their ids: those of its batches are checked.
+    joins = keeps_ids(trainer.data_collator)
+    if not joins:
+        rules = replace(rules, vocab_size=None)
     respects = args.tst_document_boundaries == "respect"
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
-    joins = isinstance(make_collator(trainer).superposition, DataCollatorForTokenSuperposition)
     used = _columns_for_collator(trainer, document_columns)
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows

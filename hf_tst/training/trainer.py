@@ -248,9 +248,10 @@ class TSTTrainer(SavingTrainer):
             # Resumed from the last checkpoint of a finished run, Trainer would do one more step before it stops.
             self.control.should_training_stop = True
             return [], None
+        batches = epoch_iterator
         if self._data is not None:
             self._data.check_accumulation(self.args.gradient_accumulation_steps)
-        batches = epoch_iterator if self._data is None else self._data.received(epoch_iterator)
+            batches = self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
         if not samples or not is_superposed(samples[0]):
             samples, count = super().get_batch_samples(iter(samples), num_batches, device)
