@@ -27,7 +27,7 @@ from ..data.text_files import ending
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
-from ..training.run_data import make_schedule
+from ..training.run_plan import make_schedule
 from .options import DataArguments, ModelArguments, choose_block_size
 
 logger = logging.get_logger(__name__)

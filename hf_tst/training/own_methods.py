@@ -16,7 +16,7 @@ from ..errors import TSTError, whole_message
 from ..models.head import replaced
 from ..models.superposition import find_language_model
 from .overriding import is_superposed, overrides
-from .run_data import fold_own_loader
+from .train_dataloader import fold_own_loader
 
 
 class OwnMethods:

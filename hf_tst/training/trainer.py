@@ -41,12 +41,13 @@ from .own_methods import OwnMethods
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
-from .run_data import RunData, fold_own_loader, make_loader, open_run_data, plain_loader
+from .run_data import RunData
 from .run_identity import RunIdentityCallback
 from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
+from .train_dataloader import fold_own_loader, make_loader, open_run_data, plain_loader
 
 
 class TSTTrainer(SavingTrainer):
