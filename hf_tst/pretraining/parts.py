@@ -26,8 +26,8 @@ from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.text_files import ending
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
+from ..training.data_plan import make_schedule
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
-from ..training.run_plan import make_schedule
 from .options import DataArguments, ModelArguments, choose_block_size
 
 logger = logging.get_logger(__name__)

@@ -22,9 +22,9 @@ from ..data.rows import EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
 from .arguments import TSTArguments
 from .collators import keeps_ids
+from .data_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
 from .refusals import block_rules
 from .run_data import RunData
-from .run_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
 
 logger = logging.get_logger(__name__)
 
