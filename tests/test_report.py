@@ -63,3 +63,18 @@ def test_the_evaluation_after_training_is_that_of_its_last_phase():
     end = trained[-1]["step"]
     *_, last = phase_rows([*trained, {"step": end, "train_runtime": 1.0}, {"step": end, "eval_loss": 1.25}])
     assert last[-1] == "1.250"
+
+
+def test_steps_are_counted_to_the_end_of_the_run():
+    """Beyond the last logged loss, also if recovery logged none."""
+    summary = {
+        "step": 12,
+        "tst_current_bag_size": 1,
+        "tst_raw_tokens": 210,
+        "tst_latent_tokens": 120,
+        "train_loss": 3.0,
+    }
+    *_, last = phase_rows([*HISTORY, summary])
+    assert last[:6] == ("recovery", "3-11", "90", "90", "5.000", "3.000")
+    *_, last = phase_rows([*HISTORY[:3], summary])
+    assert last[:6] == ("recovery", "3-11", "90", "90", "-", "-")

@@ -71,7 +71,8 @@ def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     own: dict[str, Any] = {} if given.get("train_file") or given.get("dataset_name") else quick_start()
     if command in ("compare", "sweep"):
         own = own | {"output_dir": f"runs/{command}"}
-    return defaults | own | given
+    # Transformers' default, which its arguments set when they are made.
+    return defaults | {"output_dir": "trainer_output"} | own | given
 
 
 def flag_values(words: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def describe(values: Mapping[str, Any]) -> str:
     new = values.get("config_name") or values.get("model_type") or "model"
     model = f"{trained}, continued" if trained else f"a new {new}"
     if resumed := values.get("resume_from_checkpoint"):
-        model = f"the run in {values['output_dir']}, continued from its checkpoint {Path(str(resumed)).name}"
+        name = "its last checkpoint" if resumed == "last" else Path(str(resumed)).name
+        model = f"the run in {values['output_dir']}, resumed from {name}"
     data = values.get("train_file") or values.get("dataset_name") or "Python's standard library"
     length = ""
     steps, ratio, size = (

@@ -31,10 +31,15 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
     last_phase = next((phase_of(entry) for entry in reversed(log_history) if phase_of(entry)), None)
     for phase in ("superposition", "recovery"):
         entries = [entry for entry in log_history if phase_of(entry) == phase]
-        losses = [entry for entry in entries if "loss" in entry and "tst_raw_tokens" in entry]
-        if not losses:
+        counted = [entry for entry in entries if "tst_raw_tokens" in entry]
+        if not counted:
             continue
-        first, last = losses[0], losses[-1]
+        first, last = (
+            counted[0],
+            counted[-1],
+        )  # the last one may be Trainer's summary, beyond the last logged loss
+        losses = [entry for entry in counted if "loss" in entry]
+        ends = (losses[0], losses[-1]) if losses else ({}, {})
         # The evaluation after training belongs to no phase, so to the last one.
         phases = (phase, None) if phase == last_phase else (phase,)
         here = [
@@ -46,9 +51,9 @@ def phase_rows(log_history: LogHistory) -> list[tuple[str, ...]]:
             f"{step}-{last['step'] - 1}",
             f"{last['tst_raw_tokens'] - raw_tokens:,}",
             f"{last['tst_latent_tokens'] - latent_tokens:,}",
-            *(f"{_own_loss(entry):.3f}" for entry in (first, last)),
+            *(f"{_own_loss(entry):.3f}" if entry else "-" for entry in ends),
             evaluations[-1] if evaluations else "-",
-            *map(_expert_load, (first, last)),
+            *map(_expert_load, ends),
         )
         rows.append(row)
         step, raw_tokens, latent_tokens = last["step"], last["tst_raw_tokens"], last["tst_latent_tokens"]
