@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class TSTError(ValueError):
-    """Bad input: an argument, a file, a data set or a checkpoint that cannot be used. The message is one sentence."""
+    """Bad input: an argument, a file, a data set or a checkpoint that cannot be used. The message says what is wrong and what to do."""
 
     def __str__(self) -> str:
         # A loader's process hands an error on as the text of its traceback, which ends in the message.

@@ -1,6 +1,6 @@
 """Write the tables of model families in `docs/families.md`, long and short, from what tiny models of each do.
 
-Nothing in the table is typed in: where the embeddings are scaled, what is added to them, and whether the loss is fused
+Nothing in the table is written by hand: where the embeddings are scaled, what is added to them, and whether the loss is fused
 is measured on the models of `tests/tiny_families.py`, the same that `tests/test_families.py` trains.
 """
 
@@ -136,7 +136,7 @@ def _describe_embedding(model: Any) -> str:
     inside, factor, adds = measure_embedding(model)
     text = f"`{name}`" + _times(inside, embedding.weight.shape[1], " inside it")
     if factor is None:
-        return text + ", then normalised"
+        return text + ", then normalized"
     return (
         text
         + _times(factor, embedding.weight.shape[1], " after the mean")

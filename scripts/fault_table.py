@@ -1,6 +1,6 @@
-"""Write the table of faults, `docs/faults.md`, from what runs do that are killed, starved and lied to.
+"""Write the table of faults, `docs/faults.md`, from what runs do that are killed, out of disk space, or given damaged files.
 
-Nothing in the table is typed in: every fault of `tests/faults/fault_catalogue.py` happens to a run in a process of its
+Nothing in the table is written by hand: every fault of `tests/faults/fault_catalogue.py` happens to a run in a process of its
 own, which is then resumed; the same that `tests/faults` tests.
 """
 

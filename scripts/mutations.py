@@ -1,4 +1,4 @@
-"""Write the table of `docs/mutations.md`: lines that matter, broken one at a time, and the first test that goes red.
+"""Write the table of `docs/mutations.md`: lines that matter, broken one at a time, and the first test that fails.
 
 Each break is made in a copy of the tracked files, so that the checkout stays as it is. A row whose last column is empty
 is a break that no test of its files has noticed: write that test.

@@ -34,8 +34,8 @@ def main(argv: Sequence[str], prog: str | None = None) -> None:
     print(format_columns(rows))
     print(
         "\nHours at 40 % of the peak. Uncompiled, the 270M model reached 15 %: see\n"
-        "hf-tst plan NAME --mfu 0.15. Pairs cost the same, but 10B-A1B ends at the\nsame loss, as in the paper."
+        "hf-tst plan NAME --mfu 0.15. Each pair costs the same, except 10B-A1B:\nthere the baseline runs until it reaches TST's loss, as in the paper."
     )
     print(f"\nhf-tst train NAME, hf-tst plan NAME; the files are in\n{RECIPES}\n")
     names = ", ".join(sorted(path.stem for path in ACCELERATE.glob("*.yaml")))
-    print(f"For accelerate launch --config_file FOLDER/NAME.yaml: {names}, in\n{ACCELERATE}")
+    print(f"For accelerate launch --config_file FOLDER/NAME.yaml:\n{names}, in\n{ACCELERATE}")

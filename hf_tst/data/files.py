@@ -60,7 +60,7 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
     if len(kinds) > 1 or kinds[0] not in ENDINGS:
         raise TSTError(
             f"Cannot read {path} with the endings {kinds}: name files of one kind, which must end in one of "
-            f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}, or in one of these and .gz, .bz2, .zst or .xz."
+            f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}; all but .parquet and {TOKEN_FILE_SUFFIX} may also end in .gz, .bz2, .zst or .xz."
         )
     columns = columns_of(files[0])
     column = choose_column(columns, text_column, f"The file {files[0]}")

@@ -98,7 +98,9 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                 if number > skipped:
                     yield batch
             if not number:
-                raise TSTError(f"The training loader gave no batch in pass {data_pass + 1} over its data.")
+                raise TSTError(
+                    f"The training loader gave no batch in pass {data_pass + 1} over its data: let it start again in each pass."
+                )
             skipped = max(0, skipped - number)
 
 

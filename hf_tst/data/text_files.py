@@ -63,7 +63,9 @@ def log_column(column: str, columns: Sequence[str], source: str) -> None:
     """Log which column is read if there are several, or if it has an unusual name. Logs once for training and evaluation data."""
     others = ", ".join(name for name in columns if name != column)
     if others or column not in (TOKENS, "text"):
-        logger.warning_once(f"Of {source} the column {column!r} is read{', not ' if others else ''}{others}.")
+        logger.warning_once(
+            f"Reading the column {column!r} of {source}{', ignoring ' if others else ''}{others}."
+        )
 
 
 def column_type(column: str) -> Any:

@@ -133,7 +133,7 @@ def score_texts(
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     windows = [window for ids in encoded for window in _windows([first, *ids], length)]
     if not windows:
-        raise TSTError("There is no text to predict.")
+        raise TSTError("There is no text to predict: give at least one text that is not empty.")
     windows.sort(key=lambda window: len(window[0]))
     tally = LossTally()
     with evaluating(model):

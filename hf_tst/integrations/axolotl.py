@@ -40,7 +40,7 @@ TokenSuperpositionInput = create_model(
 SOURCE_KEYS = ("path", "name", "split", "type", "ds_type", "field", "text_column", "data_files", "revision", "skip", "trust_remote_code")  # fmt: skip
 TEXT_TYPES = ("completion", "pretrain")
 REFUSED = {
-    "sample_packing": "rows are packed already, and superposition joins neighbouring blocks of the text, which it would mix",
+    "sample_packing": "rows are packed already, and superposition joins neighboring blocks of the text, which it would mix",
     "batch_flattening": "rows are full already",
     "balance_labels": "all tokens are targets",
     "rl": "superposition is for pre-training on text",

@@ -82,7 +82,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     try:
         if choice == "off":
-            raise UnfusableHeadError("tst_fused_loss is 'off'")
+            raise UnfusableHeadError("tst_fused_loss is 'off', or the trainer has its own compute_loss")
         if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
             raise UnfusableHeadError("it has its own loss function")
         head = inspect_head(model)

@@ -110,7 +110,7 @@ def check_loss_is_replaceable(model: Any) -> None:
         labels = given.get("labels")
         if given and (not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS)):
             raise TSTError(
-                f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss."
+                f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss: set tst_phase_ratio=0."
             )
         if not given:
             raise TSTError(

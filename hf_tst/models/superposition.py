@@ -102,8 +102,8 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
     """Context in which a causal language model computes its next-token loss fused with its head.
 
     The loss is the model's own up to rounding (nats, float32, 0-dim; 0 where a batch has no target, and the model's own is
-    NaN), but in training mode the logits of a batch are never computed: `outputs.logits` of a forward pass with labels, of shape
-    `(B, l)`, is empty. Superposition does the same to its loss, so this is
+    NaN), but in training mode the logits of a batch are never computed: if labels of shape `(B, l)`
+    are given, `outputs.logits` is empty. Superposition does the same to its loss, so this is
     for the recovery phase and for baselines. After the context the model is restored.
 
     Args:
@@ -166,7 +166,9 @@ def find_language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     core = called
     if hasattr(called, "peft_config") and hasattr(called, "get_base_model"):
         if any(getattr(config, "is_prompt_learning", False) for config in called.peft_config.values()):
-            raise TSTError("Token superposition cannot train PEFT prompt learning: it adds virtual tokens.")
+            raise TSTError(
+                "Token superposition cannot train PEFT prompt learning, which adds virtual tokens: use another method, such as LoRA."
+            )
         core = called.get_base_model()
     _check_model(core)
     return called, core
@@ -178,7 +180,9 @@ def _check_model(model: Any) -> None:
     if config is None or not hasattr(type(model), "loss_function"):
         raise TSTError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
     if getattr(config, "is_encoder_decoder", False):
-        raise TSTError(f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder.")
+        raise TSTError(
+            f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder: use another model."
+        )
     if model.get_output_embeddings() is None or not _is_causal(model):
         raise TSTError(
             f"{name} is not a text-only causal language model: load the model with AutoModelForCausalLM, or with its own "
@@ -195,7 +199,7 @@ def _check_model(model: Any) -> None:
         if takes_ids and not is_table_of_positions and embedding not in part.modules():
             taker = own_class(part).__name__
             raise TSTError(
-                f"{name} looks tokens up outside of its input embedding, too ({taker} takes `input_ids`), so bags do not reach it."
+                f"{name} also reads token ids outside its input embedding ({taker} takes `input_ids`), where bags do not reach: set tst_phase_ratio=0."
             )
 
 

@@ -129,7 +129,7 @@ class MTPHeads(nn.Module):
                 "The model is sharded, but its extra heads are not: call fully_shard inside multi_token_prediction."
             )
         if all(module is not self.end.last_layer for module in model.modules()):
-            raise TSTError("These extra heads were made for another model.")
+            raise TSTError("These extra heads were made for another model: make new MTPHeads from this one.")
 
     def forward(self, call: LayerCall, next_embeddings: list[Tensor]) -> list[Tensor]:
         """The hidden states of the extra heads, before the model's final norm.

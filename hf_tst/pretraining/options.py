@@ -114,7 +114,7 @@ class DataArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set.")
     train_file: str | None = HfArg(
         default=None,
-        help="Text to train on: .txt, .jsonl, .json, .csv, .tsv or .parquet, also .gz, .bz2, .zst or .xz of these, or a pattern such as "
+        help="Text to train on: .txt, .jsonl, .ndjson, .json, .csv or .tsv (also with .gz, .bz2, .zst or .xz), or .parquet; a pattern such as "
         "'corpus/**/*.jsonl'; or token ids in a .npy file, one row of uint16 or uint32, as scripts/pack_ids.py writes.",
     )
     validation_file: str | None = HfArg(default=None, help="Text or token ids to evaluate on.")

@@ -89,7 +89,7 @@ class TSTArguments(_Base):
         mtp_kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` heads beside the last layer (arXiv 2404.19737), or
             `"sequential"` heads after it, each of which reads one more token (DeepSeek-V3, arXiv 2412.19437).
         mtp_loss_weight (`float`, *optional*): Weight of the extra heads' losses: of their sum if parallel, of their mean
-            if sequential. Defaults to 0.1 if parallel (the paper has 1), to 0.3 if sequential.
+            if sequential. Defaults to 0.1 if parallel (1 in arXiv 2404.19737), to 0.3 if sequential.
         mtp_loss_weight_end (`float`, *optional*): Weight in the last step of the run. The weight changes linearly from
             `mtp_loss_weight` in the first next-token step. Defaults to a constant weight.
         tst_nonfinite_loss (`str`, *optional*, defaults to `"stop"`): What to do at a non-finite loss or gradient, in both

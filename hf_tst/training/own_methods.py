@@ -154,15 +154,15 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
         raise TSTError(
             f"{name}'s own loss fails on a batch of bags ({shapes}; the last dimension is the bag's): "
             f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
-            "Skip what needs single tokens where labels have three dimensions."
+            "Where labels have three dimensions, the batch holds bags: skip code that needs single tokens."
         ) from error
     if any(changed):
         raise TSTError(
-            f"{name} passes labels to the model that are not those of the batch. In superposition labels are the next bag's, so what is "
-            "masked by the ids beside them are other targets: mask labels in the data or in data_collator, which gets single tokens."
+            f"{name} changes the labels before it calls the model. In superposition the labels of a position are the tokens of the next bag, so "
+            "a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets single tokens."
         )
     if (expected := len(ids_shape)) not in dimensions:
         raise TSTError(
-            f"{name} does not pass the batch's input_ids, of shape {ids_shape}, to the model, but others: pass "
-            f"them on with all {expected} dimensions, the last of which is the bag's."
+            f"{name} must pass the batch's input_ids, of shape {ids_shape}, to the model unchanged, with all {expected} dimensions: the last "
+            "one is the bag's."
         )

@@ -64,8 +64,8 @@ def check_model(args: TSTArguments, model: Any) -> None:
             own = vars(core).get("_loss_function")
             if isinstance(own, TSTLoss):
                 raise TSTError(
-                    "The model is inside token_superposition or fused_next_token_loss, or is a copy that was made there, as in training: "
-                    "leave that context, or load the state_dict of the copy into a new model."
+                    "The model was made or copied inside token_superposition or fused_next_token_loss, as in training: leave that context "
+                    "before you make the trainer, or load the state_dict of the copy into a new model."
                 )
             if own not in (None, LOSS_MAPPING["ForCausalLM"]):
                 raise TSTError(
@@ -298,8 +298,8 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
         return
     if elsewhere > _ROUNDING * scale + 3 * noise:
         raise TSTError(
-            f"{name} looks tokens up outside of its input embedding, too, so bags do not reach it: its logits depend on the ids where the "
-            "embedding gives the same. Superposition cannot train this model; set tst_phase_ratio=0."
+            f"{name} also reads token ids outside its input embedding, for example in a second table: its logits change with the ids although "
+            "the embeddings do not. Superposition cannot train this model; set tst_phase_ratio=0."
         )
 
 

@@ -3,7 +3,7 @@
     python scripts/examples/sft_trl.py --output_dir out --max_steps 1000 --learning_rate 2e-5
 
 The text is packed here: trl's packing puts documents in another order (`bfd`) or leaves rows that are not full (`wrapped`), and
-superposition joins neighbouring rows.
+superposition joins neighboring rows.
 """
 
 from dataclasses import dataclass
