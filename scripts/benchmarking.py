@@ -41,7 +41,10 @@ def measure_alternating(
     for number in range(rounds + 1):
         shuffle(order)
         for name in order:
-            with (contexts or {}).get(name, nullcontext)():
+            context = (contexts or {}).get(name)
+            with nullcontext() if context is None else context():
+                if context is not None:
+                    candidates[name]()  # what is done once after entering is not timed
                 _synchronize(device)
                 start = time.perf_counter()
                 candidates[name]()
@@ -92,9 +95,12 @@ def append_rows(
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    names = [*rows[0], *circumstances]
     is_new = not path.exists()
+    if not is_new and (found := path.read_text(encoding="utf-8").splitlines()[0].split(",")) != names:
+        raise SystemExit(f"{path} has other columns ({', '.join(found)}): write to another file.")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *circumstances])
+        writer = csv.DictWriter(file, fieldnames=names)
         if is_new:
             writer.writeheader()
         writer.writerows({**row, **circumstances} for row in rows)

@@ -107,11 +107,13 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
         Step("FSDP2", tests("test_fsdp_gpu.py", "test_fsdp2_trains_through_the_switch and bf16"), 60),
         Step("compiled", tests("test_on_device.py", "compiled and not off"), 75),
         Step("loss, chunks", loss("--bag_sizes 1 --candidates ours --chunk_rows 512 1024 2048 4096"), 45),
-        Step("step, compiled", train("plain superposition --bag_sizes 6 --torch_compile True"), 90),
-        Step("step, Liger, compiled", train("liger --torch_compile True"), 60),
-        Step("kernel tests, memory", tests("test_fused_gpu.py", "test"), 90),
+        Step("memory", tests("test_fused_gpu.py", "not kernel_tests"), 60),
+        Step("step, compiled", train("superposition --bag_sizes 6 --torch_compile True"), 120),
+        Step("plain step, compiled", train("plain --torch_compile True"), 120),
+        Step("step, Liger, compiled", train("liger --torch_compile True"), 120),
+        Step("kernel tests", tests("test_fused_gpu.py", "kernel_tests"), 120),
     ]
-    only_gpu = ("step, Liger", "loss, others", "step, Liger, compiled", "kernel tests, memory")
+    only_gpu = ("step, Liger", "loss, others", "step, Liger, compiled", "memory", "kernel tests")
     return [step for step in steps if on_gpu or step.name not in only_gpu]
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarking import peak_memory
 
 from hf_tst import multi_hot_cross_entropy, offset_weights
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
@@ -143,3 +144,26 @@ def test_the_entropy_of_bags_is_the_loss_of_the_best_logits(weighting):
     other = best.clamp_min(-3) + 0.3 * torch.randn(best.shape, generator=generator)
     assert multi_hot_cross_entropy(other, labels, **options) > entropies
     assert sum_bag_entropies(torch.tensor([[1, 2, 3, 4]])).item() == pytest.approx(math.log(4))
+
+
+def test_weights_have_the_gradient_of_the_loop():
+    logits, labels = make_case((2, 5), 4)
+    gradients = []
+    for function in (lambda *given: multi_hot_cross_entropy(*given[:2], weights=given[2]), naive_loss):
+        weights = offset_weights("power_law", 4).requires_grad_()
+        gradients.append(torch.autograd.grad(function(logits, labels, weights), weights)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_second_derivatives_raise_an_error_and_are_not_wrong():
+    logits, labels = make_case((2, 5), 4)
+    (gradient,) = torch.autograd.grad(multi_hot_cross_entropy(logits, labels), logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), logits)
+
+
+def test_the_gradient_takes_one_float32_tensor_of_the_size_of_the_logits():
+    rows, vocabulary = 64, 4096
+    logits, labels = make_case((rows,), 4, vocabulary, torch.bfloat16)
+    peak = peak_memory(lambda: multi_hot_cross_entropy(logits, labels).backward(), torch.device("cpu"))
+    assert peak < 2.2 * 4 * rows * vocabulary  # that, and the gradient in bfloat16

@@ -23,7 +23,7 @@ from hf_tst import (
     token_superposition,
 )
 from hf_tst.models.head import check_loss_is_replaceable
-from hf_tst.training.refusals import check_arguments, check_tokenizer, check_trainer
+from hf_tst.training.refusals import check_tokenizer, check_trainer
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,19 @@ def test_data_parallel_is_refused_where_the_loss_is_replaced(llama, make_args, p
         TSTTrainer(llama, args, train_dataset=make_blocks(4))
 
 
-def test_data_parallel_is_allowed_in_plain_training(make_args):
+def test_data_parallel_is_allowed_in_plain_training(llama, make_args):
     args = make_args(tst_phase_ratio=0)
     assert args.n_gpu <= 1
     args._n_gpu = 2
-    check_arguments(args)  # raises nothing
+    TSTTrainer(llama, args, train_dataset=make_blocks(4))  # raises nothing
+
+
+def test_a_model_that_is_spread_over_devices_is_not_data_parallel(llama, make_args):
+    args = make_args()
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    llama.hf_device_map = {"model": 0, "lm_head": 1}
+    TSTTrainer(llama, args, train_dataset=make_blocks(4))  # raises nothing
 
 
 def test_fsdp1_is_refused(llama, make_args):
@@ -162,7 +170,7 @@ def test_a_loss_function_that_was_set_is_refused_unless_training_is_plain(llama,
     TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
     with token_superposition(llama, 2):
         copied = copy.deepcopy(llama)
-    with pytest.raises(TSTError, match="is a copy that was made there"):
+    with pytest.raises(TSTError, match="made or copied inside"):
         TSTTrainer(copied, make_args(), train_dataset=make_blocks(4))
     llama.loss_function = focal
     with pytest.raises(TSTError, match="set to focal"):
@@ -246,7 +254,7 @@ def test_a_model_that_reads_ids_beside_its_embedding_is_refused(make_args, kind,
     if kind == "none" or mode == "output":  # which reads single tokens
         trainer.train()
         return
-    with pytest.raises(TSTError, match="OwnModelForCausalLM looks tokens up outside"):
+    with pytest.raises(TSTError, match="OwnModelForCausalLM also reads token ids outside"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert trainer.model.training

@@ -128,7 +128,7 @@ def test_a_look_up_outside_of_the_input_embedding_is_refused(llama):
 
     llama.model.layers[0].router = Router()
     with (
-        pytest.raises(ValueError, match=r"outside of its input embedding, too \(Router takes `input_ids`\)"),
+        pytest.raises(ValueError, match=r"outside its input embedding \(Router takes `input_ids`\)"),
         token_superposition(llama, 4),
     ):
         pass
@@ -349,7 +349,7 @@ def test_models_that_cannot_be_served_say_why():
         ("git", {"vision_config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}},
          "changes its labels before `loss_function`"),
         ("deepseek_v4", {"head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "n_routed_experts": 4, "moe_intermediate_size": 8},
-         "looks tokens up outside of its input embedding"),
+         "outside its input embedding"),
     ],
 )  # fmt: skip
 def test_newer_models_that_cannot_be_served_say_why(model_type, sizes, reason):

@@ -223,7 +223,7 @@ def test_the_log_names_the_column(tokenizer, caplog):
         logger.addHandler(caplog.handler)
     try:
         tokenize_documents(load_text_file("a.csv"), tokenizer)
-        assert "the column 'Text' is read, not Id" in caplog.text
+        assert "the column 'Text' of a.csv, ignoring Id" in caplog.text
         tokenize_documents(datasets.Dataset.from_dict({"text": ["a", None]}), tokenizer)
         assert "1 rows of the column 'text' are null" in caplog.text
     finally:

@@ -68,6 +68,8 @@ def average_embeddings(
         # Not `mean`, whose gradient is a float32 tensor of the size of all s vectors.
         return (vectors.sum(dim=2, dtype=torch.float32) / bags.shape[2]).to(embedded.dtype)
     held = bags != IGNORE_INDEX if has_short_bags else torch.ones_like(bags)
+    if weights is not None:  # made where the parameters are, which FSDP's offload keeps in main memory
+        weights = weights.to(bags.device, non_blocking=True)
     shares = held.float() if weights is None else held * weights
     total = (shares[..., None] * vectors).sum(dim=2)
     smallest = torch.finfo(torch.float32).tiny  # a bag may hold nothing

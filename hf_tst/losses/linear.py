@@ -11,6 +11,7 @@ one logsumexp per position for any s. It is one PyTorch operator (`torch.ops.hf_
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +34,7 @@ CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 # Each chunk reads and writes the float32 gradient of the weight: 8 bytes per element. In the time of a byte a GPU does about 240
 # FLOPs, and the product has 2 FLOPs per element and row. With fewer than about 8 · 240 / 2 rows, memory bandwidth is the limit.
 MIN_EFFICIENT_ROWS = 1024
+TILE_ROWS = 128  # of matrix products on a GPU
 
 
 def linear_multi_hot_cross_entropy(
@@ -109,10 +111,15 @@ def chunk_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, devi
     """Rows of logits per chunk, of `rows` in total.
 
     It is the number that fits in `CHUNK_BYTES`, but at most the larger of `2 d` and `MIN_EFFICIENT_ROWS`. With `2 d` rows, a chunk
-    of bfloat16 logits is as large as the float32 gradient of the weight, which is in memory anyway.
+    of bfloat16 logits is as large as the float32 gradient of the weight, which is in memory anyway. Chunks are of equal size, in whole
+    tiles of matrix products.
     """
     fits = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize)
-    return max(1, min(rows, fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
+    most = max(1, min(fits, max(MIN_EFFICIENT_ROWS, 2 * hidden_size)))
+    if most >= TILE_ROWS:
+        most -= most % TILE_ROWS
+    even = math.ceil(rows / math.ceil(rows / most)) if rows else 1
+    return min(most, math.ceil(even / TILE_ROWS) * TILE_ROWS, max(1, rows))
 
 
 @torch.library.custom_op(
@@ -216,6 +223,8 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about `addmm`, and the answer is kept
     except (TypeError, RuntimeError):
         return False
     return True

@@ -51,12 +51,9 @@ def multi_hot_cross_entropy(
     weights = resolve_weights(weights, labels)
     check_labels(labels, logits.shape[-1], ignore_index)
     check_weights(weights)
-    logits = logits.float()
     valid = labels != ignore_index
-    target_logits = _take_targets(logits, labels.masked_fill(~valid, 0))
     weights = weights * valid
-    cross_entropies = torch.logsumexp(logits, dim=-1, keepdim=True) - target_logits
-    total = (weights * cross_entropies).sum()
+    total = _SumOfCrossEntropies.apply(logits, labels.masked_fill(~valid, 0), weights)
     return total / resolve_divisor(num_items_in_batch, weights.sum())
 
 
@@ -149,38 +146,38 @@ def check_weights(weights: Tensor) -> None:
         raise TSTError(f"weights must be at least 0, and one of them above 0, but are {weights.tolist()}.")
 
 
-def _take_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits at `targets`, of shape `(..., s)`."""
-    return _Take.apply(logits, targets) if torch.compiler.is_compiling() else logits.gather(-1, targets)
+class _SumOfCrossEntropies(torch.autograd.Function):
+    """The sum of `weights · CE` over all targets, whose gradient takes one float32 tensor of the logits' size.
 
-
-class _Take(torch.autograd.Function):
-    """A `gather` whose gradient is a separate operator.
-
-    Inductor (torch 2.13) may read the sum that the gradient of a `gather` is added to before it has added it, so that
-    compiled models get the gradient of the logsumexp alone. A separate operator cannot be reordered.
+    Autograd's own takes two, of the logsumexp and of the gather. The gradient is a separate operator, because Inductor (torch 2.13) may
+    read the sum that the gradient of a gather is added to before it has added it.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.vocabulary = logits.shape[-1]
-        ctx.save_for_backward(targets)
-        return logits.gather(-1, targets)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        values = logits.float()
+        logsumexp = torch.logsumexp(values, dim=-1, keepdim=True)
+        cross_entropies = logsumexp - values.gather(-1, targets)
+        ctx.save_for_backward(logits, logsumexp, targets, weights, cross_entropies)
+        return (weights * cross_entropies).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _spread(gradient, *ctx.saved_tensors, ctx.vocabulary), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
+        *saved, weights, cross_entropies = ctx.saved_tensors
+        of_logits = _gradient_of_logits(*saved, gradient * weights) if ctx.needs_input_grad[0] else None
+        return of_logits, None, gradient * cross_entropies
 
 
-@torch.library.custom_op("hf_tst::spread_targets", mutates_args=())
-def _spread(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """Gradient of the logits `(..., V)` from that of the logits at the targets `(..., s)`."""
-    return gradient.new_zeros((*targets.shape[:-1], vocabulary)).scatter_add_(-1, targets, gradient)
+@torch.library.custom_op("hf_tst::multi_hot_gradient", mutates_args=())
+def _gradient_of_logits(logits: Tensor, logsumexp: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the sum of `weights · CE`: probabilities times the weights of a position, less the weights at its targets."""
+    gradient = torch.sub(logits, logsumexp).exp_().mul_(weights.sum(-1, keepdim=True))  # in float32
+    return gradient.scatter_add_(-1, targets, -weights).to(logits.dtype)
 
 
-@_spread.register_fake
-def _empty_gradient(gradient: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    return gradient.new_empty((*targets.shape[:-1], vocabulary))
+@_gradient_of_logits.register_fake
+def _empty_gradient(logits: Tensor, logsumexp: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
 def _holds_somewhere(wrong: Tensor, message: str) -> bool:

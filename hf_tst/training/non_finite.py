@@ -56,7 +56,8 @@ class NonFiniteCallback(TrainerCallback):
             return
         step = self._trainer.state.global_step
         micro_batch = self._notes[-1][1] + 1 if self._notes and self._notes[-1][0] == step else 0
-        self._notes.append((step, micro_batch, loss))
+        # A copy: with CUDA graphs (torch_compile_mode="reduce-overhead") the next forward pass writes over the loss.
+        self._notes.append((step, micro_batch, loss.detach().clone()))
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
         """Store the gradient norm of a step. With `"skip"`, wait for it and drop a non-finite gradient."""

@@ -35,18 +35,13 @@ _ROUNDING = 0.1
 
 
 def check_arguments(args: Any) -> None:
-    """Raise `TSTError` if `args` is no [`TSTArguments`], has contradictory values, or would train with `nn.DataParallel`."""
+    """Raise `TSTError` if `args` is no [`TSTArguments`], has contradictory values."""
     if not isinstance(args, TSTArguments):
         raise TSTError(
             f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: make the arguments with that class, or "
             f"let your class inherit hf_tst.TSTArguments."
         )
     args.check()
-    if args.tst_replaces_loss and args.n_gpu > 1:
-        raise TSTError(
-            f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
-            "loss do not support: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-        )
 
 
 def check_optimizer(args: TSTArguments, model: Any) -> None:
@@ -101,6 +96,11 @@ def check_trainer(trainer: Any) -> None:
         _check_multi_token_prediction(trainer)
     if not args.tst_replaces_loss:
         return
+    if args.n_gpu > 1:  # Trainer has set it to 1 for a model that is spread over them
+        raise TSTError(
+            f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
+            "loss do not support: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+        )
     if getattr(trainer.accelerator, "mixed_precision", "no") == "fp8":
         raise TSTError(
             "mixed_precision='fp8' replaces linear layers and has not been tested with superposition and the fused loss: use bf16."

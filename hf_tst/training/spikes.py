@@ -44,7 +44,7 @@ class SpikeCallback(TrainerCallback):
     def note_loss(self, loss: Tensor) -> None:
         """Add the loss of a micro-batch to that of the step. Does not wait for the device."""
         if self._trainer.args.tst_spikes != "ignore":
-            self._loss = loss if self._loss is None else self._loss + loss
+            self._loss = loss.detach().clone() if self._loss is None else self._loss + loss
 
     def note_norm(self, model: nn.Module, norm: Any) -> None:
         """Check the loss and gradient norm of a step, before the optimizer step. Every rank must take part.

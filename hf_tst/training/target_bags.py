@@ -43,8 +43,10 @@ class TargetBagMeter:
         )
 
         def total(function: Callable[..., Tensor]) -> Tensor:
-            parts = [function(batch["labels"], weights=weights) for batch in batches]
-            return torch.stack(parts).sum().to(device)
+            parts = [
+                function(batch["labels"].to(device, non_blocking=True), weights=weights) for batch in batches
+            ]
+            return torch.stack(parts).sum()
 
         bags = total(count_target_bags)
         if args.average_tokens_across_devices and args.world_size > 1:

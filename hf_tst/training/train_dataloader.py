@@ -20,6 +20,7 @@ from ..data.read_order import BatchLayout
 from ..data.resume_position import DataPosition
 from ..data.rows import EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
+from ..models.head import replaced
 from .arguments import TSTArguments
 from .collators import keeps_ids
 from .data_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
@@ -209,13 +210,19 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
         return data.rows
     steps, rows_per_step = data.start.max_steps, data.start.rows_per_step
     sampler = EpochSampler(steps, rows_per_step, data.steps_per_epoch, lambda: trainer.state.global_step)
-    loader = trainer._get_dataloader(
-        dataset=data.rows,
-        description="Training",
-        batch_size=trainer._train_batch_size,
-        sampler_fn=lambda rows: sampler,
-        is_training=True,
+    # A copy of pinned memory that is waited for also waits for all work of the device before it.
+    copies = vars(trainer.accelerator.dataloader_config)
+    non_blocking = copies["non_blocking"] or (
+        trainer.args.dataloader_pin_memory and trainer.args.device.type == "cuda"
     )
+    with replaced(copies, "non_blocking", non_blocking):
+        loader = trainer._get_dataloader(
+            dataset=data.rows,
+            description="Training",
+            batch_size=trainer._train_batch_size,
+            sampler_fn=lambda rows: sampler,
+            is_training=True,
+        )
     # A loader draws a seed for its workers when it starts. With its own generator it does not change the random numbers of
     # training, which must be the same after a resume.
     loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)

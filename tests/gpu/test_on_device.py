@@ -20,7 +20,7 @@ DEVICE = os.environ.get("HF_TST_TEST_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [32_000, 128_256] if ON_GPU else [1000, 4008]
-ROWS = 1024 if ON_GPU else 40
+ROWS = 1100 if ON_GPU else 40  # several chunks
 SWITCH = 5
 
 

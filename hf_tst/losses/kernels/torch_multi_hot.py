@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# If a copy of the rows is needed, this many elements are copied at a time (4 MiB).
-_TILE_ELEMENTS = 2**20
+# If a copy of the rows is needed, this many elements are copied at a time: 4 MiB in a CPU's cache, 256 MiB where launches cost.
+_TILE_ELEMENTS = {"cpu": 2**20}
 
 
 def multi_hot_loss_and_gradient(
@@ -41,7 +41,9 @@ def multi_hot_loss_and_gradient(
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     in_place = write_gradient and softcap is None and logits.dtype == torch.float32
     changes = write_gradient or softcap is not None or logit_scale != 1
-    rows = max(1, len(logits) if in_place else _TILE_ELEMENTS // logits.shape[1])
+    rows = max(
+        1, len(logits) if in_place else _TILE_ELEMENTS.get(logits.device.type, 2**26) // logits.shape[1]
+    )
     for start in range(0, len(logits), rows):
         tile = logits[start : start + rows]
         scaled = tile if in_place else tile.to(torch.float32, copy=changes)
@@ -64,7 +66,10 @@ def multi_hot_loss_and_gradient(
     if write_gradient:
         # 0 times NaN would be NaN.
         without = ((labels == ignore_index) | (weights == 0)).all(-1)
-        logits.index_fill_(0, without.nonzero().squeeze(1), 0.0)
+        if logits.device.type == "cpu":
+            logits.index_fill_(0, without.nonzero().squeeze(1), 0.0)
+        else:  # `nonzero` would wait for the device
+            logits.masked_fill_(without.unsqueeze(1), 0.0)
     return losses
 
 
