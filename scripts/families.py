@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tables import ROOT, write_table
+from tables import ROOT, markdown, parse, write_table
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.models.superposition import find_language_model
@@ -27,19 +25,7 @@ from tiny_families import FAMILIES, VOCAB_SIZE, Family, make_family
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
-SUMMARY = "<!-- summary: begin -->", "<!-- summary: end -->"
 COLUMNS = ("family", "`model_type`", "averaged embedding", "fused loss", "note")
-
-
-@dataclass
-class TableArguments:
-    """Where the table goes."""
-
-    output: str = field(
-        default="docs/families.md",
-        metadata={"help": "Markdown file whose tables, between markers, are overwritten. '-' prints them."},
-    )
 
 
 def describe(family: Family) -> tuple[str, ...]:
@@ -56,12 +42,6 @@ def describe(family: Family) -> tuple[str, ...]:
     fused, reason = _describe_loss(model)
     notes += [reason] if reason else []
     return family.name, f"`{family.model_type}`", _describe_embedding(model), fused, "; ".join(notes)
-
-
-def markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table whose first row is its head."""
-    head, *others = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *others])
 
 
 def summary(rows: Sequence[tuple[str, ...]]) -> str:
@@ -173,11 +153,10 @@ def _has_aux_loss(model: Any) -> bool:
 
 
 def main() -> None:
-    parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses()
+    output = parse(__doc__).output or "docs/families.md"
     rows = list(map(describe, FAMILIES))
-    write_table(args.output, BEGIN, END, markdown([COLUMNS, *rows]))
-    write_table(args.output, *SUMMARY, summary(rows))
+    write_table(output, "families", markdown([COLUMNS, *rows]))
+    write_table(output, "summary", summary(rows))
 
 
 if __name__ == "__main__":

@@ -8,27 +8,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tables import ROOT, write_table
-from transformers import HfArgumentParser
+from tables import ROOT, parse, write_table
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
 from fault_catalogue import COLUMNS, FAULTS, observe
-
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-
-
-@dataclass
-class TableArguments:
-    """Where the table goes."""
-
-    output: str = field(
-        default="docs/faults.md",
-        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
-    )
 
 
 def make_table(rows: list[str]) -> str:
@@ -37,11 +23,10 @@ def make_table(rows: list[str]) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses()
+    output = parse(__doc__).output or "docs/faults.md"
     with tempfile.TemporaryDirectory() as folder:
         table = make_table([observe(fault, Path(folder)).row for fault in FAULTS])
-    write_table(args.output, BEGIN, END, table)
+    write_table(output, "faults", table)
 
 
 if __name__ == "__main__":

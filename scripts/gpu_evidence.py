@@ -69,19 +69,8 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
     on_gpu = args.device == "cuda"
 
     def tests(file: str, choice: str) -> list[str]:
-        return [
-            "python",
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "full",
-            "-p",
-            "no:cacheprovider",
-            f"tests/gpu/{file}",
-            "-k",
-            choice,
-        ]
+        pytest = shlex.split("python -m pytest -q -m full -p no:cacheprovider")
+        return [*pytest, f"tests/gpu/{file}", "-k", choice]
 
     def loss(options: str) -> list[str]:
         shapes = "--rows 64 --hidden_size 16 --vocab_size 500 --rounds 1"

@@ -12,13 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tables import ROOT, write_table
-from transformers import HfArgumentParser
-
-BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
+from tables import ROOT, TableArguments, parse, write_table
+from transformers.hf_argparser import HfArg
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ MUTATIONS = [
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
     Mutation("a resumed run's place in the data", "training/train_dataloader.py", "data.steps_per_epoch, lambda: trainer.state.global_step)", "data.steps_per_epoch, lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
-    Mutation("undo of the loss", "models/head.py", "        if had_own:\n            entries[name] = own", "        if had_own:\n            pass", "superposition fused"),
+    Mutation("undo of the loss", "models/head.py", "                entries[name] = before[name]", "                pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
     Mutation("its scale by the caller's", "losses/linear.py", "torch.mul(gradient, scale, out=scaled)", "gradient.to(dtype)", "linear_loss fused"),
@@ -75,16 +73,12 @@ MUTATIONS = [
 
 
 @dataclass
-class TableArguments:
-    """Where the table goes."""
+class MutationArguments(TableArguments):
+    """What is broken, and where the table goes."""
 
-    output: str = field(
-        default="docs/mutations.md",
-        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
-    )
-    only: str = field(default="", metadata={"help": "Only the lines whose subject holds this text, printed."})
-    core: bool = field(
-        default=False, metadata={"help": "Run the core alone, what `pytest` runs without a marker; printed."}
+    only: str = HfArg(default="", help="Only the lines whose subject holds this text, printed.")
+    core: bool = HfArg(
+        default=False, help="Run the core alone, what `pytest` runs without a marker; printed."
     )
 
 
@@ -130,18 +124,8 @@ def files_of(mutation: Mutation) -> list[str]:
 def first_failure(files: list[str], checkout: Path, marker: str = "full or not full") -> str:
     """Run test files until a test fails; its name, or nothing."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-m",
-        marker,
-        "-p",
-        "no:cacheprovider",
-        *files,
-    ]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [*pytest, "-m", marker, *files]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1, 5) or (done.returncode == 1) != bool(failed):
@@ -157,8 +141,7 @@ def row(mutation: Mutation, test: str) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser(TableArguments, description=(__doc__ or "").split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses()
+    args = parse(__doc__, MutationArguments)
     rows = ["| what the line is for | file | line | broken | first test that went red |", "|" + " --- |" * 5]
     with tempfile.TemporaryDirectory() as folder:
         copy_checkout(Path(folder))
@@ -172,7 +155,8 @@ def main() -> None:
             rows.append(row(mutation, first_red_test(mutation, Path(folder), args.core)))
             print(rows[-1], file=sys.stderr, flush=True)
     # A part of the table does not take the place of the whole.
-    write_table("-" if args.only or args.core else args.output, BEGIN, END, "\n".join(rows))
+    output = "-" if args.only or args.core else args.output or "docs/mutations.md"
+    write_table(output, "mutations", "\n".join(rows))
 
 
 if __name__ == "__main__":

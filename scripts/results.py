@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tables import ROOT, write_table
+from tables import ROOT, markdown, write_table
 
 RECORDS = ROOT / "model_cards" / "comparisons"
 IMAGES = ROOT / "docs" / "images" / "results"
@@ -202,11 +202,6 @@ def describe(values: Sequence[float], spec: str) -> str:
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
-
-
 def make_table(name: str) -> str:
     """The table of a question."""
     columns, rows = QUESTIONS[name]
@@ -218,7 +213,7 @@ def make_table(name: str) -> str:
         cells.append(
             (*row.labels, describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead, links)
         )
-    return table([*columns, "baseline", "loss - baseline", "seeds ahead", "record"], cells)  # fmt: skip
+    return markdown([(*columns, "baseline", "loss - baseline", "seeds ahead", "record"), *cells])
 
 
 def page_of(record: str) -> str:
@@ -234,7 +229,7 @@ def make_grid() -> str:
         (str(size), *(f"{read_losses(SWEEPS[0], f's{size}-r{ratio}-uniform-full')['0']:.3f}" for ratio in ratios))
         for size in (2, 3, 4, 6, 8)
     ]  # fmt: skip
-    return table(["s", *(f"r = {ratio}" for ratio in ratios)], rows)
+    return markdown([("s", *(f"r = {ratio}" for ratio in ratios)), *rows])
 
 
 def make_summary() -> str:
@@ -244,7 +239,7 @@ def make_summary() -> str:
         rows = [curve[steps] for curve in CURVES.values()]
         losses = [describe(row.differences, "+.3f") for row in rows]
         cells.append((f"{steps:,}", describe([*rows[0].baseline.values()], ".3f"), *losses))
-    return table(["steps", "baseline", *(f"TST, {name}" for name in CURVES)], cells)
+    return markdown([("steps", "baseline", *(f"TST, {name}" for name in CURVES)), *cells])
 
 
 def draw_rows(name: str) -> Any:
@@ -300,7 +295,7 @@ def all_tables() -> list[tuple[str, str, str]]:
 
 if __name__ == "__main__":
     for file, name, text in all_tables():
-        write_table(file, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", text)
+        write_table(file, name, text)
     IMAGES.mkdir(exist_ok=True)
     for name in QUESTIONS:
         draw_rows(name).savefig(IMAGES / f"{name}.png", dpi=110)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tables import write_table
-from transformers import HfArgumentParser
+from tables import TableArguments, markdown, parse, write_table
+from transformers.hf_argparser import HfArg
 
 from hf_tst.planning.estimate import (
     Layout,
@@ -19,7 +19,6 @@ from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.recipes import RECIPES as FOLDER
 from hf_tst.pretraining.recipes import read_config
 
-BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 GIB, TERA = 2**30, 10**12
 
 RECIPES = {"3B": "3b-20k-tst.yaml", "10B-A1B": "10b-a1b-tst.yaml"}
@@ -37,15 +36,11 @@ MICRO_BATCHES = {"3B": 2, "10B-A1B": 8}  # 2M and 8M latent tokens per step
 
 
 @dataclass
-class PlanArguments:
-    """Where the plan goes."""
+class PlanArguments(TableArguments):
+    """What is planned, and where the plan goes."""
 
-    output: str = field(
-        default="docs/scaling.md",
-        metadata={"help": "Markdown file whose table, between two markers, is overwritten. '-' prints it."},
-    )
-    length: int = field(default=4096, metadata={"help": "Latent positions per row, l."})
-    rows: int = field(default=4, metadata={"help": "Rows per micro-batch and GPU, B."})
+    length: int = HfArg(default=4096, help="Latent positions per row, l.")
+    rows: int = HfArg(default=4, help="Rows per micro-batch and GPU, B.")
 
 
 def layouts(name: str, args: PlanArguments) -> dict[str, Layout]:
@@ -64,7 +59,7 @@ def make_table(args: PlanArguments) -> str:
         "model", "P (active)", "sharding", "latent tokens", "s", "state", "gathered", "unreduced", "activations", "loss",
         "embedding", "peak", "peak, logits whole", "gather + scatter", "between copies", "TFLOPs",
     )  # fmt: skip
-    rows = [header, ("---",) * len(header)]
+    rows: list[tuple[str, ...]] = [header]
     for name, shape in SHAPES.items():
         for sharding, layout in layouts(name, args).items():
             traffic = communication_per_step(shape, layout)
@@ -90,14 +85,12 @@ def make_table(args: PlanArguments) -> str:
                         f"{flops / TERA:.0f}",
                     )
                 )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def main() -> None:
-    parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses()
-    table = make_table(args)
-    write_table(args.output, BEGIN, END, table)
+    args = parse(__doc__, PlanArguments)
+    write_table(args.output or "docs/scaling.md", "plan", make_table(args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Every family of `tiny_families.py`: input, loss, gradients, causality, undo and checkpoint; and the table of them."""
 
 import filecmp
-from pathlib import Path
 
 import families as table
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tables import read_table
 from tiny_families import FAMILIES, VOCAB_SIZE, make_family
 
 from hf_tst import fused_next_token_loss, token_superposition
@@ -156,27 +156,26 @@ def test_a_family_that_cannot_work_says_why(family):
 # The table
 
 
-def read_table(begin=table.BEGIN, end=table.END):
-    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
-    lines = text.split(begin)[1].split(end)[0].strip().splitlines()
+def read_rows(name="families"):
+    lines = read_table("docs/families.md", name).splitlines()
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
 
 
 @by_name(FAMILIES)
 def test_the_table_says_what_the_family_does(family):
-    assert table.describe(family) in read_table(), "run `python scripts/families.py`"
+    assert table.describe(family) in read_rows(), "run `python scripts/families.py`"
 
 
 def test_the_table_lists_these_families_and_no_others():
-    header, _, *rows = read_table()
+    header, _, *rows = read_rows()
     assert header == table.COLUMNS
     assert [row[0] for row in rows] == [family.name for family in FAMILIES]
     assert len(SERVED) >= 24
 
 
 def test_the_short_table_has_the_names_of_all():
-    _, _, *rows = read_table()
-    kinds = dict(read_table(*table.SUMMARY)[2:])
+    _, _, *rows = read_rows()
+    kinds = dict(read_rows("summary")[2:])
     names = [name for names in kinds.values() for name in names.split(", ")]
     assert sorted(names) == sorted(row[0] for row in rows)
     assert kinds["refused, with the reason"].split(", ") == [family.name for family in REFUSED]

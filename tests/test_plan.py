@@ -1,11 +1,10 @@
 """The plan's arithmetic, against real models (without memory) and by hand."""
 
-from pathlib import Path
-
 import pytest
 import scaling
 import torch
 from peft import LoraConfig
+from tables import read_table
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 from versions import fails_before
 
@@ -80,9 +79,9 @@ def test_superposition_costs_no_memory_at_its_peak_and_nothing_else():
 
 
 def test_the_document_is_up_to_date():
-    text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
-    table = text.split(scaling.BEGIN)[1].split(scaling.END)[0].strip()
-    assert table == scaling.make_table(scaling.PlanArguments()), "run `python scripts/scaling.py`"
+    assert read_table("docs/scaling.md", "plan") == scaling.make_table(scaling.PlanArguments()), (
+        "run `python scripts/scaling.py`"
+    )
 
 
 def saved_bytes(config, layers, weights, autocast):

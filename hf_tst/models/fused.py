@@ -62,10 +62,10 @@ def replaced_loss(
     with (
         # In front of FSDP's hook, which casts every float to the mixed-precision dtype, divisors included.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
-        nullcontext() if head is None else replaced(vars(head.module), "forward", loss.head_forward),
+        nullcontext() if head is None else replaced(vars(head.module), forward=loss.head_forward),
         # It also runs if forward raises, so the head gets its logits back.
         called.register_forward_hook(loss.after_forward, always_call=True),
-        replaced(vars(model), "_loss_function", loss),
+        replaced(vars(model), _loss_function=loss),
     ):
         yield
 

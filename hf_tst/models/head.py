@@ -202,12 +202,11 @@ def _run_to_loss(
     with ExitStack() as stack:
         stack.enter_context(trial_pass(weight.device))
         stack.enter_context(torch.autocast(weight.device.type, enabled=False))
-        stack.enter_context(replaced(vars(model), "_loss_function", loss_function))
-        stack.enter_context(replaced(vars(model), "training", training))
+        stack.enter_context(replaced(vars(model), _loss_function=loss_function, training=training))
         for modules in [parent._modules for parent in model.modules()]:
             for name, child in modules.items():
                 if child in stand_ins:
-                    stack.enter_context(replaced(modules, name, stand_ins[child]))
+                    stack.enter_context(replaced(modules, **{name: stand_ins[child]}))
         try:
             outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # a family may access anything that the stand-ins lack
@@ -269,14 +268,15 @@ def trial_pass(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(entries: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Context in which `entries`, such as the attributes or modules of an object, hold `value` under `name`."""
-    had_own, own = name in entries, entries.get(name)
-    entries[name] = value
+def replaced(entries: dict[str, Any], /, **values: Any) -> Iterator[None]:
+    """Context in which `entries`, such as the attributes or modules of an object, have other values."""
+    before = {name: entries[name] for name in values if name in entries}
+    entries.update(values)
     try:
         yield
     finally:
-        if had_own:
-            entries[name] = own
-        else:
-            entries.pop(name, None)
+        for name in values:
+            if name in before:
+                entries[name] = before[name]
+            else:
+                entries.pop(name, None)

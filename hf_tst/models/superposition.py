@@ -150,7 +150,7 @@ def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
         if fused_loss != "off":
             if not isinstance(core.loss_function, TSTLoss):
                 stack.enter_context(replaced_loss(called, core, None, fused_loss))
-            stack.enter_context(replaced(vars(core.loss_function), "fuses_evaluation", True))
+            stack.enter_context(replaced(vars(core.loss_function), fuses_evaluation=True))
         yield model
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -329,14 +327,3 @@ class TSTArguments(_Base):
 @dataclass
 class TSTTrainingArguments(TSTArguments, TrainingArguments):
     """Arguments of [`TSTTrainer`]: those of [`~transformers.TrainingArguments`] and of [`TSTArguments`]."""
-
-
-@contextmanager
-def changed_arguments(args: TSTArguments, **values: Any) -> Iterator[None]:
-    """Context in which some arguments have other values."""
-    before = {name: getattr(args, name) for name in values}
-    args.__dict__.update(values)
-    try:
-        yield
-    finally:
-        args.__dict__.update(before)

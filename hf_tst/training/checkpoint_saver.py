@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class CheckpointSaver:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self.unfinished: Path | None = None
-        self._flush: _DiskFlush | None = None  # of the checkpoint written last
+        # The checkpoint written last, and the thread that flushes it to disk: on one process per machine, which may have its own disk.
+        self._flushed: tuple[Path, list[Future[None]]] | None = None
 
     def save(self, run_dir: Path, write: Callable[[], Any], add: Callable[[Path], Any]) -> None:
         """Write the checkpoint of this step. Every rank must take part.
@@ -45,7 +46,10 @@ class CheckpointSaver:
         write_checkpoint(checkpoint, trainer.args, lambda folder: self._write(folder, run_dir, write, add))
         if trainer.args.push_to_hub:
             trainer._push_from_checkpoint(str(checkpoint))
-        self._flush = _DiskFlush(checkpoint, trainer.args.local_process_index == 0)
+        thread = ThreadPoolExecutor(1)
+        flushes = [thread.submit(flush_folder, checkpoint)] if trainer.args.local_process_index == 0 else []
+        thread.shutdown(wait=False)
+        self._flushed = checkpoint, flushes
 
     def _write(
         self, folder: Path, run_dir: Path, write: Callable[[], Any], add: Callable[[Path], Any]
@@ -73,41 +77,20 @@ class CheckpointSaver:
         Raises:
             RunError: On all ranks, if it failed on one of them.
         """
-        flush, self._flush = self._flush, None
-        if flush is None:
+        if self._flushed is None:
             return
         args, state = self._trainer.args, self._trainer.state
-        with agreeing(flush.checkpoint, args):
-            flush.result()
+        (checkpoint, flushes), self._flushed = self._flushed, None
+        with agreeing(checkpoint, args):
+            for flush in flushes:
+                flush.result()
         if args.should_save:
-            keep = {flush.checkpoint.name, Path(state.best_model_checkpoint or "").name}
+            keep = {checkpoint.name, Path(state.best_model_checkpoint or "").name}
             keep |= self._trainer._kept_checkpoints()
-            rotate_checkpoints(flush.checkpoint.parent, args.save_total_limit, keep)
+            rotate_checkpoints(checkpoint.parent, args.save_total_limit, keep)
 
     def close(self) -> None:
         """Wait until the thread of this process ends, whether it failed or not."""
-        if self._flush is not None:
-            self._flush.wait()
-            self._flush = None
-
-
-class _DiskFlush:
-    """Flushes a checkpoint to disk in a thread. The checkpoint is complete, and has its name, already.
-
-    Args:
-        checkpoint (`Path`): Its folder.
-        here (`bool`): Whether this process does so: one per machine, which has a disk of its own, or its own cache of a shared one.
-    """
-
-    def __init__(self, checkpoint: Path, here: bool) -> None:
-        self.checkpoint = checkpoint
-        threads = ThreadPoolExecutor(1)
-        self._flushes = [threads.submit(flush_folder, checkpoint)] if here else []
-        threads.shutdown(wait=False)
-
-    def result(self) -> None:
-        for flush in self._flushes:
-            flush.result()
-
-    def wait(self) -> None:
-        wait(self._flushes)
+        if self._flushed is not None:
+            wait(self._flushed[1])
+            self._flushed = None

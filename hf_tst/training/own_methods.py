@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,9 +52,7 @@ class OwnMethods:
         own = {"training_step": partial(self._train_on_batch, trainer.training_step)}
         if overrides(trainer, base.get_train_dataloader):  # type: ignore[attr-defined]
             own["get_train_dataloader"] = partial(self._fold_loader, trainer.get_train_dataloader)
-        with ExitStack() as stack:
-            for name, method in own.items():
-                stack.enter_context(replaced(vars(trainer), name, method))
+        with replaced(vars(trainer), **own):
             yield
 
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:

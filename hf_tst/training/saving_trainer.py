@@ -10,9 +10,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from ..models.head import replaced
 from ..models.sharding import without_tied
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
-from .arguments import changed_arguments
 from .checkpoint_folders import check_output_dir, choose_checkpoint
 from .checkpoint_saver import CheckpointSaver
 from .checkpoint_weights import load_renamed_weights
@@ -47,9 +47,8 @@ class SavingTrainer(Trainer):
         check_output_dir(args)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         try:
-            with changed_arguments(
-                args, save_total_limit=args.save_total_limit
-            ):  # `log` changes it at the end
+            # `log` changes it at the end.
+            with replaced(args.__dict__, save_total_limit=args.save_total_limit):
                 result = super().train(self._checkpoint, *positional, **kwargs)
             self._saver.finish()
             return result

@@ -215,7 +215,7 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
     non_blocking = copies["non_blocking"] or (
         trainer.args.dataloader_pin_memory and trainer.args.device.type == "cuda"
     )
-    with replaced(copies, "non_blocking", non_blocking):
+    with replaced(copies, non_blocking=non_blocking):
         loader = trainer._get_dataloader(
             dataset=data.rows,
             description="Training",

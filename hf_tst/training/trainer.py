@@ -24,7 +24,7 @@ from ..models.shape import ModelShape
 from ..models.superposition import fused_evaluation_loss
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
-from .arguments import TSTArguments, TSTTrainingArguments, changed_arguments
+from .arguments import TSTArguments, TSTTrainingArguments
 from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
 from .mtp_callback import MTPCallback, check_same_heads
@@ -108,7 +108,7 @@ class TSTTrainer(SavingTrainer):
         self._shape: ModelShape | None = None
         given = arguments_by_name(model, args, data_collator, *positional)
         # PreemptionCallback replaces the callback that Trainer adds for this option.
-        with bad_input(), changed_arguments(args, enable_jit_checkpoint=False):
+        with bad_input(), replaced(args.__dict__, enable_jit_checkpoint=False):
             super().__init__(**given, **kwargs)
         self._has_own_schedule = self.lr_scheduler is not None
         if data_collator is None:
@@ -156,7 +156,7 @@ class TSTTrainer(SavingTrainer):
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
             with (
-                changed_arguments(args, **self._given | {"logging_nan_inf_filter": filters}),
+                replaced(args.__dict__, **self._given | {"logging_nan_inf_filter": filters}),
                 heads,
                 self._own.watched(),
             ):
@@ -201,7 +201,7 @@ class TSTTrainer(SavingTrainer):
     def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
         """Trainer's loader, with a collator that also checks the ids."""
         checking = CheckingCollator(make_collator(self), batch_rules(self.model))
-        with replaced(self.__dict__, "data_collator", checking):
+        with replaced(self.__dict__, data_collator=checking):
             return super()._get_dataloader(*positional, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class TSTTrainer(SavingTrainer):
     def create_scheduler(self, num_training_steps: int, *positional: Any, **kwargs: Any) -> Any:
         """The learning rate schedule, with the options of [`TSTArguments.schedule_options`]."""
         options = self.args.schedule_options(num_training_steps)
-        with changed_arguments(self.args, lr_scheduler_kwargs=options):
+        with replaced(self.args.__dict__, lr_scheduler_kwargs=options):
             return super().create_scheduler(num_training_steps, *positional, **kwargs)
 
     def get_batch_samples(
@@ -361,7 +361,7 @@ class TSTTrainer(SavingTrainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The loader of prediction. It adds no labels."""
-        with replaced(self.__dict__, "data_collator", without_added_labels(self)):
+        with replaced(self.__dict__, data_collator=without_added_labels(self)):
             return super().get_test_dataloader(test_dataset)
 
     # Checkpoints
@@ -386,7 +386,7 @@ class TSTTrainer(SavingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
-        with changed_arguments(self.args, **self._given):  # Trainer saves its arguments, too
+        with replaced(self.args.__dict__, **self._given):  # Trainer saves its arguments, too
             super()._save_checkpoint(model, trial)
 
     def _kept_checkpoints(self) -> set[str]:

@@ -2,16 +2,15 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 from fault_catalogue import FAULTS, kept_checkpoints, observe, run, start, uninterrupted
-from fault_table import BEGIN, END, make_table
+from fault_table import make_table
+from tables import read_table
 
 from hf_tst.training.checkpoint_folders import last_complete_checkpoint, manifest_problem
 
-ROOT = Path(__file__).parents[2]
-TABLE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+TABLE = read_table("docs/faults.md", "faults")
 
 
 @pytest.fixture(scope="module")
