@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar, get_args
 
 
 class TSTError(ValueError):
@@ -41,8 +41,9 @@ def check_at_least(lowest: float, **values: float | None) -> None:
             raise TSTError(f"{name} must be at least {lowest}, but is {value}.")
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise `TSTError` unless the argument `name` is one of `choices`."""
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise `TSTError` unless the argument `name` is one of `choices`, a collection or a `Literal`."""
+    choices = get_args(choices) or choices
     if value not in choices:
         raise TSTError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.")
 

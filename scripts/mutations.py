@@ -53,7 +53,7 @@ MUTATIONS = [
     Mutation("order of the data, by seed", "data/read_order.py", "(self.seed % 2**64, int(data_pass),", "(0, int(data_pass),", "data audit"),
     Mutation("order of the data, by step", "data/read_order.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
-    Mutation("a resumed run's place in the data", "training/train_dataloader.py", "data.steps_per_epoch, lambda: trainer.state.global_step)", "data.steps_per_epoch, lambda: 0)", "resume audit"),
+    Mutation("a resumed run's place in the data", "training/train_dataloader.py", "epoch_steps, lambda: trainer.state.global_step)", "epoch_steps, lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
     Mutation("undo of the loss", "models/head.py", "                entries[name] = before[name]", "                pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),

@@ -26,7 +26,7 @@ from hf_tst.bags.folding import (
     fold_into_bags,
     next_bag_labels,
 )
-from hf_tst.training.refusals import check_document_attention
+from hf_tst.models.probes import check_document_attention
 
 EOS = VOCAB_SIZE - 1
 

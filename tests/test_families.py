@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, VOCAB_SIZE, make_family
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels
 from hf_tst.models.head import UnfusableHeadError, inspect_head
-from hf_tst.training.refusals import check_ids_reach_the_embedding_alone
+from hf_tst.models.probes import check_ids_reach_the_embedding_alone
 
 TOKENS = torch.randint(1, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
 BAGS = fold_into_bags(TOKENS, 4)

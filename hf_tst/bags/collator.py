@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..errors import TSTError, check_choice
 from .folding import (
-    DOCUMENT_BOUNDARIES,
     IGNORE_INDEX,
     DocumentBoundaries,
     document_bags,
@@ -24,8 +23,6 @@ from .folding import (
     positions_in_documents,
 )
 from .phases import (
-    MODES,
-    SUPERPOSITION_ROWS,
     SuperpositionRows,
     TSTMode,
     check_bag_size,
@@ -103,9 +100,9 @@ class DataCollatorForTokenSuperposition:
 
     def __post_init__(self) -> None:
         check_bag_size(self.bag_size)
-        check_choice("mode", self.mode, MODES)
-        check_choice("superposition_rows", self.superposition_rows, SUPERPOSITION_ROWS)
-        check_choice("document_boundaries", self.document_boundaries, DOCUMENT_BOUNDARIES)
+        check_choice("mode", self.mode, TSTMode)
+        check_choice("superposition_rows", self.superposition_rows, SuperpositionRows)
+        check_choice("document_boundaries", self.document_boundaries, DocumentBoundaries)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Tensor]:
         """A batch of rows, as described above, all `torch.LongTensor`. A row may be its ids alone."""

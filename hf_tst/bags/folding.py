@@ -7,7 +7,7 @@ treated as a document.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from ..errors import TSTError
 
 DocumentBoundaries = Literal["ignore", "respect"]
 
-DOCUMENT_BOUNDARIES: tuple[DocumentBoundaries, ...] = get_args(DocumentBoundaries)
 # Label of a position without a target, and token of an empty place of a bag. Models of Transformers ignore it.
 IGNORE_INDEX = -100
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ..errors import TSTError, check_at_least, check_choice
 
 Phase = Literal["superposition", "recovery"]
 TSTMode = Literal["full", "input", "output"]
 SuperpositionRows = Literal["longer", "more"]
-
-MODES: tuple[TSTMode, ...] = get_args(TSTMode)
-SUPERPOSITION_ROWS: tuple[SuperpositionRows, ...] = get_args(SuperpositionRows)
 
 
 def superposes(phase_ratio: float, bag_size: int) -> bool:
@@ -58,8 +55,8 @@ class PhaseSchedule:
         check_at_least(1, max_steps=self.max_steps)
         check_phase_ratio(self.phase_ratio)
         check_bag_size(self.bag_size)
-        check_choice("mode", self.mode, MODES)
-        check_choice("superposition_rows", self.superposition_rows, SUPERPOSITION_ROWS)
+        check_choice("mode", self.mode, TSTMode)
+        check_choice("superposition_rows", self.superposition_rows, SuperpositionRows)
 
     @property
     def switch_step(self) -> int:

@@ -18,7 +18,7 @@ from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition,
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .blocks import POSITIONS_ARE_DROPPED, TOKEN_COLUMNS, as_block
-from .rows import one_thread
+from .rows import EpochSampler, one_thread
 
 logger = logging.get_logger(__name__)
 
@@ -37,33 +37,26 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
         loader: Its batches are mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` for no target.
         collator (`DataCollatorForTokenSuperposition`): Makes bags of rows.
         schedule (`PhaseSchedule`): The run's phases.
-        accumulation_steps (`int`): Micro-batches per optimizer step.
-        steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
-        current_step: Function that returns the optimizer steps done so far. Called when iteration starts.
+        micro_batches (`EpochSampler`): Numbers of the micro-batches to make, counted over the whole run.
     """
 
     loader: Any
     collator: DataCollatorForTokenSuperposition
     schedule: PhaseSchedule
-    accumulation_steps: int
-    steps_per_epoch: int
-    current_step: Callable[[], int]
+    micro_batches: EpochSampler
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch."""
-        return min(self.steps_per_epoch, self.schedule.max_steps) * self.accumulation_steps
+        return len(self.micro_batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        step = self.current_step()
-        end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.schedule.max_steps)
-        batches = self._all_batches(self.schedule.tokens_seen(step, self.accumulation_steps))
-        size = self.schedule.blocks_per_row
-        for now in range(step, end):
-            for _ in range(self.accumulation_steps):
-                if now < self.schedule.switch_step:
-                    yield self._joined(list(islice(batches, size)))
-                else:
-                    yield next(batches)
+        step, per_step = self.micro_batches.current_step(), self.micro_batches.rows_per_step
+        batches = self._all_batches(self.schedule.tokens_seen(step, per_step))
+        for number in self.micro_batches:
+            if number < self.schedule.switch_step * per_step:
+                yield self._joined(list(islice(batches, self.schedule.blocks_per_row)))
+            else:
+                yield next(batches)
 
     @one_thread()
     def _joined(self, batches: list[Any]) -> dict[str, Tensor]:

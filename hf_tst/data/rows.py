@@ -280,13 +280,13 @@ class StreamedRows(Dataset[Row]):
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """Row numbers from the current optimizer step to the end of its epoch.
+    """Numbers of rows, or of micro-batches, from the current optimizer step to the end of its epoch.
 
     The rows are already in order, so these are consecutive numbers, and starting in the middle of an epoch costs nothing.
 
     Args:
         steps (`int`): Optimizer steps of the run.
-        rows_per_step (`int`): Rows per optimizer step, over all ranks.
+        rows_per_step (`int`): Rows per optimizer step, over all ranks; or micro-batches.
         steps_per_epoch (`int`): Optimizer steps that Trainer calls an epoch.
         current_step: Function that returns the optimizer steps done so far. Called when iteration starts.
     """

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from .head import LinearHead, UnfusableHeadError, inspect_head, replaced
 from .sharding import own_class
 
 FusedLoss = Literal["auto", "on", "off"]
-FUSED_LOSSES: tuple[FusedLoss, ...] = get_args(FusedLoss)
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +77,7 @@ def check_fusable(model: Any, choice: FusedLoss) -> None:
 
 def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead | None:
     """The head to fuse the loss with, or `None`. The choice and its reason are logged."""
-    check_choice("fused_loss", choice, FUSED_LOSSES)
+    check_choice("fused_loss", choice, FusedLoss)
     phase, name = "next-token" if next_token else "superposition", own_class(model).__name__
     try:
         if choice == "off":

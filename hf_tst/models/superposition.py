@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bags.folding import DOCUMENT_BOUNDARIES, IGNORE_INDEX, DocumentBoundaries, average_embeddings
-from ..bags.phases import MODES, TSTMode, check_bag_size
+from ..bags.folding import IGNORE_INDEX, DocumentBoundaries, average_embeddings
+from ..bags.phases import TSTMode, check_bag_size
 from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, offset_weights, resolve_weighting
 from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape
@@ -76,8 +76,8 @@ def token_superposition(
         ...     loss.backward()
     """
     check_bag_size(bag_size)
-    check_choice("mode", mode, MODES)
-    check_choice("document_boundaries", document_boundaries, DOCUMENT_BOUNDARIES)
+    check_choice("mode", mode, TSTMode)
+    check_choice("document_boundaries", document_boundaries, DocumentBoundaries)
     weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
     check_loss_is_replaceable(core)

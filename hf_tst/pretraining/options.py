@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 from ..errors import TSTError, bad_input, check_at_least, check_names, whole_message
 from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
-from ..training.phase_switch import Reinitialized
+from ..training.reinitialize import Reinitialized
 from .parser import ArgumentParser, flag_names
 from .recipes import quick_start, read_config, split_recipe
 

@@ -24,7 +24,7 @@ from ..records.report import format_columns, phase_rows
 from ..training.arguments import TSTTrainingArguments
 from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries
-from ..training.phase_switch import ReinitializeCallback
+from ..training.reinitialize import ReinitializeCallback
 from ..training.run_identity import list_checkpoints
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments

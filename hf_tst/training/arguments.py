@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -14,10 +14,8 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
-from ..bags.folding import DOCUMENT_BOUNDARIES, DocumentBoundaries
+from ..bags.folding import DocumentBoundaries
 from ..bags.phases import (
-    MODES,
-    SUPERPOSITION_ROWS,
     SuperpositionRows,
     TSTMode,
     check_bag_size,
@@ -26,15 +24,11 @@ from ..bags.phases import (
 )
 from ..bags.weighting import InputWeighting, OffsetWeighting, resolve_weighting
 from ..errors import TSTError, bad_input, check_at_least, check_choice
-from ..models.fused import FUSED_LOSSES, FusedLoss
+from ..models.fused import FusedLoss
 from ..mtp.heads import MTPKind, check_loss_weight, check_mtp
 
 NonFiniteLoss = Literal["stop", "skip", "ignore"]
 Spikes = Literal["ignore", "skip", "stop"]
-CHOICES: dict[str, tuple[str, ...]] = {
-    "tst_mode": MODES, "tst_superposition_rows": SUPERPOSITION_ROWS, "tst_fused_loss": FUSED_LOSSES, "tst_document_boundaries": DOCUMENT_BOUNDARIES,
-    "tst_nonfinite_loss": get_args(NonFiniteLoss), "tst_spikes": get_args(Spikes),
-}  # fmt: skip
 # The lowest values of some of Trainer's own arguments. Lower ones would fail long after the start, or train nonsense.
 LOWEST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -210,8 +204,9 @@ class TSTArguments(_Base):
         self._check_trackers()
         check_phase_ratio(self.tst_phase_ratio, "tst_phase_ratio")
         check_bag_size(self.tst_bag_size, "tst_bag_size")
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        for name, hint in get_type_hints(TSTArguments).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), hint)
         resolve_weighting(self.tst_mode, self.tst_offset_weighting, self.tst_input_weighting, "tst_")
         check_mtp(self.mtp_num_heads, self.mtp_kind, prefix="mtp_")
         for name in ("mtp_loss_weight", "mtp_loss_weight_end"):

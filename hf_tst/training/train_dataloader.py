@@ -132,14 +132,8 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
     )
     collator = DataCollatorForTokenSuperposition(args.tst_bag_size, args.tst_mode)
     epoch_steps = steps_per_epoch(args, schedule)
-    rows = FoldedBatches(
-        loader,
-        collator,
-        schedule,
-        args.gradient_accumulation_steps,
-        epoch_steps,
-        lambda: trainer.state.global_step,
-    )
+    micro_batches = _sampler(trainer, schedule, args.gradient_accumulation_steps, epoch_steps)
+    rows = FoldedBatches(loader, collator, schedule, micro_batches)
     facts = BlockFacts(None, 0, f"batches of {type(trainer).__name__}")
     return RunData(rows, _position(args, schedule, layout, facts), epoch_steps, args.process_index, None)
 
@@ -208,8 +202,7 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
     """The loader of a run's rows. It starts at the trainer's current step."""
     if isinstance(data.rows, FoldedBatches):
         return data.rows
-    steps, rows_per_step = data.start.max_steps, data.start.rows_per_step
-    sampler = EpochSampler(steps, rows_per_step, data.steps_per_epoch, lambda: trainer.state.global_step)
+    sampler = _sampler(trainer, data.start.schedule, data.start.rows_per_step, data.steps_per_epoch)
     # A copy of pinned memory that is waited for also waits for all work of the device before it.
     copies = vars(trainer.accelerator.dataloader_config)
     non_blocking = copies["non_blocking"] or (
@@ -227,6 +220,11 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
     # training, which must be the same after a resume.
     loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)
     return loader
+
+
+def _sampler(trainer: Any, schedule: PhaseSchedule, per_step: int, epoch_steps: int) -> EpochSampler:
+    """Numbers of rows or micro-batches, from the trainer's current step on."""
+    return EpochSampler(schedule.max_steps, per_step, epoch_steps, lambda: trainer.state.global_step)
 
 
 def _check_loader(args: TSTArguments, streamed: bool) -> None:

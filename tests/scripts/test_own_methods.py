@@ -86,7 +86,7 @@ class LoadsRowsOfManyLengths(TSTTrainer):
         (CallsForward, "call the model itself"),
         (CallsBody, "call the model itself"),
         (CallsEmbedding, "call the model itself"),
-        (UnfoldsBags, "does not pass the batch's input_ids"),
+        (UnfoldsBags, "must pass the batch's input_ids"),
         (HasItsOwnLoss, "HasItsOwnLoss's own loss fails on a batch of bags"),
         (TakesItsOwnSamples, "does not call super"),
         (CountsItsOwnTargets, "num_items_in_batch=88 to training_step, but the step has 22 targets"),

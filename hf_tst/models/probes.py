@@ -1,0 +1,129 @@
+"""Forward passes over a few tokens that show what superposition relies on: attention inside documents, and where ids are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..errors import TSTError, one_line
+from .sharding import own_class
+from .superposition import find_language_model
+
+logger = logging.get_logger(__name__)
+
+# Tokens per document in the check that attention stays inside documents.
+_LENGTH = 4
+# A change of the logits below this share of the change in a row without boundaries counts as rounding: mixtures of experts and
+# low precision are not exact from one batch to another.
+_ROUNDING = 0.1
+
+
+def check_document_attention(model: nn.Module, rows: int = 2) -> None:
+    """Check that attention does not cross documents in a row whose `position_ids` restart between them.
+
+    The first half of a row is changed. If the halves are two documents, the logits of the second half must not change; if the row
+    is one document, they do, which gives the scale. This takes four forward passes over rows of eight tokens, without gradients.
+    In sharded training every rank must take part.
+
+    Args:
+        model: The model; it may be wrapped.
+        rows (`int`, *optional*, defaults to 2): Rows per batch. Some attention implementations keep documents apart only in
+            batches of one row.
+
+    Raises:
+        TSTError: If attention, or another layer that mixes positions, crosses documents.
+    """
+    _, core = find_language_model(model)
+    name = own_class(core).__name__
+    if "position_ids" not in inspect.signature(type(core).forward).parameters:
+        raise TSTError(
+            f"{name} takes no position_ids, so it cannot keep documents apart: set tst_document_boundaries='ignore'."
+        )
+    token, other, ascending = _probe_rows(core, rows)
+    with _probing(model):
+        across = _change(model, token, other, position_ids=ascending)
+        inside = _change(model, token, other, position_ids=ascending % _LENGTH)
+    if not inside <= _ROUNDING * across:
+        implementation = getattr(core.config, "_attn_implementation", None)
+        raise TSTError(
+            f"tst_document_boundaries='respect' needs a model that keeps attention inside documents, but {name} with "
+            f"attn_implementation={implementation!r} in batches of {rows} does not: use attn_implementation='sdpa', "
+            "'eager' or 'flex_attention' (flash attention does with per_device_train_batch_size=1), or set "
+            "tst_document_boundaries='ignore'."
+        )
+
+
+def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
+    """Check that a model reads ids through its input embedding alone, since superposition averages what that gives.
+
+    The ids of a row are changed, while the input embedding gives what it gave before: the logits must not change, but for noise, which
+    is measured. If the embedding follows, they do, which gives the scale. This takes six forward passes over a row of eight tokens,
+    without gradients. In sharded training every rank must take part. If the model cannot run them, a warning is logged.
+
+    Args:
+        model: The model; it may be wrapped.
+
+    Raises:
+        TSTError: If the model looks ids up elsewhere, too, for example in a second table or by hashes of neighbours.
+    """
+    _, core = find_language_model(model)
+    name = own_class(core).__name__
+    token, other, _ = _probe_rows(core, rows=1)
+    first: list[Tensor] = []
+
+    def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        first.append(output.clone())
+        return first[0].clone()  # models may scale it in place
+
+    try:
+        with _probing(model):
+            scale = _change(model, token, other, begin=0)
+            with core.get_input_embeddings().register_forward_hook(hold):
+                elsewhere, noise = (_change(model, token, ids, begin=0) for ids in (other, token))
+    except Exception as error:  # whatever a model may raise: the check is an extra
+        logger.warning(f"Cannot check that ids reach {name} by its input embedding alone: {one_line(error)}.")
+        return
+    if elsewhere > _ROUNDING * scale + 3 * noise:
+        raise TSTError(
+            f"{name} also reads token ids outside its input embedding, for example in a second table: its logits change with the ids although "
+            "the embeddings do not. Superposition cannot train this model; set tst_phase_ratio=0."
+        )
+
+
+def _probe_rows(core: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of tokens of two documents, the same with another first half, and its positions, each `rows` times."""
+    vocabulary = core.config.get_text_config().vocab_size
+    ascending = torch.arange(2 * _LENGTH, device=next(core.parameters()).device).expand(rows, -1)
+    # From the middle of the vocabulary, since special tokens, such as padding, are at its ends.
+    token = (vocabulary // 2 + ascending) % vocabulary
+    return token, torch.where(ascending < _LENGTH, (token - _LENGTH) % vocabulary, token), ascending
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Context for forward passes of a few tokens, which leave no trace."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Odd shapes would make a compiled model recompile for dynamic shapes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _change(model: nn.Module, tokens: Tensor, other: Tensor, begin: int = _LENGTH, **inputs: Tensor) -> float:
+    """The largest change of the logits from position `begin` on, by default of the second half, when the first half changes."""
+    _, core = find_language_model(model)
+    options: dict[str, Any] = inputs
+    if "use_cache" in inspect.signature(type(core).forward).parameters:
+        options = inputs | {"use_cache": False}  # as in training; with a cache, attention crosses documents
+    outputs = [model(input_ids=ids, **options) for ids in (tokens, other)]
+    logits = [(each["logits"] if isinstance(each, Mapping) else each[0])[:, begin:] for each in outputs]
+    return float((logits[0].float() - logits[1].float()).abs().max())
