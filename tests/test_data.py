@@ -325,7 +325,7 @@ FULL = {"input_ids": [1, 2]}
         ([{"text": "abc"}], "input_ids"),
         ([FULL] * 700 + [{"input_ids": [1]}] + [FULL] * 2, "block 700 has 1"),
         ([FULL | {"attention_mask": [1, 0]}], "Block 0 .* is padded"),
-        ([{"input_ids": [1, 96]}], "padding token 96"),
+        ([{"input_ids": [96, 96]}], "padding token 96"),
         ([{"input_ids": [1, 100]}], "Block 0 .* holds the id 100, but the model has embeddings for 0 to 99"),
         ([{"input_ids": [1, -1]}], "Block 0 .* holds the id -1"),
         ([FULL | {"labels": [1]}], "2 input_ids and 1 labels"),
@@ -358,7 +358,7 @@ class Blocks(torch.utils.data.Dataset):
 BAD_BLOCKS = [
     ({"input_ids": [5] * (BLOCK_LENGTH - 1)}, "block 303 has 11"),
     ({"input_ids": [5] * BLOCK_LENGTH, "attention_mask": [1] * 11 + [0]}, "Block 303 .* is padded"),
-    ({"input_ids": [5] * 11 + [96]}, "Block 303 .* ends in the padding token 96"),
+    ({"input_ids": [5] * 10 + [96] * 2}, "Block 303 .* ends in the padding token 96"),
 ]
 
 

@@ -203,11 +203,12 @@ class BlockRules:
         """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
         length = self.length or len(row["input_ids"])
         advice = "and a bag would average padding with text: pack the data into full blocks"
-        mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"])[length - 1 :: length]
+        # One padding token at the end may separate documents.
+        mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"]).reshape(-1, length)[:, -2:]
         if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
             first = index + int(real.argmin()) // length
             raise self._bad(first, f"is padded (its attention_mask holds zeros), {advice}")
-        if self.pad_token_id is not None and (padded := ends == self.pad_token_id).any():
+        if self.pad_token_id is not None and (padded := (ends == self.pad_token_id).all(axis=1)).any():
             first = index + int(padded.argmax())
             raise self._bad(first, f"ends in the padding token {self.pad_token_id}, {advice}")
 
@@ -236,7 +237,7 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
         )
     is_stored = _is_stored(blocks)
     if is_stored:
-        blocks = blocks.with_format("numpy")
+        blocks = blocks.with_format("numpy", columns=blocks.format["columns"])
     length = len(NO_RULES.check(blocks[0], 0))
     rules = replace(rules, length=length)
     digest = hashlib.sha256(f"{len(blocks)} blocks".encode())

@@ -50,7 +50,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
         return len(self.micro_batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        step, per_step = self.micro_batches.current_step(), self.micro_batches.rows_per_step
+        step, per_step = self.micro_batches.first_step, self.micro_batches.rows_per_step
         batches = self._all_batches(self.schedule.tokens_seen(step, per_step))
         for number in self.micro_batches:
             if number < self.schedule.switch_step * per_step:

@@ -300,8 +300,13 @@ class EpochSampler(Sampler[int]):
         """Rows of a whole epoch."""
         return min(self.steps_per_epoch, self.steps) * self.rows_per_step
 
+    @property
+    def first_step(self) -> int:
+        """The current step; the first one if all are done, for a callback that looks at a batch."""
+        return self.current_step() % self.steps
+
     def __iter__(self) -> Iterator[int]:
-        step = self.current_step()
+        step = self.first_step
         last_step = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.steps)
         return iter(range(step * self.rows_per_step, last_step * self.rows_per_step))
 

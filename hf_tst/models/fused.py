@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.loss import loss_utils
 from transformers.utils import logging
 
 from ..errors import TSTError, check_choice
@@ -69,6 +69,13 @@ def replaced_loss(
         yield
 
 
+def is_next_token_loss(loss: Any) -> bool:
+    """Whether a loss function is Transformers' next-token loss, and nothing in it was replaced."""
+    own = loss_utils.__name__
+    names = (getattr(loss, "__module__", None), getattr(loss, "__qualname__", None))
+    return names == (own, "ForCausalLMLoss") and loss_utils.fixed_cross_entropy.__module__ == own
+
+
 def check_fusable(model: Any, choice: FusedLoss) -> None:
     """Raise `TSTError` if `choice` is `"on"` and head and loss of `model` cannot be fused in both phases."""
     if choice == "on":
@@ -82,7 +89,7 @@ def _choose_head(model: Any, choice: FusedLoss, next_token: bool) -> LinearHead 
     try:
         if choice == "off":
             raise UnfusableHeadError("tst_fused_loss is 'off', or the trainer has its own compute_loss")
-        if next_token and model.loss_function is not LOSS_MAPPING["ForCausalLM"]:
+        if next_token and not is_next_token_loss(model.loss_function):
             raise UnfusableHeadError("it has its own loss function")
         head = inspect_head(model)
     except UnfusableHeadError as error:
@@ -147,7 +154,7 @@ class TSTLoss:
         if self._trains:
             self._fuses = dimensions == (2 if self.weights is None else 3)
         else:
-            is_usual = self.own_loss is LOSS_MAPPING["ForCausalLM"]
+            is_usual = is_next_token_loss(self.own_loss)
             self._fuses = self.fuses_evaluation and dimensions == 2 and is_usual
         return args, kwargs
 
@@ -175,6 +182,8 @@ class TSTLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         loss, self._loss = self._loss, None
+        if loss is not None or labels.dim() == 3:
+            self._check_targets(labels, kwargs)
         if loss is not None:
             # Their sum is 0. It connects the empty tensor to the backward pass, as FSDP expects of a module's output.
             return loss + logits.sum().to(loss.dtype)
@@ -185,6 +194,26 @@ class TSTLoss:
             return self.own_loss(logits, labels, *args, **kwargs)
         labels, options = self._options(**kwargs | self._given | {"labels": labels})
         return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
+
+    def _check_targets(self, labels: Tensor, options: Mapping[str, Any]) -> None:
+        """Raise `TSTError` if a model passes other targets to its loss function than its forward was given."""
+        given = self._given.get("labels")
+        if torch.compiler.is_compiling() or given is None:
+            return
+        same = labels is given or (
+            labels.shape == given.shape and torch.equal(labels, given.to(labels.device))
+        )
+        changed = [] if same else ["labels"]
+        for name, default in (("shift_labels", None), ("ignore_index", -100)):
+            if options.get(name, default) is not self._given.get(name, default) and options.get(
+                name, default
+            ) != self._given.get(name, default):
+                changed.append(name)
+        if changed:
+            raise TSTError(
+                f"The model's forward changes {', '.join(changed)} before loss_function, so its targets are not those of the batch: mask or "
+                "shift labels in the data. In plain training, tst_fused_loss='off' keeps its own loss."
+            )
 
     def _options(
         self,

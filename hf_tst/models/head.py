@@ -201,6 +201,7 @@ def _run_to_loss(
 
     with ExitStack() as stack:
         stack.enter_context(trial_pass(weight.device))
+        stack.enter_context(torch.enable_grad())  # so that what has a learned factor shows
         stack.enter_context(torch.autocast(weight.device.type, enabled=False))
         stack.enter_context(replaced(vars(model), _loss_function=loss_function, training=training))
         for modules in [parent._modules for parent in model.modules()]:
@@ -227,6 +228,7 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
     is_total = isinstance(total, Tensor) and total.flatten().tolist() == [_PROBE_LOSS]
     reasons = {
+        "something with parameters is between its head and its loss": given["logits"].requires_grad,
         "its head is not applied once to the hidden states of all positions": shapes
         != [(1, _PROBE_ROWS, head.weight.shape[1])],
         "its forward changes labels or num_items_in_batch before loss_function": not keeps_inputs,

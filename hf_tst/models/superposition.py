@@ -26,6 +26,9 @@ from .fused import FusedLoss, TSTLoss, replaced_loss
 from .head import check_loss_is_replaceable, replaced
 from .sharding import own_class
 
+# What the model sees in place of the first bag; further ones are below. Some families give -1, -100 and -200 a meaning.
+FIRST_STAND_IN = -(2**20)
+
 
 @contextmanager
 def token_superposition(
@@ -91,7 +94,7 @@ def token_superposition(
         called.register_forward_hook(bags.after_forward, always_call=True),
         core.base_model.register_forward_pre_hook(bags.before_body, with_kwargs=True),
         # Around other hooks on the embedding, which see its ordinary input and output.
-        embedding.register_forward_pre_hook(bags.before_embedding, prepend=True),
+        embedding.register_forward_pre_hook(bags.before_embedding, with_kwargs=True, prepend=True),
         embedding.register_forward_hook(bags.after_embedding),
     ):
         yield model
@@ -224,9 +227,9 @@ def _is_causal(model: nn.Module) -> bool:
 class _BagInput:
     """Hooks that average the embeddings of a bag where a model looks tokens up; the model's forward sees 2-D ids.
 
-    A family applies to the mean what it applies to its embeddings. The model sees ids of -1: no table has that row, so
-    a look-up without averaging fails, and no id counts as padding. They are int32, so that `torch.compile`
-    recompiles: it does not notice new hooks.
+    A family applies to the mean what it applies to its embeddings. The model sees the numbers of the bags in place of ids, far below 0:
+    no table has such a row, so a look-up without averaging fails, and no id counts as padding. The embedding may get them in another
+    order, or in parts. They are int32, so that `torch.compile` recompiles: it does not notice new hooks.
 
     It holds no reference to the model, so a deep copy of a hooked model has its own hooks.
 
@@ -242,6 +245,7 @@ class _BagInput:
     weights: Tensor | None
     has_short_bags: bool
     _bags: Tensor | None = None
+    _looked_up: Tensor | None = None  # the bags that the embedding was last asked for
     _has_checked_labels: bool = False
 
     def before_forward(
@@ -267,32 +271,44 @@ class _BagInput:
             self._has_checked_labels = True  # once, since it synchronizes with the device
             _check_targets(input_ids, labels)
         self._bags = input_ids
-        stand_ins = input_ids.new_full(positions, -1, dtype=torch.int32)
+        count = positions[0] * positions[1]
+        numbers = torch.arange(count, dtype=torch.int32, device=input_ids.device).view(positions)
+        stand_ins = FIRST_STAND_IN - numbers
         return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
 
     def before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model's body, which sees stand-ins: bags reach it where it is called on its own."""
         _refuse_bags(args[0] if args else kwargs.get("input_ids"))
 
-    def before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook: the embedding looks up the tokens of all bags."""
+    def before_embedding(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: the embedding looks up the tokens of the bags whose numbers it is given."""
+        ids, *others = args or (kwargs.get("input"),)
         if self._bags is None:
-            _refuse_bags(args[0])
+            _refuse_bags(ids)
             return None
-        bags = self._bags
+        try:
+            bags = self._looked_up = self._bags.flatten(0, 1)[FIRST_STAND_IN - ids]
+        except IndexError as error:
+            raise TSTError(
+                "The model looks up other ids than those that it is given, such as a padding token, which bags do not have: set "
+                "tst_phase_ratio=0."
+            ) from error
         if self.has_short_bags:
             bags = bags.masked_fill(bags == IGNORE_INDEX, 0)
-        return (bags.flatten(1), *args[1:])
+        return (bags.flatten(1), *others), {name: value for name, value in kwargs.items() if name != "input"}
 
     def after_embedding(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         """Forward hook: their embeddings `(B, l·s, d)` become one vector for each bag, `(B, l, d)`."""
-        if self._bags is None:
+        if self._looked_up is None:
             return None
-        return average_embeddings(embedded, self._bags, self.weights, self.has_short_bags)
+        bags, self._looked_up = self._looked_up, None
+        return average_embeddings(embedded, bags, self.weights, self.has_short_bags)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: ends the pass, also after an exception."""
-        self._bags = None
+        self._bags = self._looked_up = None
 
 
 def _refuse_bags(input_ids: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..bags.phases import Phase
@@ -88,7 +89,8 @@ def find_shape(model: Any) -> ModelShape | None:
     try:
         adapter = next(iter(model.peft_config.values())) if hasattr(model, "peft_config") else None
         base = model if adapter is None else model.get_base_model()
-        return ModelShape.from_config(copy.deepcopy(base.config), adapter, type(base))
+        with torch.random.fork_rng(devices=[]):  # models may draw numbers when they are made
+            return ModelShape.from_config(copy.deepcopy(base.config), adapter, type(base))
     except Exception as error:  # a model may have any configuration, and a count must not end its training
         logger.warning(
             f"The FLOPs of {type(model).__name__} cannot be counted, so total_flos stays 0 and no utilization is logged: "

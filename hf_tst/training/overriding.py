@@ -27,9 +27,15 @@ def arguments_by_name(*given: Any) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if name != "self" and value is not None}
 
 
-def overrides(trainer: Trainer, method: Any) -> bool:
-    """Whether a trainer overrides `method` of its base class."""
-    return getattr(type(trainer), method.__name__) is not method
+def overrides(trainer: Trainer, base: type, name: str) -> bool:
+    """Whether a trainer overrides the method `name` of `base`: in a subclass, on the instance, or by a patch of the class."""
+    method = getattr(type(trainer), name)
+    return name in vars(trainer) or method is not getattr(base, name) or is_patch(method)
+
+
+def is_patch(method: Any) -> bool:
+    """Whether a method of Trainer or of a class of this package was put there by other code."""
+    return method.__module__.partition(".")[0] not in ("transformers", __package__.partition(".")[0])
 
 
 def other_parent(trainer: Trainer, ours: type, name: str) -> str | None:
@@ -61,7 +67,7 @@ def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedL
         )
     if not args.tst_replaces_loss or chosen != "auto":
         return chosen, chosen
-    if not overrides(trainer, ours.compute_loss):  # type: ignore[attr-defined]
+    if not overrides(trainer, ours, "compute_loss"):
         return "auto", "off" if parent else "auto"
     logger.warning(
         f"{name} has its own compute_loss, which may read logits, so the loss is not fused and needs more memory: set "

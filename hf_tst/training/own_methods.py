@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class OwnMethods:
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
         self._loader: Any = None
+        self._context = ExitStack()
         self.clear()
 
     def note_loader(self, loader: Any) -> None:
@@ -38,7 +39,9 @@ class OwnMethods:
 
     def clear(self) -> None:
         """Forget the batches of an earlier run."""
+        self._context.close()
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
+        self._labels: Tensor | None = None  # of the batch of bags that is trained on
         self._counted: tuple[int, Any] = (-1, None)
 
     def note_count(self, count: Any) -> None:
@@ -49,10 +52,12 @@ class OwnMethods:
     def watched(self) -> Iterator[None]:
         """Context in which the loader of a subclass is folded and its batches are checked."""
         trainer, base = self._trainer, self._base
+        methods = ("compute_loss", "training_step", "_prepare_inputs")
+        self._has_own_step = any(overrides(trainer, base, name) for name in methods)
         own = {"training_step": partial(self._train_on_batch, trainer.training_step)}
-        if overrides(trainer, base.get_train_dataloader):  # type: ignore[attr-defined]
+        if overrides(trainer, base, "get_train_dataloader"):
             own["get_train_dataloader"] = partial(self._fold_loader, trainer.get_train_dataloader)
-        with replaced(vars(trainer), **own):
+        with replaced(vars(trainer), **own), self._context:
             yield
 
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:
@@ -71,17 +76,40 @@ class OwnMethods:
         self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any = None
     ) -> Tensor:
         """Check a batch and run `training_step` on it."""
-        trainer, base = self._trainer, self._base
+        trainer = self._trainer
         if not trainer.args.tst_enabled:
             return step(model, inputs, num_items)
         check_batch(trainer, inputs, num_items, *self._counted)
-        methods = ("compute_loss", "training_step", "_prepare_inputs")
-        own = any(overrides(trainer, getattr(base, name)) for name in methods)
-        first = own and is_superposed(inputs) and not self._has_trained_bags
+        if not is_superposed(inputs):
+            return step(model, inputs, num_items)
+        trainer._switch.check_superposed()
+        if not self._has_own_step:
+            return step(model, inputs, num_items)
+        first, self._has_trained_bags = not self._has_trained_bags, True
+        self._labels = inputs["labels"].clone()  # since the subclass may change them in place
+        if first:
+            called, _ = find_language_model(model)
+            self._context.enter_context(
+                called.register_forward_pre_hook(self._check_labels, prepend=True, with_kwargs=True)
+            )
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items)
-        self._has_trained_bags |= first
+        self._labels = None
         return loss
+
+    @torch.compiler.disable
+    def _check_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: raise `TSTError` if the model is given other labels than those of the batch."""
+        passed, labels = kwargs.get("labels"), self._labels
+        # A loss that is computed in parts passes other shapes.
+        if labels is None or not isinstance(passed, Tensor) or passed.shape != labels.shape:
+            return
+        if not torch.equal(passed, labels.to(passed.device)):
+            raise TSTError(
+                f"{type(self._trainer).__name__} changes the labels before it calls the model. In superposition the labels of a position are "
+                "the tokens of the next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in "
+                "data_collator, which gets single tokens."
+            )
 
 
 def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> None:
@@ -123,22 +151,15 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     """Context in which the subclass `name` runs its own `compute_loss` or `training_step` on its first batch of bags.
 
     Raises:
-        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch, or passes
-            other labels.
+        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch, .
     """
     dimensions: set[int | None] = set()
-    changed: list[bool] = []
-    # Taken before, since the subclass may change the batch.
-    labels, ids_shape = batch["labels"].clone(), tuple(batch["input_ids"].shape)
+    ids_shape = tuple(batch["input_ids"].shape)  # taken before, since the subclass may change the batch
     shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("input_ids", "labels"))
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         dimensions.add(ids.dim() if isinstance(ids, Tensor) else None)
-        passed = kwargs.get("labels")
-        # A loss that is computed in parts passes other shapes.
-        if isinstance(passed, Tensor) and passed.shape == labels.shape:
-            changed.append(not torch.equal(passed, labels.to(passed.device)))
 
     called, _ = find_language_model(model)
     try:
@@ -154,11 +175,6 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
             "Where labels have three dimensions, the batch holds bags: skip code that needs single tokens."
         ) from error
-    if any(changed):
-        raise TSTError(
-            f"{name} changes the labels before it calls the model. In superposition the labels of a position are the tokens of the next bag, so "
-            "a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets single tokens."
-        )
     if (expected := len(ids_shape)) not in dimensions:
         raise TSTError(
             f"{name} must pass the batch's input_ids, of shape {ids_shape}, to the model unchanged, with all {expected} dimensions: the last "

@@ -8,9 +8,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..errors import TSTError
+from ..models.fused import TSTLoss
 from ..models.probes import check_document_attention, check_ids_reach_the_embedding_alone
-from ..models.superposition import fused_next_token_loss, token_superposition
+from ..models.superposition import find_language_model, fused_next_token_loss, token_superposition
 from .arguments import TSTArguments
+from .refusals import check_loss
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +34,10 @@ class PhaseSwitchCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._context = ExitStack()
+        self._superposed: Any = None  # the model, in superposition
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_loss(self._trainer)  # again, since it may have been set after the trainer was made
         if args.tst_document_boundaries == "respect":
             rows = 2 if args.tst_superposition_rows == "more" else min(2, args.per_device_train_batch_size)
             check_document_attention(kwargs["model"], rows=rows)
@@ -49,9 +54,18 @@ class PhaseSwitchCallback(TrainerCallback):
             control.should_save = True
         logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
 
+    def check_superposed(self) -> None:
+        """Raise `TSTError` unless the model has the input and loss of superposition."""
+        if self._superposed is None or not isinstance(self._superposed.loss_function, TSTLoss):
+            raise TSTError(
+                "There is no superposition: the model's loss_function was set during training, or PhaseSwitchCallback was removed from the "
+                "trainer's callbacks. Do neither."
+            )
+
     def close(self) -> None:
         """Restore the model's own input and loss."""
         self._context.close()
+        self._superposed = None
 
     def _enter(self, args: TSTArguments, step: int, model: Any) -> None:
         """Leave the current phase and enter that of `step`."""
@@ -66,6 +80,7 @@ class PhaseSwitchCallback(TrainerCallback):
                 fused_loss=self._trainer.fused_loss,
                 document_boundaries=args.tst_document_boundaries,
             )
+            self._superposed = find_language_model(model)[1]
         elif args.tst_replaces_loss:
             context = fused_next_token_loss(model, self._trainer.fused_recovery)
         else:

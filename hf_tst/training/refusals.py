@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import logging
 
 from ..data.blocks import SAMPLED_BLOCKS, BlockRules
 from ..errors import TSTError, bad_input, whole_message
-from ..models.fused import TSTLoss, check_fusable
+from ..models.fused import TSTLoss, check_fusable, is_next_token_loss
 from ..models.head import check_loss_is_replaceable
 from ..models.shape import context_length, embedding_size
 from ..models.superposition import find_language_model
@@ -45,16 +44,17 @@ def check_model(args: TSTArguments, model: Any) -> None:
         _, core = find_language_model(model)
         check_fusable(core, args.tst_fused_loss)
         if args.tst_enabled:
-            own = vars(core).get("_loss_function")
+            own = core.loss_function
             if isinstance(own, TSTLoss):
                 raise TSTError(
                     "The model was made or copied inside token_superposition or fused_next_token_loss, as in training: leave that context "
                     "before you make the trainer, or load the state_dict of the copy into a new model."
                 )
-            if own not in (None, LOSS_MAPPING["ForCausalLM"]):
+            if not is_next_token_loss(own):
                 raise TSTError(
-                    f"The model's loss_function was set to {getattr(own, '__name__', type(own).__name__)}, which superposition would replace: "
-                    "leave it out, or set tst_phase_ratio=0."
+                    f"The model's loss_function is not Transformers' next-token loss, but was set to "
+                    f"{getattr(own, '__name__', type(own).__name__)} or replaced in part, which superposition would drop: leave that out, or "
+                    "set tst_phase_ratio=0."
                 )
             check_loss_is_replaceable(core)
 
@@ -99,12 +99,7 @@ def check_trainer(trainer: Any) -> None:
             "FSDP1 flattens the weights that superposition and the fused loss need: set fsdp_version: 2 in the "
             "configuration of accelerate, as in hf_tst/pretraining/accelerate/fsdp2.yaml."
         )
-    check_model(args, trainer.model)
-    if trainer.compute_loss_func is not None:
-        raise TSTError(
-            "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
-            "tst_phase_ratio=0 and tst_fused_loss='auto'."
-        )
+    check_loss(trainer)
     if not args.tst_enabled:
         return
     if (tensor := _parallel_sizes(trainer)["tensor"]) > 1:
@@ -119,6 +114,16 @@ def check_trainer(trainer: Any) -> None:
     if getattr(args.accelerator_config, "split_batches", False):
         raise TSTError(
             "accelerator_config's split_batches=True would split the rows of a step: leave it at False."
+        )
+
+
+def check_loss(trainer: Any) -> None:
+    """Raise `TSTError` if a loss was set, or a model chosen, that superposition or the fused loss would replace."""
+    check_model(trainer.args, trainer.model)
+    if trainer.args.tst_replaces_loss and trainer.compute_loss_func is not None:
+        raise TSTError(
+            "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
+            "tst_phase_ratio=0 and tst_fused_loss='auto'."
         )
 
 

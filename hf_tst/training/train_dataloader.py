@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
@@ -24,6 +25,7 @@ from ..models.head import replaced
 from .arguments import TSTArguments
 from .collators import keeps_ids
 from .data_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
+from .overriding import overrides
 from .refusals import block_rules
 from .run_data import RunData
 
@@ -87,7 +89,11 @@ def open_run_data(trainer: Any) -> RunData:
 
 def _columns_for_collator(trainer: Any, document_columns: Sequence[str]) -> list[str] | None:
     """The columns of blocks that the collator gets: those of the model's forward and of documents, or all (`None`)."""
-    if not trainer.args.remove_unused_columns:
+    own = any(
+        overrides(trainer, Trainer, name)
+        for name in ("_remove_unused_columns", "_get_collator_with_removed_columns")
+    )
+    if own or not trainer.args.remove_unused_columns:
         return None
     trainer._set_signature_columns_if_needed()
     used = [*trainer._signature_columns, *document_columns]
@@ -237,6 +243,17 @@ def _check_loader(args: TSTArguments, streamed: bool) -> None:
             "accelerator_config's dispatch_batches=True does not work with a stream, since each process reads its own rows: "
             "leave it out."
         )
+
+
+def check_plain_resume(checkpoint: str | None, args: TSTArguments) -> None:
+    """Raise `TSTError` if plain training would resume from a checkpoint with superposition, whose data it would read again."""
+    if checkpoint is None or args.tst_allow_data_change or DataPosition.load(checkpoint) is None:
+        return
+    raise TSTError(
+        f"{checkpoint} was written in a run with superposition, but tst_phase_ratio={args.tst_phase_ratio:g} and tst_bag_size="
+        f"{args.tst_bag_size} have none, so the same data would be read again: resume with the values of that run, or set "
+        "tst_allow_data_change."
+    )
 
 
 def plain_loader(loader: Any, args: TSTArguments) -> Any:

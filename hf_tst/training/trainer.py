@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
+from transformers.utils import logging
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError, bad_input
@@ -32,6 +33,7 @@ from .non_finite import NonFiniteCallback
 from .overriding import (
     arguments_by_name,
     choose_fused_losses,
+    is_patch,
     is_superposed,
     other_parent,
     overrides,
@@ -47,7 +49,9 @@ from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
-from .train_dataloader import fold_own_loader, make_loader, open_run_data, plain_loader
+from .train_dataloader import check_plain_resume, fold_own_loader, make_loader, open_run_data, plain_loader
+
+logger = logging.get_logger(__name__)
 
 
 class TSTTrainer(SavingTrainer):
@@ -148,6 +152,8 @@ class TSTTrainer(SavingTrainer):
             RunError: At a non-finite loss, and if a checkpoint cannot be written.
         """
         args = self.args
+        if "compute_loss" in vars(self):
+            self._choose_and_check()  # set on the trainer after it was made
         check_stored_rows(self)
         # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
         self._given = {name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")}
@@ -160,12 +166,22 @@ class TSTTrainer(SavingTrainer):
                 heads,
                 self._own.watched(),
             ):
-                return super().train(resume_from_checkpoint, *positional, **kwargs)
+                result = super().train(resume_from_checkpoint, *positional, **kwargs)
+            self._warn_of_early_end()
+            return result
         finally:
             self._switch.close()
             self._preemption.close()
             if self._console is not None:
                 self._console.close()
+
+    def _warn_of_early_end(self) -> None:
+        schedule, step = self.schedule, self.state.global_step
+        if schedule is not None and step < schedule.switch_step and not self.preempted:
+            logger.warning(
+                f"Training ended after {step} steps, in superposition, which lasts for {schedule.switch_step}: the model has not been trained on "
+                "next tokens."
+            )
 
     def _hp_search_setup(self, trial: Any) -> None:
         names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
@@ -190,10 +206,14 @@ class TSTTrainer(SavingTrainer):
         """
         self._opened = None
         if not self.args.tst_enabled or self.train_dataset is None:
+            check_plain_resume(self._checkpoint, self.args)
             loader = super().get_train_dataloader()
             return plain_loader(loader, self.args) if self._checkpoint else loader
-        own_sampler = overrides(self, Trainer._get_train_sampler)
-        if own_sampler or other_parent(self, TSTTrainer, "get_train_dataloader"):
+        own_sampler = overrides(self, Trainer, "_get_train_sampler")
+        own_loader = other_parent(self, TSTTrainer, "get_train_dataloader") or is_patch(
+            Trainer.get_train_dataloader
+        )
+        if own_sampler or own_loader:
             return self._open(fold_own_loader(self, super().get_train_dataloader()))
         return self._open(open_run_data(self))
 
@@ -254,7 +274,7 @@ class TSTTrainer(SavingTrainer):
             self._data.check_accumulation(self.args.gradient_accumulation_steps)
             batches = self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
-        if not samples or not is_superposed(samples[0]):
+        if not samples or not self._has_bags(samples[0]):
             samples, count = super().get_batch_samples(iter(samples), num_batches, device)
         elif not self.model_accepts_loss_kwargs:
             count = None
@@ -263,6 +283,10 @@ class TSTTrainer(SavingTrainer):
             count = self._target_bags.count(samples, device) / self.get_tp_size()
         self._own.note_count(count)
         return samples, count
+
+    def _has_bags(self, batch: Any) -> bool:
+        """Whether a batch holds bags. In plain training, labels may have three dimensions for reasons of their own."""
+        return self._data is not None and is_superposed(batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -291,7 +315,7 @@ class TSTTrainer(SavingTrainer):
         If another parent has its own `compute_loss`, it computes the loss of single tokens. It never gets bags, because it does
         not expect labels with three dimensions.
         """
-        if not is_superposed(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
+        if not self._has_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         parts = 1
         if num_items_in_batch is not None and self.args.tst_replaces_loss and adds_to_loss(self.model.config):
@@ -305,9 +329,15 @@ class TSTTrainer(SavingTrainer):
             self._mtp.heads.share = 1 / parts
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
-        if model.training and isinstance(outputs, Mapping) and outputs.get("router_logits") is not None:
+        config = getattr(self.model, "config", None)
+        if (
+            config
+            and model.training
+            and isinstance(outputs, Mapping)
+            and outputs.get("router_logits") is not None
+        ):
             mask = inputs.get("attention_mask")
-            self._expert_load.add(outputs["router_logits"], experts_per_position(self.model.config), mask)
+            self._expert_load.add(outputs["router_logits"], experts_per_position(config), mask)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -316,7 +346,7 @@ class TSTTrainer(SavingTrainer):
         if self._shape is None or not isinstance(input_ids, Tensor):
             return 0
         rows, length = input_ids.shape[:2]
-        phase: Phase = "superposition" if is_superposed(inputs) else "recovery"
+        phase: Phase = "superposition" if self._has_bags(inputs) else "recovery"
         per_token = flops_per_token(self._shape, length, phase, args.mtp_num_heads, args.mtp_kind)
         return rows * length * per_token // self.get_tp_size()
 
@@ -353,7 +383,7 @@ class TSTTrainer(SavingTrainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         # A subclass's `prediction_step` may read logits in any case.
-        reads = not prediction_loss_only or overrides(self, Trainer.prediction_step)
+        reads = not prediction_loss_only or overrides(self, Trainer, "prediction_step")
         fuses = self.args.tst_replaces_loss and not reads
         positional = (dataloader, description, prediction_loss_only, *positional)
         with fused_evaluation_loss(self.model, self.fused_recovery) if fuses else nullcontext():
