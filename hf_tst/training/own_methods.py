@@ -90,7 +90,7 @@ class OwnMethods:
         if first:
             called, _ = find_language_model(model)
             self._context.enter_context(
-                called.register_forward_pre_hook(self._check_labels, prepend=True, with_kwargs=True)
+                called.register_forward_pre_hook(self._check_labels, with_kwargs=True)
             )
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items)
