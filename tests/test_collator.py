@@ -59,6 +59,7 @@ def test_an_all_ones_mask_is_dropped():
     ("rows", "message"),
     [
         ([{"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 1, 0]}], "padded"),
+        ([{"input_ids": [1, 2], "attention_mask": mask} for mask in ([1, 1], [1, 0])], "padded"),
         ([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2]}], "equal length"),
         ([{"input_ids": [1, 2, 3]}], "multiple of the bag size"),
         ([{"text": "abc"}], "input_ids"),

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_script
 
-from hf_tst import PhaseSchedule
-from hf_tst.data.blocks import BlockReader, BlockRules, check_blocks
+from hf_tst import PhaseSchedule, TSTError
+from hf_tst.data.blocks import BlockFacts, BlockReader, BlockRules, check_blocks
 from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation
+from hf_tst.data.resume_position import DataPosition
 from hf_tst.data.rows import EpochSampler, PlannedRows, StreamedRows
 
 
@@ -388,3 +390,25 @@ def test_a_bad_block_of_a_stream_is_found_when_it_is_read(bad, message):
     )
     with pytest.raises(ValueError, match=message):
         read_stream(rows)
+
+
+def test_the_fingerprint_of_data_counts_its_blocks():
+    """Where all blocks are equal, those that are looked at do not tell more blocks from fewer."""
+    few, many = ([{"input_ids": [1, 2, 3]}] * count for count in (300, 301))
+    assert check_blocks(few).data != check_blocks(many).data
+    assert check_blocks(few).data == check_blocks(list(few)).data
+
+
+@pytest.mark.parametrize("split_by_rank", [False, True])
+def test_another_number_of_processes_is_refused_where_each_has_its_own_shards(split_by_rank):
+    saved = DataPosition(
+        step=2, **vars(PhaseSchedule(10, 0.3, 4)), **vars(BatchLayout(2, 2, 1)), **vars(BlockFacts(None, 12, "stream")),
+        offset_weighting="uniform", input_weighting="uniform", document_boundaries="ignore", seed=1, shuffle=False,
+        split_by_rank=split_by_rank, stream_workers=0,
+    )  # fmt: skip
+    now = replace(saved, **vars(BatchLayout(2, 1, 2)))
+    if split_by_rank:
+        with pytest.raises(TSTError):
+            saved.check_resumable(now)
+    else:
+        saved.check_resumable(now)

@@ -311,3 +311,25 @@ def test_triton_kernel_in_its_interpreter():
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("writes_gradient", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_kernel_is_the_same_in_tiles(dtype, writes_gradient, monkeypatch):
+    from hf_tst.losses.kernels import torch_multi_hot
+
+    logits, labels, weights = make_case(9, 20, 3, dtype)
+    found = []
+    for elements in (20 * 9, 20 * 2):  # one tile, and five
+        monkeypatch.setitem(torch_multi_hot._TILE_ELEMENTS, "cpu", elements)
+        rows = logits.clone()
+        losses = torch_multi_hot.multi_hot_loss_and_gradient(
+            rows,
+            labels,
+            weights,
+            gradient_scale=torch.tensor(0.5),
+            softcap=2.5,
+            write_gradient=writes_gradient,
+        )
+        found.append((losses, rows))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -325,3 +325,28 @@ def test_no_items_beside_targets_make_no_finite_loss_fused_or_not(items):
         multi_hot_cross_entropy(hidden @ weight.T, labels, num_items_in_batch=items),
     ):
         assert loss.item() == float("inf")
+
+
+def test_another_ignore_index_is_left_out_of_the_number_of_targets():
+    hidden, weight, _, labels = make_case()
+    expected = linear_multi_hot_cross_entropy(hidden, weight, labels)
+    found = linear_multi_hot_cross_entropy(
+        hidden, weight, labels.masked_fill(labels == -100, -7), ignore_index=-7
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lower", ["hidden", "weight"])
+def test_products_take_the_higher_precision_of_states_and_weight(lower):
+    hidden, weight, _, labels = make_case()
+    given = {"hidden": hidden.detach(), "weight": weight.detach()}
+    given[lower] = given[lower].bfloat16()
+    exact = naive(
+        given["hidden"].double(),
+        given["weight"].double(),
+        None,
+        labels,
+        offset_weights("uniform", 4).double(),
+    )
+    found = linear_multi_hot_cross_entropy(given["hidden"], given["weight"], labels)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)

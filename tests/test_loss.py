@@ -167,3 +167,12 @@ def test_the_gradient_takes_one_float32_tensor_of_the_size_of_the_logits():
     logits, labels = make_case((rows,), 4, vocabulary, torch.bfloat16)
     peak = peak_memory(lambda: multi_hot_cross_entropy(logits, labels).backward(), torch.device("cpu"))
     assert peak < 2.2 * 4 * rows * vocabulary  # that, and the gradient in bfloat16
+
+
+@pytest.mark.parametrize("weighting", OFFSET_WEIGHTINGS)
+def test_counts_and_entropies_leave_out_another_ignore_index(weighting):
+    _, labels = make_case((4, 5), 6)
+    weights = offset_weights(weighting, 6)
+    others = labels.masked_fill(labels == -100, -7)
+    for function in (count_target_bags, sum_bag_entropies):
+        assert function(others, weights=weights, ignore_index=-7) == function(labels, weights=weights)
