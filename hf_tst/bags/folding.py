@@ -62,17 +62,17 @@ def average_embeddings(
         has_short_bags (`bool`, *optional*, defaults to `False`): Whether bags may have empty places, which hold -100: the mean of
             such a bag is over the tokens that it holds.
     """
-    vectors = embedded.unflatten(1, bags.shape[1:])
+    vectors = embedded.unflatten(-2, bags.shape[-2:])
     if weights is None and not has_short_bags:
         # Not `mean`, whose gradient is a float32 tensor of the size of all s vectors.
-        return (vectors.sum(dim=2, dtype=torch.float32) / bags.shape[2]).to(embedded.dtype)
+        return (vectors.sum(dim=-2, dtype=torch.float32) / bags.shape[-1]).to(embedded.dtype)
     held = bags != IGNORE_INDEX if has_short_bags else torch.ones_like(bags)
     if weights is not None:  # made where the parameters are, which FSDP's offload keeps in main memory
         weights = weights.to(bags.device, non_blocking=True)
     shares = held.float() if weights is None else held * weights
-    total = (shares[..., None] * vectors).sum(dim=2)
+    total = (shares[..., None] * vectors).sum(dim=-2)
     smallest = torch.finfo(torch.float32).tiny  # a bag may hold nothing
-    return (total / shares.sum(dim=2, keepdim=True).clamp_min(smallest)).to(embedded.dtype)
+    return (total / shares.sum(dim=-1, keepdim=True).clamp_min(smallest)).to(embedded.dtype)
 
 
 def document_starts(starts_after_first: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ class _SumOfCrossEntropies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
         *saved, weights, cross_entropies = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_gradients(gradient, saved[0], saved[2], weights)
         of_logits = _gradient_of_logits(*saved, gradient * weights) if ctx.needs_input_grad[0] else None
         return of_logits, None, gradient * cross_entropies
 
@@ -172,12 +174,24 @@ class _SumOfCrossEntropies(torch.autograd.Function):
 def _gradient_of_logits(logits: Tensor, logsumexp: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Gradient of the sum of `weights · CE`: probabilities times the weights of a position, less the weights at its targets."""
     gradient = torch.sub(logits, logsumexp).exp_().mul_(weights.sum(-1, keepdim=True))  # in float32
-    return gradient.scatter_add_(-1, targets, -weights).to(logits.dtype)
+    gradient.scatter_add_(-1, targets, -weights.to(gradient.dtype))
+    return gradient.to(logits.dtype).contiguous()
 
 
 @_gradient_of_logits.register_fake
 def _empty_gradient(logits: Tensor, logsumexp: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+def _differentiable_gradients(
+    gradient: Tensor, logits: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, None, Tensor]:
+    """The same gradients by operators that can be differentiated again (`create_graph=True`)."""
+    values, shares = logits.float(), gradient * weights
+    logsumexp = torch.logsumexp(values, dim=-1, keepdim=True)
+    of_logits = torch.exp(values - logsumexp) * shares.sum(-1, keepdim=True)
+    of_logits = of_logits.scatter_add(-1, targets, -shares)
+    return of_logits.to(logits.dtype), None, gradient * (logsumexp - values.gather(-1, targets))
 
 
 def _holds_somewhere(wrong: Tensor, message: str) -> bool:

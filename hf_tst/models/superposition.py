@@ -247,6 +247,7 @@ class _BagInput:
     _bags: Tensor | None = None
     _looked_up: Tensor | None = None  # the bags that the embedding was last asked for
     _has_checked_labels: bool = False
+    _has_checked_numbers: bool = False
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -288,16 +289,18 @@ class _BagInput:
         if self._bags is None:
             _refuse_bags(ids)
             return None
-        try:
-            bags = self._looked_up = self._bags.flatten(0, 1)[FIRST_STAND_IN - ids]
-        except IndexError as error:
-            raise TSTError(
-                "The model looks up other ids than those that it is given, such as a padding token, which bags do not have: set "
-                "tst_phase_ratio=0."
-            ) from error
+        numbers, bags = FIRST_STAND_IN - ids, self._bags.flatten(0, 1).to(ids.device)
+        if not self._has_checked_numbers and not torch.compiler.is_compiling():
+            self._has_checked_numbers = True  # once, since it synchronizes with the device
+            if bool(((numbers < 0) | (numbers >= len(bags))).any()):
+                raise TSTError(
+                    "The model looks up other ids than those that it is given, such as a padding token, which bags do not have: set "
+                    "tst_phase_ratio=0."
+                )
+        bags = self._looked_up = bags[numbers]
         if self.has_short_bags:
             bags = bags.masked_fill(bags == IGNORE_INDEX, 0)
-        return (bags.flatten(1), *others), {name: value for name, value in kwargs.items() if name != "input"}
+        return (bags.flatten(-2), *others), {name: value for name, value in kwargs.items() if name != "input"}
 
     def after_embedding(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         """Forward hook: their embeddings `(B, l·s, d)` become one vector for each bag, `(B, l, d)`."""

@@ -41,7 +41,7 @@ class OwnMethods:
         """Forget the batches of an earlier run."""
         self._context.close()
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
-        self._labels: Tensor | None = None  # of the batch of bags that is trained on
+        self._labels = LabelCheck(type(self._trainer).__name__)
         self._counted: tuple[int, Any] = (-1, None)
 
     def note_count(self, count: Any) -> None:
@@ -86,29 +86,52 @@ class OwnMethods:
         if not self._has_own_step:
             return step(model, inputs, num_items)
         first, self._has_trained_bags = not self._has_trained_bags, True
-        self._labels = inputs["labels"].clone()  # since the subclass may change them in place
+        self._labels.expect(inputs["labels"])
         if first:
             called, _ = find_language_model(model)
-            self._context.enter_context(
-                called.register_forward_pre_hook(self._check_labels, with_kwargs=True)
-            )
+            self._context.enter_context(called.register_forward_pre_hook(self._labels, with_kwargs=True))
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items)
-        self._labels = None
+        self._labels.expect(None)
         return loss
 
+
+class LabelCheck:
+    """Forward pre-hook of a model: refuses labels that are not those of the batch.
+
+    It holds no reference to the trainer, so that a copy of the model has its own.
+
+    Args:
+        name (`str`): The trainer's class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._version = 0
+        self._given: Tensor | None = None
+        self._labels: Tensor | None = None
+
+    def expect(self, labels: Tensor | None) -> None:
+        """Store the labels of the batch that is trained on; `None` after it."""
+        self._given = labels
+        # Values and version, since a subclass may change them in place.
+        self._labels = None if labels is None else labels.clone()
+        self._version = 0 if labels is None else labels._version
+
     @torch.compiler.disable
-    def _check_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: raise `TSTError` if the model is given other labels than those of the batch."""
-        passed, labels = kwargs.get("labels"), self._labels
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `TSTError` if the model is given other labels."""
+        passed = kwargs.get("labels")
         # A loss that is computed in parts passes other shapes.
-        if labels is None or not isinstance(passed, Tensor) or passed.shape != labels.shape:
+        if self._labels is None or not isinstance(passed, Tensor) or passed.shape != self._labels.shape:
             return
-        if not torch.equal(passed, labels.to(passed.device)):
+        if passed is self._given and passed._version == self._version:
+            return  # without waiting for the device
+        if not torch.equal(passed, self._labels.to(passed.device)):
             raise TSTError(
-                f"{type(self._trainer).__name__} changes the labels before it calls the model. In superposition the labels of a position are "
-                "the tokens of the next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in "
-                "data_collator, which gets single tokens."
+                f"{self._name} changes the labels before it calls the model. In superposition the labels of a position are the tokens of the "
+                "next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets "
+                "single tokens."
             )
 
 
@@ -151,7 +174,7 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     """Context in which the subclass `name` runs its own `compute_loss` or `training_step` on its first batch of bags.
 
     Raises:
-        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch, .
+        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch.
     """
     dimensions: set[int | None] = set()
     ids_shape = tuple(batch["input_ids"].shape)  # taken before, since the subclass may change the batch

@@ -37,6 +37,7 @@ class PhaseSwitchCallback(TrainerCallback):
         self._superposed: Any = None  # the model, in superposition
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()  # auto_find_batch_size begins training again after out-of-memory
         check_loss(self._trainer)  # again, since it may have been set after the trainer was made
         if args.tst_document_boundaries == "respect":
             rows = 2 if args.tst_superposition_rows == "more" else min(2, args.per_device_train_batch_size)

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_arguments(args: Any) -> None:
-    """Raise `TSTError` if `args` is no [`TSTArguments`], has contradictory values."""
+    """Raise `TSTError` if `args` is no [`TSTArguments`] or has contradictory values."""
     if not isinstance(args, TSTArguments):
         raise TSTError(
             f"TSTTrainer needs TSTTrainingArguments, but got {type(args).__name__}: make the arguments with that class, or "

@@ -89,12 +89,13 @@ def open_run_data(trainer: Any) -> RunData:
 
 def _columns_for_collator(trainer: Any, document_columns: Sequence[str]) -> list[str] | None:
     """The columns of blocks that the collator gets: those of the model's forward and of documents, or all (`None`)."""
-    own = any(
-        overrides(trainer, Trainer, name)
-        for name in ("_remove_unused_columns", "_get_collator_with_removed_columns")
-    )
-    if own or not trainer.args.remove_unused_columns:
+    own_collator = overrides(trainer, Trainer, "_get_collator_with_removed_columns")
+    if own_collator or not trainer.args.remove_unused_columns:
         return None
+    blocks = trainer.train_dataset
+    if hasattr(blocks, "select") and overrides(trainer, Trainer, "_remove_unused_columns"):
+        kept = trainer._remove_unused_columns(blocks.select([0]), description="training")
+        return [*kept.column_names, *document_columns]
     trainer._set_signature_columns_if_needed()
     used = [*trainer._signature_columns, *document_columns]
     if "input_ids" not in used:

@@ -1,11 +1,13 @@
 """What scripts change on a trainer or a model that is made already, or in Transformers: it counts, or is refused before the first step."""
 
+import copy
 import logging
 from typing import ClassVar
 
 import pytest
 import torch
 from conftest import BLOCK_LENGTH, losses, make_blocks, make_model
+from datasets import Dataset
 from test_other_trainers import S, loader_of
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
@@ -217,6 +219,45 @@ class Rolls(LlamaForCausalLM):
         }
 
 
+class LooksUp(LlamaForCausalLM):
+    """Looks up what `change` makes of the ids."""
+
+    change: ClassVar = None
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        embedded = self.get_input_embeddings()(type(self).change(input_ids)).view(*input_ids.shape, -1)
+        logits = self.lm_head(self.model(inputs_embeds=embedded).last_hidden_state)
+        return {
+            "loss": self.loss_function(logits, labels, vocab_size=self.config.vocab_size),
+            "logits": logits,
+        }
+
+
+@pytest.mark.parametrize(
+    ("change", "works"),
+    [
+        (lambda ids: ids.reshape(-1), True),
+        (lambda ids: ids.long().clone(), True),
+        (lambda ids: ids + 1, False),
+        (lambda ids: ids.clamp(min=0), False),
+    ],
+    ids=["flat", "copied", "shifted", "clamped"],
+)
+def test_bags_are_looked_up_by_the_ids_that_the_model_was_given(change, works):
+    model = type("OwnForCausalLM", (LooksUp,), {"change": staticmethod(change)})(make_model("llama").config)
+    bags = torch.randint(0, 90, (2, 6, S), generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 90, (2, 6, S), generator=torch.Generator().manual_seed(1))
+    if not works:
+        with token_superposition(model, S), pytest.raises(TSTError):
+            model(input_ids=bags, labels=labels)
+        return
+    means = model.get_input_embeddings()(bags).mean(dim=2)
+    expected = model.lm_head(model.model(inputs_embeds=means).last_hidden_state)
+    model.eval()
+    with token_superposition(model, S):
+        torch.testing.assert_close(model(input_ids=bags, labels=labels)["logits"], expected)
+
+
 def test_each_look_up_gets_the_bags_that_it_asks_for():
     model = Rolls(make_model("llama").config)
     bags = torch.randint(0, 90, (2, 6, S), generator=torch.Generator().manual_seed(0))
@@ -231,15 +272,38 @@ def test_each_look_up_gets_the_bags_that_it_asks_for():
     torch.testing.assert_close(found, expected)
 
 
-def test_columns_that_an_own_method_keeps_are_not_dropped_in_silence(make_args):
-    class Keeps(TSTTrainer):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_columns_that_an_own_method_keeps_are_not_dropped_in_silence(make_args, keeps):
+    class Own(TSTTrainer):
         def _remove_unused_columns(self, dataset, description=None):
-            return dataset
+            return dataset if keeps else dataset.remove_columns(["weight"])
 
     blocks = [{**block, "weight": [1.0] * BLOCK_LENGTH} for block in make_blocks(300)]
-    trainer = make_trainer(make_args, cls=Keeps, blocks=blocks)
-    with pytest.raises(TSTError, match="weight"):
+    trainer = make_trainer(make_args, cls=Own, blocks=Dataset.from_list(blocks))
+    if keeps:
+        with pytest.raises(TSTError, match="weight"):
+            trainer.train()
+    else:
         trainer.train()
+
+
+def test_a_model_may_be_copied_in_training_with_an_own_loss(make_args):
+    class Own(TSTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(
+                model, {**inputs, "labels": inputs["labels"].clone()}, *args, **kwargs
+            )
+
+    copies = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.append(copy.deepcopy(model))
+
+    trainer = make_trainer(make_args, cls=Own)
+    trainer.add_callback(Copies())
+    trainer.train()
+    assert len(copies) == 6
 
 
 @pytest.mark.parametrize("off", [{"tst_phase_ratio": 0}, {"tst_bag_size": 1}], ids=["r=0", "s=1"])
