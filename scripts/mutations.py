@@ -40,7 +40,7 @@ class Mutation:
 
 MUTATIONS = [
     Mutation("switch step", "bags/phases.py", "step < self.switch_step else", "step <= self.switch_step else", "phases trainer"),
-    Mutation("mean of a bag", "bags/folding.py", ".sum(dim=2, dtype=torch.float32) / bags.shape[2]", ".sum(dim=2, dtype=torch.float32)", "bags superposition"),
+    Mutation("mean of a bag", "bags/folding.py", ".sum(dim=-2, dtype=torch.float32) / bags.shape[-1]", ".sum(dim=-2, dtype=torch.float32)", "bags superposition"),
     Mutation(
         "its sum in float32", "bags/folding.py", "held.float() if weights is None",
         "held.to(embedded.dtype) if weights is None", "bags documents",
@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation("order of the data, by step", "data/read_order.py", "(step * self.rows_per_step +", "((step + 1) * self.rows_per_step +", "data audit"),
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
     Mutation("a resumed run's place in the data", "training/train_dataloader.py", "epoch_steps, lambda: trainer.state.global_step)", "epoch_steps, lambda: 0)", "resume audit"),
-    Mutation("end of a pass with bags", "models/superposition.py", "self._bags = None\n", "pass\n", "superposition"),
+    Mutation("end of a pass with bags", "models/superposition.py", "self._bags = self._looked_up = None\n", "pass\n", "superposition"),
     Mutation("undo of the loss", "models/head.py", "                entries[name] = before[name]", "                pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
