@@ -30,6 +30,19 @@ def bag_sizes(trainer):
     return [e["tst_current_bag_size"] for e in trainer.state.log_history if "loss" in e]
 
 
+def train_and_return_first_ids(trainer):
+    seen = []
+    step = trainer.training_step
+
+    def watched(model, inputs, *more):
+        seen.append(inputs["input_ids"])
+        return step(model, inputs, *more)
+
+    trainer.training_step = watched
+    trainer.train()
+    return seen[0]
+
+
 def another_loss(logits, labels, *args, **kwargs):
     raise AssertionError("a loss that training would use in part of its steps")
 
@@ -94,31 +107,19 @@ def test_a_loader_that_was_set_is_the_one_that_is_folded(make_args, monkeypatch,
         trainer.get_train_dataloader = lambda: loader_of(trainer, others)
     else:
         monkeypatch.setattr(Trainer, "get_train_dataloader", lambda self: loader_of(self, others))
-    seen = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *more: (
-        seen.append(inputs["input_ids"]),
-        step(model, inputs, *more),
-    )[1]
-    trainer.train()
+    first_ids = train_and_return_first_ids(trainer)
     assert bag_sizes(trainer) == [S] * 3 + [1] * 3
     first = torch.cat([next(expected)["input_ids"] for _ in range(S)])
-    assert torch.equal(seen[0].flatten().sort()[0], first.flatten().sort()[0])
+    assert torch.equal(first_ids.flatten().sort()[0], first.flatten().sort()[0])
 
 
 def test_a_sampler_that_was_set_gives_the_order(make_args):
     trainer = make_trainer(make_args)
     trainer._get_train_sampler = lambda *data: SequentialSampler(trainer.train_dataset)
-    seen = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *more: (
-        seen.append(inputs["input_ids"]),
-        step(model, inputs, *more),
-    )[1]
-    trainer.train()
+    first_ids = train_and_return_first_ids(trainer)
     rows = trainer.args.per_device_train_batch_size
     first = torch.tensor([block["input_ids"] for block in make_blocks(300)[: S * rows]])
-    assert torch.equal(seen[0].flatten(), first.flatten())
+    assert torch.equal(first_ids.flatten(), first.flatten())
 
 
 SEPARATOR = 5
