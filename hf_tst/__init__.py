@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .bags.phases import PhaseSchedule as PhaseSchedule
     from .bags.weighting import input_weights as input_weights
     from .bags.weighting import offset_weights as offset_weights
-    from .data.packing import BlockStream as BlockStream
     from .data.packing import pack_blocks as pack_blocks
     from .data.packing import tokenize_documents as tokenize_documents
+    from .data.streams import BlockStream as BlockStream
     from .errors import PreemptedError as PreemptedError
     from .errors import RunError as RunError
     from .errors import TSTError as TSTError
@@ -41,7 +41,8 @@ _NAMES = {
     "bags.collator": ["DataCollatorForTokenSuperposition"],
     "bags.phases": ["PhaseSchedule"],
     "bags.weighting": ["input_weights", "offset_weights"],
-    "data.packing": ["BlockStream", "pack_blocks", "tokenize_documents"],
+    "data.packing": ["pack_blocks", "tokenize_documents"],
+    "data.streams": ["BlockStream"],
     "errors": ["PreemptedError", "RunError", "TSTError"],
     "evaluation.scores": ["METRIC_FILE", "evaluate_checkpoint", "score_texts"],
     "losses.linear": ["linear_multi_hot_cross_entropy"],

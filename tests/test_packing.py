@@ -14,8 +14,9 @@ from transformers import LlamaConfig
 
 from hf_tst import TSTError
 from hf_tst.data.files import load_text_file
-from hf_tst.data.packing import BlockStream, pack_blocks, tokenize_documents
+from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
+from hf_tst.data.streams import BlockStream
 from hf_tst.pretraining.options import DataArguments, ModelArguments
 from hf_tst.pretraining.parts import load_documents, load_model, prepare_blocks
 from hf_tst.records.run_record import loaded_from

@@ -16,9 +16,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.data.packing import BlockStream
 from hf_tst.data.read_order import Permutation
 from hf_tst.data.resume_position import DataPosition
+from hf_tst.data.streams import BlockStream
 
 EOS = VOCAB_SIZE - 1
 

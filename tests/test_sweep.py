@@ -12,8 +12,10 @@ from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import SweepArguments
 from hf_tst.experiments.compare import sweep as main
 from hf_tst.experiments.options import open_experiment
-from hf_tst.experiments.report import format_comparison, pictures, tables, write_report
+from hf_tst.experiments.pictures import pictures
+from hf_tst.experiments.report import format_comparison, write_report
 from hf_tst.experiments.summary import compare_runs
+from hf_tst.experiments.tables import tables
 
 
 def planned(recipe, *flags):

@@ -1,8 +1,4 @@
-"""Blocks of a map-style data set: full rows of tokens, all of one length. How they are checked and read.
-
-Token columns of a `datasets.Dataset` are taken out of its memory-mapped Arrow table, all blocks of a batch at once,
-without Python objects in between.
-"""
+"""Blocks of a map-style data set: full rows of tokens, all of one length. How they are checked."""
 
 from __future__ import annotations
 
@@ -21,16 +17,25 @@ from ..errors import TSTError, bad_input
 
 logger = logging.get_logger(__name__)
 
+
 # Columns that superposition reads. Recovery passes on all columns that the model accepts.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+
+
 POSITIONS_ARE_DROPPED = (
     "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
     "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
 )
+
+
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
+
+
 # Stored lengths that are checked before training starts.
 CHECKED_LENGTHS = 100_000
+
+
 # Types of rows that are ids without a mapping.
 IDS_ALONE = (list, tuple, np.ndarray, Tensor)
 
@@ -170,7 +175,7 @@ class BlockRules:
         Other data is not checked: reading it may be slow, or draw random numbers. Rows may have several lengths.
         """
         if hasattr(blocks, "select_columns"):
-            if _is_stored(blocks) and "input_ids" in blocks.column_names:
+            if is_stored(blocks) and "input_ids" in blocks.column_names:
                 self._check_table(blocks.select_columns("input_ids"), limit)
         elif isinstance(blocks, (list, tuple)) or hasattr(blocks, "starts"):
             for index in range(min(len(blocks), limit or len(blocks))):
@@ -185,7 +190,7 @@ class BlockRules:
     def _check_table(self, blocks: Any, limit: int | None) -> None:
         import pyarrow.compute as pc
 
-        if not _holds_ids(blocks):
+        if not holds_ids(blocks):
             return
         table, end = blocks.with_format("arrow"), min(len(blocks), limit or len(blocks))
         for start in range(0, end, 1000):
@@ -235,8 +240,8 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
         raise TSTError(
             f"The training data is several data sets, {', '.join(map(repr, blocks))}: choose one, such as data[{next(iter(blocks))!r}]."
         )
-    is_stored = _is_stored(blocks)
-    if is_stored:
+    stored = is_stored(blocks)
+    if stored:
         blocks = blocks.with_format("numpy", columns=blocks.format["columns"])
     length = len(NO_RULES.check(blocks[0], 0))
     rules = replace(rules, length=length)
@@ -246,9 +251,9 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     if isinstance(blocks, (list, tuple)):
         for index, block in enumerate(blocks):
             check_length(len(as_block(block, index).get("input_ids", ())), length, index)
-    elif is_stored:
-        stored = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
-        _check_stored_lengths(stored["input_ids"], length, range(len(stored)))
+    elif stored:
+        lengths = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
+        check_stored_lengths(lengths["input_ids"], length, range(len(lengths)))
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
 
 
@@ -297,8 +302,8 @@ def check_length(found: int, length: int, index: int) -> None:
         )
 
 
-def _check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
-    """The same for an Arrow column with one list per block."""
+def check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> None:
+    """Raise `TSTError` unless every list of an Arrow column has `length` tokens."""
     import pyarrow.compute as pc
 
     lengths = np.asarray(pc.list_value_length(column))
@@ -326,82 +331,13 @@ def _tokens(block: Mapping[str, Any], index: int) -> NDArray[np.int64]:
     return tokens.astype(np.int64, copy=False)
 
 
-class BlockReader:
-    """Reads the `columns` of blocks by number, one block per row or several.
-
-    Args:
-        blocks: Map-style data set of blocks (`datasets.Dataset`, a list, any with `__getitem__`).
-        columns (`Sequence[str]`): Columns to read.
-        as_arrays (`bool`, *optional*, defaults to `True`): Read a `datasets.Dataset` as NumPy arrays, not in its own format,
-            and rows of ids alone as mappings.
-        rules (`BlockRules`): Requirements for the blocks; by default one length per column.
-    """
-
-    def __init__(
-        self, blocks: Any, columns: Sequence[str], as_arrays: bool = True, rules: BlockRules = NO_RULES
-    ) -> None:
-        self.columns = list(columns)
-        self.rules = rules
-        self._as_arrays = as_arrays
-        self._is_table = False
-        if _is_stored(blocks):
-            blocks = blocks.select_columns(self.columns)
-            if as_arrays:
-                self._is_table = _holds_ids(blocks)
-                blocks = blocks.with_format("arrow" if self._is_table else "numpy")
-        self._blocks = blocks
-
-    def read(self, first_blocks: Sequence[int], size: int = 1) -> list[Any]:
-        """The columns of some rows, each of `size` consecutive blocks.
-
-        Raises:
-            TSTError: If a block is of another length.
-        """
-        indices = [first + i for first in first_blocks for i in range(size)]
-        if self._is_table:
-            return self._read_table(indices, size)
-        if hasattr(self._blocks, "__getitems__"):
-            found = self._blocks.__getitems__(indices)
-        else:
-            found = [self._blocks[i] for i in indices]
-        if self.rules.length is not None:
-            for index, row in zip(indices, found, strict=True):
-                block = as_block(row, index)
-                for name in block.keys() & TOKEN_COLUMNS:
-                    check_length(len(block[name]), self.rules.length, index)
-                self.rules.check_ids(np.asarray(block["input_ids"]), index)
-        found = [self._chosen(row) for row in found]
-        return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
-
-    def _chosen(self, row: Any) -> Any:
-        """The columns to read of a row; the whole row if it is only ids and goes to a user's collator."""
-        if not self._as_arrays and not isinstance(row, Mapping):
-            return row
-        block = as_block(row)
-        return {name: block[name] for name in self.columns}
-
-    def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
-        """All blocks at once, each row a view of one array per column."""
-        arrays: list[NDArray[np.int64]] = []
-        for column in self._blocks[indices].columns:
-            lists = column.combine_chunks()
-            length = self.rules.length or len(lists[0])
-            _check_stored_lengths(lists, length, indices)
-            values = lists.flatten().to_numpy(zero_copy_only=False)
-            is_ids = len(arrays) == self.columns.index("input_ids")
-            if is_ids and (at := self.rules.find_bad_id(values)) is not None:
-                raise self.rules.bad_id(indices[at // length], values[at])
-            arrays.append(values.astype(np.int64).reshape(-1, size * length))
-        return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
-
-
-def _is_stored(blocks: Any) -> bool:
+def is_stored(blocks: Any) -> bool:
     """Whether the rows of a data set are those that a `datasets.Dataset` has stored, and not made by a transform as they are read."""
     form = getattr(blocks, "format", None)
     return hasattr(blocks, "select_columns") and isinstance(form, Mapping) and form.get("type") != "custom"
 
 
-def _holds_ids(blocks: Any) -> bool:
+def holds_ids(blocks: Any) -> bool:
     """Whether a `datasets.Dataset` has only columns with one whole number per token."""
     import pyarrow as pa
 
@@ -410,8 +346,3 @@ def _holds_ids(blocks: Any) -> bool:
         column.name in known and pa.types.is_integer(getattr(column.type, "value_type", pa.null()))
         for column in blocks.data.schema
     )
-
-
-def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """The columns of consecutive blocks, each joined to one array."""
-    return {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}

@@ -1,16 +1,13 @@
-"""From text to blocks: tokenize documents and cut them into blocks, before training or, as a stream, during it."""
+"""From text to blocks, before training: tokenize documents and cut them into blocks."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from ..errors import TSTError
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
+
 
 # Part of the name of a packed file: raise it when the same input would be packed differently.
 PACKING_VERSION = 1
@@ -150,113 +148,6 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
     return blocks
 
 
-class BlockStream(IterableDataset[dict[str, Any]]):
-    """Blocks of a stream of tokenized documents, cut during training.
-
-    Args:
-        documents: Iterable of rows with `input_ids`, of any lengths.
-        block_size (`int`): Tokens per block, L.
-    """
-
-    column_names = (TOKENS,)  # as `datasets` has them
-
-    def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
-        self.documents = documents
-        self.block_size = block_size
-        self._rest = self._first = np.empty(0, dtype=np.int32)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Loaded tokens may hold whole blocks, which come before the next document is read.
-        self._rest, self._first = self._first, self._rest[:0]
-        for document in chain([{"input_ids": []}], self.documents):
-            tokens = np.asarray(document["input_ids"], dtype=np.int32)
-            labels: Any = document.get("labels")
-            if np.ndim(labels) == 1:
-                _check_labels(tokens, labels)
-            self._rest = np.concatenate([self._rest, tokens])
-            while len(self._rest) >= self.block_size:
-                block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
-                yield {"input_ids": block}
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """The state of the documents, and the tokens that were read but are not in a block yet.
-
-        `None` if the documents have no state. Valid while a block is yielded.
-        """
-        documents = stream_state(self.documents)
-        return None if documents is None else {"documents": documents, "tokens": torch.from_numpy(self._rest)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration continue from `state`."""
-        cast("Any", self.documents).load_state_dict(state["documents"])
-        self._first = state["tokens"].numpy()
-
-
-def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
-    """A share of a stream at the beginning of a pass over it.
-
-    A stream that is not of `datasets` cannot be divided, and must start again by itself when it is iterated again.
-
-    Args:
-        stream: A `datasets.IterableDataset`, a [`BlockStream`], or any other iterable.
-        share (`int`), shares (`int`): The index of the share, and the number of shares.
-        data_pass (`int`): The pass, counted from 0. It decides the order of a shuffled stream.
-    """
-    import datasets
-    from datasets.distributed import split_dataset_by_node
-
-    if isinstance(stream, BlockStream):
-        return BlockStream(open_stream(stream.documents, share, shares, data_pass), stream.block_size)
-    if isinstance(stream, datasets.IterableDataset):
-        # A copy, since the given stream may be in the middle of a pass and shares its epoch with other loader processes.
-        stream = split_dataset_by_node(stream, rank=share, world_size=shares)
-        stream.set_epoch(data_pass)
-        return _Share(stream)
-    if hasattr(stream, "set_epoch"):
-        stream.set_epoch(data_pass)
-    return stream
-
-
-class _Share:
-    """One reader's share of a stream of `datasets`, which loader processes must not divide again."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for batch in self._stream.iter(batch_size=1):
-            batch = batch.to_pydict() if hasattr(batch, "to_pydict") else batch  # format "arrow"
-            yield {name: values[0] for name, values in batch.items()}
-
-    def state_dict(self) -> dict[str, Any] | None:
-        return stream_state(self._stream)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream.load_state_dict(state)
-
-
-def stream_state(stream: Any) -> dict[str, Any] | None:
-    """The state of a stream, or `None` if the stream has no state or could not be restored from it.
-
-    The state of `datasets` does not include a shuffle buffer, so a stream with one cannot be restored.
-    """
-    if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
-        return None
-    import datasets
-
-    is_shuffled = isinstance(stream, datasets.IterableDataset) and _has_shuffle_buffer(
-        getattr(stream, "_ex_iterable", None)
-    )
-    return None if is_shuffled else stream.state_dict()
-
-
-def _has_shuffle_buffer(node: Any) -> bool:
-    """Whether a node of a stream of `datasets`, or a node that it reads from, is a shuffle buffer or unknown."""
-    sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
-    is_buffer = node is None or "BufferShuffled" in type(node).__name__
-    return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)
-
-
 def _has_lists(documents: datasets.Dataset, name: str) -> bool:
     """Whether a data set has a column of lists, such as labels of tokens."""
     import pyarrow as pa
@@ -266,7 +157,7 @@ def _has_lists(documents: datasets.Dataset, name: str) -> bool:
     return name in documents.column_names and any(is_kind(schema.field(name).type) for is_kind in kinds)
 
 
-def _check_labels(tokens: Any, labels: Any) -> None:
+def check_labels(tokens: Any, labels: Any) -> None:
     """Raise `TSTError` if the labels of documents are not their tokens: blocks hold tokens alone, so all of them become targets."""
     if not np.array_equal(np.asarray(tokens), np.asarray(labels)):
         raise TSTError(
@@ -285,7 +176,7 @@ def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> i
         given = [name for name in (TOKENS, "labels") if name == TOKENS or _has_lists(documents, name)]
         for table in documents.select_columns(given).with_format("arrow").iter(batch_size=1000):
             if table.num_columns > 1:
-                _check_labels(*(column.combine_chunks().flatten() for column in table.columns))
+                check_labels(*(column.combine_chunks().flatten() for column in table.columns))
             for chunk in table["input_ids"].chunks:
                 found = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
                 tokens += len(found)

@@ -17,18 +17,10 @@ from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import (
-    NO_RULES,
-    TOKEN_COLUMNS,
-    BlockFacts,
-    BlockReader,
-    BlockRules,
-    as_block,
-    check_columns,
-    join_blocks,
-)
-from .packing import open_stream, stream_state
+from .block_reader import BlockReader, join_blocks
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns
 from .read_order import BatchLayout, DataPlan
+from .streams import open_stream, stream_state
 
 logger = logging.get_logger(__name__)
 

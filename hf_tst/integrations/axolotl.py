@@ -18,7 +18,8 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.files import TOKEN_FILE_SUFFIX, TokenFile, load_text_file
-from ..data.packing import BlockStream, pack_blocks, tokenize_documents
+from ..data.packing import pack_blocks, tokenize_documents
+from ..data.streams import BlockStream
 from ..data.text_files import ENDINGS, ending
 from ..errors import TSTError, bad_input, check_choice, check_names, whole_message
 from ..training.arguments import TSTArguments

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.files import TokenFile, load_text_file, matching_files
-from ..data.packing import BlockStream, pack_blocks, tokenize_documents
+from ..data.packing import pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
+from ..data.streams import BlockStream
 from ..data.text_files import ending
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
