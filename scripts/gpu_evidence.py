@@ -43,7 +43,7 @@ DEVICE = (
 )
 TINY_COMPARISON = (
     " --config_overrides vocab_size=500,hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,"
-    "num_key_value_heads=2 --block_size 16 --max_steps 20 --warmup_steps 2 --bf16 False --seeds 0"
+    "num_key_value_heads=2 --block_size 16 --max_steps 20 --warmup_steps 2 --bf16 False"
     """ --lr_scheduler_kwargs '{"num_decay_steps": 4}'"""
 )
 
@@ -107,28 +107,35 @@ def slice_a(args: argparse.Namespace) -> list[Step]:
 
 
 def slice_b(args: argparse.Namespace) -> list[Step]:
-    """Does it help: TST and its baseline at equal FLOPs, three seeds, then other arms, in as many steps as there is time."""
+    """Does it help: TST, also with other weights, and the baseline at equal FLOPs, then the other arms, in as many steps as there is time."""
     parts, held_out = (
         shlex.join(map(str, sorted(args.corpus.resolve().glob(name)))) for name in ("part*", "valid*")
     )
     pages = tuple(f"comparison/comparison.{ending}" for ending in ("json", "md", "png"))
 
-    def compare(share: float, arms: str) -> list[str]:
+    def compare(share: float, options: str) -> list[str]:
         command = (
             "python scripts/compare.py scripts/configs/comparisons/100m-gpu.yaml --train_file WORK/train.npy"
         )
         command += " --validation_file WORK/valid.npy --output_dir WORK/comparison"
-        command += f" --arms {arms} --seconds {share * args.seconds:.0f}"
         command += TINY_COMPARISON if args.tiny else ""
+        # One run alone leaves much of a large GPU idle at this size.
+        command += f" {options} --processes 3 --seconds {share * args.seconds:.0f}"
         return shlex.split(command + (" --use_cpu True" if args.device == "cpu" else ""))
 
     pack = "python scripts/pack_ids.py --inputs"
+    seeds = "0" if args.tiny else "0,1,2"
     others = "baseline,tst,tst-recency,tst-r0.2-s4,mtp-0.1,tst+mtp-0.1"
     return [
         Step("text", shlex.split(f"{pack} {parts} --eos_id 0 --seed 0 --output WORK/train.npy"), 90),
         Step("held-out text", shlex.split(f"{pack} {held_out} --output WORK/valid.npy"), 30),
-        Step("baseline and TST", compare(0.6, "baseline,tst"), 0.65 * args.seconds, pages),
-        Step("other arms", compare(0.27, others), 0.3 * args.seconds, pages),
+        Step(
+            "baseline and TST",
+            compare(0.8, "--seeds 0 --arms baseline,tst,tst-recency"),
+            0.84 * args.seconds,
+            pages,
+        ),
+        Step("other arms", compare(0.12, f"--seeds {seeds} --arms {others}"), 0.13 * args.seconds, pages),
     ]
 
 

@@ -153,6 +153,13 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     late = main([*flags, "0,9", "--seconds", "100"])
     assert [run.status for run in late.runs] == ["finished", "finished", "missing", "missing"]
     shutil.rmtree(tmp_path)
+    # Of three runs, two at a time, one place has two, each with less than half of the time.
+    three = [*flags, "0,1,2", "--arms", "tst", "--seconds", "500", "--processes", "2"]
+    experiment = open_experiment(three, CompareArguments)
+    runs, limit = budget.plan_within_limit(experiment, time.monotonic())
+    assert 450 < 2 * (10 + 6 * 2 + limit.max_steps) <= 475
+    assert len(runs) == 3
+    shutil.rmtree(tmp_path)
     with pytest.raises(TSTError, match=r"too little for 4 runs: \d+ s have passed, and the runs need 88 s"):
         main([*flags, "0,1", "--seconds", "80"])
 
@@ -162,6 +169,26 @@ def test_a_limit_that_nothing_needs_changes_nothing(tiny_recipe, tmp_path, in_pr
     (arm,) = main([str(tiny_recipe), *flags]).arms
     assert arm.best.curve[-1].step == 40
     assert in_process == ["calibration", "tst-lr0.01-seed0"]
+
+
+def test_the_limit_of_runs_at_the_same_time_is_that_of_the_slowest_place(
+    tiny_recipe, tmp_path, in_process, monkeypatch
+):
+    flags = [
+        "--arms",
+        "tst",
+        "--seeds",
+        "0,1,2",
+        "--seconds",
+        "10000",
+        "--processes",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    comparison = main([str(tiny_recipe), *flags])
+    assert {*in_process[:2]} == {"calibration", "calibration-copy1"}
+    assert [run.status for run in comparison.runs] == ["finished"] * 3
 
 
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
@@ -356,7 +383,6 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--deepspeed", "ds.json"], "The arguments cannot be used: "),
         (["--launcher", " "], "launcher=' ' cannot be started"),
         (["--seconds", "0"], "seconds must be more than 0, but is 0"),
-        (["--seconds", "9", "--processes", "2"], "seconds=9 needs processes=1, not 2"),
         (["--more_arms", "{a"], "more_arms is not JSON"),
         (["--more_arms", '{"a": 1}'], "more_arms must have the options of each arm"),
         (["--more_arms", '{"tst": {}}'], "more_arms names an arm 'tst'"),

@@ -127,8 +127,11 @@ def calibrate(experiment: Experiment) -> dict[str, StepCost]:
     }
 
 
-def _pace(experiment: Experiment, name: str, values: Mapping[str, Any]) -> StepCost:
-    """Seconds per step, from a run of `calibration_steps` steps in each phase of an arm, evaluated at its end only."""
+def _pace(experiment: Experiment, name: str, values: Mapping[str, Any], copies: int = 1) -> StepCost:
+    """Seconds per step, from a run of `calibration_steps` steps in each phase of an arm, evaluated at its end only.
+
+    With `copies`, so many such runs at the same time; then the slowest counts.
+    """
     superposed, steps = asks_for_superposition(values), experiment.args.calibration_steps
     settings = {
         **values, "max_steps": steps * (2 if superposed else 1), "logging_strategy": "steps",
@@ -136,12 +139,16 @@ def _pace(experiment: Experiment, name: str, values: Mapping[str, Any]) -> StepC
         "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
         "report_to": "none", **({"tst_phase_ratio": 0.5} if superposed else {}),
     }  # fmt: skip
-    run = PlannedRun(name, experiment.output_dir / name, settings)
-    failures = run_all([run], launcher=experiment.args.launcher)
-    if run.result is None:
-        raise TSTError(failures[name])
-    seconds = run.result.seconds_per_step
-    return StepCost(seconds.get("superposition", seconds["recovery"]), seconds["recovery"])
+    names = [name, *(f"{name}-copy{number}" for number in range(1, copies))]
+    runs = [PlannedRun(name, experiment.output_dir / name, settings) for name in names]
+    failures = run_all(runs, processes=copies, launcher=experiment.args.launcher)
+    found = []
+    for run in runs:
+        if run.result is None:
+            raise TSTError(failures[run.name])
+        seconds = run.result.seconds_per_step
+        found.append(StepCost(seconds.get("superposition", seconds["recovery"]), seconds["recovery"]))
+    return StepCost(max(cost.superposition for cost in found), max(cost.recovery for cost in found))
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,8 @@ class TimeLimit:
 def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     """The speed of runs, measured in a short run of the first arm with superposition, or else of the first arm.
 
+    As many short runs take place at the same time as runs of the comparison.
+
     Args:
         experiment ([`Experiment`]): The common configuration of the runs.
         runs: All runs, for the configured steps.
@@ -201,12 +210,15 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     args = experiment.args
     assert args.seconds is not None
     first = next((run for run in runs if asks_for_superposition(run.settings)), runs[0])
-    folder = experiment.output_dir / "calibration"
-    shutil.rmtree(folder, ignore_errors=True)
+    for folder in experiment.output_dir.glob("calibration*"):
+        shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    pace = _pace(experiment, folder.name, first.settings)
+    pace = _pace(experiment, "calibration", first.settings, min(args.processes, len(runs)))
     whole = time.monotonic() - began
-    evaluation = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"]
+    evaluation = max(
+        json.loads(file.read_text(encoding="utf-8"))["eval_runtime"]
+        for file in experiment.output_dir.glob("calibration*/eval_results.json")
+    )
     timed = pace.recovery + (pace.superposition if asks_for_superposition(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
     steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
@@ -269,8 +281,16 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
             return runs, None
         limit = time_short_run(experiment, runs)
         gone = time.monotonic() - began
-        fixed, training = map(sum, zip(*map(limit.seconds_of, runs), strict=True))
-        chosen = int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)
+        places = [(0.0, 0.0)] * experiment.args.processes  # where one run follows another
+        for cost in map(limit.seconds_of, runs):
+            fixed, training = min(places, key=sum)
+            places[places.index((fixed, training))] = fixed + cost[0], training + cost[1]
+        fixed = max(fixed for fixed, _ in places)
+        chosen = min(
+            int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)
+            for fixed, training in places
+            if training
+        )
         if chosen < FEWEST_STEPS:
             raise TSTError(
                 f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s have passed, and the runs need {fixed:.0f} s "

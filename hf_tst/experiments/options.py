@@ -65,7 +65,7 @@ class ExperimentArguments:
     seconds: float | None = HfArg(
         default=None,
         help="Time limit for all runs together: max_steps is lowered equally for all arms, from the speed of a short run, and is "
-        "kept when the comparison continues. A run that would end later is not started. Needs processes=1.",
+        "kept when the comparison continues. A run that would end later is not started.",
     )
 
     def __post_init__(self) -> None:
@@ -73,10 +73,6 @@ class ExperimentArguments:
         check_at_least(4, calibration_steps=self.calibration_steps)
         if self.seconds is not None and self.seconds <= 0:
             raise TSTError(f"seconds must be more than 0, but is {self.seconds:g}.")
-        if self.seconds is not None and self.processes > 1:
-            raise TSTError(
-                f"seconds={self.seconds:g} needs processes=1, not {self.processes}: runs at the same time slow each other down."
-            )
 
     def select_arms(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The arms to compare, by name, with their changes to the configuration `values`.
