@@ -132,8 +132,7 @@ def test_every_family_is_counted(family):
     """On rows so long that a layer with or without scores of pairs of positions makes a difference."""
     # Llama 4 computes all experts, and sets what it does not use to 0.
     more = {"num_experts_per_tok": 4} if family.name == "Llama 4" else {}
-    model = make_family(family, **more)
-    model.set_attn_implementation("eager")
+    model = make_family(family, attn_implementation="eager", **more)
     model.config._experts_implementation = "eager"
     assert step_flops(model, 2, 64) == pytest.approx(3 * products(model.eval(), 64), rel=0.05)
 

@@ -10,7 +10,13 @@ from test_superposition import make_bags
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from hf_tst import fused_next_token_loss, multi_hot_cross_entropy, offset_weights, token_superposition
+from hf_tst import (
+    fused_evaluation_loss,
+    fused_next_token_loss,
+    multi_hot_cross_entropy,
+    offset_weights,
+    token_superposition,
+)
 from hf_tst.models.fused import check_fusable
 from hf_tst.models.head import UnfusableHeadError, inspect_head
 
@@ -63,6 +69,19 @@ def test_next_token_loss_is_the_models_own(model_type):
             found = gradients(model, input_ids=tokens, labels=labels, **extra)
         assert found[0].logits.numel() == 0
         assert_same_step(model, found, expected)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_shifted_labels_and_another_ignored_label_are_those_of_the_model(llama, trains):
+    tokens = make_bags()[0].flatten(1)
+    shifted = tokens.flip(-1).masked_fill(tokens % 5 == 0, 3)
+    given = {"input_ids": tokens, "labels": tokens, "shift_labels": shifted, "ignore_index": 3}
+    expected = llama.train(trains)(**given).loss
+    context = fused_next_token_loss if trains else fused_evaluation_loss
+    with context(llama, "on"):
+        outputs = llama(**given)
+    assert outputs.logits.numel() == 0
+    torch.testing.assert_close(outputs.loss, expected)
 
 
 def test_logits_are_there_whenever_no_loss_is_trained(llama):

@@ -211,7 +211,13 @@ def test_the_phase_table_shows_the_load_on_both_sides_of_the_switch(llama, make_
     ("model_type", "stop", "shard_size", "in_place"),
     [
         ("qwen3_moe", 2, "5GB", True),
-        ("qwen3_moe", 7, "5GB", False),
+        pytest.param(
+            "qwen3_moe",
+            7,
+            "5GB",
+            False,
+            marks=fails_before("transformers", "5.23", "it reads weights that this test cannot make it copy"),
+        ),
         ("qwen3_moe", 3, "20KB", True),
         ("mixtral", 3, "5GB", True),
     ],

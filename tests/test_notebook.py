@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from versions import fails_before
 
 from hf_tst import PhaseSchedule
 
@@ -81,6 +82,7 @@ def test_it_runs_and_computes_what_it_says(executed):
     check_facts(facts_of(executed))
 
 
+@fails_before("matplotlib", "3.11", "a cell that ends in a figure stores no picture")
 def test_what_is_stored_is_what_it_gives(executed, committed):
     assert [cell.source for cell in code_cells(committed)] == [cell.source for cell in code_cells(executed)]
     assert [cell.execution_count for cell in code_cells(committed)] == [

@@ -47,6 +47,14 @@ def test_packing_keeps_every_token_in_order_but_the_last_remainder(tokenizer, bl
     assert np.array([block["input_ids"] for block in streamed]).ravel().tolist() == expected[:whole]
 
 
+def test_every_pass_over_a_stream_begins_with_its_first_token():
+    stream = BlockStream([{"input_ids": list(range(7))}, {"input_ids": list(range(7, 12))}], 5)
+    passes = [[block["input_ids"].tolist() for block in stream] for _ in range(2)]
+    assert passes == [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]] * 2
+    assert next(iter(stream))["input_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert next(iter(stream))["input_ids"].tolist() == [0, 1, 2, 3, 4]  # after a pass that was left early
+
+
 @pytest.mark.parametrize("pieces", [[23], [1, 0, 8, 11, 3], [1] * 23])
 def test_cutting_does_not_depend_on_where_documents_end(pieces):
     documents = np.split(np.arange(23, dtype=np.int32), np.cumsum(pieces)[:-1])

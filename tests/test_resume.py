@@ -14,6 +14,7 @@ import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, set_dropout
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from versions import fails_before
 
 from hf_tst import TSTTrainer
 from hf_tst.data.read_order import Permutation
@@ -178,6 +179,7 @@ LOADER = {
 }
 
 
+@fails_before("transformers", "5.23", "it has no dataloader_multiprocessing_context")
 @pytest.mark.parametrize("source", ["dataset", "block stream"])
 def test_every_option_of_the_loader_counts(llama, make_args, source):
     """Loader processes that are started in another way read the same."""
@@ -199,6 +201,7 @@ def test_every_option_of_the_loader_counts(llama, make_args, source):
     assert loader.worker_init_fn is not None
 
 
+@fails_before("transformers", "5.23", "it has no dataloader_in_order")
 @pytest.mark.parametrize("source", ["dataset", "packed stream"])
 def test_batches_that_come_in_any_order_are_refused(llama, make_args, source):
     args = make_args(dataloader_num_workers=1, dataloader_in_order=False)

@@ -144,11 +144,13 @@ class TSTLoss:
         let attention cross documents.
         """
         if args and len(args) <= len(self.argument_names):
-            args, kwargs = (), dict(zip(self.argument_names, args, strict=False)) | kwargs
+            # Dictionaries are joined as dynamo of the oldest supported torch can trace it.
+            kwargs = {**{self.argument_names[i]: args[i] for i in range(len(args))}, **kwargs}
+            args = ()
         labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
         generates = labels is None and not (isinstance(ids, Tensor) and ids.dim() == 3)
         if self.takes_cache and not generates and kwargs.get("use_cache") is None:
-            kwargs = kwargs | {"use_cache": False}
+            kwargs = {**kwargs, "use_cache": False}
         self._given, self._trains, self._has_fused = kwargs, module.training, False
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
         if self._trains:
@@ -192,7 +194,7 @@ class TSTLoss:
             if "num_items_in_batch" in self._given:
                 kwargs["num_items_in_batch"] = self._given["num_items_in_batch"]
             return self.own_loss(logits, labels, *args, **kwargs)
-        labels, options = self._options(**kwargs | self._given | {"labels": labels})
+        labels, options = self._options(**{**kwargs, **self._given, "labels": labels})
         return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
 
     def _check_targets(self, labels: Tensor, options: Mapping[str, Any]) -> None:

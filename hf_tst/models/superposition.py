@@ -275,7 +275,7 @@ class _BagInput:
         count = positions[0] * positions[1]
         numbers = torch.arange(count, dtype=torch.int32, device=input_ids.device).view(positions)
         stand_ins = FIRST_STAND_IN - numbers
-        return ((stand_ins, *args[1:]), kwargs) if args else ((), kwargs | {"input_ids": stand_ins})
+        return ((stand_ins, *args[1:]), kwargs) if args else ((), {**kwargs, "input_ids": stand_ins})
 
     def before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model's body, which sees stand-ins: bags reach it where it is called on its own."""
