@@ -127,7 +127,14 @@ def products(model, length):
 COUNTED = [family for family in EVERY_FAMILY if not family.refused]
 
 
-@pytest.mark.parametrize("family", COUNTED, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    params(
+        COUNTED,
+        ["DiffLlama", "RecurrentGemma"],
+        fails_before("transformers", "5.23", "it has no attention by matrix products, which are counted"),
+    ),
+)
 def test_every_family_is_counted(family):
     """On rows so long that a layer with or without scores of pairs of positions makes a difference."""
     # Llama 4 computes all experts, and sets what it does not use to 0.
