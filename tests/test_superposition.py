@@ -121,6 +121,13 @@ def test_a_pass_that_fails_leaves_no_bags_behind(llama):
         assert torch.equal(llama(input_ids=tokens, labels=tokens).loss, llama(tokens, labels=tokens).loss)
 
 
+def test_bags_that_are_given_to_the_body_alone_are_refused():
+    """GPT-2's body would flatten them to rows of tokens."""
+    model = make_model("gpt2")
+    with token_superposition(model, 4), pytest.raises(ValueError, match="call the model itself"):
+        model.base_model(input_ids=make_bags()[0])
+
+
 def test_a_look_up_outside_of_the_input_embedding_is_refused(llama):
     class Router(torch.nn.Module):
         def forward(self, hidden, input_ids):
