@@ -191,6 +191,16 @@ def test_the_limit_of_runs_at_the_same_time_is_that_of_the_slowest_place(
     assert [run.status for run in comparison.runs] == ["finished"] * 3
 
 
+def test_a_limit_keeps_what_was_timed_for_an_equal_time(tiny_recipe, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(budget, "TOLERANCE", math.inf)  # what is measured is noise here
+    flags = [
+        str(tiny_recipe), "--arms", "tst", "--seeds", "0", "--budget", "time", "--calibration_steps", "8",
+        "--seconds", "10000", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    budget.plan_within_limit(open_experiment(flags, CompareArguments), time.monotonic())
+    assert in_process == ["calibration-tst", "calibration"]
+
+
 def test_every_arm_has_every_rate_and_seed_and_pairs_come_first(tiny_recipe):
     runs = planned(tiny_recipe, "--learning_rates", "1e-3,2e-3", "--seeds", "5,7")
     names = [run.name for run in runs]

@@ -17,25 +17,16 @@ from ..errors import TSTError, bad_input
 
 logger = logging.get_logger(__name__)
 
-
 # Columns that superposition reads. Recovery passes on all columns that the model accepts.
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
-
-
 POSITIONS_ARE_DROPPED = (
     "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
     "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
 )
-
-
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
-
-
 # Stored lengths that are checked before training starts.
 CHECKED_LENGTHS = 100_000
-
-
 # Types of rows that are ids without a mapping.
 IDS_ALONE = (list, tuple, np.ndarray, Tensor)
 

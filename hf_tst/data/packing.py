@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-
 # Part of the name of a packed file: raise it when the same input would be packed differently.
 PACKING_VERSION = 1
 

@@ -122,15 +122,15 @@ def calibrate(experiment: Experiment) -> dict[str, StepCost]:
     # A stream can't be cut.
     evaluation = {"max_eval_samples": 1} if "evaluation" in experiment.data else {}
     return {
-        arm.name: _pace(experiment, f"calibration-{arm.name}", {**arm.values, **evaluation})
+        arm.name: _pace(experiment, [f"calibration-{arm.name}"], {**arm.values, **evaluation})
         for arm in experiment.arms
     }
 
 
-def _pace(experiment: Experiment, name: str, values: Mapping[str, Any], copies: int = 1) -> StepCost:
+def _pace(experiment: Experiment, names: Sequence[str], values: Mapping[str, Any]) -> StepCost:
     """Seconds per step, from a run of `calibration_steps` steps in each phase of an arm, evaluated at its end only.
 
-    With `copies`, so many such runs at the same time; then the slowest counts.
+    Runs of several names take place at the same time, and the slowest counts.
     """
     superposed, steps = asks_for_superposition(values), experiment.args.calibration_steps
     settings = {
@@ -139,9 +139,8 @@ def _pace(experiment: Experiment, name: str, values: Mapping[str, Any], copies: 
         "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
         "report_to": "none", **({"tst_phase_ratio": 0.5} if superposed else {}),
     }  # fmt: skip
-    names = [name, *(f"{name}-copy{number}" for number in range(1, copies))]
     runs = [PlannedRun(name, experiment.output_dir / name, settings) for name in names]
-    failures = run_all(runs, processes=copies, launcher=experiment.args.launcher)
+    failures = run_all(runs, processes=len(runs), launcher=experiment.args.launcher)
     found = []
     for run in runs:
         if run.result is None:
@@ -210,14 +209,17 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     args = experiment.args
     assert args.seconds is not None
     first = next((run for run in runs if asks_for_superposition(run.settings)), runs[0])
-    for folder in experiment.output_dir.glob("calibration*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    names = ["calibration", *(f"calibration-copy{i}" for i in range(1, min(args.processes, len(runs))))]
+    for name in names:
+        shutil.rmtree(experiment.output_dir / name, ignore_errors=True)
     began = time.monotonic()
-    pace = _pace(experiment, "calibration", first.settings, min(args.processes, len(runs)))
+    pace = _pace(experiment, names, first.settings)
     whole = time.monotonic() - began
     evaluation = max(
-        json.loads(file.read_text(encoding="utf-8"))["eval_runtime"]
-        for file in experiment.output_dir.glob("calibration*/eval_results.json")
+        json.loads((experiment.output_dir / name / "eval_results.json").read_text(encoding="utf-8"))[
+            "eval_runtime"
+        ]
+        for name in names
     )
     timed = pace.recovery + (pace.superposition if asks_for_superposition(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
@@ -282,9 +284,9 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
         limit = time_short_run(experiment, runs)
         gone = time.monotonic() - began
         places = [(0.0, 0.0)] * experiment.args.processes  # where one run follows another
-        for cost in map(limit.seconds_of, runs):
-            fixed, training = min(places, key=sum)
-            places[places.index((fixed, training))] = fixed + cost[0], training + cost[1]
+        for fixed, training in map(limit.seconds_of, runs):
+            places.sort(key=sum)
+            places[0] = places[0][0] + fixed, places[0][1] + training
         fixed = max(fixed for fixed, _ in places)
         chosen = min(
             int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)

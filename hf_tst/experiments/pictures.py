@@ -20,16 +20,10 @@ AXES = {
     "raw tokens": "raw_tokens",
     "seconds of training": "seconds",
 }
-
-
 # The axis on which all arms end at the same value, by budget.
 AXIS_OF_BUDGET = {"flops": "FLOPs", "data": "raw tokens", "time": "seconds of training"}
-
-
 # Draws a picture on axes of matplotlib.
 Picture = Callable[[Any], None]
-
-
 # Distinguishable for color-blind readers (Okabe and Ito).
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 

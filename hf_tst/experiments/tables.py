@@ -12,14 +12,8 @@ COLUMNS = (
     "arm", "best learning rate", "final eval loss", "vs baseline", "seeds", "raw tokens", "latent tokens", "FLOPs",
     "time", "peak memory", "steps to baseline's loss", "FLOPs to it",
 )  # fmt: skip
-
-
 RUN_COLUMNS = ("arm", "learning rate", "seed", "initial eval loss", "final eval loss", "status")
-
-
 Rows = list[tuple[str, ...]]
-
-
 # A part of a grid, by bag size and phase ratio, both in order.
 Panel = dict[int, dict[float, RateSummary]]
 
