@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -264,6 +264,15 @@ def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> lis
     return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
 
 
+def _share_out(runs: Iterable[tuple[float, float]], processes: int) -> list[tuple[float, float]]:
+    """Seconds of each process that takes runs: for starts and evaluations, and for steps. A free process takes the next run."""
+    places = [(0.0, 0.0)] * processes
+    for fixed, training in runs:
+        places.sort(key=sum)
+        places[0] = places[0][0] + fixed, places[0][1] + training
+    return [place for place in places if sum(place)]
+
+
 def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun], TimeLimit | None]:
     """All runs, and the time limit: that of the start of the comparison, or a new one.
 
@@ -283,19 +292,13 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
             return runs, None
         limit = time_short_run(experiment, runs)
         gone = time.monotonic() - began
-        places = [(0.0, 0.0)] * experiment.args.processes  # where one run follows another
-        for fixed, training in map(limit.seconds_of, runs):
-            places.sort(key=sum)
-            places[0] = places[0][0] + fixed, places[0][1] + training
-        fixed = max(fixed for fixed, _ in places)
-        chosen = min(
-            int(steps * (PLANNED_SHARE * (seconds - gone) - fixed) / training)
-            for fixed, training in places
-            if training
-        )
+        places = _share_out(map(limit.seconds_of, runs), experiment.args.processes)
+        left = PLANNED_SHARE * (seconds - gone)
+        chosen = min(int(steps * (left - fixed) / training) for fixed, training in places)
         if chosen < FEWEST_STEPS:
+            needed = max(fixed for fixed, _ in places)
             raise TSTError(
-                f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s have passed, and the runs need {fixed:.0f} s "
+                f"seconds={seconds:g} is too little for {len(runs)} runs: {gone:.0f} s have passed, and the runs need {needed:.0f} s "
                 "besides their steps. Give more seconds, or fewer arms or seeds."
             )
         limit = replace(limit, max_steps=min(steps, chosen))
