@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_documents(tokens: int, mean_length: int, folder: str) -> datasets.Dataset:
-    """Tokenised documents of random lengths, memory-mapped."""
+    """Tokenized documents of random lengths, memory-mapped."""
     generator = np.random.default_rng(0)
     lengths = generator.geometric(1 / mean_length, size=max(1, tokens // mean_length))
     ids = generator.integers(0, SCALE, size=int(lengths.sum()), dtype=np.int32)

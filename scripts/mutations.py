@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation("no token twice in a pass", "data/read_order.py", "used + self._permute(", "self._permute(", "data"),
     Mutation("a resumed run's place in the data", "training/train_dataloader.py", "epoch_steps, lambda: trainer.state.global_step)", "epoch_steps, lambda: 0)", "resume audit"),
     Mutation("end of a pass with bags", "models/superposition.py", "self._bags = self._looked_up = None\n", "pass\n", "superposition"),
-    Mutation("undo of the loss", "models/head.py", "                entries[name] = before[name]", "                pass", "superposition fused"),
+    Mutation("undo of the loss", "models/temporary.py", "                entries[name] = before[name]", "                pass", "superposition fused"),
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
     Mutation("its scale by the caller's", "losses/linear.py", "torch.mul(gradient, scale, out=scaled)", "gradient.to(dtype)", "linear_loss fused"),

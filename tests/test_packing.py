@@ -62,7 +62,7 @@ def test_cutting_does_not_depend_on_where_documents_end(pieces):
     assert np.array(blocks["input_ids"]).ravel().tolist() == list(range(20))
 
 
-def test_tokenised_data_is_left_alone(tokenizer):
+def test_tokenized_data_is_left_alone(tokenizer):
     documents = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
     assert tokenize_documents(documents, tokenizer) is documents
 
@@ -108,7 +108,7 @@ def pack_text(texts, tokenizer, block_size):
     return pack_blocks(tokenize_documents(datasets.Dataset.from_dict({"text": texts}), tokenizer), block_size)
 
 
-def test_packing_again_opens_the_same_file_and_tokenises_nothing(tokenizer, tmp_path):
+def test_packing_again_opens_the_same_file_and_tokenizes_nothing(tokenizer, tmp_path):
     """In a process of its own each time, as two runs of a script are."""
     (tmp_path / "corpus.txt").write_text("some line of text\n" * 500, encoding="utf-8")
     tokenizer.save_pretrained(tmp_path / "tokenizer")

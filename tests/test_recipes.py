@@ -190,8 +190,9 @@ def test_a_step_has_the_same_tokens_on_any_number_of_gpus():
         micro_batches(values, 96)
 
 
-def test_yaml_reads_on_as_true(tmp_path):
+def test_yaml_reads_on_and_no_as_booleans(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("tst_fused_loss: on\nmax_steps: 20\n", encoding="utf-8")
-    assert parse_arguments([str(path)])[2].tst_fused_loss == "on"
+    path.write_text("tst_fused_loss: on\nsave_strategy: no\nmax_steps: 20\n", encoding="utf-8")
+    args = parse_arguments([str(path)])[2]
+    assert (args.tst_fused_loss, args.save_strategy) == ("on", "no")
     assert parse_arguments([str(path), "--tst_fused_loss", "off"])[2].tst_fused_loss == "off"

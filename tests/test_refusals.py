@@ -188,7 +188,7 @@ class OwnConfig(PretrainedConfig):
 
 
 class OwnModelForCausalLM(PreTrainedModel):
-    """A model that reads ids beside its embedding, as models with value embeddings or hashed neighbours do."""
+    """A model that reads ids beside its embedding, as models with value embeddings or hashed neighbors do."""
 
     config_class = OwnConfig
 
@@ -215,7 +215,7 @@ class OwnModelForCausalLM(PreTrainedModel):
             )
         if self.config.kind == "row of a table":
             hidden = hidden + self.more.weight[input_ids.long()]
-        if self.config.kind == "hash of neighbours":
+        if self.config.kind == "hash of neighbors":
             hidden = hidden + self.more(
                 (nn.functional.pad(input_ids[:, :-1], (1, 0)) * 31 + input_ids).long() % 128
             )
@@ -243,7 +243,7 @@ def test_other_forms_of_outputs_and_noise_are_no_reason_to_refuse_a_model(make_a
 @pytest.mark.parametrize("mode", ["full", "output"])
 @pytest.mark.parametrize(
     "kind",
-    ["none", "value embedding", "table without a mix of positions", "row of a table", "hash of neighbours"],
+    ["none", "value embedding", "table without a mix of positions", "row of a table", "hash of neighbors"],
 )
 def test_a_model_that_reads_ids_beside_its_embedding_is_refused(make_args, kind, mode):
     trainer = TSTTrainer(

@@ -64,7 +64,7 @@ def documents(count=400, seed=0):
 
 def packed_stream(shards=3):
     rows = datasets.Dataset.from_dict({"input_ids": documents()})
-    # A batched map in front, as tokenising has: its state lies inside a batch of documents.
+    # A batched map in front, as tokenizing has: its state lies inside a batch of documents.
     stream = rows.to_iterable_dataset(num_shards=shards).map(lambda batch: batch, batched=True, batch_size=7)
     return BlockStream(stream, BLOCK_LENGTH)
 

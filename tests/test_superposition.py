@@ -281,7 +281,9 @@ def test_wrong_shapes_are_refused(llama):
     bags, labels = make_bags()
     with (
         token_superposition(llama, 3),
-        pytest.raises(ValueError, match=r"input_ids has shape \(.*, 4\), but must have \(.*, 3\)"),
+        pytest.raises(
+            ValueError, match=r"input_ids has shape \(.*, 4\), but the last dimension must be bag_size=3"
+        ),
     ):
         llama(input_ids=bags, labels=labels)
     with token_superposition(llama, 4):

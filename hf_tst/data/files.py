@@ -97,7 +97,8 @@ def matching_files(path: str) -> list[str]:
     found = glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True)
     files = sorted(str(root / name) for name in found if (root / name).is_file())
     if not files:
-        raise TSTError(f"There is no file {path}.")
+        where = "" if pattern.is_absolute() else f" in {Path.cwd()}"
+        raise TSTError(f"There is no file {path}{where}.")
     return files
 
 

@@ -135,7 +135,8 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int = -100) -> N
     if _holds_somewhere(wrong, "A label is outside the vocabulary."):
         found = labels[wrong][0].item()
         raise TSTError(
-            f"labels must be from 0 to {vocabulary - 1}, or {ignore_index} for no target, but one is {found}."
+            f"labels must be from 0 to {vocabulary - 1}, or {ignore_index} for no target, but one is {found}: does the tokenizer have more "
+            "tokens than the model's vocab_size?"
         )
 
 

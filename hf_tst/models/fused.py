@@ -24,8 +24,9 @@ from transformers.utils import logging
 
 from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape, multi_hot_cross_entropy
-from .head import LinearHead, UnfusableHeadError, inspect_head, replaced
+from .head import LinearHead, UnfusableHeadError, inspect_head
 from .sharding import own_class
+from .temporary import replaced
 
 FusedLoss = Literal["auto", "on", "off"]
 

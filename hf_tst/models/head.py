@@ -8,8 +8,7 @@ and the head, on probe values that reveal the transform between head and loss fu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from ..errors import TSTError
 from ..losses.linear import linear_multi_hot_cross_entropy
 from .sharding import is_sharded, own_class
+from .temporary import replaced, trial_pass
 
 _PROBE_ROWS = 3
 _PROBE_LOSS = 7.0
@@ -218,7 +218,11 @@ def _run_to_loss(
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
-    """The arguments of the loss function when the head returns `returned`."""
+    """The logits that reach the loss function when the head returns `returned`.
+
+    Raises:
+        UnfusableHeadError: If the forward does more between head and loss than scaling and capping logits.
+    """
     given, inputs, calls, outputs = _run_to_loss(model, head, returned)
     if not given:
         raise UnfusableHeadError("its forward does not call loss_function")
@@ -260,25 +264,3 @@ class _StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "module"), name)
-
-
-@contextmanager
-def trial_pass(device: torch.device) -> Iterator[None]:
-    """Context for a probing forward pass: without gradients, and with the random state restored afterwards."""
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def replaced(entries: dict[str, Any], /, **values: Any) -> Iterator[None]:
-    """Context in which `entries`, such as the attributes or modules of an object, have other values."""
-    before = {name: entries[name] for name in values if name in entries}
-    entries.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                entries[name] = before[name]
-            else:
-                entries.pop(name, None)

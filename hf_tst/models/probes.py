@@ -70,7 +70,7 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
         model: The model; it may be wrapped.
 
     Raises:
-        TSTError: If the model looks ids up elsewhere, too, for example in a second table or by hashes of neighbours.
+        TSTError: If the model looks ids up elsewhere, too, for example in a second table or by hashes of neighbors.
     """
     _, core = find_language_model(model)
     name = own_class(core).__name__

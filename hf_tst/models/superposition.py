@@ -23,8 +23,9 @@ from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, off
 from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape
 from .fused import FusedLoss, TSTLoss, replaced_loss
-from .head import check_loss_is_replaceable, replaced
+from .head import check_loss_is_replaceable
 from .sharding import own_class
+from .temporary import replaced
 
 # What the model sees in place of the first bag; further ones are below. Some families give -1, -100 and -200 a meaning.
 FIRST_STAND_IN = -(2**20)
@@ -260,8 +261,11 @@ class _BagInput:
         are_bags, positions = input_ids.dim() == 3, tuple(input_ids.shape[:2])
         if are_bags and self.mode == "output":
             raise TSTError("mode='output' reads single tokens: give input_ids of shape (B, l), not bags.")
-        if are_bags:
-            check_shape("input_ids", input_ids, (*positions, self.bag_size))
+        if are_bags and input_ids.shape[2:] != (self.bag_size,):
+            raise TSTError(
+                f"input_ids has shape {tuple(input_ids.shape)}, but the last dimension must be bag_size={self.bag_size}: give the collator and "
+                "token_superposition the same bag_size."
+            )
         if isinstance(labels, Tensor) and (are_bags or labels.dim() == 3):
             check_shape("labels", labels, (*positions, self.bag_size))
         if not are_bags:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import TSTError, check_choice
-from ..models.head import trial_pass
 from ..models.sharding import is_sharded, own_class
+from ..models.temporary import trial_pass
 from .losses import LayerCall, decoder_layers, extra_losses, find_model_end, trying, unsupported
 
 MTPKind = Literal["parallel", "sequential"]

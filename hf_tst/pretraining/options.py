@@ -317,8 +317,9 @@ def _as_flag(action: Any, value: Any) -> list[str]:
         raise TSTError(
             f"{action.dest} in the configuration file has no value: give one, or leave the line out."
         )
-    if isinstance(value, bool) and "on" in (action.choices or ()):  # YAML reads `on` and `off` as booleans
-        value = "on" if value else "off"
+    if isinstance(value, bool):  # YAML reads on, off, yes and no as booleans
+        words = ("on", "yes") if value else ("off", "no")
+        value = next((word for word in words if word in (action.choices or ())), value)
     elif action.type is int and isinstance(value, (float, str)):  # such as 2e4
         with suppress(ValueError):
             value = int(float(value)) if float(value).is_integer() else value

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import TSTError, whole_message
-from ..models.head import replaced
 from ..models.superposition import find_language_model
+from ..models.temporary import replaced
 from .overriding import is_superposed, overrides
 from .train_dataloader import fold_own_loader
 
@@ -174,7 +174,7 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
     """Context in which the subclass `name` runs its own `compute_loss` or `training_step` on its first batch of bags.
 
     Raises:
-        TSTError: If it fails for another reason than memory, never passes ids to the model with the dimensions of the batch.
+        TSTError: If it fails for another reason than memory, or never passes ids of the batch's dimensions to the model.
     """
     dimensions: set[int | None] = set()
     ids_shape = tuple(batch["input_ids"].shape)  # taken before, since the subclass may change the batch

@@ -60,7 +60,7 @@ class PhaseSwitchCallback(TrainerCallback):
         if self._superposed is None or not isinstance(self._superposed.loss_function, TSTLoss):
             raise TSTError(
                 "There is no superposition: the model's loss_function was set during training, or PhaseSwitchCallback was removed from the "
-                "trainer's callbacks. Do neither."
+                "trainer's callbacks. Leave both as the trainer has set them."
             )
 
     def close(self) -> None:

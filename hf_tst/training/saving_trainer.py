@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from ..models.head import replaced
 from ..models.sharding import without_tied
+from ..models.temporary import replaced
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
 from .checkpoint_folders import check_output_dir, choose_checkpoint
 from .checkpoint_saver import CheckpointSaver

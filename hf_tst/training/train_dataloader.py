@@ -21,7 +21,7 @@ from ..data.read_order import BatchLayout
 from ..data.resume_position import DataPosition
 from ..data.rows import EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
-from ..models.head import replaced
+from ..models.temporary import replaced
 from .arguments import TSTArguments
 from .collators import keeps_ids
 from .data_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch

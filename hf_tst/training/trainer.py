@@ -19,10 +19,10 @@ from transformers.utils import logging
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError, bad_input
-from ..models.head import replaced
 from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
 from ..models.shape import ModelShape
 from ..models.superposition import fused_evaluation_loss
+from ..models.temporary import replaced
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
 from .arguments import TSTArguments, TSTTrainingArguments

@@ -50,7 +50,7 @@ def main() -> None:
         )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
-    # One schedule for both phases. It is not prepared: accelerate would step it once a process.
+    # One schedule for both phases. It is not prepared: accelerate would step it once per process.
     scheduler = get_scheduler("cosine", optimizer, args.max_steps // 20, args.max_steps)
     first, second = accelerator.prepare(loader(bags, args.bag_size), loader(blocks, 1))
     model, optimizer = accelerator.prepare(model, optimizer)
