@@ -291,8 +291,9 @@ def test_both_phases_respect_documents_and_evaluation_does_not(speaking_llama, m
     assert all(torch.equal(batch["input_ids"], batch["labels"]) for batch in ordinary)
 
 
-def test_evaluation_respects_documents_if_the_users_collator_does(speaking_llama, make_args):
-    collator = DataCollatorForTokenSuperposition(1, document_boundaries="respect", eos_token_id=EOS)
+@pytest.mark.parametrize("eos_token_id", [EOS, None])  # without one, that of the model
+def test_evaluation_respects_documents_if_the_users_collator_does(speaking_llama, make_args, eos_token_id):
+    collator = DataCollatorForTokenSuperposition(1, document_boundaries="respect", eos_token_id=eos_token_id)
     batches = Batches(speaking_llama)
     trainer = TSTTrainer(
         speaking_llama, make_args(**respect(max_steps=4)), collator, train_dataset=packed(),
@@ -390,6 +391,12 @@ def test_what_cannot_respect_documents_is_refused_before_the_first_step(llama, m
         TSTTrainer(llama, make_args(**respect()), train_dataset=packed()).train()
     with pytest.raises(ValueError, match="needs a collator that keeps documents apart"):
         TSTTrainer(llama, make_args(**respect()), lambda features: features, train_dataset=packed())
+    for bag_size in (1, 2):
+        collator = DataCollatorForTokenSuperposition(
+            bag_size, document_boundaries="respect", eos_token_id=EOS
+        )
+        with pytest.raises(ValueError, match="has document_boundaries='respect', but the arguments have"):
+            TSTTrainer(llama, make_args(), collator, train_dataset=packed())
     with pytest.raises(ValueError, match="needs superposition, but tst_phase_ratio=0"):
         make_args(**respect(tst_phase_ratio=0))
     recurrent = recurrent_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,32 +92,32 @@ def make_collator(trainer: Any) -> Any:
         TSTError: If the user's collator makes other bags than the arguments say, or cannot respect documents.
     """
     args: TSTArguments = trainer.args
-    data_collator: Any = trainer.data_collator
+    data_collator = _given_collator(trainer)
     is_default, ours = isinstance(data_collator, DefaultCollator), _is_ours(data_collator)
     boundaries = args.tst_document_boundaries
-    eos_token_id = end_token_id(trainer.processing_class, trainer.model)
     options: Any = {
         "mode": args.tst_mode, "superposition_rows": args.tst_superposition_rows, "document_boundaries": boundaries,
-        "eos_token_id": eos_token_id,
+        "eos_token_id": end_token_id(trainer.processing_class, trainer.model),
     }  # fmt: skip
     superposition: Any = DataCollatorForTokenSuperposition(args.tst_bag_size, **options)
     recovery: Any = DataCollatorForTokenSuperposition(1, **options)
-    respects = ours and data_collator.document_boundaries == "respect"
-    if boundaries == "respect" and not (is_default or respects):
+    if boundaries == "respect" and not (is_default or ours):
         raise TSTError(
             f"tst_document_boundaries='respect' needs a collator that keeps documents apart, but data_collator is "
             f"{type(data_collator).__name__}: leave it out, or pass DataCollatorForTokenSuperposition(1, "
             "document_boundaries='respect')."
         )
-    if ours and data_collator.bag_size > 1:
-        names = ("bag_size", "mode", "superposition_rows")
+    makes_bags = ours and data_collator.bag_size > 1
+    if ours and args.tst_enabled:
+        names = ["document_boundaries", *(("bag_size", "mode", "superposition_rows") if makes_bags else ())]
         differing = [name for name in names if getattr(data_collator, name) != getattr(args, f"tst_{name}")]
-        if args.tst_enabled and differing:
+        if differing:
             name = differing[0]
             raise TSTError(
                 f"data_collator has {name}={getattr(data_collator, name)!r}, but the arguments have "
-                f"tst_{name}={getattr(args, f'tst_{name}')!r}: leave data_collator out."
+                f"tst_{name}={getattr(args, f'tst_{name}')!r}: set both alike, or leave data_collator out."
             )
+    if makes_bags:
         superposition = data_collator
     elif not is_default:
         recovery = data_collator
@@ -132,6 +133,16 @@ def _is_ours(collator: Any) -> bool:
     return isinstance(collator, DataCollatorForTokenSuperposition)
 
 
+def _given_collator(trainer: Any) -> Any:
+    """The trainer's `data_collator`. One of ours without an `eos_token_id` gets that of the run."""
+    collator: Any = trainer.data_collator
+    if not _is_ours(collator) or collator.eos_token_id is not None:
+        return collator
+    collator = copy.copy(collator)
+    collator.eos_token_id = end_token_id(trainer.processing_class, trainer.model)
+    return collator
+
+
 def keeps_ids(collator: Any) -> bool:
     """Whether the ids of a batch are those of the rows. A user's collator may change them."""
     return isinstance(collator, DefaultCollator) or _is_ours(collator)
@@ -145,7 +156,7 @@ def _evaluation_collator(data_collator: Any) -> Any:
 
 def without_added_labels(trainer: Any) -> Any:
     """The `data_collator` for prediction: that of evaluation, but it adds no labels."""
-    collator = _evaluation_collator(trainer.data_collator)
+    collator = _evaluation_collator(_given_collator(trainer))
     return replace(collator, adds_labels=False) if isinstance(collator, DefaultCollator) else collator
 
 
