@@ -292,7 +292,15 @@ class TSTTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass. Stores the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        is_models = self._has_bags(inputs) and not overrides(self, TSTTrainer, "compute_loss")
+        # Another parent says this of its own loss, which bags do not get.
+        scaled = (
+            {"loss_is_scaled_for_ga": None}
+            if is_models and other_parent(self, TSTTrainer, "compute_loss")
+            else {}
+        )
+        with replaced(self.__dict__, **scaled):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._non_finite.note_loss(loss)
         self._spikes.note_loss(loss)
         return loss

@@ -116,6 +116,19 @@ def test_the_other_trainer_s_loss_begins_with_recovery(train):
     assert (trainer.fused_loss, trainer.fused_recovery) == ("auto", "off")
 
 
+def test_how_the_other_trainer_s_loss_is_scaled_says_nothing_of_superposition_s(train):
+    class OfMicroBatches(CountingTrainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    options = {"gradient_accumulation_steps": 2, "tst_fused_loss": "off"}
+    composed = train(type("Composed", (TSTTrainer, OfMicroBatches), {}), **options)
+    assert losses(composed)[:5] == losses(train(TSTTrainer, **options))[:5]
+    assert losses(composed)[5] > 4
+
+
 def test_the_other_trainer_s_sampler_or_loader_is_folded(train):
     class InOrder(CountingTrainer):
         def _get_train_sampler(self, *args):
