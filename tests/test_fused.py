@@ -84,6 +84,16 @@ def test_shifted_labels_and_another_ignored_label_are_those_of_the_model(llama, 
     torch.testing.assert_close(outputs.loss, expected)
 
 
+def test_a_batch_without_targets_evaluates_as_the_models_own(llama):
+    """With other processes' targets in the divisor the loss is 0; without any it is NaN."""
+    tokens = make_bags()[0].flatten(1)
+    for extra in ({}, {"num_items_in_batch": torch.tensor(5)}, {"num_items_in_batch": torch.tensor(0)}):
+        given = {"input_ids": tokens, "labels": torch.full_like(tokens, -100), **extra}
+        expected = llama.eval()(**given).loss
+        with fused_evaluation_loss(llama, "on"):
+            torch.testing.assert_close(llama(**given).loss, expected, equal_nan=True)
+
+
 def test_logits_are_there_whenever_no_loss_is_trained(llama):
     bags, labels = make_bags()
     tokens = bags.flatten(1)

@@ -179,8 +179,9 @@ class TSTLoss:
         labels, options = self._options(**self._given)
         self._loss = self.head.loss(hidden, labels, **options)
         if not self._trains:
-            has_targets = (labels != options["ignore_index"]).any().to(self._loss.device)
-            self._loss = torch.where(has_targets, self._loss, torch.nan)
+            count = options["num_items_in_batch"]  # over all processes, where there are several
+            targets = (labels != options["ignore_index"]).sum() if count is None else torch.as_tensor(count)
+            self._loss = torch.where(targets.to(self._loss.device) > 0, self._loss, torch.nan)
         return _NoLogits.apply(hidden)
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
