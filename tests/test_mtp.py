@@ -216,8 +216,11 @@ def anatomy(model):
     return [(type(m), sorted(vars(m)), [len(v) for k, v in vars(m).items() if "hooks" in k]) for m in modules]
 
 
-@pytest.mark.parametrize("ending", ["normal", "outside", "in forward"])
-def test_the_model_is_what_it_was_afterwards(llama, ending):
+@pytest.mark.parametrize("ending", ["normal", "outside", "in forward", "interrupted"])
+def test_the_model_is_what_it_was_afterwards(llama, ending, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     ids, labels = make_tokens()
     heads = MTPHeads(llama, 2)
     llama(input_ids=ids, labels=labels)  # Transformers installs its own hooks in a first pass
@@ -233,7 +236,11 @@ def test_the_model_is_what_it_was_afterwards(llama, ending):
                 raise KeyError
             if ending == "in forward":
                 llama(input_ids=ids + VOCAB_SIZE, labels=labels)
-    except (KeyError, IndexError):
+            if ending == "interrupted":
+                with monkeypatch.context() as patch:
+                    patch.setattr(llama.model.norm, "forward", interrupt)
+                    llama(input_ids=ids, labels=labels)
+    except (KeyError, IndexError, KeyboardInterrupt):
         assert ending != "normal"
     else:
         assert ending == "normal"

@@ -257,6 +257,20 @@ def test_everything_is_undone(llama, fails):
     assert torch.equal(llama(input_ids=tokens, labels=tokens).loss, loss)
 
 
+def test_tokens_are_read_after_a_pass_of_bags_that_was_interrupted(llama, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    bags, _ = make_bags()
+    expected = llama(input_ids=bags.flatten(1)).logits
+    with token_superposition(llama, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.model.norm, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                llama(input_ids=bags)
+        assert torch.equal(llama(input_ids=bags.flatten(1)).logits, expected)
+
+
 def test_a_loss_of_the_users_own_comes_back(llama):
     def own_loss(logits, labels, vocab_size, **kwargs):
         return logits.sum() * 0 + 7

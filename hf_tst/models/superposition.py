@@ -112,7 +112,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 
     Args:
         model: As for [`token_superposition`].
-        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; `"off"` changes nothing.
+        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; with `"off"` the model computes its own loss from all logits.
 
     Yields:
         The same `model`.
@@ -254,6 +254,7 @@ class _BagInput:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: records `input_ids` of shape `(B, l, s)`, and passes placeholders of shape `(B, l)` to the model."""
+        self._bags = self._looked_up = None  # of a pass that was interrupted, where no other hook runs
         input_ids = args[0] if args else kwargs.get("input_ids")
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if input_ids is None:

@@ -192,7 +192,10 @@ def extra_losses(
         # It also runs if forward raises, so no state of a failed pass is kept.
         model.register_forward_hook(losses.after_model, prepend=True, always_call=True),
     ):
-        yield
+        try:
+            yield
+        finally:
+            losses.forget()  # of a pass that was interrupted, too, where the hook does not run
 
 
 class _ExtraLosses:
@@ -203,9 +206,10 @@ class _ExtraLosses:
         self.loss_weight = LOSS_WEIGHTS[heads.kind] if loss_weight is None else loss_weight
         self.signature = inspect.signature(type(model).forward)
         self._hooks = ExitStack()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Remove the hooks and values of the current pass."""
         self._hooks.close()
         self._given: dict[str, Any] = {}  # arguments of a training pass with labels; nothing in other passes
         self._call: LayerCall | None = None
@@ -213,7 +217,7 @@ class _ExtraLosses:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: records the labels of this pass."""
-        self._forget()
+        self.forget()
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         labels = given.get("labels")
@@ -280,7 +284,7 @@ class _ExtraLosses:
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: adds the losses of the heads to its output. It also runs after an exception."""
         extra, dimensions = self._loss, self._given["labels"].dim() if self._given else 0
-        self._forget()
+        self.forget()
         if extra is not None:
             self.heads.note_loss(extra)
         elif dimensions == 2 and output is not None:
