@@ -103,6 +103,19 @@ def test_nothing_to_predict_gives_zero_loss_and_gradient():
     assert logits.grad.abs().max() == 0
 
 
+def test_a_token_that_is_impossible_costs_nothing_where_it_is_no_target():
+    logits = torch.randn(1, 3, 7)
+    logits[..., 0] = -torch.inf
+    logits.requires_grad_()
+    labels = torch.tensor([[[1, 2], [3, 4], [-100, -100]]])
+    loss = multi_hot_cross_entropy(logits, labels)
+    expected = torch.nn.functional.cross_entropy(
+        logits.repeat_interleave(2, 1).flatten(0, 1), labels.flatten()
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
 def test_another_ignore_index_is_honoured():
     logits, labels = make_case((2, 3), 4)
     torch.testing.assert_close(

@@ -199,7 +199,7 @@ def _allocate_gradients(
     hidden_dtype = torch.float32 if matmul_dtype == torch.float16 else hidden.dtype
     dtypes = (hidden_dtype, torch.float32, torch.float32)
     return [
-        x.new_empty(x.shape, dtype=dtype) if needed and x is not None else torch.empty(0)
+        x.new_empty(x.shape, dtype=dtype) if needed and x is not None else hidden.new_empty(0)
         for x, dtype, needed in zip((hidden, weight, bias), dtypes, needs_grad, strict=True)
     ]
 

@@ -134,7 +134,7 @@ def _fit(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
         raise UnfusableHeadError(
             f"its loss is given logits of shape {tuple(logits.shape)}, not the head's {tuple(probe.shape)}"
         )
-    given, found = probe.double().cpu(), logits.double().cpu()
+    given, found = probe.cpu().double(), logits.cpu().double()  # Apple's GPUs have no float64
     one, its_logit = given.flatten()[0], found.flatten()[0]  # too small for any cap to have an effect
     scale = _rounded((its_logit / one).item())
     if _agrees(given * scale, found):
