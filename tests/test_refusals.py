@@ -7,6 +7,7 @@ from types import MethodType, SimpleNamespace
 import datasets
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, losses, make_blocks, make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -115,6 +116,12 @@ def test_fp8_is_refused_where_the_loss_is_replaced(llama, make_args):
     trainer = TSTTrainer(llama, make_args(), train_dataset=make_blocks(4))
     trainer.accelerator = SimpleNamespace(mixed_precision="fp8", state=None, parallelism_config=None)
     with pytest.raises(TSTError, match="use bf16"):
+        check_trainer(trainer)
+    plugin = TorchDynamoPlugin(backend="eager", use_regional_compilation=True)
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(dynamo_plugin=plugin), parallelism_config=None
+    )
+    with pytest.raises(TSTError, match="regional compilation"):
         check_trainer(trainer)
     trainer.args = make_args(tst_phase_ratio=0)
     check_trainer(trainer)  # raises nothing

@@ -73,25 +73,29 @@ class OwnMethods:
         return loader
 
     def _train_on_batch(
-        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any = None
+        self,
+        step: Callable[..., Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         """Check a batch and run `training_step` on it."""
         trainer = self._trainer
         if not trainer.args.tst_enabled:
-            return step(model, inputs, num_items)
-        check_batch(trainer, inputs, num_items, *self._counted)
+            return step(model, inputs, num_items_in_batch)
+        check_batch(trainer, inputs, num_items_in_batch, *self._counted)
         if not is_superposed(inputs):
-            return step(model, inputs, num_items)
+            return step(model, inputs, num_items_in_batch)
         trainer._switch.check_superposed()
         if not self._has_own_step:
-            return step(model, inputs, num_items)
+            return step(model, inputs, num_items_in_batch)
         first, self._has_trained_bags = not self._has_trained_bags, True
         self._labels.expect(inputs["labels"])
         if first:
             called, _ = find_language_model(model)
             self._context.enter_context(called.register_forward_pre_hook(self._labels, with_kwargs=True))
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
-            loss = step(model, inputs, num_items)
+            loss = step(model, inputs, num_items_in_batch)
         self._labels.expect(None)
         return loss
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -93,6 +94,13 @@ def check_trainer(trainer: Any) -> None:
     if getattr(trainer.accelerator, "mixed_precision", "no") == "fp8":
         raise TSTError(
             "mixed_precision='fp8' replaces linear layers and has not been tested with superposition and the fused loss: use bf16."
+        )
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    compiles = getattr(plugin, "backend", DynamoBackend.NO) != DynamoBackend.NO
+    if compiles and getattr(plugin, "use_regional_compilation", False):
+        raise TSTError(
+            "Accelerate's regional compilation trains a copy of the model, which lacks superposition and the fused loss: set "
+            "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false, and use torch_compile=True."
         )
     if _uses_fsdp1(trainer):
         raise TSTError(
