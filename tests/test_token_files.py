@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_tst import TSTError
-from hf_tst.data.files import TokenFile
+from hf_tst.data.files import TokenFile, load_text_file
 from hf_tst.pretraining import parts, pretrain
 from hf_tst.pretraining.options import DataArguments, ModelArguments
 from hf_tst.pretraining.parts import load_documents, prepare_blocks
@@ -145,6 +145,17 @@ def test_bad_files_are_one_sentence(packed_recipe, tmp_path, array, message):
 def test_a_stream_of_ids_is_refused(packed_recipe):
     with pytest.raises(TSTError, match="leave streaming out"):
         pretrain.main([str(packed_recipe), "--streaming"])
+
+
+@pytest.mark.parametrize("pattern", ["tok/*.npy", "tok/*"])
+def test_several_files_of_ids_are_refused_and_one_is_found_by_a_pattern(tmp_path, pattern):
+    (tmp_path / "tok").mkdir()
+    ids = write_ids(tmp_path / "tok" / "a.npy", 100)
+    assert (load_text_file(str(tmp_path / pattern)).ids == ids).all()
+    write_ids(tmp_path / "tok" / "b.npy", 100)
+    with pytest.raises(TSTError, match=r"matches 2 files of token ids.*pack_ids\.py") as error:
+        load_text_file(str(tmp_path / pattern))
+    assert "\n" not in str(error.value)
 
 
 def test_parts_are_packed_and_their_documents_shuffled(tmp_path, monkeypatch):

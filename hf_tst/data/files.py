@@ -50,7 +50,11 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
         RunError: If the disk is full.
     """
     files = matching_files(path)
-    if path.endswith(TOKEN_FILE_SUFFIX):
+    if all(file.endswith(TOKEN_FILE_SUFFIX) for file in files):
+        if len(files) > 1:
+            raise TSTError(
+                f"{path} matches {len(files)} files of token ids, but one is read: name one, or join them with scripts/pack_ids.py."
+            )
         if streaming:
             raise TSTError(f"{path} is always read from disk during training: leave streaming out.")
         return TokenFile(files[0])
