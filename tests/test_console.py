@@ -79,6 +79,25 @@ def test_it_is_replaced_when_that_is_asked_for(recipe, run_folder):
     assert [path.name for path in run_folder.glob("_*")] == ["_run.json"]
 
 
+def test_files_and_folders_of_the_user_stay(recipe, run_folder):
+    """What has almost the name of a run's: such as the folder of the tokenizer, which `scripts/local_corpus.py` writes."""
+    (run_folder / "checkpoint-7.tar").write_bytes(b"packed")
+    mine = (
+        "tokenizer/tokenizer.json", "tokenizer_training.txt", "adapter_notes.md", "vocab.pdf",
+        "model-notes.safetensors.md", "checkpoint-2-best/model.safetensors", "chat_template.py", "config.json.old",
+    )  # fmt: skip
+    for name in mine:
+        (run_folder / name).parent.mkdir(exist_ok=True)
+        (run_folder / name).write_text("mine")
+    before = contents(run_folder)
+    flags = ["--output_dir", str(run_folder), "--max_steps", "10", "--overwrite_output_dir"]
+    assert cli.main(["train", str(recipe), *flags]) == 0
+    after = contents(run_folder)
+    kept = [*mine, "notes.txt", "checkpoint-7.tar"]
+    assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
+    assert after.keys() - {name.replace("-2/", "-3/") for name in before} == set()
+
+
 def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(recipe, run_folder, monkeypatch):
     class Failing(pretrain.TSTTrainer):
         def training_step(self, *args, **kwargs):

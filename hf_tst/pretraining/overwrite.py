@@ -15,14 +15,19 @@ from shlex import quote
 from ..errors import TSTError
 
 REPLACED = "_replaced"
-CHECKPOINTS = "checkpoint-[0-9]*"
-# Files of a run in its folder; other files are the user's.
+# Files of a run in its folder, by name or by pattern; other files are the user's, and all folders but checkpoints.
 RUN_FILES = (
-    CHECKPOINTS, "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "model*.safetensors*",
-    "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*", "all_results.json", "train_results.json",
-    "eval_results.json",
-    "loss_curve.png", "_run.json",
+    "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
+    "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "all_results.json", "train_results.json", "eval_results.json", "loss_curve.png", "_run.json",
 )  # fmt: skip
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-<step>`, found without torch."""
+    found = folder.glob("checkpoint-*")
+    return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def check_free(output_dir: str, command: str) -> None:
@@ -39,7 +44,7 @@ def check_free(output_dir: str, command: str) -> None:
             f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
             f"`{elsewhere} --output_dir {quote(output_dir.rstrip('/') + '-2')}` keeps it."
         )
-    if any(folder.glob(CHECKPOINTS)) or is_set_aside(folder):
+    if _checkpoints(folder) or is_set_aside(folder):
         raise TSTError(
             f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
             f"`{command} --overwrite_output_dir` replaces it."
@@ -66,7 +71,8 @@ def set_aside(folder: Path) -> None:
     keeps = aside.is_dir()
     aside.mkdir(exist_ok=True)
     try:
-        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+        files = [path for name in RUN_FILES for path in folder.glob(name) if path.is_file()]
+        for path in [*_checkpoints(folder), *files]:
             if not keeps:
                 path.rename(aside / path.name)
             elif path.is_dir():
@@ -100,6 +106,6 @@ def discard(folder: Path) -> None:
     if not is_set_aside(folder):
         return
     with suppress(OSError):
-        for checkpoint in folder.glob(CHECKPOINTS):
+        for checkpoint in _checkpoints(folder):
             flush_folder(checkpoint)
         shutil.rmtree(folder / REPLACED, ignore_errors=True)
