@@ -192,6 +192,28 @@ def test_labels_that_blocks_would_not_keep_are_refused(stream, masked):
         assert pack() == [[1, 2, 3, 4] * 2] * 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_that_blocks_would_train_on_is_refused(tokenizer, stream, padded):
+    """As `tokenizer(texts, padding="max_length")` makes it where the padding token is the end-of-sequence token."""
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["a b", "c"] if padded else ["a b", "c d"]
+    encoded = tokenizer(texts, padding="max_length" if padded else False, max_length=8)
+    rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+    ids = [token for row in encoded["input_ids"] for token in row]
+
+    def pack():
+        if stream:
+            return [block["input_ids"].tolist() for block in BlockStream(rows, 2)]
+        return pack_blocks(datasets.Dataset.from_list(rows), 2)[:]["input_ids"]
+
+    if padded:
+        with pytest.raises(TSTError, match=r"padded.*attention_mask"):
+            pack()
+    else:
+        assert pack() == [ids[i : i + 2] for i in range(0, len(ids) - 1, 2)]
+
+
 def test_what_is_made_of_packed_data_is_not_taken_for_it(tokenizer):
     """`datasets` caches what a data set is shuffled or mapped to in the folder of its file."""
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Part of the name of a packed file: raise it when the same input would be packed differently.
-PACKING_VERSION = 1
+PACKING_VERSION = 2
+# Columns that say which tokens of a document are targets.
+TARGET_COLUMNS = ("labels", "attention_mask")
 
 
 def tokenize_documents(
@@ -122,7 +124,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens per row.
 
     Raises:
-        TSTError: If the data does not fill one block, or has labels that are not its ids.
+        TSTError: If the data does not fill one block, is padded or has labels that are not its ids.
         RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
@@ -156,9 +158,15 @@ def _has_lists(documents: datasets.Dataset, name: str) -> bool:
     return name in documents.column_names and any(is_kind(schema.field(name).type) for is_kind in kinds)
 
 
-def check_labels(tokens: Any, labels: Any) -> None:
-    """Raise `TSTError` if the labels of documents are not their tokens: blocks hold tokens alone, so all of them become targets."""
-    if not np.array_equal(np.asarray(tokens), np.asarray(labels)):
+def check_all_targets(columns: Mapping[str, Any]) -> None:
+    """Raise `TSTError` if documents are padded, or their labels are not their tokens: blocks hold tokens alone, which all become targets."""
+    if not np.all(np.asarray(columns.get("attention_mask", True))):
+        raise TSTError(
+            "The documents are padded, as zeros in their attention_mask say, and blocks would train on the padding: tokenize them without "
+            "padding."
+        )
+    tokens = columns[TOKENS]
+    if not np.array_equal(np.asarray(tokens), np.asarray(columns.get("labels", tokens))):
         raise TSTError(
             "The documents have labels that differ from their input_ids, such as masked prompts, which blocks do not keep: remove the column "
             "labels to train on all tokens, or make blocks with labels of your own."
@@ -172,10 +180,10 @@ def _write_blocks(documents: datasets.Dataset, block_size: int, path: Path) -> i
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
     rest, tokens = np.empty(0, dtype=np.int32), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        given = [name for name in (TOKENS, "labels") if name == TOKENS or _has_lists(documents, name)]
+        given = [TOKENS, *(name for name in TARGET_COLUMNS if _has_lists(documents, name))]
         for table in documents.select_columns(given).with_format("arrow").iter(batch_size=1000):
             if table.num_columns > 1:
-                check_labels(*(column.combine_chunks().flatten() for column in table.columns))
+                check_all_targets({name: table[name].combine_chunks().flatten() for name in given})
             for chunk in table["input_ids"].chunks:
                 found = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
                 tokens += len(found)

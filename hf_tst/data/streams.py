@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from .packing import check_labels
+from .packing import TARGET_COLUMNS, check_all_targets
 from .text_files import TOKENS
 
 
@@ -34,9 +34,8 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         self._rest, self._first = self._first, self._rest[:0]
         for document in chain([{"input_ids": []}], self.documents):
             tokens = np.asarray(document["input_ids"], dtype=np.int32)
-            labels: Any = document.get("labels")
-            if np.ndim(labels) == 1:
-                check_labels(tokens, labels)
+            others = {name: document[name] for name in TARGET_COLUMNS if np.ndim(document.get(name)) == 1}  # type: ignore[arg-type]
+            check_all_targets({TOKENS: tokens} | others)
             self._rest = np.concatenate([self._rest, tokens])
             while len(self._rest) >= self.block_size:
                 block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
