@@ -158,34 +158,75 @@ def test_several_files_of_ids_are_refused_and_one_is_found_by_a_pattern(tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_parts_are_packed_and_their_documents_shuffled(tmp_path, monkeypatch):
+@pytest.fixture
+def pack(tmp_path):
+    """Runs `scripts/pack_ids.py` on files of the test's folder, and loads what it writes."""
     import pack_ids
 
+    def call(names, *flags):
+        inputs, output = [str(tmp_path / name) for name in names], str(tmp_path / "out.npy")
+        pack_ids.main(["--inputs", *inputs, "--output", output, *flags])
+        return np.load(output)
+
+    return call
+
+
+@pytest.mark.parametrize("eos", [0, 7])
+def test_parts_are_packed_and_their_documents_shuffled(tmp_path, pack, eos):
     ids = np.random.default_rng(1).integers(0, 20, 3000).astype("<u2")
-    ids[-1] = 0
+    ids[-1] = eos
     (tmp_path / "a.u16.xz").write_bytes(lzma.compress(ids[:1234].tobytes()))
     (tmp_path / "b.bin").write_bytes(ids[1234:2000].tobytes())
-    np.save(tmp_path / "c.npy", ids[2000:])
-
-    def pack(*flags):
-        inputs = [str(tmp_path / name) for name in ("a.u16.xz", "b.bin", "c.npy")]
-        output = str(tmp_path / "out.npy")
-        monkeypatch.setattr(sys, "argv", ["pack_ids.py", "--inputs", *inputs, "--output", output, *flags])
-        pack_ids.main()
-        return np.load(output)
+    np.save(tmp_path / "c.npy", ids[2000:].astype(np.int64))
+    names = ("a.u16.xz", "b.bin", "c.npy")
 
     def documents(ids):
         found, start = [], 0
         for end, token in enumerate(ids.tolist(), 1):
-            if token == 0 or end == len(ids):
+            if token == eos or end == len(ids):
                 found.append(tuple(ids[start:end].tolist()))
                 start = end
         return found
 
-    assert (pack() == ids).all()
-    shuffled = pack("--seed", "0")
+    assert (pack(names) == ids).all()
+    end = ("--eos_id", str(eos))
+    shuffled = pack(names, "--seed", "0", *end)
     assert shuffled.dtype == np.uint16
     assert documents(shuffled) != documents(ids)
-    assert (pack("--seed", "0") == shuffled).all()
-    assert (pack("--seed", "1") != shuffled).any()
+    assert (pack(names, "--seed", "0", *end) == shuffled).all()
+    assert (pack(names, "--seed", "1", *end) != shuffled).any()
     assert sorted(documents(shuffled)) == sorted(documents(ids))
+
+
+def test_parts_of_any_whole_numbers_become_one_type(tmp_path, pack):
+    np.save(tmp_path / "a.npy", np.array([1, 70_000], dtype=np.int64))
+    np.save(tmp_path / "b.npy", np.array([3], dtype=np.uint16))
+    packed = pack(["a.npy", "b.npy"], "--dtype", "uint32")
+    assert packed.dtype == np.uint32
+    assert packed.tolist() == [1, 70_000, 3]
+    assert TokenFile(str(tmp_path / "out.npy")).ids.tolist() == [1, 70_000, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "message"),
+    [
+        ("a.bin", b"ab", ["--seed", "0"], "--seed needs --eos_id"),
+        ("a.bin", b"abc", [], r"a\.bin"),
+        ("a.bin", None, [], r"a\.bin"),
+        ("a.u16.xz", b"not packed", [], r"a\.u16\.xz"),
+        ("a.npy", b"no array", [], r"a\.npy"),
+        ("a.npy", np.array([5, 70_000]), [], r"a\.npy holds the id 70000.*--dtype uint32"),
+        ("a.npy", np.array([5, -1]), [], r"a\.npy holds the id -1"),
+        ("a.npy", np.zeros((2, 2), dtype=np.uint16), [], r"a\.npy.*shape \(2, 2\)"),
+        ("a.npy", np.zeros(2), [], r"a\.npy.*float64"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_no_ids_are_one_sentence(tmp_path, pack, name, content, flags, message):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    with pytest.raises(TSTError, match=message) as caught:
+        pack([name], *flags)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.npy").exists()
