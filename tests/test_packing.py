@@ -283,6 +283,27 @@ def test_many_tiny_documents_and_empty_ones(tokenizer):
     assert np.array(blocks["input_ids"]).ravel().tolist() == expected
 
 
+def test_long_documents_are_not_all_tokenized_at_once():
+    """The tokenizer's own memory is hundreds of bytes per token, so what it gets at once is the peak."""
+    given = []
+
+    class Counting:
+        eos_token_id = 0
+
+        def __call__(self, texts, **options):
+            given.append(sum(map(len, texts)))
+            return {"input_ids": [[len(text)] for text in texts]}
+
+    texts = ["a" * 1_000_000, "short"] * 8
+    rows = tokenize_documents(datasets.Dataset.from_dict({"text": texts}), Counting())
+    assert rows["input_ids"][:] == [[len(text), 0] for text in texts]
+    assert sum(given) == sum(map(len, texts))
+    assert max(given) < sum(given) / 2
+    given.clear()
+    tokenize_documents(datasets.Dataset.from_dict({"text": ["short"] * 50}), Counting())
+    assert given == [250]
+
+
 def test_one_document_longer_than_everything():
     tokens = np.arange(3_000_000, dtype=np.int32)
     documents = datasets.Dataset.from_dict({"input_ids": [tokens]})

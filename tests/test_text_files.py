@@ -20,6 +20,7 @@ from transformers.utils.logging import warning_once
 
 from hf_tst import RunError, TSTError
 from hf_tst.cli.main import main
+from hf_tst.data import text_files
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import train_tokenizer
@@ -124,6 +125,20 @@ def test_home_and_a_column_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write({"a.jsonl": lines([{"input_ids": [1], "id": "a", "body": text} for text in TEXTS])})
     assert load_text_file("~/a.jsonl", text_column="body")["body"][:] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_long_texts_are_written_in_parts_of_bounded_size(monkeypatch, name):
+    """Arrow's arrays of strings hold up to 2 GiB, which 1,000 books may exceed."""
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", 10)
+    texts = ["twelve chars", "a", "b", "eight ch", "four", "c"]
+    write({"a.jsonl": lines([{"text": text} for text in texts]), "a.csv": table(",", texts, header=["text"])})
+    assert [array.to_pylist() for array in text_files.read_column(name, "text")] == [
+        texts[:1],
+        texts[1:4],
+        texts[4:],
+    ]
+    assert load_text_file(name)["text"][:] == texts
 
 
 def test_a_file_that_was_changed_is_read_again():

@@ -11,7 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .text_files import TOKENS, choose_column, is_readable, log_column, no_text
+from .text_files import TOKENS, choose_column, in_parts, is_readable, log_column, no_text
 from .written_once import open_arrow, written_once
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ logger = logging.get_logger(__name__)
 
 # Part of the name of a packed file: raise it when the same input would be packed differently.
 PACKING_VERSION = 2
+# Documents in memory at once, and characters that the tokenizer gets at once: it needs hundreds of bytes per token.
+BATCH_DOCUMENTS = 100
+TOKENIZED_CHARACTERS = 1 << 21
 # Columns that say which tokens of a document are targets.
 TARGET_COLUMNS = ("labels", "attention_mask")
 
@@ -64,11 +67,12 @@ def tokenize_documents(
             if text is not None and not isinstance(text, str):
                 raise _not_text(column, reprlib.repr(text))
         texts = [text or "" for text in batch[column]]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-        return {TOKENS: [ids + end for ids in encoded[TOKENS]]}
+        parts = in_parts(texts, len, TOKENIZED_CHARACTERS)
+        encoded = (tokenizer(part, add_special_tokens=False, verbose=False)[TOKENS] for part in parts)
+        return {TOKENS: [ids + end for part in encoded for ids in part]}
 
     if not hasattr(documents, "num_rows"):
-        return documents.map(tokenize, batched=True, remove_columns=columns)
+        return documents.map(tokenize, batched=True, batch_size=BATCH_DOCUMENTS, remove_columns=columns)
 
     from datasets.fingerprint import update_fingerprint
 
@@ -78,6 +82,7 @@ def tokenize_documents(
         documents.map(
             tokenize,
             batched=True,
+            batch_size=BATCH_DOCUMENTS,
             remove_columns=columns,
             num_proc=num_proc,
             new_fingerprint=name,

@@ -9,11 +9,11 @@ import json
 import lzma
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.utils import logging
 
@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 TOKENS = "input_ids"
 PART_ROWS = 1000
+PART_CHARACTERS = 1 << 26
 BLOCK_BYTES = 1 << 20
 # A file with a larger share of NUL characters is not text.
 NUL_SHARE = 0.1
@@ -31,6 +32,7 @@ COMPRESSIONS = {".gz": "gzip", ".dz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".x
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 # Values of the column in some rows, and a function that describes the place of the i-th of them in the file.
 Part = tuple[Any, Callable[[int], str]]
+Item = TypeVar("Item")
 
 
 def ending(path: str) -> str:
@@ -224,8 +226,25 @@ def _decoded(path: str) -> Iterator[str]:
             position += len(block)
 
 
-def _in_parts(rows: Iterator[tuple[str, Any]]) -> Iterator[Part]:
-    while part := list(islice(rows, PART_ROWS)):
+def in_parts(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Lists of up to `PART_ROWS` consecutive items, which end early where the sizes of their items reach `most`."""
+    part: list[Item] = []
+    total = 0
+    for item in items:
+        part.append(item)
+        total += size(item)
+        if len(part) == PART_ROWS or total >= most:
+            yield part
+            part, total = [], 0
+    if part:
+        yield part
+
+
+def _column_parts(rows: Iterator[tuple[str, Any]]) -> Iterator[Part]:
+    def size(row: tuple[str, Any]) -> int:
+        return len(row[1]) if isinstance(row[1], (str, list)) else 0
+
+    for part in in_parts(rows, size, PART_CHARACTERS):
         places = [place for place, _ in part]
         yield [value for _, value in part], places.__getitem__
 
@@ -295,7 +314,7 @@ def _read_json(path: str, column: str) -> Iterator[Part]:
             choose_column(list(row), column, f"The object in {place} of {path}")
         return row[column]
 
-    return _in_parts((place, value(place, row)) for place, row in _json_rows(path))
+    return _column_parts((place, value(place, row)) for place, row in _json_rows(path))
 
 
 # CSV
@@ -338,7 +357,7 @@ def _read_csv(path: str, column: str) -> Iterator[Part]:
     rows = _csv_rows(path)
     header = next(rows, ("", []))[1]
     index = header.index(choose_column(header, column, f"The file {path}"))
-    return _in_parts((place, row[index]) for place, row in rows)
+    return _column_parts((place, row[index]) for place, row in rows)
 
 
 # Parquet
