@@ -420,6 +420,27 @@ def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, 
     )  # lines of a text are no documents, whatever the training data is
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_lines_is_to_be_named_by_its_files(tmp_path, streaming):
+    """`datasets` reads other text than the file holds: lines without their ends, of which each would become a document."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    args = DataArguments(
+        dataset_name=str(tmp_path / "data"), streaming=streaming, validation_split_percentage=0
+    )
+    with pytest.raises(TSTError, match=r"--train_file '.*data/\*\*/\*\.txt'") as error:
+        load_documents(args, ModelArguments())
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_broken_file_is_one_sentence(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(TSTError, match=r"Cannot load .*data: JSON parse error") as error:
+        load_documents(DataArguments(dataset_name=str(tmp_path / "data")), ModelArguments())
+    assert "\n" not in str(error.value)
+
+
 def test_nothing_is_held_out_of_the_standard_library_where_nothing_is_asked_for():
     train, held_out = load_documents(DataArguments(validation_split_percentage=1), ModelArguments())
     everything, nothing = load_documents(DataArguments(validation_split_percentage=0), ModelArguments())

@@ -17,6 +17,7 @@ from pydantic import create_model
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..data.data_sets import load_data_set
 from ..data.files import TOKEN_FILE_SUFFIX, TokenFile, load_text_file
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.streams import BlockStream
@@ -196,10 +197,8 @@ def load_text(source: Mapping[str, Any], streaming: bool) -> Text:
     if endings <= {*ENDINGS, TOKEN_FILE_SUFFIX} and not any("://" in name for name in names):
         rows = _joined([load_text_file(name, streaming, column) for name in names])
     else:
-        import datasets
-
         with bad_input(f"Cannot load {path}: ", (OSError, ImportError, ValueError), whole_message):
-            rows = datasets.load_dataset(
+            rows = load_data_set(
                 path,
                 source.get("name"),
                 split=source.get("split") or "train",

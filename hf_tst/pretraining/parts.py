@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..data.data_sets import load_data_set
 from ..data.files import TokenFile, load_text_file, matching_files
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
@@ -57,16 +58,14 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
             )
         train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
-        import datasets
-
-        folder = os.path.abspath(args.dataset_name or "")
+        folder = os.path.abspath(name := args.dataset_name or "")
         if os.path.isdir(folder) and glob.has_magic(folder):
             raise TSTError(
                 f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
                 "one of *?[ in it, or name the files by train_file."
             )
-        source, cache_dir = (args.dataset_name, args.dataset_config_name), model_args.cache_dir
-        splits = datasets.load_dataset(*source, cache_dir=cache_dir, streaming=args.streaming)
+        source, cache_dir = (name, args.dataset_config_name), model_args.cache_dir
+        splits = load_data_set(*source, cache_dir=cache_dir, streaming=args.streaming)
         if "train" not in splits:
             raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
         train = splits["train"]
