@@ -156,6 +156,7 @@ def test_bad_input_of_card(trained, tmp_path, capsys, content, message):
         (["train", "stray"], "There is no recipe 'stray': `hf-tst recipes` lists them"),
         (["train", "270m-20k-ts"], "did you mean '270m-20k-tst'?"),
         (["train", "--max_steps", "3", "stray"], "'stray' does not belong to a flag: write --name value"),
+        (["train", "--train_file", "a.jsonl", "b.jsonl"], "'b.jsonl' does not belong to a flag: write --name value, and patterns of files in quotes"),
         (["compare", "--seeds", "0", "1", "--max_steps", "4"], "'1' does not belong to a flag: write --seeds 0,1"),
         (["train", "missing.yaml"], "There is no configuration file missing.yaml"),
         (["train", "--train_file", "x.txt", "--tokenizer_name", "nowhere", "--model_type", "llama"], "There is no file x.txt"),

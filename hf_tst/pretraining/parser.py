@@ -139,7 +139,7 @@ class ArgumentParser(HfArgumentParser):
         begin = max((place for place in range(end) if argv[place].startswith("--")), default=end)
         flag = next((a for a in self._actions if argv[begin].split("=")[0] in a.option_strings), None)
         if flag is None or flag.type is not str or not flag.dest.endswith("s") or "=" in argv[begin]:
-            return "--name value"
+            return "--name value, and patterns of files in quotes"
         values = list(argv[begin + 1 :])
         following = [place for place, word in enumerate(values) if word.startswith("--")]
         return f"--{flag.dest} {','.join(values[: following[0] if following else None])}"
