@@ -212,6 +212,7 @@ REFUSED = {
         "a.parquet", "'text' of a.parquet holds .*UTF8.* in row 1",
     ),
     "a folder": ({"f/a.jsonl": GOOD}, "f", r"f is a folder: .* f/\*\*/\*.jsonl"),
+    "no such user": ({}, "~nosuchuser/a.jsonl", "There is no file ~nosuchuser/a.jsonl"),
     "two kinds": ({"f/a.jsonl": GOOD, "f/README.md": b"x"}, "f/*", "files of one kind"),
     "no kind": ({"a.arrow": b"x"}, "a.arrow", "must end in one of .txt, .json"),
 }  # fmt: skip

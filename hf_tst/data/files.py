@@ -92,7 +92,8 @@ def matching_files(path: str) -> list[str]:
     Raises:
         TSTError: If there is none.
     """
-    pattern = Path(path).expanduser()
+    # Path.expanduser would raise an error of its own if there is no such user.
+    pattern = Path(os.path.expanduser(path))
     if pattern.is_file():
         return [str(pattern)]
     if pattern.is_dir():
