@@ -175,6 +175,32 @@ def test_documents_without_tokens_are_told_to_be_tokenized():
         pack_blocks(datasets.Dataset.from_dict({"text": ["a"]}), 4)
 
 
+def test_all_splits_or_a_stream_in_place_of_one_data_set_is_one_sentence(tokenizer):
+    for rows, prepare in (
+        ({"text": ["a"]}, lambda data: tokenize_documents(data, tokenizer)),
+        ({"input_ids": [[1, 2]]}, lambda data: pack_blocks(data, 2)),
+    ):
+        train = datasets.Dataset.from_dict(rows)
+        for splits in (
+            datasets.DatasetDict(train=train, test=train),
+            datasets.IterableDatasetDict(train=train.to_iterable_dataset(), test=train.to_iterable_dataset()),
+        ):
+            with pytest.raises(TSTError, match=r"train, test.*\['train'\]"):
+                prepare(splits)
+    for stream in (
+        train.to_iterable_dataset(),
+        datasets.IterableDataset.from_generator(lambda: iter([{"input_ids": [1]}])),
+    ):
+        with pytest.raises(TSTError, match="BlockStream"):
+            pack_blocks(stream, 2)
+
+
+def test_a_row_of_null_is_an_empty_document():
+    rows = [{"input_ids": [1, 2]}, {"input_ids": None}, {"input_ids": [3, 4]}]
+    assert pack_blocks(datasets.Dataset.from_list(rows), 3)[:]["input_ids"] == [[1, 2, 3]]
+    assert [block["input_ids"].tolist() for block in BlockStream(rows, 3)] == [[1, 2, 3]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_labels_that_blocks_would_not_keep_are_refused(stream, masked):

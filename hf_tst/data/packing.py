@@ -51,6 +51,7 @@ def tokenize_documents(
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
         RunError: If the disk is full.
     """
+    _check_one_split(documents)
     columns = list(documents.column_names or next(iter(documents), {}))
     column = choose_column(columns, text_column, "The data")
     _check_column(documents, column)
@@ -93,6 +94,15 @@ def tokenize_documents(
     return open_arrow(written_once(f"tokens-{name}", write))
 
 
+def _check_one_split(documents: Any) -> None:
+    """Raise `TSTError` for all splits of a data set, as `load_dataset` returns them where it is not told which."""
+    if isinstance(documents, Mapping):
+        raise TSTError(
+            f"The data is a {type(documents).__name__} of {', '.join(documents)}: give one data set, such as "
+            f"data[{next(iter(documents), 'train')!r}]."
+        )
+
+
 def _check_column(documents: Any, column: str) -> None:
     """Raise `TSTError` if a column of a data set has another type than text or tokens, or no values. Warn of null values."""
     if not documents.features:
@@ -129,11 +139,17 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens per row.
 
     Raises:
-        TSTError: If the data does not fill one block, is padded or has labels that are not its ids.
+        TSTError: If the data is a stream, does not fill one block, is padded or has labels that are not its ids.
         RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
 
+    _check_one_split(documents)
+    if not hasattr(documents, "num_rows"):
+        raise TSTError(
+            f"The documents are a {type(documents).__name__}, not a Dataset that is stored: cut them into blocks during training "
+            "with hf_tst.BlockStream(documents, block_size)."
+        )
     if TOKENS not in documents.column_names:
         raise TSTError(
             f"Documents need a column {TOKENS!r}, but have {documents.column_names}: tokenize them with hf_tst.tokenize_documents."

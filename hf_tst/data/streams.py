@@ -33,7 +33,9 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         # Loaded tokens may hold whole blocks, which come before the next document is read.
         self._rest, self._first = self._first, self._rest[:0]
         for document in chain([{"input_ids": []}], self.documents):
-            tokens = np.asarray(document["input_ids"], dtype=np.int32)
+            ids = document["input_ids"]
+            # Null is an empty document, as in `pack_blocks`.
+            tokens = np.asarray([] if ids is None else ids, dtype=np.int32)
             others = {name: document[name] for name in TARGET_COLUMNS if np.ndim(document.get(name)) == 1}  # type: ignore[arg-type]
             check_all_targets({TOKENS: tokens} | others)
             self._rest = np.concatenate([self._rest, tokens])
