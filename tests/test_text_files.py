@@ -183,6 +183,9 @@ REFUSED = {
     "half a character": ({"a.jsonl": GOOD + lines([{"text": "\ud83d"}])}, "a.jsonl", r"holds '\\ud83d' in line 1601"),
     "messages": ({"a.jsonl": lines([{"messages": [{"role": "user", "content": "x"}]}])}, "a.jsonl", r"'messages' of a.jsonl holds .* not text"),
     "a row without it": ({"a.jsonl": GOOD + lines([{"content": "x"}])}, "a.jsonl", "line 1601 of a.jsonl has no column 'text'.* of content"),
+    "a first row without it": ({"a.jsonl": lines([{"title": "t"}, {"title": "t", "text": "x"}])}, "a.jsonl", "line 1 of a.jsonl has no column 'text'.* of title"),
+    "a first row without tokens": ({"a.jsonl": lines([{"text": "t"}, {"text": "x", "input_ids": [1]}])}, "a.jsonl", "line 1 of a.jsonl has no column 'input_ids'"),
+    "rows with other columns": ({"a.jsonl": lines([{"title": "t"}, {"body": "x"}])}, "a.jsonl", "a.jsonl has no column 'text'.* of title, body"),
     "a row that is a number": ({"a.jsonl": GOOD + b"3\n"}, "a.jsonl", "a.jsonl holds 3 in line 1601, not an object"),
     "a file without it": ({"a.csv": b"text,b\n1,2\n", "b.csv": b"a,b\n1,2\n"}, "*.csv", "b.csv has no column 'text'.* of a, b"),
     "a table without it": (

@@ -11,7 +11,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ def is_readable(kind: Any, column: str) -> bool:
 
 
 def columns_of(path: str) -> list[str]:
-    """The names of the columns of a file, from its first row, header or schema.
+    """The names of the columns of a file, from its first rows, header or schema.
 
     Raises:
         TSTError: If it cannot be read.
@@ -297,9 +297,9 @@ def _json_list(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_columns(path: str) -> list[str]:
-    for _, row in _json_rows(path):
-        return list(row) if isinstance(row, dict) else ["text"]
-    return []
+    """The names in the first rows, since a row may lack some."""
+    rows = (row for _, row in islice(_json_rows(path), PART_ROWS))
+    return list(dict.fromkeys(name for row in rows for name in (row if isinstance(row, dict) else ["text"])))
 
 
 def _read_json(path: str, column: str) -> Iterator[Part]:
