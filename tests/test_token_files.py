@@ -53,6 +53,15 @@ def test_the_first_share_is_held_out(tmp_path):
     assert (found == ids[:96].reshape(12, 8)[[0, 3, 6, 9]]).all()
 
 
+def test_the_first_blocks_of_many_are_not_listed_one_by_one(tmp_path):
+    """A hundred million of them would be gigabytes, in each loader process."""
+    ids = write_ids(tmp_path / "a.npy", 8000)
+    args = DataArguments(max_train_samples=900)
+    blocks = prepare_blocks(args, TokenFile(str(tmp_path / "a.npy")), None, 8)
+    assert (rows(blocks) == ids[:7200].reshape(900, 8)).all()
+    assert len(pickle.dumps(blocks)) < 500
+
+
 @pytest.fixture
 def packed_recipe(tiny_recipe, tmp_path):
     values = yaml.safe_load(tiny_recipe.read_text())

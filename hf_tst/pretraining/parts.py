@@ -254,7 +254,8 @@ def prepare_blocks(
         blocks = pack_blocks(tokenized, block_size)
     if max_samples is None or max_samples >= len(blocks):
         return blocks
-    return blocks.select([i * len(blocks) // max_samples if evaluation else i for i in range(max_samples)])
+    taken = range(max_samples)
+    return blocks.select([i * len(blocks) // max_samples for i in taken] if evaluation else taken)
 
 
 def prepare_run(
