@@ -108,6 +108,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
+        ("one text", {}, "texts is a str, which would be scored letter by letter: put it in a list"),
         ([], {}, "There is no text"),
         ([""], {}, "There is no text"),
         (["x"], {"max_length": 33}, "from 1 to the model's context of 32, but is 33"),

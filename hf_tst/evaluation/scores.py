@@ -120,8 +120,10 @@ def score_texts(
         batch_size (`int`, *optional*, defaults to 8): Windows per batch.
 
     Raises:
-        TSTError: If there is no text, or no token to begin one with.
+        TSTError: If there is no text, texts is a single `str`, or there is no token to begin one with.
     """
+    if isinstance(texts, str):
+        raise TSTError("texts is a str, which would be scored letter by letter: put it in a list.")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise TSTError("The tokenizer has neither a bos nor an eos token to begin a text with: add one.")
