@@ -190,6 +190,29 @@ def test_the_files_of_the_report(tmp_path):
     )
 
 
+def test_a_resumed_run_which_was_evaluated_once_more_is_drawn_with_the_others(tmp_path):
+    runs = [outcome(arm, seed, 3.0) for arm in ("baseline", "tst") for seed in (0, 1)]
+    runs[-1].result.curve.insert(1, CurvePoint(30, 600, 300, 1.8, 5.0))
+    comparison = compared(*runs)
+    assert [point.step for point in arms(comparison)["tst"].best.curve] == [0, 50, 100]
+    write_report(comparison, tmp_path)
+    assert (tmp_path / "comparison.png").is_file()
+
+
+def test_a_picture_that_fails_leaves_the_tables(tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(ValueError, match="no picture"):
+        write_report(compared(outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5)), tmp_path)
+    assert json.loads((tmp_path / "comparison.json").read_text())["arms"]
+    for ending in ("md", "html"):
+        text = (tmp_path / f"comparison.{ending}").read_text()
+        assert "2.5000" in text
+        assert "comparison.png" not in text
+
+
 def test_a_comparison_of_which_nothing_has_run(tmp_path):
     comparison = compared(outcome("baseline", 0, "missing"), outcome("tst", 0, None))
     write_report(comparison, tmp_path)

@@ -104,13 +104,23 @@ def render_page(comparison: Comparison, template: str, images: Mapping[str, str]
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Write `comparison.json`, `.md`, `.html` and, with matplotlib, `.png` into a folder, and return their paths."""
-    images, files = {}, {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
+    """Write `comparison.json`, `.md`, `.html` and, with matplotlib, `.png` into a folder, and return their paths.
+
+    The pages are first written without pictures, so that a picture that fails does not take the figures with it.
+    """
+
+    def write(files: Mapping[str, bytes], images: Mapping[str, str]) -> list[Path]:
+        pages = {
+            ending: render_page(comparison, f"comparison.{ending}", images).encode()
+            for ending in ("md", "html")
+        }
+        for ending, content in (files | pages).items():
+            (Path(folder) / f"comparison.{ending}").write_bytes(content)
+        return [Path(folder) / f"comparison.{ending}" for ending in files | pages]
+
+    files = {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
+    paths = write(files, {})
     with suppress(ImportError):
-        files["png"] = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
-        images = encode_pictures(comparison)
-    for ending in ("md", "html"):
-        files[ending] = render_page(comparison, f"comparison.{ending}", images).encode()
-    for ending, content in files.items():
-        (Path(folder) / f"comparison.{ending}").write_bytes(content)
-    return [Path(folder) / f"comparison.{ending}" for ending in files]
+        picture = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
+        paths = write(files | {"png": picture}, encode_pictures(comparison))
+    return paths

@@ -26,8 +26,8 @@ class ArmPoint(CurvePoint):
 class RateSummary:
     """An arm at one learning rate, over the seeds whose runs ended well; losses in nats per token.
 
-    The mean is `None` if no run did, `sd` (of a sample) if fewer than two did. `curves` has one curve per seed, and `curve`
-    their mean, at the steps at which all were evaluated.
+    The mean is `None` if no run did, `sd` (of a sample) if fewer than two did. `curves` has one curve per seed, all with
+    the steps at which every seed was evaluated, and `curve` is their mean.
     """
 
     learning_rate: float
@@ -132,6 +132,7 @@ def _summarize_rate(rate: float, runs: Sequence[ArmRun]) -> RateSummary:
         [ArmPoint(**vars(point), flops=flops(point.step, point.latent_tokens)) for point in result.curve]
         for result in results
     ]
+    curves = _at_shared_steps(curves)
     return RateSummary(
         rate,
         *_mean_and_sd(losses),
@@ -140,7 +141,7 @@ def _summarize_rate(rate: float, runs: Sequence[ArmRun]) -> RateSummary:
         missing_seeds=seeds["missing"],
         peak_memory_bytes=max((result.peak_memory_bytes or 0 for result in results), default=0) or None,
         memory_of=results[0].memory_of if results else "",
-        curve=_mean_curve(curves),
+        curve=[_mean_point(points) for points in zip(*curves, strict=True)],
         curves=curves,
     )
 
@@ -150,13 +151,10 @@ def rank(rate: RateSummary) -> tuple[int, float]:
     return -len(rate.final_eval_losses), rate.mean_final_eval_loss or 0.0
 
 
-def _mean_curve(curves: Sequence[Sequence[ArmPoint]]) -> list[ArmPoint]:
-    """The mean of curves, at the steps that all of them have."""
-    by_step: dict[int, list[ArmPoint]] = {}
-    for curve in curves:
-        for point in curve:
-            by_step.setdefault(point.step, []).append(point)
-    return [_mean_point(points) for points in by_step.values() if len(points) == len(curves)]
+def _at_shared_steps(curves: Sequence[Sequence[ArmPoint]]) -> list[list[ArmPoint]]:
+    """The curves at the steps that all of them have: a resumed run has one more, where it resumed."""
+    steps = [{point.step for point in curve} for curve in curves]
+    return [[point for point in curve if all(point.step in known for known in steps)] for curve in curves]
 
 
 def _mean_point(points: Sequence[ArmPoint]) -> ArmPoint:
