@@ -13,9 +13,10 @@ from collections import Counter
 import psutil
 import pytest
 import yaml
-from conftest import Ended
+from conftest import DENSE, Ended
 from filelock import FileLock
 from processes import PATIENCE
+from transformers import LlamaConfig
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
@@ -238,6 +239,31 @@ def test_runs_are_done_once_and_the_report_follows(tiny_recipe, tmp_path, in_pro
     again = main([*argv[:2], "0,1", *argv[3:], "--arms", "tst"])
     assert in_process[2:] == ["tst-lr0.01-seed1"]
     assert again.arms[0].best.final_eval_losses[0] == tst.best.final_eval_losses[0]
+
+
+def test_a_model_with_code_of_its_own_is_compared(tiny_recipe, tmp_path, in_process):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = LlamaConfig(**DENSE).to_dict()
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    flags = [
+        "--config_name",
+        str(folder),
+        "--model_type",
+        "",
+        "--config_overrides",
+        "{}",
+        "--trust_remote_code",
+    ]
+    argv = [str(tiny_recipe), *flags, "--max_steps", "4", "--arms", "tst", "--seeds", "0"]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert RunResult.load(tmp_path / "out" / "tst-lr0.01-seed0").loss_by_position
 
 
 def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path, in_process, monkeypatch):

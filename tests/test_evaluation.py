@@ -8,10 +8,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_tst.data.quickstart import train_tokenizer
-from hf_tst.evaluation.breakdown import tally_blocks
+from hf_tst.evaluation import breakdown
+from hf_tst.evaluation.breakdown import LossTally, tally_blocks
 from hf_tst.evaluation.scores import METRIC_FILE, evaluate_checkpoint, score_texts
 
 TEXTS = [
@@ -95,6 +98,53 @@ def test_where_the_loss_is_by_frequency_and_position(model_and_tokenizer):
     assert any(x is None for x in expected)  # nine tokens cannot fill ten classes
     for ours, theirs in zip(tally.loss_by_frequency(), expected, strict=True):
         assert ours == theirs if theirs is None else ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_rows_are_read_as_they_are_evaluated(model_and_tokenizer):
+    read, ahead = [], []
+
+    def rows():
+        for row in torch.randint(0, 9, (7, 12)).tolist():
+            read.append(row)
+            yield {"input_ids": row}
+
+    class Model(torch.nn.Module):
+        device, evaluated = "cpu", 0
+
+        def forward(self, ids, use_cache):
+            ahead.append(len(read) - self.evaluated)
+            self.evaluated += len(ids)
+            return CausalLMOutput(logits=torch.zeros(*ids.shape, 9))
+
+    tally = tally_blocks(Model(), rows(), batch_size=3)
+    assert ahead == [3, 3, 1]
+    assert tally.nats == pytest.approx(7 * 11 * math.log(9))
+
+
+def test_no_copy_of_all_logits_is_made(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, (tuple, list)) else [made]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != storage:
+                    self.numbers = max(self.numbers, tensor.numel())
+            return made
+
+    monkeypatch.setattr(breakdown, "NUMBERS_AT_ONCE", 1000)
+    logits = torch.randn(2, 65, 50, dtype=torch.bfloat16)[:, :-1]
+    storage = logits.untyped_storage().data_ptr()
+    targets = torch.randint(0, 50, (2, 64))
+    targets[0, :5] = -100
+    tally = LossTally()
+    with Largest() as largest:
+        tally.add(logits, targets)
+    assert largest.numbers <= 1000
+    expected = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    assert tally.nats == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):

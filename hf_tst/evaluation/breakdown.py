@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn.functional import cross_entropy, pad
 
 IGNORED = -100
 CLASSES = 10
+# Logits in float32 at a time, of a slice of positions; their cross entropy takes a few times as much memory.
+NUMBERS_AT_ONCE = 2**25
 
 
 class LossTally:
@@ -37,10 +40,18 @@ class LossTally:
             targets (`torch.LongTensor` of shape `(B, l)`): The target token of each position; -100 is ignored.
         """
         targets = targets.to(logits.device)
-        losses = cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        positions = max(1, NUMBERS_AT_ONCE // (len(logits) * logits.shape[-1]))
+        slices = zip(logits.split(positions, dim=1), targets.split(positions, dim=1), strict=True)
+        losses = torch.cat(
+            [
+                cross_entropy(
+                    part.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+                ).view(wanted.shape)
+                for part, wanted in slices
+            ],
+            dim=1,
         )
-        losses, targets = losses.cpu().double().view(targets.shape), targets.cpu()
+        losses, targets = losses.cpu().double(), targets.cpu()
         rows, positions = (targets != IGNORED).nonzero(as_tuple=True)
         losses, tokens = losses[rows, positions], targets[rows, positions]
         self.by_token = _summed(self.by_token, tokens, losses, logits.shape[-1])
@@ -83,11 +94,10 @@ def tally_blocks(model: Any, blocks: Iterable[Any], batch_size: int = 8) -> Loss
         blocks: Rows with `input_ids`, all of one length.
         batch_size (`int`, *optional*, defaults to 8): Rows per batch.
     """
-    rows, tally = [block["input_ids"] for block in blocks], LossTally()
+    rows, tally = (block["input_ids"] for block in blocks), LossTally()
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            batch = np.asarray(rows[start : start + batch_size], dtype=np.int64)
-            ids = torch.as_tensor(batch, device=model.device)
+        while batch := list(islice(rows, batch_size)):
+            ids = torch.as_tensor(np.asarray(batch, dtype=np.int64), device=model.device)
             tally.add(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
     return tally
 

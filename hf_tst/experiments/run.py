@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input, whole_message
 from ..evaluation.breakdown import tally_blocks
+from ..pretraining.options import ModelArguments, pick
 from ..pretraining.pretrain import main as train
 from ..records.run_record import TimedSteps, run_entry, timed_steps, write_whole
 from ..training.checkpoint_folders import last_complete_checkpoint
@@ -181,8 +182,11 @@ def _train(config: Path) -> None:
     run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
     result = result_of_run(trainer.state.log_history, schedule, rows * length, run)
     # Load the model as a user does: in the trainer it may be sharded.
-    model = AutoModelForCausalLM.from_pretrained(config.parent).to(args.device)
-    tally = tally_blocks(model, trainer.eval_dataset, args.per_device_eval_batch_size)
+    named = pick(read_settings(config) or {}, ModelArguments)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.parent, cache_dir=named.cache_dir, trust_remote_code=named.trust_remote_code
+    )
+    tally = tally_blocks(model.to(args.device), trainer.eval_dataset, args.per_device_eval_batch_size)
     by_frequency, by_position = tally.loss_by_frequency(), tally.loss_by_position()
     replace(result, loss_by_frequency=by_frequency, loss_by_position=by_position).save(config.parent)
 
