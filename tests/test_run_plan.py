@@ -69,6 +69,13 @@ def test_the_published_figures_are_the_papers():
         ["--max_steps", "30000"],
         ["--tokens_per_step", "1048576"],
         ["--config_overrides", "hidden_size=576,num_hidden_layers=30,num_attention_heads=9,vocab_size=50000"],
+        ["--tst_mode", "output"],
+        ["--tst_mode", "input"],
+        ["--tst_offset_weighting", "exponential"],
+        ["--tst_input_weighting", "linear"],
+        ["--tst_document_boundaries", "respect"],
+        ["--block_size", "1024"],
+        ["--mtp_num_heads", "2"],
     ],
 )
 def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
@@ -79,6 +86,12 @@ def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
     text = format_plan(made)
     assert "no loss is predicted" in text
     assert "3.142" not in text
+
+
+def test_rows_of_single_blocks_are_not_the_papers():
+    recipe = ("10b-a1b-tst.yaml", "--num_gpus", 64)
+    assert alternatives(plan(*recipe))["TST, this run"].loss == 2.236
+    assert alternatives(plan(*recipe, "--tst_superposition_rows", "more"))["TST, this run"].loss is None
 
 
 def test_hours_follow_from_peak_and_utilisation():

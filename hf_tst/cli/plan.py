@@ -17,7 +17,7 @@ from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.estimate import Alternative, Layout, Precision, RunPlan, plan_run
 from ..planning.flops import FORMULA
-from ..planning.reference import ACCELERATORS, Accelerator
+from ..planning.reference import ACCELERATORS, Accelerator, find_published
 from ..pretraining.options import (
     DataArguments,
     ModelArguments,
@@ -44,6 +44,10 @@ listed first. Downloads nothing where the recipe names vocab_size.
 
 # How figures of a plan that are not counts are printed.
 FORMATS = {"flops": ".3g", "gpu_hours": ",.1f", "loss": ".3f"}
+# Options of TST that decide which published run a plan is of, without their prefix.
+PUBLISHED_OPTIONS = (
+    "bag_size", "phase_ratio", "offset_weighting", "input_weighting", "mode", "superposition_rows", "document_boundaries",
+)  # fmt: skip
 
 
 @dataclass
@@ -115,8 +119,9 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
     )
     weights = 2 if model_args.dtype in ("bfloat16", "float16") else 4
     superposed = superposes(values.tst_phase_ratio, values.tst_bag_size)
+    shape = ModelShape.from_config(config, model_args.lora_config())
     plan = plan_run(
-        ModelShape.from_config(config, model_args.lora_config()),
+        shape,
         make_schedule(values, values.max_steps),
         layout,
         args.accelerator(values.tst_peak_tflops),
@@ -125,7 +130,12 @@ def plan_from_arguments(argv: Sequence[str], prog: str | None = None) -> tuple[R
         fused_loss=values.tst_fused_loss == "on" or (values.tst_fused_loss == "auto" and superposed),
         mtp_num_heads=values.mtp_num_heads,
         mtp_kind=values.mtp_kind,
-    )
+        published=find_published(
+            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, layers=shape.layers, row_length=layout.length,
+            steps=values.max_steps, tokens_per_step=layout.latent_tokens, mtp_num_heads=values.mtp_num_heads,
+            **{name: getattr(values, f"tst_{name}") for name in PUBLISHED_OPTIONS},
+        ),
+    )  # fmt: skip
     return plan, args
 
 

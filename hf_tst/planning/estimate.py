@@ -15,7 +15,7 @@ from ..losses.linear import chunk_rows
 from ..models.shape import ModelShape
 from ..mtp.heads import MTPKind
 from .flops import flops_per_token
-from .reference import ACCELERATORS, SOURCE, Accelerator, find_published
+from .reference import ACCELERATORS, SOURCE, Accelerator, PublishedRun
 
 GIB = 2**30
 # Fraction of an accelerator's memory taken by driver, libraries and fragmentation.
@@ -278,6 +278,7 @@ def plan_run(
     fused_loss: bool = True,
     mtp_num_heads: int = 1,
     mtp_kind: MTPKind = "parallel",
+    published: PublishedRun | None = None,
 ) -> RunPlan:
     """Plan a run.
 
@@ -291,6 +292,7 @@ def plan_run(
         fused_loss (`bool`, *optional*, defaults to `True`): Whether the loss is fused with the head.
         mtp_num_heads (`int`, *optional*, defaults to 1), mtp_kind (`str`, defaults to `"parallel"`): Multi-token prediction in
             the recovery phase, see [`MTPHeads`].
+        published (`PublishedRun`, *optional*): The same run in the paper, if it has it.
     """
     switch, steps, tokens = schedule.switch_step, schedule.max_steps, layout.latent_tokens
     training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
@@ -335,19 +337,13 @@ def plan_run(
         checkpoint_bytes=checkpoint_bytes(shape, precision) | {"checkpoint": with_heads},
         comparison=[],
     )
-    return _compare(plan, schedule, accelerator) if switch else plan
+    return _compare(plan, accelerator, published) if switch else plan
 
 
-def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -> RunPlan:
+def _compare(plan: RunPlan, accelerator: Accelerator, published: PublishedRun | None) -> RunPlan:
     """The plan beside baselines of equal FLOPs, equal data and equal loss, with notes on the losses."""
     shape, tokens = plan.model, plan.latent_tokens_per_step
     step_flops = tokens * flops_per_token(shape, plan.layout.length)
-    published = find_published(
-        shape.vocab_size, hidden_size=shape.hidden_size, layers=shape.layers, steps=plan.max_steps,
-        tokens_per_step=tokens, bag_size=schedule.bag_size, phase_ratio=schedule.phase_ratio,
-    )  # fmt: skip
-    if plan.mtp_parameters:
-        published = None
 
     def row(name: str, steps: int, loss: float | None, known: str = "loss", **own: int) -> Alternative:
         """A row for a baseline of `steps` steps, or for the run itself with its tokens and FLOPs in `own`."""
@@ -365,7 +361,9 @@ def _compare(plan: RunPlan, schedule: PhaseSchedule, accelerator: Accelerator) -
         Alternative("baseline, equal loss", source="no published figure"),
     ]
     if published is None:
-        notes = ["The paper has no run of this model, length, batch, s and r: no loss is predicted."]
+        notes = [
+            "The paper has no run of this model, steps, rows, batch and options of TST: no loss is predicted."
+        ]
         return replace(plan, comparison=comparison, notes=notes)
     notes = [f"Losses are those of the paper's {published.name} ({SOURCE}), not a forecast of your run."]
     if published.equal_loss_steps:
