@@ -12,11 +12,12 @@ from collections import Counter
 
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import DENSE, Ended
 from filelock import FileLock
 from processes import PATIENCE
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
@@ -27,7 +28,7 @@ from hf_tst.experiments.budget import TimeLimit, plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.options import open_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
-from hf_tst.experiments.run import RunResult
+from hf_tst.experiments.run import RunResult, _check_launch
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import pick
 
@@ -335,21 +336,82 @@ def test_changed_data_is_refused(tiny_recipe, tmp_path, in_process, capsys):
     assert in_process == ["baseline-lr0.01-seed0"]
 
 
-def test_another_number_of_processes_is_refused(tiny_recipe, tmp_path, in_process, capsys):
-    """Its steps are of another size, which no setting tells."""
-    argv = [str(tiny_recipe), "--arms", "baseline", "--output_dir", str(tmp_path), "--seeds"]
-    main([*argv, "0"])
-    note = tmp_path / "world_size.txt"
-    assert note.read_text() == "1\n"
-    note.write_text("2\n")
-    assert cli.main(["compare", *argv, "0,1"]) == 2
+def test_another_architecture_in_the_same_folder_is_refused(tiny_recipe, tmp_path, in_process, capsys):
+    """Also one with as many parameters."""
+    config = LlamaConfig(**DENSE)
+    config.save_pretrained(tmp_path / "model")
+    flags = ["--config_name", str(tmp_path / "model"), "--model_type", "", "--config_overrides", "{}"]
+    argv = [
+        str(tiny_recipe),
+        *flags,
+        "--max_steps",
+        "4",
+        "--arms",
+        "tst",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    main([*argv, "--seeds", "0"])
+    main([*argv, "--seeds", "0"])
+    config.rms_norm_eps = 0.25
+    config.save_pretrained(tmp_path / "model")
+    assert cli.main(["compare", *argv, "--seeds", "0,1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"Runs in {tmp_path} were started with a world size of 2, but this one has 1, so" in message
-    assert not (tmp_path / "baseline-lr0.01-seed1" / "trainer_state.json").exists()
-    in_tokens = [*argv[:-2], str(tmp_path / "b"), "--tokens_per_step", "64", "--seeds"]
-    main([*in_tokens, "0"])
-    (tmp_path / "b" / "world_size.txt").write_text("2\n")
-    main([*in_tokens, "0,1"])  # the same step on as many processes as there are
+    assert "was started with model rms_norm_eps=1e-06, but now has model rms_norm_eps=0.25: " in message
+    assert in_process == ["tst-lr0.01-seed0"]
+
+
+def test_other_weights_in_the_same_folder_are_refused(tiny_recipe, tmp_path, in_process, capsys):
+    def save(seed):
+        torch.manual_seed(seed)
+        config = LlamaConfig(**DENSE | {"vocab_size": 512, "max_position_embeddings": 64})
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+
+    tokenizer = yaml.safe_load(tiny_recipe.read_text())["tokenizer_name"]
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", tokenizer]
+    flags += ["--model_type", "", "--config_overrides", "", "--output_dir", str(tmp_path / "out")]
+    argv = [str(tiny_recipe), *flags, "--max_steps", "4", "--arms", "tst"]
+    save(0)
+    main([*argv, "--seeds", "0"])
+    save(0)
+    main([*argv, "--seeds", "0"])
+    save(1)
+    assert cli.main(["compare", *argv, "--seeds", "0,1"]) == 2
+    assert "was started with model weights=" in capsys.readouterr().err.splitlines()[-1]
+    assert in_process == ["tst-lr0.01-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "before", "after"),
+    [("world size", "WORLD_SIZE", "1", "2"), ("mixed precision", "ACCELERATE_MIXED_PRECISION", "no", "bf16")],
+)
+def test_another_launch_is_refused(tmp_path, monkeypatch, name, variable, before, after):
+    """The size of its steps, or of its numbers, is in no setting."""
+
+    def launch(value, settings):
+        if value != before:
+            monkeypatch.setenv(variable, value)
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "arguments.yaml").write_text(yaml.safe_dump(settings))
+        _check_launch(run / "arguments.yaml")
+
+    settings = {"max_steps": 4}
+    launch(before, settings)
+    launch(before, settings)
+    with pytest.raises(TSTError, match=rf"{tmp_path} were started with a {name} of {before}, but .* {after}"):
+        launch(after, settings)
+    if name == "world size":  # the same step on as many processes as there are
+        launch(after, settings | {"tokens_per_step": 64})
+
+
+def test_a_refused_launch_takes_no_step(tiny_recipe, tmp_path, in_process, capsys, monkeypatch):
+    argv = [str(tiny_recipe), "--max_steps", "4", "--arms", "tst", "--output_dir", str(tmp_path), "--seeds"]
+    main([*argv, "0"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert cli.main(["compare", *argv, "0,1"]) == 2
+    assert "mixed precision" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "tst-lr0.01-seed1" / "trainer_state.json").exists()
 
 
 def test_another_batch_is_refused_by_its_name(tiny_recipe, tmp_path, in_process, capsys):

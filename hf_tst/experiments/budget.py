@@ -120,7 +120,7 @@ def calibrate(experiment: Experiment) -> dict[str, StepCost]:
         TSTError: If one fails.
     """
     # A stream can't be cut.
-    evaluation = {"max_eval_samples": 1} if "evaluation" in experiment.data else {}
+    evaluation = {"max_eval_samples": 1} if "evaluation data" in experiment.inputs else {}
     return {
         arm.name: _pace(experiment, [f"calibration-{arm.name}"], {**arm.values, **evaluation})
         for arm in experiment.arms
@@ -139,7 +139,7 @@ def _pace(experiment: Experiment, names: Sequence[str], values: Mapping[str, Any
         "tst_save_at_switch": False, "seed": 0, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {},
         "report_to": "none", **({"tst_phase_ratio": 0.5} if superposed else {}),
     }  # fmt: skip
-    runs = [PlannedRun(name, experiment.output_dir / name, settings) for name in names]
+    runs = [PlannedRun(name, experiment.output_dir / name, settings, experiment.inputs) for name in names]
     failures = run_all(runs, processes=len(runs), launcher=experiment.args.launcher)
     found = []
     for run in runs:
@@ -258,7 +258,7 @@ def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> lis
         for rate, (turn, seed) in product(rates, enumerate(seeds)):
             name = f"{arm.name}-lr{rate:g}-seed{seed}"
             settings = {**planned.values, "learning_rate": rate, "seed": seed}
-            run = ArmRun(name, experiment.output_dir / name, settings, experiment.data, arm=planned)
+            run = ArmRun(name, experiment.output_dir / name, settings, experiment.inputs, arm=planned)
             runs.append((turn, run))
     # All arms of one seed before the next seed, so an interrupted comparison has pairs.
     return [run for _, run in sorted(runs, key=lambda entry: entry[0])]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from transformers.hf_argparser import HfArg
 
 from ..data.blocks import check_blocks
@@ -95,7 +98,8 @@ class Experiment:
         block_size (`int`): Tokens per block, L.
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
-        data (`dict`): Fingerprints of the blocks of `"training"` and `"evaluation"`; a stream has none.
+        inputs (`dict`): Fingerprints of the blocks of `"training data"` and `"evaluation data"`, which a stream does not have, and
+            what [`describe_model`] returns.
     """
 
     args: ExperimentArguments
@@ -105,7 +109,7 @@ class Experiment:
     block_size: int
     rows_per_step: int | None
     blocks: int | None
-    data: Mapping[str, str]
+    inputs: Mapping[str, Any]
 
     @property
     def output_dir(self) -> Path:
@@ -189,8 +193,19 @@ def open_experiment(
         block_size=block_size,
         rows_per_step=rows if args.launcher is None or values.get("tokens_per_step") else None,
         blocks=len(sized["training"]) if "training" in sized else None,
-        data={name: check_blocks(part).data for name, part in sized.items()},
+        inputs={f"{name} data": check_blocks(part).data for name, part in sized.items()}
+        | describe_model(parts["model"], has_weights=bool(model_args.model_name_or_path)),
     )
+
+
+def describe_model(model: Any, has_weights: bool) -> dict[str, Any]:
+    """The fields of a model's configuration and, of a trained model, a fingerprint of its input embeddings."""
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    del fields["transformers_version"]
+    if has_weights:
+        weights = model.get_input_embeddings().weight.detach().cpu().contiguous().view(torch.uint8)
+        fields["weights"] = hashlib.sha256(weights.numpy()).hexdigest()[:16]
+    return {f"model {name}": value for name, value in fields.items()}
 
 
 def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:

@@ -26,7 +26,7 @@ from ..records.run_record import write_whole
 from .run import REFUSAL_FILE, RunResult, read_settings
 
 SETTINGS_FILE = "arguments.yaml"
-DATA_FILE = "data.yaml"
+INPUTS_FILE = "inputs.yaml"
 LOG_FILE = "log.txt"
 # Seconds between two lines of progress, if there is no terminal for a bar.
 PROGRESS_EVERY = 60.0
@@ -45,7 +45,7 @@ class PlannedRun:
         name (`str`): Its unique name.
         folder (`Path`): Its folder.
         settings (`dict`): Its arguments, as in a configuration file.
-        data (`dict`): Known fingerprints of its data, by use.
+        inputs (`dict`): Its data and its model, as in [`Experiment`].
         seconds (`float`): The expected time, if known.
         result (`RunResult`, *optional*): `None` until it is finished; [`run_all`] sets it.
     """
@@ -53,7 +53,7 @@ class PlannedRun:
     name: str
     folder: Path
     settings: Mapping[str, Any]
-    data: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     result: RunResult | None = None
 
@@ -65,7 +65,7 @@ class PlannedRun:
         return "diverged" if self.result.has_diverged else "finished"
 
     def check_settings(self) -> None:
-        """Check that a run in the folder was started with the same settings and data.
+        """Check that a run in the folder was started with the same settings, data and model.
 
         Raises:
             TSTError: If not (the message has the setting and both values), or if a file is damaged.
@@ -73,9 +73,9 @@ class PlannedRun:
         begun = read_settings(self.folder / SETTINGS_FILE)
         if begun is None:
             return
-        now = dict(self.settings)
-        for name, fingerprint in (read_settings(self.folder / DATA_FILE) or {}).items():
-            begun[f"{name} data"], now[f"{name} data"] = fingerprint, self.data.get(name, fingerprint)
+        inputs = read_settings(self.folder / INPUTS_FILE) or {}
+        now = {**self.settings, **{name: self.inputs.get(name, value) for name, value in inputs.items()}}
+        begun |= inputs
         for name in sorted((begun.keys() | now.keys()) - {"output_dir"}):
             if begun.get(name) != now.get(name):
                 raise TSTError(
@@ -210,7 +210,7 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
     (run.folder / REFUSAL_FILE).unlink(missing_ok=True)
     path = run.folder / SETTINGS_FILE
     write_whole(path, yaml.safe_dump({**run.settings, "output_dir": str(run.folder)}))
-    write_whole(run.folder / DATA_FILE, yaml.safe_dump(dict(run.data)))
+    write_whole(run.folder / INPUTS_FILE, yaml.safe_dump(dict(run.inputs)))
     with open(run.folder / LOG_FILE, "ab") as log:
         # In its own process group, with everything that a launcher starts.
         return Popen(

@@ -29,7 +29,7 @@ from ..training.checkpoint_folders import last_complete_checkpoint
 T = TypeVar("T")
 RESULT_FILE = "result.json"
 REFUSAL_FILE = "refused.txt"  # why the input of a run was refused, in one sentence
-WORLD_SIZE_FILE = "world_size.txt"
+LAUNCH_FILE = "launch.yaml"  # how a comparison was launched
 
 
 @dataclass(frozen=True)
@@ -143,30 +143,33 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         with FileLock(config.with_name(".lock"), timeout=0):
-            _check_processes(config)
+            _check_launch(config)
             _train(config)
     except Timeout:
         raise TSTError(f"Another process works in {config.parent}: wait for it, or terminate it.") from None
 
 
-def _check_processes(config: Path) -> None:
-    """Record the world size of the first run of a comparison, and check that the others have the same.
+def _check_launch(config: Path) -> None:
+    """Record how the first run of a comparison was launched, and check that the others were launched in the same way.
 
-    The settings do not show how many processes a launcher starts, and so how large a step is, unless `tokens_per_step` is set.
+    The settings show neither the precision that a launcher chooses nor how many processes it starts, and so how large a step is,
+    unless `tokens_per_step` is set.
 
     Raises:
-        TSTError: If an earlier run had another number.
+        TSTError: If an earlier run was launched in another way.
     """
-    if (read_settings(config) or {}).get("tokens_per_step"):
-        return
-    now, note = os.environ.get("WORLD_SIZE", "1"), config.parent.parent / WORLD_SIZE_FILE
-    before = note.read_text(encoding="utf-8").strip() if note.is_file() else now
-    if before != now:
-        raise TSTError(
-            f"Runs in {note.parent} were started with a world size of {before}, but this one has {now}, so its steps have "
-            "another size: start as many processes, or name another output_dir."
-        )
-    write_whole(note, f"{now}\n")
+    now = {"mixed precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no")}
+    if not (read_settings(config) or {}).get("tokens_per_step"):
+        now["world size"] = os.environ.get("WORLD_SIZE", "1")
+    note = config.parent.parent / LAUNCH_FILE
+    before = read_settings(note) or {}
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise TSTError(
+                f"Runs in {note.parent} were started with a {name} of {before[name]}, but this one has {value}, so they cannot be "
+                "compared: start it in the same way, or name another output_dir."
+            )
+    write_whole(note, yaml.safe_dump(now))
 
 
 def _train(config: Path) -> None:
