@@ -267,6 +267,20 @@ def test_a_model_with_code_of_its_own_is_compared(tiny_recipe, tmp_path, in_proc
     assert RunResult.load(tmp_path / "out" / "tst-lr0.01-seed0").loss_by_position
 
 
+def test_an_adapter_of_a_revision_is_compared(tiny_recipe, tmp_path, in_process):
+    cached = tmp_path / "models--org--base"
+    config = LlamaConfig(**DENSE | {"vocab_size": 512, "max_position_embeddings": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v2").write_text("0" * 40)
+    tokenizer = yaml.safe_load(tiny_recipe.read_text())["tokenizer_name"]
+    flags = ["--model_name_or_path", "org/base", "--model_revision", "v2", "--cache_dir", str(tmp_path)]
+    flags += ["--tokenizer_name", tokenizer, "--lora_rank", "2", "--model_type", "", "--config_overrides", ""]
+    argv = [str(tiny_recipe), *flags, "--max_steps", "4", "--arms", "tst", "--seeds", "0"]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert RunResult.load(tmp_path / "out" / "tst-lr0.01-seed0").loss_by_position
+
+
 def test_half_a_run_goes_on_from_its_last_whole_checkpoint(tiny_recipe, tmp_path, in_process, monkeypatch):
     argv = [str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir"]
     whole = main([*argv, str(tmp_path / "whole")])

@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,7 @@ from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
 from hf_tst.data.streams import BlockStream
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.parts import load_documents, load_model, prepare_blocks
+from hf_tst.pretraining.parts import load_documents, load_model, load_tokenizer, prepare_blocks
 from hf_tst.records.run_record import loaded_from
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]
@@ -494,6 +495,19 @@ def test_a_model_of_somebodys_architecture_has_no_base_model(tmp_path, tokenizer
     monkeypatch.chdir("/")  # so that the names look as if they were the Hub's
     assert loaded_from(model) is None
     assert loaded_from(trained) == "org/trained"
+
+
+def test_the_revision_is_that_of_the_model_and_not_of_another_tokenizer(tmp_path, tokenizer):
+    for name in ("model", "words"):
+        cached = tmp_path / f"models--org--{name}"
+        tokenizer.save_pretrained(cached / "snapshots" / ("0" * 40))
+        LlamaConfig().save_pretrained(cached / "snapshots" / ("0" * 40))
+        (cached / "refs").mkdir()
+        (cached / "refs" / ("v2" if name == "model" else "main")).write_text("0" * 40)
+    args = ModelArguments(model_name_or_path="org/model", model_revision="v2", cache_dir=str(tmp_path))
+    for other in (None, "org/model", "org/words"):
+        loaded = load_tokenizer(replace(args, tokenizer_name=other), DataArguments(), [])
+        assert len(loaded) == len(tokenizer)
 
 
 def test_a_folder_with_code_of_its_own_gives_a_new_model(tmp_path, tokenizer):

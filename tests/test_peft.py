@@ -12,6 +12,8 @@ from test_superposition import make_bags
 from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer, token_superposition
+from hf_tst.pretraining.options import ModelArguments
+from hf_tst.pretraining.parts import load_model
 
 peft = pytest.importorskip("peft")
 
@@ -118,6 +120,19 @@ def test_the_auxiliary_loss_and_the_load_of_experts_go_through_the_wrapper(make_
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["loss"] > 10 * 1.9
     assert first["tst_expert_load_max"] >= 1
+
+
+def test_an_adapter_names_the_revision_of_its_base_model(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    args = ModelArguments(
+        model_name_or_path=str(tmp_path / "base"),
+        model_revision="v2",
+        lora_rank=2,
+        lora_target_modules="q_proj",
+    )
+    load_model(args, None).save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["revision"] == "v2"
 
 
 def test_prompt_learning_is_refused(llama, make_args):

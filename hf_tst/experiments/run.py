@@ -22,6 +22,7 @@ from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input, whole_message
 from ..evaluation.breakdown import tally_blocks
 from ..pretraining.options import ModelArguments, pick
+from ..pretraining.parts import hub_options
 from ..pretraining.pretrain import main as train
 from ..records.run_record import TimedSteps, run_entry, timed_steps, write_whole
 from ..training.checkpoint_folders import last_complete_checkpoint
@@ -187,7 +188,7 @@ def _train(config: Path) -> None:
     # Load the model as a user does: in the trainer it may be sharded.
     named = pick(read_settings(config) or {}, ModelArguments)
     model = AutoModelForCausalLM.from_pretrained(
-        config.parent, cache_dir=named.cache_dir, trust_remote_code=named.trust_remote_code
+        config.parent, **hub_options(named, named.model_name_or_path)
     )
     tally = tally_blocks(model.to(args.device), trainer.eval_dataset, args.per_device_eval_batch_size)
     by_frequency, by_position = tally.loss_by_frequency(), tally.loss_by_position()

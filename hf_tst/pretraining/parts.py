@@ -84,11 +84,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
     return train.select(range(held_out, len(train))), train.select(range(held_out))
 
 
-def _hub_options(args: ModelArguments) -> dict[str, Any]:
-    """Options of all `from_pretrained` calls for a named model."""
+def hub_options(args: ModelArguments, name: str | None) -> dict[str, Any]:
+    """Options of `from_pretrained` for `name`. `model_revision` is the model's, and not that of a tokenizer from elsewhere."""
     return {
         "cache_dir": args.cache_dir,
-        "revision": args.model_revision,
+        "revision": args.model_revision if name in (args.model_name_or_path, args.config_name) else "main",
         "trust_remote_code": args.trust_remote_code,
     }
 
@@ -103,7 +103,7 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Se
     name = args.tokenizer_name or args.model_name_or_path or (None if packed else args.config_name)
     if name:
         with explained_loading(name):
-            return AutoTokenizer.from_pretrained(name, **_hub_options(args))
+            return AutoTokenizer.from_pretrained(name, **hub_options(args, name))
     if data_args.is_quick_start:
         return train_tokenizer(documents[0]["text"], QUICK_START_VOCABULARY)
     if packed:
@@ -128,7 +128,7 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     name = args.model_name_or_path or args.config_name
     if name:
         with explained_loading(name):
-            config = AutoConfig.from_pretrained(name, **_hub_options(args))
+            config = AutoConfig.from_pretrained(name, **hub_options(args, name))
     elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
@@ -184,13 +184,13 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
                 args.model_name_or_path,
                 dtype=args.torch_dtype() or "auto",
                 attn_implementation=args.attn_implementation,
-                **_hub_options(args),
+                **hub_options(args, args.model_name_or_path),
             )
         if args.lora_rank is None:
             return model
         from peft import get_peft_model
 
-        return get_peft_model(model, args.lora_config())
+        return get_peft_model(model, args.lora_config(), revision=args.model_revision)
     config = make_config(args, None if tokenizer is None else len(tokenizer))
     if tokenizer is not None:
         if config.vocab_size < len(tokenizer):
