@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from conftest import DENSE, Ended
 from filelock import FileLock
 from processes import PATIENCE
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState
 
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
@@ -164,6 +165,46 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     shutil.rmtree(tmp_path)
     with pytest.raises(TSTError, match=r"too little for 4 runs: \d+ s have passed, and the runs need 88 s"):
         main([*flags, "0,1", "--seconds", "80"])
+
+
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        ["--eval_strategy", "no", "--logging_strategy", "epoch"],
+        ["--eval_strategy", "no"],
+    ],
+)
+def test_intervals_that_are_chosen_for_the_user_are_shares_of_the_lowered_steps(
+    tiny_recipe, tmp_path, intervals
+):
+    recipe = {**yaml.safe_load(tiny_recipe.read_text()), "max_steps": 20_000}
+    del recipe["logging_steps"]  # 500 by default, which is often enough for 20,000 steps
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    flags = [str(tmp_path / "recipe.yaml"), *intervals, "--arms", "tst", "--tst_bag_size", "2"]
+    flags += ["--seeds", "0", "--train_file", str(tiny_recipe.parent / "corpus.txt"), "--seconds", "300"]
+    experiment = open_experiment(flags, CompareArguments)
+    (run,) = plan_comparison(replace(experiment, blocks=None), max_steps=900)
+    state, args = TrainerState(), pick(run.settings, TSTTrainingArguments)
+    state.compute_steps(args, run.settings["max_steps"])
+    assert (state.eval_steps, state.logging_steps) == (45, 45)
+
+
+@pytest.mark.parametrize(
+    "intervals", [["steps", "--eval_steps", "7"], ["steps", "--eval_steps", "0.3"], ["epoch"]]
+)
+def test_a_limit_counts_the_evaluations_of_a_run(tiny_recipe, tmp_path, in_process, monkeypatch, intervals):
+    counted = []
+
+    class Counting(pretrain.TSTTrainer):
+        def evaluate(self, *args, **kwargs):
+            counted.append(self.state.global_step)
+            return super().evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", Counting)
+    flags = ["--max_steps", "20", "--eval_strategy", *intervals, "--arms", "tst", "--seeds", "0"]
+    comparison = main([str(tiny_recipe), *flags, "--output_dir", str(tmp_path)])
+    limit = TimeLimit(20, 20, 9.0, start=0, evaluation=1, superposition=0, recovery=0, operations=1)
+    assert limit.seconds_of(comparison.runs[0]) == (len(counted), 0)
 
 
 def test_a_limit_that_nothing_needs_changes_nothing(tiny_recipe, tmp_path, in_process):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,12 +184,19 @@ class TimeLimit:
         )
 
     def seconds_of(self, run: ArmRun) -> tuple[float, float]:
-        """Seconds of a run for start, end and evaluations (before training, every `eval_steps` and after it), and for its steps."""
-        every = run.settings.get("eval_steps") or setting(run.settings, "logging_steps")
-        between = round(1 / every) if every < 1 else run.settings["max_steps"] // every
+        """Seconds of a run for start, end and evaluations, and for its steps.
+
+        It is evaluated before training, every `eval_steps` and at the last step, or after its epoch, and once more after training.
+        """
+        every, last = (
+            run.settings.get("eval_steps") or setting(run.settings, "logging_steps"),
+            run.arm.schedule.max_steps,
+        )
+        interval = math.ceil(every * last) if every < 1 else every
+        within = math.ceil(last / interval) if run.settings["eval_strategy"] == "steps" else 1
         more = run.arm.flops.recovery / self.operations  # of extra heads
         steps = StepCost(self.superposition, self.recovery * more).of_run(run.arm.schedule)
-        return self.start + (2 + between) * self.evaluation, steps
+        return self.start + (2 + within) * self.evaluation, steps
 
 
 def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:

@@ -145,11 +145,12 @@ def parse_experiment(
             )
     # So that there are curves, also of runs that diverge.
     values |= {"eval_on_start": True, "disable_tqdm": True, "tst_nonfinite_loss": "ignore"}
-    interval = max(1, steps // 20)
+    # Fractions, because a time limit may lower the steps.
     if str(namespace.eval_strategy) == "no":
-        values |= {"eval_strategy": "steps", "eval_steps": interval}
-    if str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > steps:
-        values |= {"logging_strategy": "steps", "logging_steps": interval}
+        values |= {"eval_strategy": "steps", "eval_steps": 0.05}
+    is_unfit = namespace.seconds is not None and namespace.logging_steps == setting({}, "logging_steps")
+    if is_unfit or str(namespace.logging_strategy) != "steps" or namespace.logging_steps * 10 > steps:
+        values |= {"logging_strategy": "steps", "logging_steps": 0.05}
     return values, pick(vars(namespace), kind)
 
 
