@@ -101,6 +101,22 @@ def test_the_first_evaluation_that_is_down_to_the_baselines_end():
     assert "not reached" in format_comparison(comparison)
 
 
+def test_the_baselines_end_is_that_of_the_same_seeds():
+    theirs = [outcome("baseline", seed, final) for seed, final in enumerate((4.8, 5.2, 5.3))]
+    tst = arms(compared(*theirs, outcome("tst", 0, 4.9, middle=6.0)))["tst"]
+    assert tst.difference_to_baseline == pytest.approx(0.1)
+    assert tst.reached_baseline_loss is None
+    # The other way round: the curve of the arm is that of the seeds which the baseline has.
+    ours = [outcome("tst", seed, final, middle=6.0) for seed, final in enumerate((4.7, 5.2, 5.3))]
+    tst = arms(compared(theirs[0], *ours))["tst"]
+    assert tst.difference_to_baseline == pytest.approx(-0.1)
+    assert tst.reached_baseline_loss.step == 100
+    assert tst.reached_baseline_loss.seconds == 6.0
+    alone = compared(theirs[0], outcome("tst", 1, 4.0))
+    assert arms(alone)["tst"].reached_baseline_loss is None
+    assert "not reached" not in format_comparison(alone)
+
+
 def test_runs_evaluated_at_their_end_alone_do_not_say_when_they_reached_what():
     ends = [outcome("baseline", 0, 3.0), outcome("tst", 0, 2.5)]
     for run in ends:

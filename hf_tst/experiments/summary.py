@@ -47,9 +47,9 @@ class ArmSummary:
     """An arm at its best learning rate, with the others beside it.
 
     `differences_to_baseline` are the loss minus the baseline's with the same seed, by seed; `difference_to_baseline` is their mean.
-    `reached_baseline_loss` is the first evaluation at which the mean loss is at or below the baseline's final loss; `None` if it
-    never is, or if there are no evaluations between start and end. `switch` is the point where superposition ends, with a loss
-    interpolated between evaluations.
+    `reached_baseline_loss` is the first evaluation at which the mean loss is at or below the baseline's final one, both over the seeds
+    that both have; `None` if it never is, or if there are no evaluations between start and end. `switch` is the point where
+    superposition ends, with a loss interpolated between evaluations.
     """
 
     arm: str
@@ -141,7 +141,7 @@ def _summarize_rate(rate: float, runs: Sequence[ArmRun]) -> RateSummary:
         missing_seeds=seeds["missing"],
         peak_memory_bytes=max((result.peak_memory_bytes or 0 for result in results), default=0) or None,
         memory_of=results[0].memory_of if results else "",
-        curve=[_mean_point(points) for points in zip(*curves, strict=True)],
+        curve=_mean_curve(curves),
         curves=curves,
     )
 
@@ -157,6 +157,11 @@ def _at_shared_steps(curves: Sequence[Sequence[ArmPoint]]) -> list[list[ArmPoint
     return [[point for point in curve if all(point.step in known for known in steps)] for curve in curves]
 
 
+def _mean_curve(curves: Sequence[Sequence[ArmPoint]]) -> list[ArmPoint]:
+    """The mean of curves with the same steps."""
+    return [_mean_point(points) for points in zip(*curves, strict=True)]
+
+
 def _mean_point(points: Sequence[ArmPoint]) -> ArmPoint:
     losses = [point.eval_loss for point in points if point.eval_loss is not None]
     return replace(
@@ -170,12 +175,13 @@ def _mean_point(points: Sequence[ArmPoint]) -> ArmPoint:
 def _summarize_arm(arm: Arm, rates: list[RateSummary], baseline: RateSummary | None) -> ArmSummary:
     best, reached = min(rates, key=rank), None
     differences: dict[int, float] = {}
-    target = baseline.mean_final_eval_loss if baseline else None
-    if target is not None and len(best.curve) > 2:
-        reached = next((p for p in best.curve if p.eval_loss is not None and p.eval_loss <= target), None)
-    if baseline is not None and arm.name != BASELINE:
-        ours, theirs = best.final_eval_losses, baseline.final_eval_losses
-        differences = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    ours, theirs = best.final_eval_losses, baseline.final_eval_losses if baseline else {}
+    pairs = [(seed, curve) for seed, curve in zip(ours, best.curves, strict=True) if seed in theirs]
+    if pairs and len(best.curve) > 2:
+        target, curve = mean(theirs[seed] for seed, _ in pairs), _mean_curve([curve for _, curve in pairs])
+        reached = next((p for p in curve if p.eval_loss is not None and p.eval_loss <= target), None)
+    if arm.name != BASELINE:
+        differences = {seed: ours[seed] - theirs[seed] for seed in sorted(seed for seed, _ in pairs)}
     middle = _mean_and_sd([*differences.values()])
     return ArmSummary(arm.name, best, *middle, differences, reached, rates, _switch_point(arm, best.curve))
 

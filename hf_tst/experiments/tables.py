@@ -53,7 +53,7 @@ def _arm_row(arm: ArmSummary) -> tuple[str, ...]:
     difference = "reference" if arm.arm == BASELINE else "-"
     if arm.difference_to_baseline is not None:
         difference = _with_sd(arm.difference_to_baseline, arm.difference_to_baseline_sd, "+.4f")
-    not_reached = "not reached" if len(best.curve) > 2 else "not measured"
+    not_reached = "not reached" if arm.differences_to_baseline and len(best.curve) > 2 else "not measured"
     return (
         arm.arm,
         f"{best.learning_rate:g}",
