@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from processes import run_script
 
+from hf_tst import TSTError
 from hf_tst.cli.plan import format_plan, main, plan_from_arguments, plot_plan
 from hf_tst.planning.estimate import GIB
 from hf_tst.planning.reference import ACCELERATORS, PUBLISHED
@@ -86,6 +87,16 @@ def test_no_loss_is_said_of_a_run_that_was_not_published(flags):
     text = format_plan(made)
     assert "no loss is predicted" in text
     assert "3.142" not in text
+
+
+def test_the_picture_makes_its_folder_or_says_why_not(tmp_path, capsys):
+    recipe = [str(RECIPES / "270m-20k-tst.yaml"), "--num_gpus", "8", "--plot"]
+    main([*recipe, str(tmp_path / "new" / "folder" / "plan.png")])
+    assert (tmp_path / "new" / "folder" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").touch()
+    with pytest.raises(TSTError, match=r"plot=.*file/plan.png"):
+        main([*recipe, str(tmp_path / "file" / "plan.png")])
+    assert "comparison" in capsys.readouterr().out
 
 
 def test_rows_of_single_blocks_are_not_the_papers():

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from ..bags.phases import check_bag_size, check_phase_ratio, superposes
-from ..errors import TSTError, check_at_least, check_names
+from ..errors import TSTError, bad_input, check_at_least, check_names
 from ..models.shape import ModelShape
 from ..mtp.heads import check_mtp
 from ..planning.estimate import Alternative, Layout, Precision, RunPlan, plan_run
@@ -217,10 +217,11 @@ def format_plan(plan: RunPlan) -> str:
 
 
 def plot_plan(plan: RunPlan, path: str | Path) -> Path:
-    """Draw what the run and its alternatives read and cost, as a PNG.
+    """Draw what the run and its alternatives read and cost, as a PNG. Its folder is made.
 
     Raises:
         ImportError: If matplotlib is not installed (extra `plot`).
+        TSTError: If the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -234,7 +235,9 @@ def plot_plan(plan: RunPlan, path: str | Path) -> Path:
     right.barh(names, [(other.raw_tokens or 0) / 1e9 for other in rows], color="tab:orange")
     right.set_xlabel("raw tokens (billions)")
     left.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with bad_input(f"Cannot write plot={path}: ", OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
     return Path(path)
 
 
