@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tables import ROOT, markdown, parse, write_table
+from tables import ROOT, parse, write_table
 from torch import Tensor, nn
 
 from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.models.superposition import find_language_model
 from hf_tst.mtp.losses import decoder_layers
+from hf_tst.records.report import markdown_table
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -62,7 +63,9 @@ def summary(rows: Sequence[tuple[str, ...]]) -> str:
         else:
             kinds["attention"].append(name)
     kinds["refused, with the reason"] = refused
-    return markdown([("kind", "families"), *((kind, ", ".join(names)) for kind, names in kinds.items())])
+    return markdown_table(
+        [("kind", "families"), *((kind, ", ".join(names)) for kind, names in kinds.items())]
+    )
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def _has_aux_loss(model: Any) -> bool:
 def main() -> None:
     output = parse(__doc__).output or "docs/families.md"
     rows = list(map(describe, FAMILIES))
-    write_table(output, "families", markdown([COLUMNS, *rows]))
+    write_table(output, "families", markdown_table([COLUMNS, *rows]))
     write_table(output, "summary", summary(rows))
 
 

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tables import ROOT, markdown, write_table
+from tables import ROOT, write_table
+
+from hf_tst.records.report import markdown_table
 
 RECORDS = ROOT / "model_cards" / "comparisons"
 IMAGES = ROOT / "docs" / "images" / "results"
@@ -213,7 +215,7 @@ def make_table(name: str) -> str:
         cells.append(
             (*row.labels, describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead, links)
         )
-    return markdown([(*columns, "baseline", "loss - baseline", "seeds ahead", "record"), *cells])
+    return markdown_table([(*columns, "baseline", "loss - baseline", "seeds ahead", "record"), *cells])
 
 
 def page_of(record: str) -> str:
@@ -229,7 +231,7 @@ def make_grid() -> str:
         (str(size), *(f"{read_losses(SWEEPS[0], f's{size}-r{ratio}-uniform-full')['0']:.3f}" for ratio in ratios))
         for size in (2, 3, 4, 6, 8)
     ]  # fmt: skip
-    return markdown([("s", *(f"r = {ratio}" for ratio in ratios)), *rows])
+    return markdown_table([("s", *(f"r = {ratio}" for ratio in ratios)), *rows])
 
 
 def make_summary() -> str:
@@ -239,7 +241,7 @@ def make_summary() -> str:
         rows = [curve[steps] for curve in CURVES.values()]
         losses = [describe(row.differences, "+.3f") for row in rows]
         cells.append((f"{steps:,}", describe([*rows[0].baseline.values()], ".3f"), *losses))
-    return markdown([("steps", "baseline", *(f"TST, {name}" for name in CURVES)), *cells])
+    return markdown_table([("steps", "baseline", *(f"TST, {name}" for name in CURVES)), *cells])
 
 
 def draw_rows(name: str) -> Any:

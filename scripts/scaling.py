@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tables import TableArguments, markdown, parse, write_table
+from tables import TableArguments, parse, write_table
 from transformers.hf_argparser import HfArg
 
 from hf_tst.planning.estimate import (
@@ -18,6 +18,7 @@ from hf_tst.pretraining.options import ModelArguments
 from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.recipes import RECIPES as FOLDER
 from hf_tst.pretraining.recipes import read_config
+from hf_tst.records.report import markdown_table
 
 GIB, TERA = 2**30, 10**12
 
@@ -85,7 +86,7 @@ def make_table(args: PlanArguments) -> str:
                         f"{flops / TERA:.0f}",
                     )
                 )
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,6 @@ def parse(description: str | None, kind: Any = TableArguments) -> Any:
     """The arguments of a script, of a dataclass; its docstring is the description."""
     parser = HfArgumentParser(kind, description=(description or "").split("\n")[0])
     return parser.parse_args_into_dataclasses()[0]
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown whose first row is its head."""
-    head, *others = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *others])
 
 
 def read_table(page: str, name: str) -> str:
