@@ -40,8 +40,8 @@ class LossTally:
             targets (`torch.LongTensor` of shape `(B, l)`): The target token of each position; -100 is ignored.
         """
         targets = targets.to(logits.device)
-        positions = max(1, NUMBERS_AT_ONCE // (len(logits) * logits.shape[-1]))
-        slices = zip(logits.split(positions, dim=1), targets.split(positions, dim=1), strict=True)
+        length = max(1, NUMBERS_AT_ONCE // (len(logits) * logits.shape[-1]))
+        slices = zip(logits.split(length, dim=1), targets.split(length, dim=1), strict=True)
         losses = torch.cat(
             [
                 cross_entropy(

@@ -109,18 +109,16 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     The pages are first written without pictures, so that a picture that fails does not take the figures with it.
     """
 
-    def write(files: Mapping[str, bytes], images: Mapping[str, str]) -> list[Path]:
-        pages = {
-            ending: render_page(comparison, f"comparison.{ending}", images).encode()
-            for ending in ("md", "html")
-        }
-        for ending, content in (files | pages).items():
+    def write(files: dict[str, bytes], images: Mapping[str, str]) -> list[Path]:
+        for ending in ("md", "html"):
+            files[ending] = render_page(comparison, f"comparison.{ending}", images).encode()
+        for ending, content in files.items():
             (Path(folder) / f"comparison.{ending}").write_bytes(content)
-        return [Path(folder) / f"comparison.{ending}" for ending in files | pages]
+        return [Path(folder) / f"comparison.{ending}" for ending in files]
 
     files = {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
     paths = write(files, {})
     with suppress(ImportError):
         picture = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
-        paths = write(files | {"png": picture}, encode_pictures(comparison))
+        paths = write({**files, "png": picture}, encode_pictures(comparison))
     return paths
