@@ -188,10 +188,8 @@ class TimeLimit:
 
         It is evaluated before training, every `eval_steps` and at the last step, or after its epoch, and once more after training.
         """
-        every, last = (
-            run.settings.get("eval_steps") or setting(run.settings, "logging_steps"),
-            run.arm.schedule.max_steps,
-        )
+        every = run.settings.get("eval_steps") or setting(run.settings, "logging_steps")
+        last = run.arm.schedule.max_steps
         interval = math.ceil(every * last) if every < 1 else every
         within = math.ceil(last / interval) if run.settings["eval_strategy"] == "steps" else 1
         more = run.arm.flops.recovery / self.operations  # of extra heads
