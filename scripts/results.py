@@ -96,7 +96,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
             Row(("16,000, again", "16k", "uniform"), "bag-weighting-16000"),
             Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
-            Row(("64,000, more text", "16k", "uniform"), "one-pass-64000"),
+            Row(("64,000, more text", "16k", "uniform"), "one-pass-64000", also=("one-pass-64000-more",)),
             Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
             Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
             Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
