@@ -660,7 +660,8 @@ def test_logs_are_there_though_they_were_switched_off(tiny_recipe, tmp_path, in_
 def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_process, monkeypatch):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
-        shutil.copy(tiny_recipe.parent / "corpus.txt", tmp_path / "data" / f"{split}.txt")
+        rows = [{"text": line} for line in (tiny_recipe.parent / "corpus.txt").read_text().splitlines(True)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = yaml.safe_load(tiny_recipe.read_text()) | {
         "dataset_name": str(tmp_path / "data"),
         "streaming": True,

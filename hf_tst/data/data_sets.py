@@ -22,7 +22,7 @@ def load_data_set(name: str, *args: Any, **options: Any) -> Any:
     rows = next(iter(data.values())) if isinstance(data, Mapping) else data
     if rows.info.builder_name == "text":
         raise TSTError(
-            f"{name} holds .txt files, whose line breaks `datasets` removes: name the files themselves, as in --train_file "
-            f"'{name.rstrip('/')}/**/*.txt' or Axolotl's data_files."
+            f"{name} holds .txt files, whose line breaks `datasets` removes: name the files themselves (after `hf download`, if they are on "
+            f"the Hub), as in --train_file '{name.rstrip('/')}/**/*.txt' or Axolotl's data_files."
         )
     return data
