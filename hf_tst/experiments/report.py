@@ -106,19 +106,16 @@ def render_page(comparison: Comparison, template: str, images: Mapping[str, str]
 def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Write `comparison.json`, `.md`, `.html` and, with matplotlib, `.png` into a folder, and return their paths.
 
-    The pages are first written without pictures, so that a picture that fails does not take the figures with it.
+    A picture that fails does not take the figures with it: the pages are then written without pictures.
     """
-
-    def write(files: dict[str, bytes], images: Mapping[str, str]) -> list[Path]:
+    images, files = {}, {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
+    try:
+        with suppress(ImportError):
+            files["png"] = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
+            images = encode_pictures(comparison)
+    finally:
         for ending in ("md", "html"):
             files[ending] = render_page(comparison, f"comparison.{ending}", images).encode()
         for ending, content in files.items():
             (Path(folder) / f"comparison.{ending}").write_bytes(content)
-        return [Path(folder) / f"comparison.{ending}" for ending in files]
-
-    files = {"json": (json.dumps(comparison.to_dict(), indent=2) + "\n").encode()}
-    paths = write(files, {})
-    with suppress(ImportError):
-        picture = draw(pictures(comparison).values(), 5.5, 4, dpi=120)
-        paths = write({**files, "png": picture}, encode_pictures(comparison))
-    return paths
+    return [Path(folder) / f"comparison.{ending}" for ending in files]

@@ -112,7 +112,8 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 
     Args:
         model: As for [`token_superposition`].
-        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; with `"off"` the model computes its own loss from all logits.
+        fused_loss (`str`, *optional*, defaults to `"auto"`): As for [`token_superposition`]; with `"off"` the model
+            computes its own loss from all logits.
 
     Yields:
         The same `model`.

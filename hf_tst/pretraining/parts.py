@@ -58,14 +58,16 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
             )
         train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
-        folder = os.path.abspath(name := args.dataset_name or "")
+        name = args.dataset_name or ""
+        folder = os.path.abspath(name)
         if os.path.isdir(folder) and glob.has_magic(folder):
             raise TSTError(
                 f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
                 "one of *?[ in it, or name the files by train_file."
             )
-        source, cache_dir = (name, args.dataset_config_name), model_args.cache_dir
-        splits = load_data_set(*source, cache_dir=cache_dir, streaming=args.streaming)
+        splits = load_data_set(
+            name, args.dataset_config_name, cache_dir=model_args.cache_dir, streaming=args.streaming
+        )
         if "train" not in splits:
             raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
         train = splits["train"]

@@ -292,14 +292,11 @@ class TSTTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass. Stores the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
-        is_models = self._has_bags(inputs) and not overrides(self, TSTTrainer, "compute_loss")
-        # Another parent says this of its own loss, which bags do not get.
-        scaled = (
-            {"loss_is_scaled_for_ga": None}
-            if is_models and other_parent(self, TSTTrainer, "compute_loss")
-            else {}
-        )
-        with replaced(self.__dict__, **scaled):
+        skips_parent = self._has_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss")
+        has_own = overrides(self, TSTTrainer, "compute_loss")
+        # The other parent says this of its own loss, which bags do not get.
+        as_models = replaced(self.__dict__, loss_is_scaled_for_ga=None)
+        with as_models if skips_parent and not has_own else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._non_finite.note_loss(loss)
         self._spikes.note_loss(loss)
