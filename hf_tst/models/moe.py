@@ -5,7 +5,7 @@ In superposition the routers see averaged embeddings, so the load of the experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,18 @@ class ExpertLoadMeter:
     def clear(self) -> None:
         """Forget what was counted."""
         self._counts = None
+
+    def note_outputs(self, config: Any, outputs: Any, mask: Tensor | None = None) -> None:
+        """Count the positions of one forward pass, if the model returns `router_logits`.
+
+        Args:
+            config (`PretrainedConfig`, *optional*): The model's configuration; without it nothing is counted.
+            outputs: What the model returns.
+            mask (`torch.Tensor` of shape `(B, l)`, *optional*): 0 for positions that do not count.
+        """
+        logits = outputs.get("router_logits") if isinstance(outputs, Mapping) else None
+        if config is not None and logits is not None:
+            self.add(logits, experts_per_position(config), mask)
 
     @torch.no_grad()
     def add(self, router_logits: Any, top_k: int | None, mask: Tensor | None = None) -> None:

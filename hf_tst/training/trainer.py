@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from itertools import islice
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError, bad_input
-from ..models.moe import ExpertLoadMeter, adds_to_loss, experts_per_position
+from ..models.moe import ExpertLoadMeter, adds_to_loss
 from ..models.shape import ModelShape
 from ..models.superposition import fused_evaluation_loss
 from ..models.temporary import replaced
@@ -322,28 +322,27 @@ class TSTTrainer(SavingTrainer):
         """
         if not self._has_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        parts = 1
-        if num_items_in_batch is not None and self.args.tst_replaces_loss and adds_to_loss(self.model.config):
-            parts = self.current_gradient_accumulation_steps if model.training else 1
-            if self.args.average_tokens_across_devices:
-                # Trainer multiplies the loss by this number, since gradients are averaged over these ranks.
-                parts *= self.accelerator.num_processes // self.get_tp_size()
+        parts = 1 if num_items_in_batch is None else self._parts_of_step(model.training)
         if parts > 1:
             num_items_in_batch = num_items_in_batch / parts
         if self._mtp is not None:
             self._mtp.heads.share = 1 / parts
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         loss = loss / parts if parts > 1 else loss
-        config = getattr(self.model, "config", None)
-        if (
-            config
-            and model.training
-            and isinstance(outputs, Mapping)
-            and outputs.get("router_logits") is not None
-        ):
-            mask = inputs.get("attention_mask")
-            self._expert_load.add(outputs["router_logits"], experts_per_position(config), mask)
+        if model.training:
+            config = getattr(self.model, "config", None)
+            self._expert_load.note_outputs(config, outputs, inputs.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
+
+    def _parts_of_step(self, in_training: bool) -> int:
+        """The number of micro-batches that share one step on all ranks, if the model adds a mean over each to its loss; else 1."""
+        if not (self.args.tst_replaces_loss and adds_to_loss(self.model.config)):
+            return 1
+        parts = self.current_gradient_accumulation_steps if in_training else 1
+        if self.args.average_tokens_across_devices:
+            # Trainer multiplies the loss by this number, since gradients are averaged over these ranks.
+            parts *= self.accelerator.num_processes // self.get_tp_size()
+        return parts
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of this process for a forward and backward pass over `inputs` in training; 0 if unknown."""
