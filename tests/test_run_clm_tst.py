@@ -57,6 +57,7 @@ def test_without_data_it_trains_on_the_standard_library(tmp_path):
     result = run(
         "--max_steps", 8, "--max_eval_samples", 8, "--logging_steps", 1, "--eval_steps", 4, cwd=tmp_path
     )
+    assert "learning_rate" not in result.stderr
     output = tmp_path / "runs" / "quickstart"
     assert "superposition  0-1" in result.stdout
     assert "recovery       2-7" in result.stdout
@@ -72,7 +73,9 @@ def test_without_data_it_trains_on_the_standard_library(tmp_path):
 
 @pytest.mark.parametrize("config", ["config.yaml", "config.json"])
 def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
-    run(config, "--output_dir", tmp_path / "run", "--max_steps", 4, "--tst_phase_ratio", 0.5, cwd=workspace)
+    flags = ["--output_dir", tmp_path / "run", "--max_steps", 4, "--tst_phase_ratio", 0.5]
+    result = run(config, *flags, cwd=workspace)
+    assert "learning_rate=5e-05 is Trainer's default" in result.stderr
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     sizes = [entry["tst_current_bag_size"] for entry in state["log_history"] if "loss" in entry]
     assert sizes == [6] * 2 + [1] * 2

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import (
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
@@ -30,6 +31,8 @@ from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
 from .overwrite import check_free, discard, nothing_left, put_back, set_aside
 from .parts import prepare_run
+
+logger = logging.get_logger(__name__)
 
 # The sample at the end: maximum number of prompt tokens, and of generated tokens.
 SAMPLE_TOKENS = 12
@@ -105,6 +108,11 @@ def _train(
         )
     if not evaluates:
         args.eval_strategy = "no"
+    if model_args.model_name_or_path is None and args.learning_rate == TrainingArguments.learning_rate:
+        logger.warning(
+            f"learning_rate={args.learning_rate:g} is Trainer's default, made for models that are trained already. Most new models "
+            "need more: the recipes have 2e-3 (30M to 270M parameters), 1e-3 (600M) and 2e-4 (3B)."
+        )
     trainer = TSTTrainer(args=args, **parts)
     if model_args.reinit_at_switch:
         trainer.add_callback(ReinitializeCallback(model_args.reinit_at_switch, lambda: trainer.schedule))
