@@ -493,7 +493,7 @@ def test_a_run_that_diverges_is_told_and_not_averaged(tiny_recipe, tmp_path, in_
     assert arm.best.learning_rate == 1e-2
     assert [run.status for run in comparison.runs] == ["finished", "diverged"]
     assert arm.learning_rates[1].mean_final_eval_loss is None
-    assert "diverged, and in no mean: baseline-lr1e+09-seed0." in comparison.notes
+    assert "Left out of the means, because diverged: baseline-lr1e+09-seed0." in comparison.notes
 
 
 def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypatch):

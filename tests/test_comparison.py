@@ -242,7 +242,7 @@ def test_a_report_begins_with_its_verdict():
         for seed in (0, 1, 2)
     ]
     comparison = compared(*runs)
-    verdict = "tst is ahead of the baseline by 0.100 ± 0.000 nats, 3 of 3 seeds."
+    verdict = "tst is ahead of the baseline by 0.100 ± 0.000 nats, in 3 of 3 seeds."
     for page in ("comparison.html", "comparison.md"):
         text = render_page(comparison, page)
         assert "baseline and tst, at equal FLOPs" in text

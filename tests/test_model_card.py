@@ -62,18 +62,24 @@ def test_plain_training_and_runs_without_evaluation_say_so():
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [("input", "first token of the next bag"), ("output", "read one by one")]
+    ("mode", "words", "others"),
+    [
+        ("input", "predicted the first token of the next bag", "offset weights"),
+        ("output", "the model read single tokens", "bag"),
+    ],
 )
-def test_the_other_modes_are_told_apart(mode, words):
+def test_the_other_modes_are_told_apart(mode, words, others):
     card = make_model_card(make_record(arguments=ARGUMENTS | {"tst_mode": mode}), repo_id="model")
     assert words in card.text
+    assert others not in card.text[card.text.index("In the first") : card.text.index("The remaining")]
 
 
 def test_the_weightings_are_told():
     card = make_model_card(
         make_record(arguments=ARGUMENTS | {"tst_input_weighting": "linear"}), repo_id="model"
     )
-    assert "(offset weights: `power_law`; input weights: `linear`)" in card.text
+    assert "(input weights: `linear`)" in card.text
+    assert "(offset weights: `power_law`)" in card.text
 
 
 def test_extra_heads_are_told():

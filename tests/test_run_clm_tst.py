@@ -98,7 +98,7 @@ def test_text_files_streams_and_data_set_folders(workspace, tmp_path, flags):
     result = run("config.yaml", "--output_dir", tmp_path / "run", *flags, cwd=workspace)
     assert "recovery       2-5" in result.stdout
     if "--streaming" not in flags:
-        assert "blocks of 16: " in result.stdout
+        assert " training and " in result.stdout
     assert (
         "datasets:" not in (tmp_path / "run" / "README.md").read_text()
     )  # local ones have no name on the Hub

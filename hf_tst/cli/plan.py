@@ -60,9 +60,11 @@ class PlanArguments:
         default=None, help="GPUs that share one copy of the model (FSDP); by default all, 1 for DDP."
     )
     mfu: float = HfArg(default=0.4, help="Share of the peak that training reaches, from 0 to 1.")
-    gpu_memory_gib: float | None = HfArg(default=None, help="Memory, instead of the GPU's.")
+    gpu_memory_gib: float | None = HfArg(default=None, help="GPU memory in GiB; by default that of gpu.")
     json: bool = HfArg(default=False, help="Print JSON instead of tables.")
-    plot: str | None = HfArg(default=None, help="Write a picture of the comparison here (PNG).")
+    plot: str | None = HfArg(
+        default=None, help="Path of a PNG picture that compares the run with its baselines."
+    )
 
     def __post_init__(self) -> None:
         check_names([self.gpu], ACCELERATORS, f"gpu must be one of {', '.join(ACCELERATORS)}, not")
@@ -193,7 +195,7 @@ def format_plan(plan: RunPlan) -> str:
         ),
     ]  # fmt: skip
     if traffic := _sizes(plan.communication_bytes_per_step):
-        facts.append(("traffic", "a GPU and step: " + ", ".join(map(" ".join, traffic.items()))))
+        facts.append(("traffic", "per GPU and step: " + ", ".join(map(" ".join, traffic.items()))))
     names = ["raw_tokens", "latent_tokens", "flops", "gpu_hours"]
     switch, end = plan.switch_step, plan.max_steps
     superposition, recovery = plan.phases

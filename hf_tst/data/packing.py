@@ -47,6 +47,9 @@ def tokenize_documents(
         append_eos (`bool`, *optional*, defaults to `True`): End each document with the tokenizer's end-of-sequence token.
         num_proc (`int`, *optional*): Processes to tokenize with.
 
+    Returns:
+        A data set of the same kind, whose only column is `input_ids`: the ids of one document per row.
+
     Raises:
         TSTError: If the column is missing or holds no text, or there is no end-of-sequence token to append.
         RunError: If the disk is full.

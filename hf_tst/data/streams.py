@@ -20,6 +20,12 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     Args:
         documents: Iterable of rows with `input_ids`, of any lengths.
         block_size (`int`): Tokens per block, L.
+
+    Yields:
+        `{"input_ids": array}` with int32 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.
+
+    Raises:
+        TSTError: While it is read, if a document is padded or has labels that differ from its ids.
     """
 
     column_names = (TOKENS,)  # as `datasets` has them

@@ -119,6 +119,9 @@ def score_texts(
         max_length (`int`, *optional*): Tokens per window, at least 1; the model's context by default, up to 2048.
         batch_size (`int`, *optional*, defaults to 8): Windows per batch.
 
+    Returns:
+        [`TextScores`]: The sum over all tokens, with `loss`, `perplexity` and `bits_per_byte`.
+
     Raises:
         TSTError: If there is no text, texts is a single `str`, or there is no token to begin one with.
     """

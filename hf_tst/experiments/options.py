@@ -56,14 +56,14 @@ class ExperimentArguments:
     )
     seeds: str = HfArg(default="0,1,2", help="Seeds that every run is repeated with.")
     processes: int = HfArg(
-        default=1, help="Runs at the same time. With more than 1, times are not comparable."
+        default=1, help="Number of runs at the same time. With more than 1, times are not comparable."
     )
     launcher: str | None = HfArg(
         default=None,
         help="Command that starts a run instead of Python, for example 'accelerate launch --num_processes 8'.",
     )
     calibration_steps: int = HfArg(
-        default=20, help="Steps that are timed in each phase for an equal time or a limit of seconds."
+        default=20, help="Steps per phase of the short run that is timed for budget=time and for seconds."
     )
     seconds: float | None = HfArg(
         default=None,

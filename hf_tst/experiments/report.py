@@ -53,7 +53,7 @@ def verdicts(comparison: Comparison) -> list[str]:
         if mean is None:
             continue
         same = sum(difference * mean > 0 for difference in by_seed.values())
-        seeds = f"{same} of {len(by_seed)} seeds" if len(by_seed) > 1 else "one seed only"
+        seeds = f"in {same} of {len(by_seed)} seeds" if len(by_seed) > 1 else "one seed only"
         spread = "" if sd is None else f" ± {sd:.3f}"
         place = "ahead of" if mean < 0 else "behind"
         sentences.append(f"{arm.arm} is {place} the baseline by {abs(mean):.3f}{spread} nats, {seeds}.")

@@ -218,7 +218,7 @@ def _notes(arms: Sequence[ArmSummary], runs: Sequence[ArmRun]) -> list[str]:
     for status in ("diverged", "missing"):
         names = [run.name for run in runs if run.status == status]
         if names:
-            notes.append(f"{status}, and in no mean: {', '.join(names)}.")
+            notes.append(f"Left out of the means, because {status}: {', '.join(names)}.")
     for arm in arms:
         tried = sorted(rate.learning_rate for rate in arm.learning_rates)
         edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(arm.best.learning_rate)

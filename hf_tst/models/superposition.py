@@ -183,7 +183,9 @@ def _check_model(model: Any) -> None:
     name = own_class(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
-        raise TSTError(f"Token superposition needs a PreTrainedModel of Transformers, but got {name}.")
+        raise TSTError(
+            f"Token superposition needs a PreTrainedModel of Transformers, but got {name}: load the model with AutoModelForCausalLM."
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise TSTError(
             f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder: use another model."

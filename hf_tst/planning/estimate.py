@@ -263,7 +263,7 @@ class RunPlan:
             raise TSTError(
                 f"The run needs about {peak / GIB:.1f} GiB on each of {self.num_gpus} x {self.gpu}, {(peak - usable) / GIB:.1f} "
                 f"GiB more than the {usable / GIB:.1f} GiB that it can use: lower per_device_train_batch_size, set "
-                "gradient_checkpointing, or plan with more or larger GPUs."
+                "activation_checkpointing, or plan with more or larger GPUs."
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..bags.phases import Phase
+from ..errors import check_choice
 from ..models.shape import ModelShape
 from ..mtp.heads import MTPKind, check_mtp
 
@@ -68,18 +69,19 @@ def step_flops(
     Args:
         model (`PretrainedConfig` or `PreTrainedModel`): A causal language model, or its configuration.
         rows (`int`): Rows per step, over all devices and micro-batches.
-        length (`int`): Latent positions per row, l, the same in both phases.
+        length (`int`): Latent positions per row, l: L, but L/s in superposition with `superposition_rows="more"`.
         phase (`str`, *optional*, defaults to `"recovery"`): `"superposition"` or `"recovery"`, which ordinary training is, too.
         mtp_num_heads (`int`, *optional*, defaults to 1): Heads with the model's own, n.
         mtp_kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
 
-    Raises:
-        ValueError: If `mtp_num_heads` or `mtp_kind` is out of range.
+    Returns:
+        `int`: FLOPs of the step, over all devices.
 
-    Example:
-        >>> step_flops(config, rows=8, length=1024, mtp_num_heads=2) / step_flops(config, rows=8, length=1024)
+    Raises:
+        TSTError: If `phase`, `mtp_num_heads` or `mtp_kind` is out of range.
     """
     check_mtp(mtp_num_heads, mtp_kind, prefix="mtp_")
+    check_choice("phase", phase, Phase)
     shape = ModelShape.from_config(getattr(model, "config", model))
     return rows * length * flops_per_token(shape, length, phase, mtp_num_heads, mtp_kind)
 

@@ -307,7 +307,10 @@ def choose_block_size(args: DataArguments, config: Any) -> int:
     context = context_length(config)
     length = args.block_size or min(1024, context or 1024)
     if context and length > context:
-        raise TSTError(f"block_size={length} is more than the model's context of {context} tokens.")
+        raise TSTError(
+            f"block_size={length} is more than the model's context of {context} tokens: lower it, or raise "
+            "max_position_embeddings of a new model in config_overrides."
+        )
     return length
 
 

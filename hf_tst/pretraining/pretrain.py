@@ -34,10 +34,10 @@ from .parts import prepare_run
 
 logger = logging.get_logger(__name__)
 
-# The sample at the end: maximum number of prompt tokens, and of generated tokens.
+# The sample at the end: the most tokens of its prompt, and the number of tokens generated; the most characters printed; top_k.
 SAMPLE_TOKENS = 12
-SAMPLE_LETTERS = 60
-SAMPLE_CHOICES = 20
+SAMPLE_CHARACTERS = 60
+SAMPLE_TOP_K = 20
 
 
 class ReplaceRunCallback(TrainerCallback):
@@ -98,14 +98,10 @@ def _train(
     parts, block_size = prepare_run(model_args, data_args, args)
     model, evaluates = parts["model"], parts["eval_dataset"] is not None
     if args.should_log:
-        blocks = [
-            len(part) for part in (parts["train_dataset"], parts["eval_dataset"]) if hasattr(part, "__len__")
-        ]
-        sizes = ", evaluated on ".join(f"{count:,}" for count in blocks) or "a stream"
-        print(
-            f"{type(model).__name__}, {model.num_parameters():,} parameters; blocks of {block_size}: {sizes}",
-            flush=True,
-        )
+        named = {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
+        counts = [f"{len(data):,} {name}" for name, data in named.items() if hasattr(data, "__len__")]
+        blocks = f"{' and '.join(counts) or 'a stream of'} blocks of {block_size} tokens"
+        print(f"{type(model).__name__}, {model.num_parameters():,} parameters\n{blocks}", flush=True)
     if not evaluates:
         args.eval_strategy = "no"
     if model_args.model_name_or_path is None and args.learning_rate == TrainingArguments.learning_rate:
@@ -181,7 +177,7 @@ def print_sample(trainer: TSTTrainer) -> None:
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=SAMPLE_TOKENS,
             do_sample=True,
-            top_k=SAMPLE_CHOICES,
+            top_k=SAMPLE_TOP_K,
         )
         begin, more = (tokenizer.decode(ids) for ids in whole[0].tensor_split([prompt.shape[1]]))
-        print(f"sample      {f'{begin} | {more}'[:SAMPLE_LETTERS]!r}")
+        print(f"sample      {f'{begin} | {more}'[:SAMPLE_CHARACTERS]!r}")

@@ -131,8 +131,8 @@ class TSTArguments(_Base):
     )
     tst_superposition_rows: SuperpositionRows = HfArg(
         default="longer",
-        help="Rows of bags from s blocks: longer (joined to one row, as in the paper) or more (each block is a row of its own, "
-        "with less attention).",
+        help="How s blocks become rows of bags: longer (joined into one row of L bags, as in the paper) or more (each block is a row of "
+        "L/s bags, with less attention).",
     )
     tst_save_at_switch: bool = HfArg(
         default=True, help="Save a checkpoint when superposition ends, whatever save_strategy says."
@@ -176,7 +176,8 @@ class TSTArguments(_Base):
         help="At a loss or gradient norm far above its running level: ignore, skip the optimizer step (and record it) or stop.",
     )
     tst_spike_threshold: float = HfArg(
-        default=6.0, help="How far above the mean of the window a spike is, in standard deviations."
+        default=6.0,
+        help="A loss or gradient norm this many standard deviations above the mean of the window is a spike.",
     )
     tst_spike_window: int = HfArg(
         default=128,

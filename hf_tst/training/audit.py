@@ -107,7 +107,7 @@ def verify_plan(plan: DataPlan) -> dict[str, int]:
             values, counts = np.unique(blocks, return_counts=True)
             if (twice := (counts > 1) | (last_pass[values] == data_pass)).any():
                 raise TSTError(
-                    f"Block {values[twice.argmax()]} is read more than once in pass {data_pass}: the plan is wrong."
+                    f"Block {values[twice.argmax()]} is read more than once in pass {data_pass}. This is an error of hf_tst: please report the run's options."
                 )
             last_pass[values] = data_pass
             read += len(blocks)

@@ -41,7 +41,9 @@ class ReinitializeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if any(hasattr(module.weight, "device_mesh") for module in self._modules(kwargs["model"])):
-            raise TSTError("reinit_at_switch does not work with FSDP: shards would get different weights.")
+            raise TSTError(
+                "reinit_at_switch does not work with FSDP, whose shards would get different weights: use DDP, or leave it out."
+            )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         schedule = self._schedule()
