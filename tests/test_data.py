@@ -305,7 +305,7 @@ def test_the_state_behind_a_step_leads_on_from_there(rank, shards):
         assert [list(row.columns["input_ids"]) for row in read_stream(again, step, rank)] == tokens[
             4 * step :
         ]
-        assert len(read) == (schedule.tokens_seen(4, 8) - schedule.tokens_seen(step, 8)) // shards
+        assert len(read) == (schedule.amount_read(4, 8) - schedule.amount_read(step, 8)) // shards
 
 
 def test_the_sampler_starts_where_training_is():

@@ -62,7 +62,7 @@ def check_facts(facts):
     assert facts["start_losses"] == pytest.approx([math.log(facts["vocabulary"])] * 4, rel=0.03)
     assert facts["bag_loss"] == pytest.approx(facts["loop_loss"], abs=1e-5)
     assert facts["switch_step"] == schedule.switch_step
-    assert facts["raw_tokens"] == schedule.tokens_seen(facts["steps"], ROWS * BLOCK_SIZE)
+    assert facts["raw_tokens"] == schedule.amount_read(facts["steps"], ROWS * BLOCK_SIZE)
     assert facts["latent_tokens"] == facts["steps"] * ROWS * BLOCK_SIZE
     assert facts["generated_tokens"] == 40
     for name in ("tst_eval", "baseline_eval"):

@@ -22,10 +22,10 @@ def test_counts_equal_a_walk_over_the_steps(steps, ratio, bag_size, rows):
     for step in range(steps):
         reads = bag_size if schedule.phase(step) == "superposition" else 1
         blocks += rows * reads
-        assert schedule.tokens_seen(step, tokens_per_step) == tokens
+        assert schedule.amount_read(step, tokens_per_step) == tokens
         tokens += tokens_per_step * reads
     assert schedule.blocks_needed(rows) == blocks
-    assert schedule.tokens_seen(steps, tokens_per_step) == tokens
+    assert schedule.amount_read(steps, tokens_per_step) == tokens
 
 
 def test_output_mode_reads_no_more_than_plain_training():

@@ -87,19 +87,19 @@ class PhaseSchedule:
         Args:
             rows_per_step (`int`): Rows per optimizer step, over all devices and micro-batches.
         """
-        return self.tokens_seen(self.max_steps, rows_per_step)
+        return self.amount_read(self.max_steps, rows_per_step)
 
-    def tokens_seen(self, step: int, tokens_per_step: int) -> int:
-        """Raw tokens read once `step` optimizer steps are done.
+    def amount_read(self, step: int, per_recovery_step: int) -> int:
+        """What is read once `step` optimizer steps are done, in the unit of `per_recovery_step`: tokens, blocks or batches.
 
         Args:
             step (`int`): Optimizer steps done.
-            tokens_per_step (`int`): Latent tokens per step: rows per step times the block length. It is
-                the same in both phases; a superposition step reads `blocks_per_row` times as many raw tokens.
+            per_recovery_step (`int`): What a step of recovery reads. A step of superposition reads `blocks_per_row` times as
+                much, in as many latent tokens.
         """
         superposition = min(step, self.switch_step)
         recovery = max(0, step - self.switch_step)
-        return tokens_per_step * (superposition * self.blocks_per_row + recovery)
+        return per_recovery_step * (superposition * self.blocks_per_row + recovery)
 
 
 def check_phase_ratio(phase_ratio: float, name: str = "phase_ratio") -> None:

@@ -51,7 +51,7 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         step, per_step = self.micro_batches.first_step, self.micro_batches.rows_per_step
-        batches = self._all_batches(self.schedule.tokens_seen(step, per_step))
+        batches = self._all_batches(self.schedule.amount_read(step, per_step))
         for number in self.micro_batches:
             if number < self.schedule.switch_step * per_step:
                 yield self._joined(list(islice(batches, self.schedule.blocks_per_row)))

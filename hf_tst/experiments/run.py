@@ -221,7 +221,7 @@ def result_of_run(
         step, loss = entry["step"], float(entry["eval_loss"])
         points[step] = CurvePoint(
             step=step,
-            raw_tokens=max(0, schedule.tokens_seen(step, latent_tokens_per_step) - left_out),
+            raw_tokens=max(0, schedule.amount_read(step, latent_tokens_per_step) - left_out),
             latent_tokens=step * latent_tokens_per_step,
             seconds=_seconds_at(step, timed),
             eval_loss=loss if math.isfinite(loss) else None,

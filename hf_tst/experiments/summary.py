@@ -200,7 +200,7 @@ def _switch_point(arm: Arm, curve: Sequence[ArmPoint]) -> ArmPoint | None:
     per_step = end.latent_tokens // end.step
     return ArmPoint(
         step=step,
-        raw_tokens=arm.schedule.tokens_seen(step, per_step),
+        raw_tokens=arm.schedule.amount_read(step, per_step),
         latent_tokens=step * per_step,
         seconds=before.seconds + share * (end.seconds - before.seconds),
         eval_loss=loss,

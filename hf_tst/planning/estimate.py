@@ -298,7 +298,7 @@ def plan_run(
     training_shape = shape.with_mtp_heads(mtp_num_heads, mtp_kind)
 
     def cost(phase: Phase, first: int, end: int) -> PhaseCost:
-        raw = schedule.tokens_seen(end, tokens) - schedule.tokens_seen(first, tokens)
+        raw = schedule.amount_read(end, tokens) - schedule.amount_read(first, tokens)
         positions = schedule.positions_per_row(phase, layout.length) if end > first else layout.length
         per_token = flops_per_token(shape, positions, phase, mtp_num_heads, mtp_kind)
         latent = (end - first) * tokens
@@ -318,7 +318,7 @@ def plan_run(
         switch_step=switch,
         phases=phases,
         blocks=schedule.blocks_needed(layout.rows_per_step),
-        raw_tokens=schedule.tokens_seen(steps, tokens),
+        raw_tokens=schedule.amount_read(steps, tokens),
         latent_tokens=steps * tokens,
         flops=flops,
         gpu_hours=accelerator.gpu_hours(flops, mfu),

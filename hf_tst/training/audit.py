@@ -75,7 +75,7 @@ def audit_step(plan: DataPlan, layout: BatchLayout, step: int, block_length: int
         for rank in range(layout.world_size)
     ]
     tokens_per_step = layout.rows_per_step * block_length
-    raw_tokens = plan.schedule.tokens_seen(step + 1, tokens_per_step) - plan.schedule.tokens_seen(
+    raw_tokens = plan.schedule.amount_read(step + 1, tokens_per_step) - plan.schedule.amount_read(
         step, tokens_per_step
     )
     return {"step": step, "phase": plan.schedule.phase(step), "raw_tokens": raw_tokens, "blocks": blocks}

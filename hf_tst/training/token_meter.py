@@ -108,14 +108,14 @@ class TokenMeterCallback(TrainerCallback):
             return entries
         tokens_per_step = self._rows_per_step * self._latent_length
         left_out = self._tokens_left_out()
-        raw = schedule.tokens_seen(step, tokens_per_step) - (left_out or 0)
+        raw = schedule.amount_read(step, tokens_per_step) - (left_out or 0)
         entries |= {"tst_raw_tokens": raw, "tst_latent_tokens": step * tokens_per_step}
         if left_out is not None:
             entries["tst_tokens_left_out"] = left_out
         last_step, last_left_out, last_seconds, last_flops = self._last_report
         seconds = self._seconds - last_seconds
         if with_speed and step > last_step and seconds > 0:
-            new_raw = raw - schedule.tokens_seen(last_step, tokens_per_step) + last_left_out
+            new_raw = raw - schedule.amount_read(last_step, tokens_per_step) + last_left_out
             new_latent = (step - last_step) * tokens_per_step
             entries["tst_raw_tokens_per_second"] = round(new_raw / seconds, 1)
             entries["tst_latent_tokens_per_second"] = round(new_latent / seconds, 1)
