@@ -292,8 +292,8 @@ def test_no_block_is_read_twice_in_a_pass_of_several(blocks, passes, ratio, bag_
 
 def test_a_wrong_plan_is_found_out():
     class Repeating(DataPlan):
-        def superposed_groups(self, rows):
-            return super().superposed_groups(rows // 2 * 2)
+        def first_blocks_of_groups(self, rows):
+            return super().first_blocks_of_groups(rows // 2 * 2)
 
     with pytest.raises(ValueError, match="read more than once in pass 0"):
         verify_plan(Repeating(100, PhaseSchedule(5, 0.5, 2), 4, seed=0))

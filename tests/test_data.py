@@ -39,7 +39,7 @@ def test_permutation_shuffles():
 
 def read_all(plan):
     """Blocks of all rows, by phase."""
-    superposed = plan.superposed_groups(np.arange(plan.superposed_rows))
+    superposed = plan.first_blocks_of_groups(np.arange(plan.superposed_rows))
     size = plan.schedule.blocks_per_row
     groups = (superposed[:, None] + np.arange(size)).ravel().tolist()
     return groups, plan.recovery_blocks(np.arange(plan.superposed_rows, plan.total_rows)).tolist()

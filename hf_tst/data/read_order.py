@@ -123,7 +123,7 @@ class DataPlan:
                 "size, give more data, or set num_train_epochs instead of max_steps to read the data several times."
             )
 
-    def superposed_groups(self, rows: Indices) -> Indices:
+    def first_blocks_of_groups(self, rows: Indices) -> Indices:
         """First block of the group that each row of superposition reads. `rows` and the result: `(n,)`."""
         passes, position = np.divmod(rows, self.groups_per_pass)
         return self._permute(passes, position, self.groups_per_pass, "groups") * self.schedule.blocks_per_row
@@ -142,7 +142,7 @@ class DataPlan:
         """First block of each row, of both phases. `rows` and the result: `(n,)`."""
         superposed = rows < self.superposed_rows
         blocks = np.empty_like(rows)
-        blocks[superposed] = self.superposed_groups(rows[superposed])
+        blocks[superposed] = self.first_blocks_of_groups(rows[superposed])
         blocks[~superposed] = self.recovery_blocks(rows[~superposed])
         return blocks
 
@@ -168,17 +168,17 @@ class DataPlan:
         group, place = np.divmod(blocks, self.schedule.blocks_per_row)
         in_group = group < self.groups_per_pass
         rows = self.switch_pass * self.groups_per_pass + group[in_group]
-        blocks[in_group] = self.superposed_groups(rows) + place[in_group]
+        blocks[in_group] = self.first_blocks_of_groups(rows) + place[in_group]
         return blocks
 
-    def _permute(self, passes: Indices, position: Indices, size: int, stream: str) -> Indices:
-        """The shuffled `position`, below `size`, within each pass. Each `stream` is shuffled independently."""
+    def _permute(self, passes: Indices, position: Indices, size: int, purpose: str) -> Indices:
+        """The shuffled `position`, below `size`, within each pass. Each `purpose` is shuffled independently."""
         if not self.shuffle:
             return position
         result = np.empty_like(position)
         for data_pass in np.unique(passes):
             here = passes == data_pass
-            seed = (self.seed % 2**64, int(data_pass), *stream.encode())
+            seed = (self.seed % 2**64, int(data_pass), *purpose.encode())
             result[here] = Permutation(size, seed)(position[here])
         return result
 

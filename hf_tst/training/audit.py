@@ -102,7 +102,7 @@ def verify_plan(plan: DataPlan) -> dict[str, int]:
         for data_pass in np.unique(passes):
             here = rows[passes == data_pass]
             superposed = here[here < plan.superposed_rows]
-            groups = plan.superposed_groups(superposed)[:, None] + np.arange(size)
+            groups = plan.first_blocks_of_groups(superposed)[:, None] + np.arange(size)
             blocks = np.concatenate([groups.ravel(), plan.recovery_blocks(here[len(superposed) :])])
             values, counts = np.unique(blocks, return_counts=True)
             if (twice := (counts > 1) | (last_pass[values] == data_pass)).any():
