@@ -88,7 +88,7 @@ class BlockReader:
             values = lists.flatten().to_numpy(zero_copy_only=False)
             is_ids = len(arrays) == self.columns.index("input_ids")
             if is_ids and (at := self.rules.find_bad_id(values)) is not None:
-                raise self.rules.bad_id(indices[at // length], values[at])
+                raise self.rules.error_of_id(indices[at // length], values[at])
             arrays.append(values.astype(np.int64).reshape(-1, size * length))
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 

@@ -42,7 +42,7 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
     if isinstance(row, (list, tuple)) and len(row) == 1 and np.ndim(row[0]) == 1:
         (row,) = row  # as TensorDataset gives it
     if not isinstance(row, IDS_ALONE):
-        raise NO_RULES._bad(
+        raise NO_RULES.error_of_block(
             index, f"is of the type {type(row).__name__}: give input_ids, or rows that are only ids"
         )
     return {"input_ids": row}
@@ -73,14 +73,14 @@ class BlockRules:
         pad_token_id (`int`, *optional*): Id of the padding token, unless it is also another special token.
         vocab_size (`int`, *optional*): Number of ids with an embedding.
         context (`int`, *optional*): Positions that the model can distinguish.
-        data (`str`, *optional*, defaults to `"training"`): What the blocks are for.
+        purpose (`str`, *optional*, defaults to `"training"`): What the blocks are for.
     """
 
     length: int | None = None
     pad_token_id: int | None = None
     vocab_size: int | None = None
     context: int | None = None
-    data: str = "training"
+    purpose: str = "training"
 
     def check(self, block: Any, index: int) -> NDArray[np.int64]:
         """The tokens of block `index` of the data, `(L,)`.
@@ -94,7 +94,7 @@ class BlockRules:
         if self.length is not None:
             check_length(len(tokens), self.length, index)
         if len(tokens) < 2:
-            raise self._bad(
+            raise self.error_of_block(
                 index, "has a single token, so there is nothing to predict: pack the data into longer blocks"
             )
         if "labels" in block:
@@ -108,21 +108,21 @@ class BlockRules:
         found, advice = np.asarray(labels), "give every token its label, or leave the labels out"
         if found.ndim != 1 or found.dtype.kind not in "iu":
             kind = f"of shape {found.shape} and type {found.dtype}"
-            raise self._bad(index, f"has labels {kind}, which are no row of token ids: {advice}")
+            raise self.error_of_block(index, f"has labels {kind}, which are no row of token ids: {advice}")
         if len(found) != length:
-            raise self._bad(index, f"has {length} input_ids and {len(found)} labels: {advice}")
+            raise self.error_of_block(index, f"has {length} input_ids and {len(found)} labels: {advice}")
 
     def check_context(self, length: int, index: int) -> None:
         """Raise `TSTError` if block `index`, of `length` tokens, is longer than the model's context."""
         if self.context is not None and length > self.context:
             problem = f"has {length} tokens, more than the model's context of {self.context}"
             advice = "pack the data into shorter blocks, or make the model for longer ones (max_position_embeddings)"
-            raise self._bad(index, f"{problem}: {advice}")
+            raise self.error_of_block(index, f"{problem}: {advice}")
 
     def check_ids(self, tokens: NDArray[Any], index: Any) -> None:
         """Raise `TSTError` if block `index`, of these tokens, holds an id that the model has no embedding for."""
         if (at := self.find_bad_id(tokens)) is not None:
-            raise self.bad_id(index, tokens[at])
+            raise self.error_of_id(index, tokens[at])
 
     def check_batch(self, batch: Any) -> None:
         """Raise `TSTError` if a batch in main memory has an id without an embedding."""
@@ -138,7 +138,7 @@ class BlockRules:
         if ids.dim() > 2:
             tokens = tokens[tokens != -100]  # empty places of bags that end with a document
         if (at := self.find_bad_id(tokens)) is not None:
-            raise self.bad_id(
+            raise self.error_of_id(
                 f"that begins with {ids[(ids == tokens[at]).nonzero()[0, 0]].flatten()[:8].tolist()}",
                 tokens[at],
             )
@@ -150,11 +150,11 @@ class BlockRules:
             return None
         return int(((tokens < 0) | (tokens >= size)).argmax())
 
-    def bad_id(self, index: Any, token: int) -> TSTError:
+    def error_of_id(self, index: Any, token: int) -> TSTError:
         """The error for such an id in block `index`."""
         size = self.vocab_size
         known = "ids are not negative" if size is None else f"the model has embeddings for 0 to {size - 1}"
-        return self._bad(
+        return self.error_of_block(
             index,
             f"holds the id {token}, but {known}: tokenize it with the model's own tokenizer, or add rows to the model with "
             "model.resize_token_embeddings(len(tokenizer))",
@@ -190,10 +190,11 @@ class BlockRules:
             tokens = np.asarray(pc.list_flatten(column))
             self.check_context(int(lengths.max()), start + int(lengths.argmax()))
             if (at := self.find_bad_id(tokens)) is not None:
-                raise self.bad_id(start + int((lengths.cumsum() <= at).sum()), tokens[at])
+                raise self.error_of_id(start + int((lengths.cumsum() <= at).sum()), tokens[at])
 
-    def _bad(self, index: Any, problem: str) -> TSTError:
-        return TSTError(f"Block {index} of the {self.data} data {problem}.")
+    def error_of_block(self, index: Any, problem: str) -> TSTError:
+        """The error for block `index`, of which `problem` is the end of the sentence."""
+        return TSTError(f"Block {index} of the {self.purpose} data {problem}.")
 
     def check_padding(self, row: Mapping[str, Any], index: int) -> None:
         """Raise `TSTError` if one of the consecutive blocks that `row` holds, the first of which is `index`, is padded."""
@@ -203,10 +204,10 @@ class BlockRules:
         mask, ends = row.get("attention_mask"), np.asarray(row["input_ids"]).reshape(-1, length)[:, -2:]
         if mask is not None and not (real := np.asarray(mask).astype(bool)).all():
             first = index + int(real.argmin()) // length
-            raise self._bad(first, f"is padded (its attention_mask holds zeros), {advice}")
+            raise self.error_of_block(first, f"is padded (its attention_mask holds zeros), {advice}")
         if self.pad_token_id is not None and (padded := (ends == self.pad_token_id).all(axis=1)).any():
             first = index + int(padded.argmax())
-            raise self._bad(first, f"ends in the padding token {self.pad_token_id}, {advice}")
+            raise self.error_of_block(first, f"ends in the padding token {self.pad_token_id}, {advice}")
 
 
 NO_RULES = BlockRules()
@@ -313,10 +314,10 @@ def _tokens(block: Mapping[str, Any], index: int) -> NDArray[np.int64]:
     ):
         tokens = np.asarray(block["input_ids"])
     if tokens.shape == (0,):
-        raise NO_RULES._bad(index, "holds no token: pack the data into blocks")
+        raise NO_RULES.error_of_block(index, "holds no token: pack the data into blocks")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = f"of shape {tokens.shape} and type {tokens.dtype}"
-        raise NO_RULES._bad(
+        raise NO_RULES.error_of_block(
             index, f"needs input_ids that are one row of whole numbers, but they are {found}: tokenize it"
         )
     return tokens.astype(np.int64, copy=False)

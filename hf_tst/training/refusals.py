@@ -212,7 +212,7 @@ def block_rules(model: Any, tokenizer: Any) -> BlockRules:
 
 def batch_rules(model: Any) -> BlockRules:
     """What every batch must satisfy, also from a user's own loader."""
-    return BlockRules(vocab_size=embedding_size(model), data="given")
+    return BlockRules(vocab_size=embedding_size(model), purpose="given")
 
 
 def check_stored_rows(trainer: Any) -> None:
@@ -225,6 +225,6 @@ def check_stored_rows(trainer: Any) -> None:
         return  # a collator of the user's may make other rows of them, whose ids are checked batch by batch
     rules, evaluation = block_rules(trainer.model, None), trainer.eval_dataset
     for blocks in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
-        replace(rules, data="evaluation").check_stored(blocks)
+        replace(rules, purpose="evaluation").check_stored(blocks)
     if not trainer.args.tst_enabled:
         rules.check_stored(trainer.train_dataset, limit=SAMPLED_BLOCKS)
