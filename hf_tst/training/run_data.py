@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.own_batches import FoldedBatches
+from ..data.folded_batches import FoldedBatches
 from ..data.resume_position import DataPosition
 from ..data.rows import STREAM_STATE, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError

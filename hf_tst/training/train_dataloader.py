@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
-from ..data.own_batches import FoldedBatches
+from ..data.folded_batches import FoldedBatches
 from ..data.read_order import BatchLayout
 from ..data.resume_position import DataPosition
 from ..data.rows import EpochSampler, PlannedRows, StreamedRows

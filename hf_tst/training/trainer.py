@@ -39,7 +39,6 @@ from .overriding import (
     overrides,
     signature_of,
 )
-from .own_methods import OwnMethods
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
 from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
@@ -47,6 +46,7 @@ from .run_data import RunData
 from .run_identity import RunIdentityCallback
 from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
+from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
 from .train_dataloader import check_plain_resume, fold_own_loader, make_loader, open_run_data, plain_loader
@@ -107,7 +107,7 @@ class TSTTrainer(SavingTrainer):
         self._opened: RunData | None = None  # by the last call of `get_train_dataloader`
         self._data: RunData | None = None  # of the run
         self._given: dict[str, Any] = {}  # arguments that differ during training
-        self._own = OwnMethods(self, TSTTrainer)
+        self._subclass_methods = SubclassMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
         given = arguments_by_name(model, args, data_collator, *positional)
@@ -164,7 +164,7 @@ class TSTTrainer(SavingTrainer):
             with (
                 replaced(args.__dict__, **self._given | {"logging_nan_inf_filter": filters}),
                 heads,
-                self._own.watched(),
+                self._subclass_methods.watched(),
             ):
                 result = super().train(resume_from_checkpoint, *positional, **kwargs)
             self._warn_of_early_end()
@@ -234,7 +234,7 @@ class TSTTrainer(SavingTrainer):
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
         loader = make_loader(self, data)
-        self._own.note_loader(loader)
+        self._subclass_methods.note_loader(loader)
         return loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
@@ -242,7 +242,7 @@ class TSTTrainer(SavingTrainer):
         self._data, self.schedule = self._opened, None
         self._expert_load.clear()
         self._target_bags.clear()
-        self._own.clear()
+        self._subclass_methods.clear()
         if self._data is not None:
             self.schedule = self._data.start.schedule
             self.args.ignore_data_skip = True  # the loader starts at the current step; `train` restores it
@@ -281,7 +281,7 @@ class TSTTrainer(SavingTrainer):
         else:
             # The ranks of tensor parallelism have the same batch.
             count = self._target_bags.count(samples, device) / self.get_tp_size()
-        self._own.note_count(count)
+        self._subclass_methods.note_count(count)
         return samples, count
 
     def _has_bags(self, batch: Any) -> bool:

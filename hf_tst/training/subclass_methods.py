@@ -19,7 +19,7 @@ from .overriding import is_superposed, overrides
 from .train_dataloader import fold_own_loader
 
 
-class OwnMethods:
+class SubclassMethods:
     """Folds the loader and checks the batches of a subclass that has its own, in a run with superposition.
 
     Args:
