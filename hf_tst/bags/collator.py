@@ -200,3 +200,9 @@ def check_no_padding(is_full: bool) -> None:
             "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
             "pack the data into full blocks."
         )
+
+
+def holds_bags(batch: Any) -> bool:
+    """Whether a batch holds bags: its labels have three dimensions."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.dim() == 3

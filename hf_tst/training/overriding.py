@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -74,9 +72,3 @@ def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedL
         "tst_fused_loss='on' if it does not read them, or 'off' to silence this warning."
     )
     return "off", "off"
-
-
-def is_superposed(batch: Any) -> bool:
-    """Whether a batch holds bags: its labels have three dimensions."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and labels.dim() == 3

@@ -12,10 +12,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..bags.collator import holds_bags
 from ..errors import TSTError, whole_message
 from ..models.superposition import find_language_model
 from ..models.temporary import replaced
-from .overriding import is_superposed, overrides
+from .overriding import overrides
 from .train_dataloader import fold_own_loader
 
 
@@ -84,7 +85,7 @@ class SubclassMethods:
         if not trainer.args.tst_enabled:
             return step(model, inputs, num_items_in_batch)
         check_batch(trainer, inputs, num_items_in_batch, *self._counted)
-        if not is_superposed(inputs):
+        if not holds_bags(inputs):
             return step(model, inputs, num_items_in_batch)
         trainer._switch.check_superposed()
         if not self._has_own_step:
@@ -158,7 +159,7 @@ def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> 
             f"{name}.get_batch_samples does not call super().get_batch_samples, which counts the targets of bags: let it call that "
             "method and return its batches and number of targets."
         )
-    superposed = is_superposed(batch)
+    superposed = holds_bags(batch)
     phase = trainer.schedule.phase(now)
     if superposed != (phase == "superposition"):
         raise TSTError(

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
+from ..bags.collator import holds_bags
 from ..bags.phases import Phase, PhaseSchedule
 from ..errors import TSTError, bad_input
 from ..models.moe import ExpertLoadMeter, adds_to_loss
@@ -34,7 +35,6 @@ from .overriding import (
     arguments_by_name,
     choose_fused_losses,
     is_patch,
-    is_superposed,
     other_parent,
     overrides,
     signature_of,
@@ -274,7 +274,7 @@ class TSTTrainer(SavingTrainer):
             self._data.check_accumulation(self.args.gradient_accumulation_steps)
             batches = self._data.received(epoch_iterator)
         samples = list(islice(self._meter.watch(batches), num_batches))
-        if not samples or not self._has_bags(samples[0]):
+        if not samples or not self._trains_on_bags(samples[0]):
             samples, count = super().get_batch_samples(iter(samples), num_batches, device)
         elif not self.model_accepts_loss_kwargs:
             count = None
@@ -284,15 +284,15 @@ class TSTTrainer(SavingTrainer):
         self._subclass_methods.note_count(count)
         return samples, count
 
-    def _has_bags(self, batch: Any) -> bool:
+    def _trains_on_bags(self, batch: Any) -> bool:
         """Whether a batch holds bags. In plain training, labels may have three dimensions for reasons of their own."""
-        return self._data is not None and is_superposed(batch)
+        return self._data is not None and holds_bags(batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass. Stores the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
-        skips_parent = self._has_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss")
+        skips_parent = self._trains_on_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss")
         has_own = overrides(self, TSTTrainer, "compute_loss")
         # The other parent says this of its own loss, which bags do not get.
         as_models = replaced(self.__dict__, loss_is_scaled_for_ga=None)
@@ -320,7 +320,7 @@ class TSTTrainer(SavingTrainer):
         If another parent has its own `compute_loss`, it computes the loss of single tokens. It never gets bags, because it does
         not expect labels with three dimensions.
         """
-        if not self._has_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
+        if not self._trains_on_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         parts = 1 if num_items_in_batch is None else self._parts_of_step(model.training)
         if parts > 1:
@@ -350,7 +350,7 @@ class TSTTrainer(SavingTrainer):
         if self._shape is None or not isinstance(input_ids, Tensor):
             return 0
         rows, length = input_ids.shape[:2]
-        phase: Phase = "superposition" if self._has_bags(inputs) else "recovery"
+        phase: Phase = "superposition" if self._trains_on_bags(inputs) else "recovery"
         per_token = flops_per_token(self._shape, length, phase, args.mtp_num_heads, args.mtp_kind)
         return rows * length * per_token // self.get_tp_size()
 
