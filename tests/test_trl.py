@@ -22,7 +22,7 @@ from hf_tst import (
     token_superposition,
 )
 from hf_tst.data.packing import pack_blocks, tokenize_documents
-from hf_tst.training.data_plan import make_plan
+from hf_tst.training.schedule import make_plan
 
 HALF = {"tst_phase_ratio": 0.5, "tst_bag_size": 4}
 

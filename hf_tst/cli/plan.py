@@ -30,7 +30,7 @@ from ..pretraining.options import (
 from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.report import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
-from ..training.data_plan import make_schedule
+from ..training.schedule import make_schedule
 
 DESCRIPTION = """Plan a run before paying for it: steps, tokens, FLOPs, hours, memory, traffic.
 

@@ -28,8 +28,8 @@ from ..data.streams import BlockStream
 from ..data.text_files import ending
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
-from ..training.data_plan import make_schedule
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
+from ..training.schedule import make_schedule
 from .options import DataArguments, ModelArguments, choose_block_size
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ from ..data.read_order import BatchLayout, DataPlan
 from ..data.resume_position import DataPosition
 from ..errors import TSTError
 from .arguments import TSTArguments
-from .data_plan import make_plan
+from .schedule import make_plan
 
 # Rows per chunk when a whole plan is verified.
 _CHUNK_ROWS = 1 << 16

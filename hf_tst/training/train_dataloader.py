@@ -24,10 +24,10 @@ from ..errors import TSTError
 from ..models.temporary import replaced
 from .arguments import TSTArguments
 from .collators import keeps_ids
-from .data_plan import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
 from .overriding import overrides
 from .refusals import block_rules
 from .run_data import RunData
+from .schedule import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
 
 logger = logging.get_logger(__name__)
 
