@@ -64,13 +64,13 @@ class SubclassMethods:
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:
         """The loader of a subclass, folded unless it is the trainer's own loader or a wrapper of it."""
         trainer = self._trainer
-        trainer._opened = None
+        trainer._newest_data = None
         loader = make_own()
         if not trainer.args.tst_enabled:
             return loader
         is_another = isinstance(loader, DataLoader) and loader is not self._loader
-        if trainer._opened is None or is_another:
-            return trainer._open(fold_own_loader(trainer, loader))
+        if trainer._newest_data is None or is_another:
+            return trainer._loader_of(fold_own_loader(trainer, loader))
         return loader
 
     def _train_on_batch(

@@ -104,9 +104,9 @@ class TSTTrainer(SavingTrainer):
         args = args or TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
         self.schedule: PhaseSchedule | None = None
-        self._opened: RunData | None = None  # by the last call of `get_train_dataloader`
+        self._newest_data: RunData | None = None  # by the last call of `get_train_dataloader`
         self._data: RunData | None = None  # of the run
-        self._given: dict[str, Any] = {}  # arguments that differ during training
+        self._given_arguments: dict[str, Any] = {}  # arguments that differ during training
         self._subclass_methods = SubclassMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
@@ -117,7 +117,7 @@ class TSTTrainer(SavingTrainer):
         self._has_own_schedule = self.lr_scheduler is not None
         if data_collator is None:
             self.data_collator: Any = DefaultCollator(self.data_collator)
-        self._choose_and_check()
+        self._prepare_losses()
         self._switch, self._meter = PhaseSwitchCallback(self), TokenMeterCallback(self)
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
         self._non_finite, self._spikes = NonFiniteCallback(self), SpikeCallback(self)
@@ -127,10 +127,10 @@ class TSTTrainer(SavingTrainer):
             self.add_callback(callback)
         self._console = replace_progress_callback(self)
 
-    def _choose_and_check(self) -> None:
+    def _prepare_losses(self) -> None:
         """Choose the losses, and check model, collator and processes, for the current arguments."""
         self.fused_loss, self.fused_recovery = choose_fused_losses(self, TSTTrainer)
-        make_collator(self)
+        make_collator(self)  # for its checks; the loader makes it again
         check_trainer(self)
 
     @property
@@ -153,16 +153,18 @@ class TSTTrainer(SavingTrainer):
         """
         args = self.args
         if "compute_loss" in vars(self):
-            self._choose_and_check()  # set on the trainer after it was made
+            self._prepare_losses()  # set on the trainer after it was made
         check_stored_rows(self)
         # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
-        self._given = {name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")}
+        self._given_arguments = {
+            name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")
+        }
         # Trainer's filter of logged losses waits for the device in each step. With "stop" it has nothing to filter.
         filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
         heads = nullcontext() if self._mtp is None else self._mtp.attached()
         try:
             with (
-                replaced(args.__dict__, **self._given | {"logging_nan_inf_filter": filters}),
+                replaced(args.__dict__, **self._given_arguments | {"logging_nan_inf_filter": filters}),
                 heads,
                 self._subclass_methods.watched(),
             ):
@@ -196,7 +198,7 @@ class TSTTrainer(SavingTrainer):
                     "arguments, and compare heads with `hf-tst compare`."
                 )
         check_arguments(self.args)
-        self._choose_and_check()
+        self._prepare_losses()
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of both phases; the plain Trainer's if superposition is off. One that is asked for in training does not affect it.
@@ -204,7 +206,7 @@ class TSTTrainer(SavingTrainer):
         Raises:
             TSTError: If the data has no full blocks of equal length, or too few of them.
         """
-        self._opened = None
+        self._newest_data = None
         if not self.args.tst_enabled or self.train_dataset is None:
             check_plain_resume(self._checkpoint, self.args)
             loader = super().get_train_dataloader()
@@ -214,8 +216,8 @@ class TSTTrainer(SavingTrainer):
             Trainer.get_train_dataloader
         )
         if own_sampler or own_loader:
-            return self._open(fold_own_loader(self, super().get_train_dataloader()))
-        return self._open(open_run_data(self))
+            return self._loader_of(fold_own_loader(self, super().get_train_dataloader()))
+        return self._loader_of(open_run_data(self))
 
     @signature_of(Trainer._get_dataloader)
     def _get_dataloader(self, *positional: Any, **kwargs: Any) -> DataLoader:
@@ -228,9 +230,9 @@ class TSTTrainer(SavingTrainer):
         batch_rules(self.model).check_batch(inputs)  # the loader may be a user's own
         return super()._prepare_inputs(inputs)
 
-    def _open(self, data: RunData) -> Any:
+    def _loader_of(self, data: RunData) -> Any:
         """The loader of `data`, at the position of the checkpoint that training resumes from."""
-        self._opened = data
+        self._newest_data = data
         if self._checkpoint is not None:
             data.resume(self._checkpoint, self.args.tst_allow_data_change)
         loader = make_loader(self, data)
@@ -239,7 +241,7 @@ class TSTTrainer(SavingTrainer):
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Begin a run on the data of the loader: its steps and epochs. The number of steps comes from the data plan."""
-        self._data, self.schedule = self._opened, None
+        self._data, self.schedule = self._newest_data, None
         self._expert_load.clear()
         self._target_bags.clear()
         self._subclass_methods.clear()
@@ -420,7 +422,7 @@ class TSTTrainer(SavingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._non_finite.check()  # no checkpoint is written after a non-finite loss or gradient
         self._meter.gather_left_out()
-        with replaced(self.args.__dict__, **self._given):  # Trainer saves its arguments, too
+        with replaced(self.args.__dict__, **self._given_arguments):  # Trainer saves its arguments, too
             super()._save_checkpoint(model, trial)
 
     def _kept_checkpoints(self) -> set[str]:
