@@ -28,9 +28,10 @@ class TargetBagMeter:
         self._floor: Tensor | None = None
         self._steps = 0
 
-    def count(self, batches: Sequence[Any], device: torch.device) -> Tensor:
-        """The number of target bags in one step. A bag with ignored labels counts by the weights of its valid tokens.
+    def note_step(self, batches: Sequence[Any], device: torch.device) -> Tensor:
+        """Return the number of target bags of a step, and add the entropy of its bags to the next report.
 
+        A bag with ignored labels counts by the weights of its valid tokens.
         With `average_tokens_across_devices` it is the number on all ranks, and every rank must take part.
 
         Args:

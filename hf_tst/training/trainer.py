@@ -282,7 +282,7 @@ class TSTTrainer(SavingTrainer):
             count = None
         else:
             # The ranks of tensor parallelism have the same batch.
-            count = self._target_bags.count(samples, device) / self.get_tp_size()
+            count = self._target_bags.note_step(samples, device) / self.get_tp_size()
         self._subclass_methods.note_count(count)
         return samples, count
 
