@@ -68,21 +68,21 @@ def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[
         RunError: On all ranks, if one of them fails.
     """
     run_dir, name = checkpoint.parent, checkpoint.name
-    with agreeing(checkpoint, args):
+    with fail_on_all_ranks(checkpoint, args):
         if args.local_process_index == 0:
             clear_unfinished(run_dir)
-    with agreeing(checkpoint, args):
+    with fail_on_all_ranks(checkpoint, args):
         write(run_dir / UNFINISHED / name)
     # First the main process; then one process on each other machine, in case each machine has its own disk.
     for finishes in (args.process_index == 0, args.local_process_index == 0):
-        with agreeing(checkpoint, args):
+        with fail_on_all_ranks(checkpoint, args):
             if finishes and (run_dir / UNFINISHED / name).is_dir():
                 with suppress(FileNotFoundError):  # on a shared disk that does not show the renaming yet
                     finish_checkpoint(run_dir, name)
 
 
 @contextmanager
-def agreeing(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
+def fail_on_all_ranks(checkpoint: Path, args: TrainingArguments) -> Iterator[None]:
     """Context that raises `RunError` on all ranks if its body fails on one of them.
 
     It does not help where the body itself makes ranks wait for each other, such as when FSDP gathers whole weights.

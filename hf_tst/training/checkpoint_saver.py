@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint_folders import agreeing, flush_folder, rotate_checkpoints, write_checkpoint
+from .checkpoint_folders import fail_on_all_ranks, flush_folder, rotate_checkpoints, write_checkpoint
 from .run_identity import foreign_checkpoints
 
 
@@ -81,7 +81,7 @@ class CheckpointSaver:
             return
         args, state = self._trainer.args, self._trainer.state
         (checkpoint, flushes), self._flushed = self._flushed, None
-        with agreeing(checkpoint, args):
+        with fail_on_all_ranks(checkpoint, args):
             for flush in flushes:
                 flush.result()
         if args.should_save:
