@@ -278,7 +278,7 @@ class _BagInput:
             check_shape("attention_mask", mask, positions)
         if isinstance(labels, Tensor) and not self._has_checked_labels and not torch.compiler.is_compiling():
             self._has_checked_labels = True  # once, since it synchronizes with the device
-            _check_targets(input_ids, labels)
+            _refuse_copied_labels(input_ids, labels)
         self._bags = input_ids
         count = positions[0] * positions[1]
         numbers = torch.arange(count, dtype=torch.int32, device=input_ids.device).view(positions)
@@ -331,7 +331,7 @@ def _refuse_bags(input_ids: Any) -> None:
         )
 
 
-def _check_targets(bags: Tensor, labels: Tensor) -> None:
+def _refuse_copied_labels(bags: Tensor, labels: Tensor) -> None:
     """Raise `TSTError` if the labels of bags are the bags themselves, which a user's `compute_loss` may pass by mistake."""
     targets = labels != IGNORE_INDEX
     # The last bag of a row has no next one. In periodic text, next bags do equal the bags.
