@@ -32,7 +32,7 @@ class ModelShape:
             size of a query and of a value.
         last_layer_score_width (`int`): That of the last layer.
         intermediate_size (`int`): Width of an MLP, or of one expert.
-        experts_per_token (`int`, *optional*, defaults to 0): Experts that a position is sent to; 0 in a dense model.
+        experts_per_position (`int`, *optional*, defaults to 0): Experts that a position is sent to; 0 in a dense model.
         norms_per_head (`bool`, *optional*, defaults to `False`): Norms on queries and keys (Qwen3).
     """
 
@@ -53,7 +53,7 @@ class ModelShape:
     score_width: int
     last_layer_score_width: int
     intermediate_size: int
-    experts_per_token: int = 0
+    experts_per_position: int = 0
     norms_per_head: bool = False
 
     @classmethod
@@ -131,7 +131,7 @@ class ModelShape:
             intermediate_size=(getattr(text, "moe_intermediate_size", None) or width)
             if is_mixture
             else width,
-            experts_per_token=top_k if is_mixture else 0,
+            experts_per_position=top_k if is_mixture else 0,
             norms_per_head=any(".q_norm." in name for name, _ in model.named_parameters()),
         )
 

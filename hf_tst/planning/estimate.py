@@ -195,9 +195,9 @@ def _layer_activations(shape: ModelShape, between: int, byte: int) -> int:
     attention = casts * byte * d + 2 * byte * (queries + keys)
     if shape.norms_per_head:
         attention += (4 + 2 if byte == 2 else 8) * (queries + keys)
-    if not shape.experts_per_token:
+    if not shape.experts_per_position:
         return norms + attention + 4 * byte * shape.intermediate_size
-    return norms + attention + shape.experts_per_token * byte * (2 * d + 4 * shape.intermediate_size)
+    return norms + attention + shape.experts_per_position * byte * (2 * d + 4 * shape.intermediate_size)
 
 
 @dataclass(frozen=True)
