@@ -27,7 +27,7 @@ from .phases import (
     TSTMode,
     check_bag_size,
     folded_length,
-    folds_blocks,
+    folds_single_blocks,
 )
 
 # Of them the first one that a batch has tells documents apart: by a change, or by a step other than 1.
@@ -186,7 +186,7 @@ class DataCollatorForTokenSuperposition:
 
     def _as_rows(self, column: Tensor) -> Tensor:
         """A column `(B, l·s)` as the rows to fold: each of its s blocks by itself, if there are more rows in superposition."""
-        if not folds_blocks(self.bag_size, self.mode, self.superposition_rows):
+        if not folds_single_blocks(self.bag_size, self.mode, self.superposition_rows):
             return column
         length = column.shape[1] // self.bag_size
         folded_length(length, self.bag_size)  # or its refusal

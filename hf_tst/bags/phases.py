@@ -78,7 +78,9 @@ class PhaseSchedule:
         Raises:
             TSTError: If `block_length` is no multiple of the bag size where single blocks are folded.
         """
-        folds = phase == "superposition" and folds_blocks(self.bag_size, self.mode, self.superposition_rows)
+        folds = phase == "superposition" and folds_single_blocks(
+            self.bag_size, self.mode, self.superposition_rows
+        )
         return folded_length(block_length, self.bag_size) if folds else block_length
 
     def blocks_needed(self, rows_per_step: int) -> int:
@@ -115,7 +117,7 @@ def check_bag_size(bag_size: int, name: str = "bag_size") -> None:
         raise TSTError(f"{name} must be a whole number of at least 1, but is {bag_size!r}.")
 
 
-def folds_blocks(bag_size: int, mode: str, superposition_rows: str) -> bool:
+def folds_single_blocks(bag_size: int, mode: str, superposition_rows: str) -> bool:
     """Whether superposition folds each block into bags by itself, and does not join blocks to a row."""
     return bag_size > 1 and mode != "output" and superposition_rows == "more"
 

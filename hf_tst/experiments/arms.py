@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ..bags.phases import Phase, PhaseSchedule, folds_blocks, superposes
+from ..bags.phases import Phase, PhaseSchedule, folds_single_blocks, superposes
 from ..errors import TSTError, check_names
 from ..models.shape import ModelShape
 from ..planning.flops import flops_per_token
@@ -151,7 +151,10 @@ def make_arm(
     heads = setting(changed, "mtp_num_heads"), setting(changed, "mtp_kind")
     # Settings that are out of range are refused when the run's arguments are made.
     size, *rows = (setting(changed, f"tst_{name}") for name in ("bag_size", "mode", "superposition_rows"))
-    lengths = {"superposition": length // size if folds_blocks(size, *rows) else length, "recovery": length}
+    lengths = {
+        "superposition": length // size if folds_single_blocks(size, *rows) else length,
+        "recovery": length,
+    }
     flops = [flops_per_token(shape, lengths[phase], phase, *heads) for phase in get_args(Phase)]
     return Arm(name, changes, changed, StepCost(*flops))
 
