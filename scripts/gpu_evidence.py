@@ -197,7 +197,7 @@ def as_markdown(records: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
@@ -271,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = run(step, min(step.limit, left), out, work, environment)
         print(f"{result['status']}, {result['seconds']} s", flush=True)
         record["steps"][step.name] = result
-        write_whole(path, json.dumps(records, indent=1))
-        write_whole(out / "results.md", as_markdown(records))
+        write_atomically(path, json.dumps(records, indent=1))
+        write_atomically(out / "results.md", as_markdown(records))
     print(as_markdown(records))
 
 

@@ -6,7 +6,7 @@ from test_report import HISTORY
 
 from hf_tst import TSTError
 from hf_tst.records.card import RunRecord, make_model_card, write_model_card
-from hf_tst.records.run_record import NOTES, RUN_ENTRY
+from hf_tst.records.run_record import NOTES, RUN_NOTE
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 ARGUMENTS = {
@@ -121,7 +121,7 @@ def test_the_evaluation_is_that_of_the_weights():
         ]  # fmt: skip
         state = {
             "log_history": history,
-            "stateful_callbacks": {NOTES: [{RUN_ENTRY: entry, "step": 0}]},
+            "stateful_callbacks": {NOTES: [{RUN_NOTE: entry, "step": 0}]},
             "best_global_step": 5,
             "max_steps": 10,
             "global_step": 10,

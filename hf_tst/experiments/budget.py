@@ -13,11 +13,11 @@ from typing import Any
 
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from ..records.run_record import write_whole
+from ..records.run_record import write_atomically
 from .arms import BASELINE, Arm, StepCost, asks_for_superposition, setting
 from .options import UNITS, Experiment, parse_list
 from .queue import PlannedRun, run_all
-from .run import read_whole
+from .run import parse_file
 
 # Allowed relative distance from the budget.
 TOLERANCE = 0.01
@@ -291,7 +291,7 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
     """
     file, seconds = experiment.output_dir / LIMIT_FILE, experiment.args.seconds
     steps = experiment.values["max_steps"]
-    limit = read_whole(file, lambda text: TimeLimit(**json.loads(text)))
+    limit = parse_file(file, lambda text: TimeLimit(**json.loads(text)))
     if limit is None or limit.configured_steps != steps:
         runs = plan_comparison(experiment)
         if seconds is None:
@@ -309,7 +309,7 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
             )
         limit = replace(limit, max_steps=min(steps, chosen))
     runs = plan_comparison(experiment, limit.max_steps)
-    write_whole(file, json.dumps(asdict(limit), indent=2) + "\n")
+    write_atomically(file, json.dumps(asdict(limit), indent=2) + "\n")
     print(limit.fact, flush=True)
     for run in runs:
         run.seconds = sum(limit.seconds_of(run))

@@ -22,7 +22,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..errors import TSTError, bad_input
-from ..records.run_record import write_whole
+from ..records.run_record import write_atomically
 from .run import REFUSAL_FILE, RunResult, read_settings
 
 SETTINGS_FILE = "arguments.yaml"
@@ -209,8 +209,8 @@ def _start(run: PlannedRun, command: Sequence[str], environment: Mapping[str, st
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / REFUSAL_FILE).unlink(missing_ok=True)
     path = run.folder / SETTINGS_FILE
-    write_whole(path, yaml.safe_dump({**run.settings, "output_dir": str(run.folder)}))
-    write_whole(run.folder / INPUTS_FILE, yaml.safe_dump(dict(run.inputs)))
+    write_atomically(path, yaml.safe_dump({**run.settings, "output_dir": str(run.folder)}))
+    write_atomically(run.folder / INPUTS_FILE, yaml.safe_dump(dict(run.inputs)))
     with open(run.folder / LOG_FILE, "ab") as log:
         # In its own process group, with everything that a launcher starts.
         return Popen(

@@ -24,7 +24,7 @@ from ..evaluation.breakdown import tally_blocks
 from ..pretraining.options import ModelArguments, pick
 from ..pretraining.parts import hub_options
 from ..pretraining.pretrain import main as train
-from ..records.run_record import TimedSteps, run_entry, timed_steps, write_whole
+from ..records.run_record import TimedSteps, run_note, timed_steps, write_atomically
 from ..training.checkpoint_folders import last_complete_checkpoint
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class RunResult:
 
     def save(self, folder: str | Path) -> None:
         """Write `result.json`."""
-        write_whole(Path(folder) / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(Path(folder) / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResult | None:
@@ -107,10 +107,10 @@ class RunResult:
             values = json.loads(text)
             return cls(**{**values, "curve": [CurvePoint(**point) for point in values["curve"]]})
 
-        return read_whole(Path(folder) / RESULT_FILE, parse)
+        return parse_file(Path(folder) / RESULT_FILE, parse)
 
 
-def read_whole(path: Path, parse: Callable[[str], T], removed: str = "it") -> T | None:
+def parse_file(path: Path, parse: Callable[[str], T], removed: str = "it") -> T | None:
     """The result of `parse` on the text of a file; `None` if there is no such file.
 
     Raises:
@@ -129,7 +129,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     Raises:
         TSTError: If it is damaged.
     """
-    return read_whole(path, lambda text: dict(yaml.safe_load(text)), removed="its folder")
+    return parse_file(path, lambda text: dict(yaml.safe_load(text)), removed="its folder")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -170,7 +170,7 @@ def _check_launch(config: Path) -> None:
                 f"Runs in {note.parent} were started with a {name} of {before[name]}, but this one has {value}, so they cannot be "
                 "compared: start it in the same way, or name another output_dir."
             )
-    write_whole(note, yaml.safe_dump(now))
+    write_atomically(note, yaml.safe_dump(now))
 
 
 def _train(config: Path) -> None:
@@ -183,7 +183,7 @@ def _train(config: Path) -> None:
     rows = trainer.get_total_train_batch_size(args)
     schedule = trainer.schedule or PhaseSchedule(trainer.state.max_steps, 0, 1)
     length = len(next(iter(trainer.eval_dataset))["input_ids"])
-    run = run_entry(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
+    run = run_note(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
     result = result_of_run(trainer.state.log_history, schedule, rows * length, run)
     # Load the model as a user does: in the trainer it may be sharded.
     named = pick(read_settings(config) or {}, ModelArguments)
@@ -207,7 +207,7 @@ def result_of_run(
         log_history: As in `TrainerState`.
         schedule (`PhaseSchedule`): Its phases.
         latent_tokens_per_step (`int`): Over all devices.
-        run (`dict`): Its entry, from [`run_entry`].
+        run (`dict`): Its note, from [`run_note`].
 
     Raises:
         TSTError: If it was not evaluated.

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError
 from .report import markdown_table, phase_rows, plot_loss_curve
-from .run_record import RunRecord, run_entry, timed_steps
+from .run_record import RunRecord, run_note, timed_steps
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -143,7 +143,7 @@ def write_card_of_trainer(trainer: Any, *positional: Any, **kwargs: Any) -> None
     output_dir = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     switch_step = trainer.schedule.switch_step if trainer.schedule else 0
-    now = run_entry(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
+    now = run_note(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
     record = RunRecord.from_state(vars(trainer.state), now)
     try:
         write_model_card(output_dir, record, repo_id=repo_id, **metadata)

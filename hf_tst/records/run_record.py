@@ -16,7 +16,7 @@ from ..version import __version__
 
 # Where `trainer_state.json` holds the notes: not in the log history, whose entries scripts expect to be logs.
 NOTES = "TSTTrainer"
-RUN_ENTRY = "tst_run"
+RUN_NOTE = "tst_run"
 RUN_ID = "tst_run_id"
 UTILIZATION = "tst_model_flops_utilization"
 # The arguments that a card shows; the others hold paths and names of this machine.
@@ -29,7 +29,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def notes_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+def run_notes(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The notes of each start of training, with its step, in order; a new note is appended.
 
     Args:
@@ -116,13 +116,13 @@ class RunRecord:
         """The record of a run.
 
         Args:
-            state (`dict`): As for [`notes_of`].
-            now (`dict`, *optional*): A [`run_entry`] for a run that has not started.
+            state (`dict`): As for [`run_notes`].
+            now (`dict`, *optional*): A [`run_note`] for a run that has not started.
 
         Raises:
             ValueError: If no TST run is on record.
         """
-        runs = [note[RUN_ENTRY] for note in notes_of(state) if RUN_ENTRY in note] or ([now] if now else [])
+        runs = [note[RUN_NOTE] for note in run_notes(state) if RUN_NOTE in note] or ([now] if now else [])
         if not runs:
             raise ValueError("it has no record of a TSTTrainer run")
         last = runs[-1]
@@ -163,7 +163,7 @@ def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mappin
     return evaluations[-1] if evaluations else {}
 
 
-def run_entry(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
+def run_note(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
     """The note of a run at its start: arguments, versions and hardware.
 
     Args:
@@ -215,7 +215,7 @@ def loaded_from(model: Any) -> str | None:
     return name if name and not Path(name).exists() else None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically."""
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")

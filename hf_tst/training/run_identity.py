@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..records.run_record import RUN_ID, notes_of, write_whole
+from ..records.run_record import RUN_ID, run_notes, write_atomically
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,9 @@ class RunIdentityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
             return
-        write_whole(Path(args.output_dir) / RUN_FILE, json.dumps({"starts": _starts(vars(state))}) + "\n")
+        write_atomically(
+            Path(args.output_dir) / RUN_FILE, json.dumps({"starts": _starts(vars(state))}) + "\n"
+        )
         if foreign := foreign_checkpoints(args.output_dir):
             logger.warning(
                 f"{args.output_dir} has {', '.join(folder.name for folder in foreign)} of another run: "
@@ -73,4 +75,4 @@ def _led_to(run: Starts, folder: Path, step: int) -> bool:
 
 
 def _starts(state: dict[str, Any]) -> Starts:
-    return [(note["step"], note[RUN_ID]) for note in notes_of(state) if RUN_ID in note]
+    return [(note["step"], note[RUN_ID]) for note in run_notes(state) if RUN_ID in note]

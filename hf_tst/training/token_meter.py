@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from ..planning.reference import peak_tflops
-from ..records.run_record import RUN_ENTRY, RUN_ID, UTILIZATION, notes_of, run_entry
+from ..records.run_record import RUN_ID, RUN_NOTE, UTILIZATION, run_note, run_notes
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +41,10 @@ class TokenMeterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._rows_per_step = self._trainer.get_total_train_batch_size(args)
-        run = run_entry(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
+        run = run_note(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
         peak = args.tst_peak_tflops or peak_tflops(args.device)
-        entry = {RUN_ID: uuid4().hex[:12], RUN_ENTRY: run | {"peak_tflops": peak}}
-        notes_of(vars(state)).append({"step": state.global_step, **entry})
+        entry = {RUN_ID: uuid4().hex[:12], RUN_NOTE: run | {"peak_tflops": peak}}
+        run_notes(vars(state)).append({"step": state.global_step, **entry})
         self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
         self._warned = False
