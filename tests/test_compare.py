@@ -203,7 +203,9 @@ def test_a_limit_counts_the_evaluations_of_a_run(tiny_recipe, tmp_path, in_proce
     monkeypatch.setattr(pretrain, "TSTTrainer", Counting)
     flags = ["--max_steps", "20", "--eval_strategy", *intervals, "--arms", "tst", "--seeds", "0"]
     comparison = main([str(tiny_recipe), *flags, "--output_dir", str(tmp_path)])
-    limit = TimeLimit(20, 20, 9.0, start=0, evaluation=1, superposition=0, recovery=0, operations=1)
+    limit = TimeLimit(
+        20, 20, 9.0, start_seconds=0, evaluation_seconds=1, superposition_seconds=0, recovery_seconds=0, flops_per_latent_token=1,
+    )  # fmt: skip
     assert limit.seconds_of(comparison.runs[0]) == (len(counted), 0)
 
 

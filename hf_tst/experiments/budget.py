@@ -158,29 +158,29 @@ class TimeLimit:
     Args:
         configured_steps (`int`): `max_steps` of the configuration.
         max_steps (`int`): The number of steps to take instead.
-        seconds (`float`): The time limit.
-        start (`float`): Seconds of a run for its start and its end.
-        evaluation (`float`): Seconds per evaluation.
-        superposition (`float`), recovery (`float`): Seconds per step.
-        operations (`float`): FLOPs per latent token of a recovery step of the arm that was timed.
+        limit_seconds (`float`): The time limit.
+        start_seconds (`float`): Of a run, for its start and its end.
+        evaluation_seconds (`float`): Per evaluation.
+        superposition_seconds (`float`), recovery_seconds (`float`): Per step.
+        flops_per_latent_token (`float`): Of a recovery step of the arm that was timed.
     """
 
     configured_steps: int
     max_steps: int
-    seconds: float
-    start: float
-    evaluation: float
-    superposition: float
-    recovery: float
-    operations: float
+    limit_seconds: float
+    start_seconds: float
+    evaluation_seconds: float
+    superposition_seconds: float
+    recovery_seconds: float
+    flops_per_latent_token: float
 
     @property
     def fact(self) -> str:
         """Its text in a report."""
         return (
-            f"max_steps {self.max_steps:,} of the configured {self.configured_steps:,}, for a limit of {self.seconds:g} s; "
-            f"measured: {self.superposition:.4g} s per step of superposition, {self.recovery:.4g} s per step of recovery, "
-            f"{self.evaluation:.3g} s per evaluation, {self.start:.3g} s per run for its start and end"
+            f"max_steps {self.max_steps:,} of the configured {self.configured_steps:,}, for a limit of {self.limit_seconds:g} s; "
+            f"measured: {self.superposition_seconds:.4g} s per step of superposition, {self.recovery_seconds:.4g} s per step of "
+            f"recovery, {self.evaluation_seconds:.3g} s per evaluation, {self.start_seconds:.3g} s per run for its start and end"
         )
 
     def seconds_of(self, run: ArmRun) -> tuple[float, float]:
@@ -192,9 +192,9 @@ class TimeLimit:
         last = run.arm.schedule.max_steps
         interval = math.ceil(every * last) if every < 1 else every
         within = math.ceil(last / interval) if run.settings["eval_strategy"] == "steps" else 1
-        more = run.arm.flops.recovery / self.operations  # of extra heads
-        steps = StepCost(self.superposition, self.recovery * more).of_run(run.arm.schedule)
-        return self.start + (2 + within) * self.evaluation, steps
+        more = run.arm.flops.recovery / self.flops_per_latent_token  # of extra heads
+        pace = StepCost(self.superposition_seconds, self.recovery_seconds * more)
+        return self.start_seconds + (2 + within) * self.evaluation_seconds, pace.of_run(run.arm.schedule)
 
 
 def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
@@ -229,8 +229,17 @@ def time_short_run(experiment: Experiment, runs: Sequence[ArmRun]) -> TimeLimit:
     )
     timed = pace.recovery + (pace.superposition if asks_for_superposition(first.settings) else 0.0)
     start = max(0.0, whole - evaluation - args.calibration_steps * timed)
-    steps, operations = experiment.values["max_steps"], first.arm.flops.recovery
-    return TimeLimit(steps, steps, args.seconds, start, evaluation, **vars(pace), operations=operations)
+    steps = experiment.values["max_steps"]
+    return TimeLimit(
+        configured_steps=steps,
+        max_steps=steps,
+        limit_seconds=args.seconds,
+        start_seconds=start,
+        evaluation_seconds=evaluation,
+        superposition_seconds=pace.superposition,
+        recovery_seconds=pace.recovery,
+        flops_per_latent_token=first.arm.flops.recovery,
+    )
 
 
 def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> list[ArmRun]:
@@ -312,5 +321,5 @@ def plan_within_limit(experiment: Experiment, began: float) -> tuple[list[ArmRun
     write_atomically(file, json.dumps(asdict(limit), indent=2) + "\n")
     print(limit.fact, flush=True)
     for run in runs:
-        run.seconds = sum(limit.seconds_of(run))
+        run.expected_seconds = sum(limit.seconds_of(run))
     return runs, limit

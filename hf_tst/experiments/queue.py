@@ -46,7 +46,7 @@ class PlannedRun:
         folder (`Path`): Its folder.
         settings (`dict`): Its arguments, as in a configuration file.
         inputs (`dict`): Its data and its model, as in [`Experiment`].
-        seconds (`float`): The expected time, if known.
+        expected_seconds (`float`): Of the whole run, if known.
         result (`RunResult`, *optional*): `None` until it is finished; [`run_all`] sets it.
     """
 
@@ -54,7 +54,7 @@ class PlannedRun:
     folder: Path
     settings: Mapping[str, Any]
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    expected_seconds: float = 0.0
     result: RunResult | None = None
 
     @property
@@ -133,7 +133,7 @@ def run_all(
                     )
                 while waiting and places:
                     run = waiting.pop(0)
-                    if time.monotonic() + run.seconds <= until:
+                    if time.monotonic() + run.expected_seconds <= until:
                         place = places.pop(0)
                         active[_start(run, command, place)] = run, place
                 ended = [child for child in active if child.poll() is not None]
