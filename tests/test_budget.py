@@ -32,12 +32,12 @@ def steps_within_budget(budget, costs, **schedules):
 
 
 def test_equal_data_gives_the_baseline_the_papers_steps():
-    costs = {"baseline": arm(PLAIN).tokens, "tst": arm(TST).tokens}
+    costs = {"baseline": arm(PLAIN).raw_tokens, "tst": arm(TST).raw_tokens}
     assert steps_within_budget("data", costs, baseline=PLAIN, tst=TST) == {"baseline": 50_000, "tst": 20_000}
 
 
 def test_data_of_an_arm_that_reads_single_tokens_is_that_of_the_baseline():
-    assert arm(PhaseSchedule(20_000, 0.3, 6, "output")).tokens == StepCost(1, 1)
+    assert arm(PhaseSchedule(20_000, 0.3, 6, "output")).raw_tokens == StepCost(1, 1)
 
 
 def test_equal_flops_shorten_an_arm_whose_steps_cost_more():

@@ -28,7 +28,7 @@ ARM_PREFIXES = ("tst_", "mtp_")
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of one optimizer step, by phase: FLOPs, tokens or seconds."""
+    """A cost by phase, of an optimizer step or of a latent token: FLOPs, raw tokens or seconds."""
 
     superposition: float
     recovery: float
@@ -63,7 +63,7 @@ class Arm:
         return PhaseSchedule(*(setting(self.values, name) for name in names))
 
     @property
-    def tokens(self) -> StepCost:
+    def raw_tokens(self) -> StepCost:
         """Raw tokens per latent token, by phase."""
         return StepCost(self.schedule.blocks_per_row, 1)
 

@@ -260,7 +260,7 @@ def plan_comparison(experiment: Experiment, max_steps: int | None = None) -> lis
     schedules = {arm.name: replace(arm.schedule, max_steps=max_steps) for arm in arms}
     if is_final:
         check_data(experiment, schedules)
-    costs = {arm.name: arm.tokens if args.budget == "data" else arm.flops for arm in arms}
+    costs = {arm.name: arm.raw_tokens if args.budget == "data" else arm.flops for arm in arms}
     if args.budget == "time":
         costs = calibrate(experiment)
     schedules = fit_to_budget(args.budget, costs, schedules)
