@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..records.report import escape_markdown, format_columns, markdown_table
 from .arms import BASELINE
+from .loss_breakdown import TITLES
 from .options import UNITS
 from .pictures import draw, encode_pictures, pictures
 from .summary import Comparison
 from .tables import describe_rate, lowest_cell, tables
-from .where import TITLES
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..records.report import format_bytes
 from .arms import BASELINE
 from .budget import ArmRun
+from .loss_breakdown import breakdown_tables
 from .summary import ArmSummary, Comparison, RateSummary, rank
-from .where import where_tables
 
 COLUMNS = (
     "arm", "best learning rate", "final eval loss", "vs baseline", "seeds", "raw tokens", "latent tokens", "FLOPs",
@@ -27,7 +27,7 @@ def tables(comparison: Comparison) -> dict[str, Rows]:
         found[title] = [("s \\ r", *(f"{ratio:g}" for ratio in ratios)), *rows]
     return found | {
         "Arms": [COLUMNS, *(_arm_row(arm) for arm in comparison.arms)],
-        **where_tables(comparison),
+        **breakdown_tables(comparison),
         "All runs": [RUN_COLUMNS, *map(_run_row, comparison.runs)],
     }
 

@@ -16,7 +16,7 @@ TITLES = {
 ENDS = {"loss_by_frequency": ("most frequent", "rarest"), "loss_by_position": ("start", "end")}
 
 
-def where_tables(comparison: Comparison) -> dict[str, list[tuple[str, ...]]]:
+def breakdown_tables(comparison: Comparison) -> dict[str, list[tuple[str, ...]]]:
     """Titles and rows, the header first: the baseline's loss in each tenth of the evaluation text, then how much other arms differ.
 
     A difference is the mean over seeds, in nats, of runs at each arm's best learning rate. Empty without a baseline, or if the runs
