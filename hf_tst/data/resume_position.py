@@ -82,7 +82,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the values that follow from them, as in the file."""
-        return asdict(self) | {name: getattr(self, name) for name in _FOLLOWING}
+        return asdict(self) | {name: getattr(self, name) for name in _DERIVED}
 
     def save(self, folder: str | Path) -> None:
         """Write `data_position.json` into `folder`."""
@@ -107,7 +107,7 @@ class DataPosition(PhaseSchedule, BlockFacts):
                     f"The file {path} has version {version}, but this hf_tst reads version {POSITION_VERSION}: "
                     "resume with the hf_tst that wrote it, or remove the file to continue unchecked."
                 )
-            return cls(**{name: value for name, value in values.items() if name not in _FOLLOWING})
+            return cls(**{name: value for name, value in values.items() if name not in _DERIVED})
 
     def check_resumable(self, now: DataPosition) -> None:
         """Check that a run with the position `now` at its start can continue from this one.
@@ -115,9 +115,9 @@ class DataPosition(PhaseSchedule, BlockFacts):
         Raises:
             TSTError: If a field differs. The message has both values.
         """
-        free = _FREE if self.split_by_rank else {*_FREE, "world_size"}
+        free = _MAY_CHANGE if self.split_by_rank else {*_MAY_CHANGE, "world_size"}
         differences = [
-            f"{_NAMES.get(name, name)} was {before} and is {after}"
+            f"{_SHOWN_NAMES.get(name, name)} was {before} and is {after}"
             for (name, before), after in zip(self.to_dict().items(), now.to_dict().values(), strict=True)
             if before != after and name not in free
         ]
@@ -135,14 +135,16 @@ class DataPosition(PhaseSchedule, BlockFacts):
 
 
 # Values in the file that are no fields.
-_FOLLOWING = ("rows_per_step", "consumed")
+_DERIVED = ("rows_per_step", "consumed")
 # Fields that may change between save and resume. The number of processes may, too, unless each reads its own shards.
-_FREE = {"step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version"}
+_MAY_CHANGE = {
+    "step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version",
+}  # fmt: skip
 # The names of fields in messages, if they differ.
 _ARGUMENTS = (
     "phase_ratio", "bag_size", "mode", "superposition_rows", "offset_weighting", "input_weighting", "document_boundaries",
 )  # fmt: skip
-_NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
+_SHOWN_NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
     "data": "the data's fingerprint",
     "stream_workers": "dataloader_num_workers",
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import check_names
-from .overwrite import check_free
+from .overwrite import check_no_run_in
 from .recipes import quick_start, read_config, split_recipe
 
 PACKAGE = Path(__file__).parent.parent
@@ -36,20 +36,20 @@ def announce(command: str, argv: Sequence[str]) -> None:
     """Check the flags of `command`, and print what it will train, if it does.
 
     Raises:
-        TSTError: As [`look`]; and for `train`, if the output folder has a run and no flag resumes or overwrites it.
+        TSTError: As [`check_flags`]; and for `train`, if the output folder has a run and no flag resumes or overwrites it.
     """
-    values = look(command, argv)
+    values = check_flags(command, argv)
     if values is None or command not in RUNS:
         return
     if command == "train" and not any(
         values.get(name) for name in ("resume_from_checkpoint", "overwrite_output_dir", "dry_run")
     ):
-        check_free(str(values["output_dir"]), f"hf-tst train {shlex.join(argv)}".rstrip())
+        check_no_run_in(str(values["output_dir"]), f"hf-tst train {shlex.join(argv)}".rstrip())
     if os.environ.get("RANK", "0") == "0":
         print(describe(values), flush=True)
 
 
-def look(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
+def check_flags(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """Check the flags of a command. Return the values from its command line and configuration file, as far as they are known
     here; `None` if it only asks for help.
 

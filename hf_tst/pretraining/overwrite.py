@@ -30,7 +30,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()]
 
 
-def check_free(output_dir: str, command: str) -> None:
+def check_no_run_in(output_dir: str, command: str) -> None:
     """Raise `TSTError` if a folder holds a run.
 
     Args:
@@ -52,7 +52,7 @@ def check_free(output_dir: str, command: str) -> None:
 
 
 @contextmanager
-def nothing_left(output_dir: str) -> Iterator[None]:
+def removing_new_folders(output_dir: str) -> Iterator[None]:
     """Context that makes folders, and removes them if it fails while they are empty."""
     folder = Path(output_dir)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -99,7 +99,7 @@ def put_back(folder: Path) -> None:
         aside.rmdir()
 
 
-def discard(folder: Path) -> None:
+def remove_set_aside(folder: Path) -> None:
     """Remove what [`set_aside`] moved, once the checkpoints of the new run are on the disk; keep it if they do not get there."""
     from ..training.checkpoint_folders import flush_folder  # loads torch
 

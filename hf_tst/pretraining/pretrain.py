@@ -29,7 +29,7 @@ from ..training.reinitialize import ReinitializeCallback
 from ..training.run_identity import list_checkpoints
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
-from .overwrite import check_free, discard, nothing_left, put_back, set_aside
+from .overwrite import check_no_run_in, put_back, remove_set_aside, removing_new_folders, set_aside
 from .parts import prepare_run
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ class ReplaceRunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            discard(Path(args.output_dir))
+            remove_set_aside(Path(args.output_dir))
 
 
 def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> None:
@@ -81,13 +81,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     if args.resume_from_checkpoint and run_args.overwrite_output_dir:
         raise TSTError("Both resume_from_checkpoint and overwrite_output_dir are given: leave one out.")
     if not (args.resume_from_checkpoint or run_args.overwrite_output_dir):
-        check_free(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
+        check_no_run_in(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
     check_checkpoint_is_there(args.resume_from_checkpoint, args.output_dir)
     logging.set_verbosity(args.get_process_log_level())
     if args.should_log:
         basicConfig(format="%(message)s")
         getLogger("hf_tst").setLevel(WARNING if args.log_level == "passive" else args.get_process_log_level())
-    with quiet_libraries(), nothing_left(args.output_dir):
+    with quiet_libraries(), removing_new_folders(args.output_dir):
         return _train(model_args, data_args, args, run_args)
 
 
@@ -128,7 +128,7 @@ def _train(
     except BaseException as error:
         begun = any(list_checkpoints(folder))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
-            (discard if begun else put_back)(folder)
+            (remove_set_aside if begun else put_back)(folder)
         if isinstance(error, KeyboardInterrupt) and begun:
             newest = max(list_checkpoints(folder))
             raise KeyboardInterrupt(
@@ -144,7 +144,7 @@ def _train(
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     if trainer.is_world_process_zero():
-        discard(folder)
+        remove_set_aside(folder)
     trainer.save_metrics("train", result.metrics)
     final_eval = trainer.evaluate() if evaluates else None
     if final_eval:
