@@ -237,7 +237,7 @@ def test_what_is_no_text_is_refused_before_any_is_tokenized(name, streaming, cac
 def test_the_log_names_the_column(tokenizer, caplog):
     warning_once.cache_clear()
     write({"a.csv": table(",", NUMBERS, TEXTS, header=["Id", "Text"])})
-    loggers = [logging.getLogger(f"hf_tst.data.{name}") for name in ("packing", "text_files")]
+    loggers = [logging.getLogger(f"hf_tst.data.{name}") for name in ("packing", "columns")]
     for logger in loggers:
         logger.addHandler(caplog.handler)
     try:

@@ -13,17 +13,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..errors import TSTError, bad_input
-from .text_files import (
-    ENDINGS,
-    TOKENS,
-    check_column,
-    choose_column,
-    column_type,
-    columns_of,
-    ending,
-    log_column,
-    read_column,
-)
+from .columns import TOKENS, choose_column, column_type, log_column
+from .text_files import ENDINGS, check_column, columns_of, ending, read_column
 from .written_once import open_arrow, written_once
 
 TOKEN_FILE_SUFFIX = ".npy"

@@ -11,7 +11,8 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .text_files import TOKENS, choose_column, in_parts, is_readable, log_column, no_text
+from .columns import TOKENS, choose_column, is_readable, log_column, no_text
+from .text_files import in_parts
 from .written_once import open_arrow, written_once
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from .columns import TOKENS
 from .packing import TARGET_COLUMNS, check_all_targets
-from .text_files import TOKENS
 
 
 class BlockStream(IterableDataset[dict[str, Any]]):
