@@ -18,10 +18,11 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.data_sets import load_data_set
-from ..data.files import TOKEN_FILE_SUFFIX, TokenFile, load_text_file
+from ..data.files import load_text_file
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.streams import BlockStream
 from ..data.text_files import ENDINGS, ending
+from ..data.token_file import TOKEN_FILE_SUFFIX, TokenFile
 from ..errors import TSTError, bad_input, check_choice, check_names, whole_message
 from ..training.arguments import TSTArguments
 from ..training.trainer import TSTTrainer

@@ -21,11 +21,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.data_sets import load_data_set
-from ..data.files import TokenFile, load_text_file, matching_files
+from ..data.files import load_text_file, matching_files
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.streams import BlockStream
 from ..data.text_files import ending
+from ..data.token_file import TokenFile
 from ..errors import TSTError, bad_input, check_names, whole_message
 from ..training.arguments import TSTTrainingArguments
 from ..training.refusals import check_model, check_optimizer, check_tokenizer
