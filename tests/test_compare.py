@@ -29,7 +29,8 @@ from hf_tst.experiments.budget import TimeLimit, plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.options import open_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
-from hf_tst.experiments.run import RunResult, _check_launch
+from hf_tst.experiments.result import RunResult
+from hf_tst.experiments.run import _check_launch
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import pick
 

@@ -13,7 +13,7 @@ from hf_tst.experiments.arms import Arm, StepCost
 from hf_tst.experiments.budget import ArmRun
 from hf_tst.experiments.pictures import draw_heat_map, encode_pictures, pictures
 from hf_tst.experiments.report import format_comparison, render_page, verdicts, write_report
-from hf_tst.experiments.run import CurvePoint, RunResult
+from hf_tst.experiments.result import CurvePoint, RunResult
 from hf_tst.experiments.summary import compare_runs
 from hf_tst.experiments.tables import tables
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from hf_tst.bags.phases import PhaseSchedule
-from hf_tst.experiments.run import RunResult, result_of_run
+from hf_tst.experiments.result import RunResult, result_of_run
 from hf_tst.records.run_record import timed_steps
 
 RUN = {"parameters": 7, "hardware": "1 x Abacus", "software": "torch 99"}

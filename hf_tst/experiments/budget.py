@@ -17,7 +17,7 @@ from ..records.run_record import write_atomically
 from .arms import BASELINE, Arm, StepCost, asks_for_superposition, setting
 from .options import UNITS, Experiment, parse_list
 from .queue import PlannedRun, run_all
-from .run import parse_file
+from .result import parse_file
 
 # Allowed relative distance from the budget.
 TOLERANCE = 0.01

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import TSTError, bad_input
 from ..records.run_record import write_atomically
-from .run import REFUSAL_FILE, RunResult, read_settings
+from .result import REFUSAL_FILE, RunResult, read_settings
 
 SETTINGS_FILE = "arguments.yaml"
 INPUTS_FILE = "inputs.yaml"

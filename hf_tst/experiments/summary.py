@@ -9,7 +9,7 @@ from typing import Any
 
 from .arms import BASELINE, Arm
 from .budget import ArmRun
-from .run import CurvePoint
+from .result import CurvePoint
 
 # Fields that only the pictures use.
 NOT_IN_JSON = ("switch", "curves")
