@@ -23,14 +23,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState
 from hf_tst import TSTTrainingArguments
 from hf_tst.cli import main as cli
 from hf_tst.errors import TSTError
-from hf_tst.experiments import budget
+from hf_tst.experiments import budget, time_limit
 from hf_tst.experiments import queue as run_queue
-from hf_tst.experiments.budget import TimeLimit, plan_comparison
+from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.options import open_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
 from hf_tst.experiments.result import RunResult
 from hf_tst.experiments.run import _check_launch
+from hf_tst.experiments.time_limit import TimeLimit
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import pick
 
@@ -138,7 +139,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     def paced(experiment, runs):
         return TimeLimit(4000, 4000, experiment.args.seconds, 10.0, 2.0, 1.0, 1.0, runs[0].arm.flops.recovery)
 
-    monkeypatch.setattr(budget, "time_short_run", paced)
+    monkeypatch.setattr(time_limit, "time_short_run", paced)
     comparison = main([*flags, "0,1", "--seconds", "1000"])
     chosen = json.loads((tmp_path / "time_limit.json").read_text())["max_steps"]
     # Four runs of a start, six evaluations (before it, four, and after it) and the steps.
@@ -160,7 +161,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     # Of three runs, two at a time, one place has two, each with less than half of the time.
     three = [*flags, "0,1,2", "--arms", "tst", "--seconds", "500", "--processes", "2"]
     experiment = open_experiment(three, CompareArguments)
-    runs, limit = budget.plan_within_limit(experiment, time.monotonic())
+    runs, limit = time_limit.plan_within_limit(experiment, time.monotonic())
     assert 450 < 2 * (10 + 6 * 2 + limit.max_steps) <= 475
     assert len(runs) == 3
     shutil.rmtree(tmp_path)
@@ -243,7 +244,7 @@ def test_a_limit_keeps_what_was_timed_for_an_equal_time(tiny_recipe, tmp_path, i
         str(tiny_recipe), "--arms", "tst", "--seeds", "0", "--budget", "time", "--calibration_steps", "8",
         "--seconds", "10000", "--output_dir", str(tmp_path),
     ]  # fmt: skip
-    budget.plan_within_limit(open_experiment(flags, CompareArguments), time.monotonic())
+    time_limit.plan_within_limit(open_experiment(flags, CompareArguments), time.monotonic())
     assert in_process == ["calibration-tst", "calibration"]
 
 

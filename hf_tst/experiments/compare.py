@@ -15,11 +15,12 @@ from transformers.hf_argparser import HfArg
 from ..errors import TSTError, check_choice
 from ..planning.flops import FORMULA
 from .arms import ARMS, BASELINE, asks_for_superposition, define_arms, setting
-from .budget import ArmRun, plan_within_limit
+from .budget import ArmRun
 from .options import EVERY_RUN, Experiment, ExperimentArguments, open_experiment, parse_list
 from .queue import RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .summary import Comparison, compare_runs
+from .time_limit import plan_within_limit
 
 COMPARE = f"""Train arms ({", ".join(ARMS)}) with one configuration and an
 equal budget, and compare them.
