@@ -27,7 +27,8 @@ from hf_tst.experiments import budget, time_limit
 from hf_tst.experiments import queue as run_queue
 from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
-from hf_tst.experiments.options import open_experiment, parse_list
+from hf_tst.experiments.experiment import open_experiment
+from hf_tst.experiments.options import parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
 from hf_tst.experiments.result import RunResult
 from hf_tst.experiments.run import _check_launch

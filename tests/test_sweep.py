@@ -11,7 +11,7 @@ from hf_tst.experiments.arms import Arm, StepCost
 from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import SweepArguments
 from hf_tst.experiments.compare import sweep as main
-from hf_tst.experiments.options import open_experiment
+from hf_tst.experiments.experiment import open_experiment
 from hf_tst.experiments.pictures import pictures
 from hf_tst.experiments.report import format_comparison, write_report
 from hf_tst.experiments.summary import compare_runs

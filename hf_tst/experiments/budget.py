@@ -10,7 +10,8 @@ from typing import Any
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .arms import BASELINE, Arm, StepCost, asks_for_superposition, setting
-from .options import UNITS, Experiment, parse_list
+from .experiment import Experiment
+from .options import UNITS, parse_list
 from .queue import PlannedRun, run_all
 
 # Allowed relative distance from the budget.

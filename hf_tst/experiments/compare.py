@@ -16,7 +16,8 @@ from ..errors import TSTError, check_choice
 from ..planning.flops import FORMULA
 from .arms import ARMS, BASELINE, asks_for_superposition, define_arms, setting
 from .budget import ArmRun
-from .options import EVERY_RUN, Experiment, ExperimentArguments, open_experiment, parse_list
+from .experiment import Experiment, open_experiment
+from .options import EVERY_RUN, ExperimentArguments, parse_list
 from .queue import RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .summary import Comparison, compare_runs

@@ -13,7 +13,7 @@ from ..errors import TSTError
 from ..records.run_record import write_atomically
 from .arms import StepCost, asks_for_superposition, setting
 from .budget import ArmRun, measure_pace, plan_comparison
-from .options import Experiment
+from .experiment import Experiment
 from .result import parse_file
 
 LIMIT_FILE = "time_limit.json"
