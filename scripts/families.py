@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
 from hf_tst.models.superposition import find_language_model
 from hf_tst.mtp.losses import decoder_layers
-from hf_tst.records.report import markdown_table
+from hf_tst.records.text_tables import markdown_table
 
 sys.path.insert(0, str(ROOT / "tests"))
 

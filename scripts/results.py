@@ -14,7 +14,7 @@ from typing import Any
 
 from tables import ROOT, write_table
 
-from hf_tst.records.report import markdown_table
+from hf_tst.records.text_tables import markdown_table
 
 RECORDS = ROOT / "model_cards" / "comparisons"
 IMAGES = ROOT / "docs" / "images" / "results"

@@ -18,7 +18,7 @@ from hf_tst.pretraining.options import ModelArguments
 from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.recipes import RECIPES as FOLDER
 from hf_tst.pretraining.recipes import read_config
-from hf_tst.records.report import markdown_table
+from hf_tst.records.text_tables import markdown_table
 
 GIB, TERA = 2**30, 10**12
 

@@ -128,7 +128,7 @@ def test_the_trainer_needs_neither_datasets_nor_evaluate_nor_peft():
         "import sys\n"
         "for name in ('datasets', 'pyarrow', 'evaluate', 'peft', 'matplotlib'): sys.modules[name] = None\n"
         "from hf_tst import *\n"
-        "import hf_tst.data.quickstart, hf_tst.data.files, hf_tst.records.report, hf_tst.training.audit\n"
+        "import hf_tst.data.quickstart, hf_tst.data.files, hf_tst.records.phase_table, hf_tst.training.audit\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

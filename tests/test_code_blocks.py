@@ -19,7 +19,8 @@ from hf_tst.cli import main as cli
 from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.experiments.options import parse_experiment
 from hf_tst.pretraining.options import parse_arguments
-from hf_tst.records.report import format_columns, phase_rows
+from hf_tst.records.phase_table import phase_rows
+from hf_tst.records.text_tables import format_columns
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/**/*.md")])

@@ -13,7 +13,8 @@ from versions import fails_before, params
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
 from hf_tst.models.moe import ExpertLoadMeter
-from hf_tst.records.report import format_columns, phase_rows
+from hf_tst.records.phase_table import phase_rows
+from hf_tst.records.text_tables import format_columns
 from hf_tst.training import checkpoint_weights
 
 WITH_AUX_LOSS = (

@@ -1,4 +1,5 @@
-from hf_tst.records.report import format_columns, phase_rows, plot_loss_curve
+from hf_tst.records.phase_table import phase_rows, plot_loss_curve
+from hf_tst.records.text_tables import format_columns
 
 HISTORY = [
     {"step": 2, "loss": 4.0, "tst_current_bag_size": 4, "tst_raw_tokens": 80, "tst_latent_tokens": 20},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from ..pretraining.parser import ArgumentParser
-from ..records.report import format_bytes, format_columns
+from ..records.text_tables import format_bytes, format_columns
 from ..version import __version__
 
 DESCRIPTION = "Print versions and devices, for a bug report."

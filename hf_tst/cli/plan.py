@@ -28,7 +28,7 @@ from ..pretraining.options import (
     pick,
 )
 from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_config
-from ..records.report import format_bytes, format_columns
+from ..records.text_tables import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.schedule import make_schedule
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..pretraining.parser import ArgumentParser
 from ..pretraining.recipes import ACCELERATE, RECIPES, read_config, recipe_names
-from ..records.report import format_columns
+from ..records.text_tables import format_columns
 from .plan import plan_from_arguments
 
 DESCRIPTION = "List the recipes of the package: parameters, tokens of text, and GPU-hours as `hf-tst plan` estimates them."

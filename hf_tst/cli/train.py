@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..pretraining import pretrain
 from ..pretraining.options import ModelArguments, parse_arguments
 from ..pretraining.parts import load_model, load_parts, make_config
-from ..records.report import format_columns
+from ..records.text_tables import format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.audit import audit_step, plan_of_arguments
 from .plan import format_plan, plan_from_arguments

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..records.report import escape_markdown, format_columns, markdown_table
+from ..records.text_tables import escape_markdown, format_columns, markdown_table
 from .arms import BASELINE
 from .loss_breakdown import TITLES
 from .options import UNITS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..records.report import format_bytes
+from ..records.text_tables import format_bytes
 from .arms import BASELINE
 from .budget import ArmRun
 from .loss_breakdown import breakdown_tables

@@ -21,7 +21,8 @@ from transformers.utils import logging
 from ..errors import PreemptedError, TSTError
 from ..records.card import CURVE_FILE, GENERATED_TAG
 from ..records.hub import HubError
-from ..records.report import format_columns, phase_rows
+from ..records.phase_table import phase_rows
+from ..records.text_tables import format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries

@@ -1,1 +1,1 @@
-"""What a run leaves on record: its notes in `trainer_state.json`, phase table, curve, model card, and the Hub."""
+"""What a run leaves: its notes in `trainer_state.json`, phase table, curve, model card, and the Hub; and tables of text."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .report import markdown_table, phase_rows, plot_loss_curve
+from .phase_table import phase_rows, plot_loss_curve
 from .run_record import RunRecord, run_note, timed_steps
+from .text_tables import markdown_table
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
