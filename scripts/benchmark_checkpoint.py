@@ -26,7 +26,8 @@ import torch
 from benchmarking import append_rows, format_table
 
 from hf_tst.errors import TSTError
-from hf_tst.training.checkpoint_folders import UNFINISHED, finish_checkpoint, flush_folder
+from hf_tst.training.checkpoint_folders import UNFINISHED, finish_checkpoint
+from hf_tst.training.manifest import flush_folder
 
 NAME = "checkpoint-1"
 

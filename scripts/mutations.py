@@ -59,7 +59,7 @@ MUTATIONS = [
     Mutation("gradient of the fused loss, softmax", "losses/kernels/torch_multi_hot.py", "logits *= weight * factor / total", "logits *= factor / total", "kernels linear_loss fused"),
     Mutation("gradient of the fused loss, targets", "losses/kernels/torch_multi_hot.py", "-factor * row_weights)", "-factor * weight / labels.shape[-1] * valid)", "kernels linear_loss fused"),
     Mutation("its scale by the caller's", "losses/linear.py", "torch.mul(gradient, scale, out=scaled)", "gradient.to(dtype)", "linear_loss fused"),
-    Mutation("manifest, read at resume", "training/checkpoint_folders.py", "if _hash(folder / name) != expected:", "if not _hash(folder / name):", "checkpoints"),
+    Mutation("manifest, read at resume", "training/manifest.py", "if _hash(folder / name) != expected:", "if not _hash(folder / name):", "checkpoints"),
     Mutation("position that a checkpoint must be at", "training/checkpoint_folders.py", 'state.get("global_step") != step', 'state.get("global_step") is None', "checkpoints"),
     Mutation("target of an extra head", "mtp/losses.py", "range(2, count + 2)", "range(1, count + 1)", "mtp"),
     Mutation("files of one kind", "data/files.py", "if len(kinds) > 1 or kinds[0]", "if kinds[0]", "text_files"),

@@ -13,17 +13,15 @@ from conftest import make_blocks, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.training import checkpoint_folders
+from hf_tst.training import manifest
 from hf_tst.training.checkpoint_folders import (
-    MANIFEST_FILE,
     UNFINISHED,
     clear_unfinished,
     finish_checkpoint,
     last_complete_checkpoint,
-    manifest_problem,
     rotate_checkpoints,
-    write_manifest,
 )
+from hf_tst.training.manifest import MANIFEST_FILE, manifest_problem, write_manifest
 
 
 def steps(folder):
@@ -290,7 +288,7 @@ def disk(monkeypatch):
                     raise self.error
 
     disk = Disk()
-    monkeypatch.setattr(checkpoint_folders, "flush_to_disk", disk.flush)
+    monkeypatch.setattr(manifest, "flush_to_disk", disk.flush)
     return disk
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import TSTError
+from ..training.manifest import flush_folder
 
 REPLACED = "_replaced"
 # Files of a run in its folder, by name or by pattern; other files are the user's, and all folders but checkpoints.
@@ -101,8 +102,6 @@ def put_back(folder: Path) -> None:
 
 def remove_set_aside(folder: Path) -> None:
     """Remove what [`set_aside`] moved, once the checkpoints of the new run are on the disk; keep it if they do not get there."""
-    from ..training.checkpoint_folders import flush_folder  # loads torch
-
     if not is_set_aside(folder):
         return
     with suppress(OSError):

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint_folders import fail_on_all_ranks, flush_folder, rotate_checkpoints, write_checkpoint
+from .checkpoint_folders import fail_on_all_ranks, rotate_checkpoints, write_checkpoint
+from .manifest import flush_folder
 from .run_identity import foreign_checkpoints
 
 

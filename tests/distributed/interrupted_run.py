@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
 from hf_tst.cli.main import run_command
-from hf_tst.training import checkpoint_folders
+from hf_tst.training import manifest
+from hf_tst.training.checkpoint_folders import UNFINISHED
 
 
 class SignalOne(TrainerCallback):
@@ -51,7 +52,7 @@ def refuse_to_rename(event, arguments):
 
 
 def refuse_to_flush(path):
-    if path.parent.name == "checkpoint-3" and path.parent.parent.name != checkpoint_folders.UNFINISHED:
+    if path.parent.name == "checkpoint-3" and path.parent.parent.name != UNFINISHED:
         raise OSError(5, "Input/output error")
 
 
@@ -88,7 +89,7 @@ def train(output_dir: str, what: str, resume: str) -> None:
     if what == "full at the end":
         sys.addaudithook(refuse_to_rename)
     if what == "lost":
-        checkpoint_folders.flush_to_disk = refuse_to_flush
+        manifest.flush_to_disk = refuse_to_flush
     trainer.train(resume_from_checkpoint=resume or None)
     print(
         json.dumps(
