@@ -25,7 +25,7 @@ from ..models.temporary import replaced
 from .arguments import TSTArguments
 from .collators import keeps_ids
 from .overriding import overrides
-from .refusals import block_rules
+from .row_checks import block_rules
 from .run_data import RunData
 from .schedule import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
 

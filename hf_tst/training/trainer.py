@@ -41,7 +41,8 @@ from .overriding import (
 )
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import batch_rules, check_arguments, check_stored_rows, check_trainer
+from .refusals import check_arguments, check_trainer
+from .row_checks import batch_rules, check_stored_rows
 from .run_data import RunData
 from .run_identity import RunIdentityCallback
 from .saving_trainer import SavingTrainer
