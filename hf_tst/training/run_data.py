@@ -70,7 +70,13 @@ class RunData:
             )
 
     def received(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches for training. Takes the state of the stream out of them, and stores it."""
+        """The batches for training.
+
+        Stores the stream's state, learns the block length of streams and own loaders, and counts the tokens left out.
+
+        Raises:
+            TSTError: If all ranks read the same batches of an own loader.
+        """
         # A loader of the user's own may compute in this process.
         reading = nullcontext if isinstance(self.rows, FoldedBatches) else one_thread
         while True:
@@ -78,18 +84,30 @@ class RunData:
                 batch = next(batches, None)
             if batch is None:
                 return
-            if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
-                self._stream_states[state.reader] = state.values
-                self.start = replace(self.start, block_length=state.values["block_length"])
-            elif isinstance(self.rows, FoldedBatches) and not self.start.block_length:
-                if self.start.world_size > 1:  # not the ranks of tensor parallelism, which read the same
-                    _check_shared_out(batch["input_ids"])
-                positions = batch["input_ids"].shape[:2].numel()
-                self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
-            if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
-                # A row of bags has one place per token that it reads, so each empty place is a token left out.
-                self._left_out_here = self._left_out_here + (batch["input_ids"] < 0).sum()
+            self._store_stream_state(batch)
+            self._learn_block_length(batch)
+            self._count_left_out(batch)
             yield batch
+
+    def _store_stream_state(self, batch: Any) -> None:
+        """Take the state of the stream out of its batch. It also has the block length."""
+        if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
+            self._stream_states[state.reader] = state.values
+            self.start = replace(self.start, block_length=state.values["block_length"])
+
+    def _learn_block_length(self, batch: Any) -> None:
+        """Compute the block length of a user's own loader from its first batch, which every rank must take part in."""
+        if not isinstance(self.rows, FoldedBatches) or self.start.block_length:
+            return
+        if self.start.world_size > 1:  # not the ranks of tensor parallelism, which read the same
+            _check_shared_out(batch["input_ids"])
+        positions = batch["input_ids"].shape[:2].numel()
+        self.start = replace(self.start, block_length=positions // self.start.per_device_batch_size)
+
+    def _count_left_out(self, batch: Any) -> None:
+        if self.tokens_left_out is not None and batch["input_ids"].dim() == 3:
+            # A row of bags has one place per token that it reads, so each empty place is a token left out.
+            self._left_out_here = self._left_out_here + (batch["input_ids"] < 0).sum()
 
     def gather_left_out(self, total: Callable[[Tensor], Tensor]) -> None:
         """Update `tokens_left_out`. Every rank must take part. `total` sums a 0-dim tensor over all ranks."""
