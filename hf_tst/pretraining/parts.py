@@ -40,7 +40,11 @@ QUICK_START_VOCABULARY = 8192
 
 
 def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any, Any]:
-    """Training and validation text, as `datasets` data sets or token files."""
+    """Training and validation text, as `datasets` data sets or token files.
+
+    Raises:
+        TSTError: If a stream would have to be split, or a split would be empty.
+    """
     share = args.validation_split_percentage
     if args.is_quick_start:
         documents = standard_library_documents(QUICK_START_BYTES)
@@ -59,24 +63,35 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
             )
         train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
-        name = args.dataset_name or ""
-        folder = os.path.abspath(name)
-        if os.path.isdir(folder) and glob.has_magic(folder):
-            raise TSTError(
-                f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
-                "one of *?[ in it, or name the files by train_file."
-            )
-        splits = load_data_set(
-            name, args.dataset_config_name, cache_dir=model_args.cache_dir, streaming=args.streaming
-        )
-        if "train" not in splits:
-            raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
+        splits = _load_data_set(args, model_args)
         train = splits["train"]
         if validation is None:
             validation = splits.get("validation")
     if validation is not None or not share:
         return train, validation
-    if args.streaming:
+    return _hold_out(train, share, args.streaming)
+
+
+def _load_data_set(args: DataArguments, model_args: ModelArguments) -> Any:
+    """The splits of the data set that `dataset_name` names, of the Hub or in a folder. One is `"train"`."""
+    name = args.dataset_name or ""
+    folder = os.path.abspath(name)
+    if os.path.isdir(folder) and glob.has_magic(folder):
+        raise TSTError(
+            f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
+            "one of *?[ in it, or name the files by train_file."
+        )
+    splits = load_data_set(
+        name, args.dataset_config_name, cache_dir=model_args.cache_dir, streaming=args.streaming
+    )
+    if "train" not in splits:
+        raise TSTError(f"{args.dataset_name} has no split train, but only {', '.join(splits)}.")
+    return splits
+
+
+def _hold_out(train: Any, share: int, streaming: bool) -> tuple[Any, Any]:
+    """The training data without its first `share` percent, and these."""
+    if streaming:
         raise TSTError("A stream cannot be split: give a validation_file, or validation_split_percentage=0.")
     held_out = round(len(train) * share / 100)
     if not 0 < held_out < len(train):
