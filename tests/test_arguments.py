@@ -153,3 +153,14 @@ def test_warmup_stable_decay_decays_over_the_last_tenth(llama, tmp_path, warmup,
     assert found[100] == 0
     given = rates(lr_scheduler_kwargs={"num_decay_steps": 3})
     assert given[97] == 1.0 > given[98]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind", "warns"),
+    [(0.3, "reduce_lr_on_plateau", True), (0, "reduce_lr_on_plateau", False), (0.3, "cosine", False)],
+)
+def test_a_schedule_that_follows_evaluation_is_warned_of(ratio, kind, warns, tmp_path, caplog):
+    TSTTrainingArguments(
+        str(tmp_path), tst_phase_ratio=ratio, lr_scheduler_type=kind, eval_strategy="steps", eval_steps=5
+    )
+    assert ("hardly improves in superposition" in caplog.text) == warns

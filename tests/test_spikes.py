@@ -66,6 +66,18 @@ def test_a_spike_is_skipped_and_recorded_with_its_blocks(llama, make_args, caplo
     assert trainer.state.log_history[-2]["tst_skipped_steps"] == 1
 
 
+def test_a_step_of_the_users_own_is_judged_too(llama, make_args):
+    class OwnStep(Spikes):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    args = make_args(**OPTIONS, tst_spikes="stop")
+    with pytest.raises(RunError, match=r"step 16 \(recovery\) has a spike: loss"):
+        OwnStep(llama, args, train_dataset=make_blocks(400)).train()
+
+
 def test_a_run_without_spikes_is_that_of_a_trainer_that_ignores_them(llama, make_args):
     args = [make_args(**OPTIONS, tst_spikes=choice) for choice in ("ignore", "stop")]
     ignoring, watching = (train(llama, one, steps=()) for one in args)

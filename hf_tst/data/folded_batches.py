@@ -18,6 +18,7 @@ from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition,
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from .blocks import POSITIONS_ARE_DROPPED, TOKEN_COLUMNS, as_block
+from .random_numbers import DataRandomNumbers
 from .rows import EpochSampler, one_thread
 
 logger = logging.get_logger(__name__)
@@ -31,32 +32,44 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
     positions as one batch. A micro-batch of recovery is one unchanged batch. The loader is iterated as often as needed.
 
     Which batches step k takes follows from k alone: a resumed run skips the earlier ones, which a torch loader does
-    without loading them.
+    without loading them. Random numbers are seeded for each pass, see [`DataRandomNumbers`].
 
     Args:
         loader: Its batches are mappings with `input_ids` `(B, L)` and `labels` `(B, L)`, `-100` for no target.
         collator (`DataCollatorForTokenSuperposition`): Makes bags of rows.
         schedule (`PhaseSchedule`): The run's phases.
         micro_batches (`EpochSampler`): Numbers of the micro-batches to make, counted over the whole run.
+        seed (`int`, *optional*, defaults to 0): The seed of random numbers that the loader draws.
+        first_step (`int`, *optional*, defaults to 0): The optimizer step whose first batch is the loader's first one. Not 0 if
+            the user resumes with `ignore_data_skip`: the loader then begins where the checkpoint ends.
     """
 
     loader: Any
     collator: DataCollatorForTokenSuperposition
     schedule: PhaseSchedule
     micro_batches: EpochSampler
+    seed: int = 0
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        self._random = DataRandomNumbers(self.seed)
+        self._batches: Iterator[Any] = iter(())
+        self._next: int | None = None  # the micro-batch that they continue with
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch."""
         return len(self.micro_batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        step, per_step = self.micro_batches.first_step, self.micro_batches.rows_per_step
-        batches = self._all_batches(self.schedule.amount_read(step, per_step))
+        per_step = self.micro_batches.rows_per_step
         for number in self.micro_batches:
+            if number != self._next:  # an epoch continues where the last one ended
+                self._batches = self._batches_from(number // per_step)
+            self._next = number + 1
             if number < self.schedule.switch_step * per_step:
-                yield self._joined(list(islice(batches, self.schedule.blocks_per_row)))
+                yield self._joined(list(islice(self._batches, self.schedule.blocks_per_row)))
             else:
-                yield next(batches)
+                yield next(self._batches)
 
     @one_thread()
     def _joined(self, batches: list[Any]) -> dict[str, Tensor]:
@@ -77,17 +90,18 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
         joined = {name: torch.cat(parts) for name, parts in tensors.items()}
         return fold_batch(joined, len(next(iter(joined.values()))), self.collator)
 
-    def _all_batches(self, skipped: int) -> Iterator[Any]:
-        """The loader's batches, pass after pass, without the first `skipped` ones."""
+    def _batches_from(self, step: int) -> Iterator[Any]:
+        """The loader's batches from those of an optimizer step on, pass after pass."""
+        first, now = (
+            self.schedule.amount_read(k, self.micro_batches.rows_per_step) for k in (self.first_step, step)
+        )
         length = len(self.loader) if isinstance(self.loader, DataLoader) and has_length(self.loader) else 0
-        for data_pass in count():
+        skipped = now - first
+        for data_pass in count(first // length if length else 0):
             # A torch loader can skip batches without reading them. Its generators still draw the same numbers.
             left_out = min(skipped, length)
-            loader = skip_first_batches(self.loader, left_out) if left_out else self.loader
-            for owner in (self.loader, loader, getattr(loader, "sampler", None)):
-                getattr(owner, "set_epoch", lambda _: None)(data_pass)
             number = left_out
-            for number, batch in enumerate(loader, left_out + 1):
+            for number, batch in enumerate(self._batches_of_pass(data_pass, left_out), left_out + 1):
                 if number > skipped:
                     yield batch
             if not number:
@@ -95,6 +109,24 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                     f"The training loader gave no batch in pass {data_pass + 1} over its data: let it start again in each pass."
                 )
             skipped = max(0, skipped - number)
+
+    def _batches_of_pass(self, data_pass: int, left_out: int) -> Iterator[Any]:
+        """The loader's batches of one pass, without the first `left_out` ones."""
+        loader = skip_first_batches(self.loader, left_out) if left_out else self.loader
+        # With several processes, Accelerate wraps a batch sampler.
+        of_batches = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+        with self._random.drawn():
+            self._random.start_pass(data_pass)
+            for owner in (self.loader, loader, getattr(loader, "sampler", None), of_batches):
+                getattr(owner, "set_epoch", lambda _: None)(data_pass)
+            batches = iter(loader)
+        end = object()
+        while True:
+            with self._random.drawn():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
 
 
 def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperposition) -> dict[str, Tensor]:

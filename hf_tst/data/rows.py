@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
-from ..errors import TSTError
+from ..errors import TSTError, bad_input, whole_message
 from .block_reader import BlockReader, join_blocks
 from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns
+from .random_numbers import DataRandomNumbers
 from .read_order import BatchLayout, DataPlan
 from .streams import open_stream, stream_state
 
@@ -74,6 +76,12 @@ class PlannedRows(Dataset[Row]):
     def column_names(self) -> list[str]:
         """The columns, under the name that `datasets` uses. Some trainers read it."""
         return list(self.columns)
+
+    def __getattr__(self, name: str) -> Any:
+        # What a script's callback, or Trainer with `set_epoch`, wants of the data set.
+        if name.startswith("_") or name == "blocks":
+            raise AttributeError(name)
+        return getattr(self.blocks, name)
 
     def __len__(self) -> int:
         return self.plan.total_rows
@@ -134,6 +142,9 @@ class StreamedRows(Dataset[Row]):
         bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
         joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
         rules (`BlockRules`): Requirements for the blocks, besides equal length.
+        seed (`int`, *optional*, defaults to 0): The seed of random numbers that the stream draws, see [`DataRandomNumbers`].
+        first_step (`int`, *optional*, defaults to 0): The optimizer step that reads the first blocks of the stream. Not 0 if the
+            user resumes with `ignore_data_skip`: the stream then begins where the checkpoint ends.
 
     Raises:
         TSTError: If the loader processes cannot share the shards of the stream.
@@ -147,6 +158,8 @@ class StreamedRows(Dataset[Row]):
     bag_columns: Sequence[str] = TOKEN_COLUMNS
     joins: bool = True
     rules: BlockRules = NO_RULES
+    seed: int = 0
+    first_step: int = 0
 
     def __post_init__(self) -> None:
         import datasets
@@ -171,6 +184,7 @@ class StreamedRows(Dataset[Row]):
         self._rows_per_batch = self.layout.per_device_batch_size * shared_by
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
         self._next_batch: int | None = None
+        self._random = DataRandomNumbers(self.seed)
 
     @property
     def column_names(self) -> list[str] | None:
@@ -188,11 +202,12 @@ class StreamedRows(Dataset[Row]):
         """The rows of one micro-batch of one rank; the last one holds the state of the stream after it."""
         layout = self.layout
         batch, rank = divmod(rows[0] // layout.per_device_batch_size, layout.world_size)
-        if batch != self._next_batch:
-            self._start(batch, rank)
-        self._next_batch = batch + self.readers
         superposed = self._is_superposed(batch)
-        found = [Row(self._read_row(superposed), superposed) for _ in range(self._rows_per_batch)]
+        with self._random.drawn():
+            if batch != self._next_batch:
+                self._start(batch, rank)
+            found = [Row(self._read_row(superposed), superposed) for _ in range(self._rows_per_batch)]
+        self._next_batch = batch + self.readers
         if self._shares == 1:
             found = found[rank * len(rows) : (rank + 1) * len(rows)]
         values = {
@@ -234,8 +249,13 @@ class StreamedRows(Dataset[Row]):
         share = reader * self.layout.world_size + rank if self._shares > 1 else 0
         self._blocks = self._endless_blocks(share, stream)
         if stream is not None:
+            what = "The checkpoint's position in the stream does not fit this stream (ignore_data_skip=True begins it as it is): "
+            with bad_input(what, (KeyError, TypeError, ValueError, IndexError), whole_message):
+                block = next(self._blocks)
+            self._blocks = chain([block], self._blocks)
             return
-        earlier = range(reader, batch, self.readers)
+        first = self.first_step * self.layout.accumulation_steps
+        earlier = [done for done in range(reader, batch, self.readers) if done >= first]
         skipped = self._rows_per_batch * sum(
             self.schedule.blocks_per_row if self._is_superposed(done) else 1 for done in earlier
         )
@@ -249,6 +269,7 @@ class StreamedRows(Dataset[Row]):
 
     def _endless_blocks(self, share: int, state: dict[str, Any] | None) -> Iterator[Any]:
         while True:
+            self._random.start_pass(self._pass)
             self._stream = open_stream(self.blocks, share, self._shares, self._pass)
             if state is not None:
                 self._stream.load_state_dict(state)

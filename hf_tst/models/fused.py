@@ -63,8 +63,8 @@ def replaced_loss(
         # In front of FSDP's hook, which casts every float to the mixed-precision dtype, divisors included.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
         nullcontext() if head is None else replaced(vars(head.module), forward=loss.head_forward),
-        # It also runs if forward raises, so the head gets its logits back.
-        called.register_forward_hook(loss.after_forward, always_call=True),
+        # It also runs if forward raises, so the head gets its logits back. Before a user's hooks, which may read logits.
+        called.register_forward_hook(loss.after_forward, always_call=True, prepend=True),
         replaced(vars(model), _loss_function=loss),
     ):
         yield
@@ -233,6 +233,11 @@ class TSTLoss:
             if shift_labels is None:
                 shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
             labels = shift_labels.unsqueeze(-1)
+        elif shift_labels is not None:
+            raise TSTError(
+                "shift_labels is given beside labels of bags, which are shifted by a bag already: leave shift_labels out, and give the "
+                "data labels that are not shifted."
+            )
         else:
             check_shape("labels", labels, (*labels.shape[:-1], len(weights)))
         options = {"weights": weights, "num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}

@@ -13,6 +13,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.utils import logging
 
 from ..bags.folding import DocumentBoundaries
 from ..bags.phases import (
@@ -27,6 +28,8 @@ from ..errors import TSTError, bad_input, check_at_least, check_choice
 from ..models.fused import FusedLoss
 from ..mtp.heads import MTPKind, check_loss_weight, check_mtp
 
+logger = logging.get_logger(__name__)
+
 NonFiniteLoss = Literal["stop", "skip", "ignore"]
 Spikes = Literal["ignore", "skip", "stop"]
 # The lowest values of some of Trainer's own arguments. Lower ones would fail long after the start, or train nonsense.
@@ -34,6 +37,9 @@ LOWEST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     0: ("dataloader_num_workers", "learning_rate", "weight_decay", "adam_epsilon"),
 }
+
+# Schedules that lower the learning rate when a metric of evaluation does not improve.
+FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 _Base: Any = TrainingArguments if TYPE_CHECKING else object
 
@@ -301,7 +307,11 @@ class TSTArguments(_Base):
                 f"train_sampling_strategy={self.train_sampling_strategy!r} sorts rows by length, but superposition needs "
                 "blocks of equal length in their order: use 'random' or 'sequential'."
             )
-
+        if (kind := SchedulerType(self.lr_scheduler_type).value) in FOLLOW_METRIC:
+            logger.warning(
+                f"lr_scheduler_type={kind} lowers the learning rate when evaluation does not improve, but next-token evaluation hardly "
+                "improves in superposition: take another schedule, or give it a patience that lasts until the switch."
+            )
         if self.tst_superposition_rows == "more" and self.tst_mode == "output":
             raise TSTError(
                 "tst_superposition_rows='more' folds blocks into bags, but tst_mode='output' reads single tokens: leave one of them out."

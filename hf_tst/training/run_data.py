@@ -123,12 +123,14 @@ class RunData:
         if isinstance(self.rows, StreamedRows):
             torch.save({"step": step, "workers": self._stream_states}, _state_file(folder, self.rank))
 
-    def resume(self, folder: str | Path, allow_change: bool) -> None:
+    def resume(self, folder: str | Path, allow_change: bool, begins_there: bool = False) -> None:
         """Continue from a checkpoint.
 
         Args:
             folder: The checkpoint.
             allow_change (`bool`): Continue even if the data, or a setting that decides its order, has changed.
+            begins_there (`bool`, *optional*, defaults to `False`): Whether a stream or a user's own loader begins where the
+                checkpoint ends (`ignore_data_skip`), so that nothing of it is skipped.
 
         Raises:
             TSTError: If data would be read twice or never, and `allow_change` is not set.
@@ -153,6 +155,12 @@ class RunData:
             self.start = replace(self.start, block_length=length)
         if self.tokens_left_out is not None:
             self.tokens_left_out = saved.tokens_left_out
+        if begins_there and not isinstance(self.rows, PlannedRows):
+            logger.warning(
+                "ignore_data_skip is set, so the training data is read from its beginning, which must be where the checkpoint ends."
+            )
+            self.rows.first_step = saved.step
+            return
         readers = attrgetter("split_by_rank", "data", "stream_workers")
         if isinstance(self.rows, StreamedRows) and readers(saved) == readers(self.start):
             # Unless each rank has its own shards, all ranks read the same stream and have the same state after a step.

@@ -55,13 +55,12 @@ def shuffles(args: TSTArguments) -> bool:
     return bool(args.train_sampling_strategy != "sequential")
 
 
-def choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
+def choose_schedule(args: TSTArguments, data: Any, per_step: int) -> PhaseSchedule:
     """The phases of a run over `data`. A recovery step reads `per_step` items of it.
 
     Raises:
         TSTError: If neither `max_steps` is set nor the data has a length.
     """
-    args: TSTArguments = trainer.args
     if args.max_steps > 0:
         return make_schedule(args, args.max_steps)
     if not has_length(data):
@@ -69,27 +68,25 @@ def choose_schedule(trainer: Any, data: Any, per_step: int) -> PhaseSchedule:
             "The training data has no length, so num_train_epochs cannot be counted in steps: set max_steps."
         )
     schedule = make_plan(args, len(data), per_step).schedule
-    log_steps_of_epochs(trainer, schedule, len(data) / per_step)
+    warn_of_fewer_steps(args, schedule, len(data) / per_step)
     return schedule
 
 
-def log_steps_of_epochs(trainer: Any, schedule: PhaseSchedule, steps_per_pass: float) -> None:
-    """Log how many steps `num_train_epochs` gives. `steps_per_pass` recovery steps would read the data once."""
-    args: TSTArguments = trainer.args
+def warn_of_fewer_steps(args: TSTArguments, schedule: PhaseSchedule, steps_per_pass: float) -> None:
+    """Warn if `num_train_epochs` gives fewer steps than in Trainer. `steps_per_pass` recovery steps would read the data once."""
     if args.max_steps > 0:
         return
     plain = math.ceil(args.num_train_epochs * math.ceil(steps_per_pass))
-    logger.info(
-        f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps, since superposition reads "
-        f"{schedule.blocks_per_row} blocks per row; Trainer would take {plain}."
-    )
-    if trainer._has_own_schedule and plain != schedule.max_steps:
+    if plain != schedule.max_steps:
         logger.warning(
-            f"The learning rate schedule in `optimizers` may be made for {plain} steps, but num_train_epochs="
-            f"{args.num_train_epochs:g} gives {schedule.max_steps}: make it for {schedule.max_steps} steps, or set max_steps."
+            f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps in place of Trainer's {plain}, since "
+            f"superposition reads {schedule.blocks_per_row} blocks per row: make what counts steps for {schedule.max_steps} (warmup_steps, "
+            "lr_scheduler_kwargs, a schedule in `optimizers`), or set max_steps."
         )
 
 
-def steps_per_epoch(args: TSTArguments, schedule: PhaseSchedule) -> int:
-    """Optimizer steps in what Trainer calls an epoch: an equal share of the steps."""
-    return math.ceil(schedule.max_steps / (1 if args.max_steps > 0 else max(1, args.num_train_epochs)))
+def steps_per_epoch(args: TSTArguments, schedule: PhaseSchedule, steps_per_pass: float = math.inf) -> int:
+    """Optimizer steps in what Trainer calls an epoch: an equal share of the steps or, with `max_steps`, a pass of recovery steps."""
+    if args.max_steps > 0:
+        return math.ceil(min(schedule.max_steps, steps_per_pass))
+    return math.ceil(schedule.max_steps / max(1, args.num_train_epochs))

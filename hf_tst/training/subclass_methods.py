@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -11,13 +12,17 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from ..bags.collator import holds_bags
 from ..errors import TSTError, whole_message
+from ..models.shape import embedding_size
 from ..models.superposition import find_language_model
 from ..models.temporary import replaced
 from .overriding import overrides
 from .train_dataloader import fold_own_loader
+
+logger = logging.get_logger(__name__)
 
 
 class SubclassMethods:
@@ -42,12 +47,25 @@ class SubclassMethods:
         """Forget the batches of an earlier run."""
         self._context.close()
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
+        self._has_checked_loss = False
         self._labels = LabelCheck(type(self._trainer).__name__)
         self._counted: tuple[int, Any] = (-1, None)
 
     def note_count(self, count: Any) -> None:
         """Store the number of targets that the trainer has counted for the coming step."""
         self._counted = self._trainer.state.global_step, count
+
+    def check_logged_loss(self, loss: float) -> None:
+        """Warn once if a subclass's loss of bags is far above that of a uniform guess: its scale is then probably wrong."""
+        size = embedding_size(self._trainer.model)
+        if not self._has_trained_bags or self._has_checked_loss or size is None:
+            return
+        self._has_checked_loss = True
+        if loss > 2 * (guess := math.log(size)):
+            logger.warning(
+                f"{type(self._trainer).__name__}'s own loss is {loss:.1f} in superposition, but guessing gives {guess:.1f}. If it weights "
+                "micro-batches by their targets, count bags: hf_tst.count_target_bags(labels), and not tokens."
+            )
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -80,10 +98,21 @@ class SubclassMethods:
         inputs: dict[str, Any],
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Check a batch and run `training_step` on it."""
+        """Run `training_step` on a batch, and store the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
         trainer = self._trainer
-        if not trainer.args.tst_enabled:
-            return step(model, inputs, num_items_in_batch)
+        if trainer.args.tst_enabled:
+            loss = self._check_and_train(step, model, inputs, num_items_in_batch)
+        else:
+            loss = step(model, inputs, num_items_in_batch)
+        trainer._non_finite.note_loss(loss)
+        trainer._spikes.note_loss(loss)
+        return loss
+
+    def _check_and_train(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """Check a batch of a run with superposition and run `training_step` on it."""
+        trainer = self._trainer
         check_batch(trainer, inputs, num_items_in_batch, *self._counted)
         if not holds_bags(inputs):
             return step(model, inputs, num_items_in_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
@@ -27,7 +29,7 @@ from .collators import keeps_ids
 from .overriding import overrides
 from .row_checks import block_rules
 from .run_data import RunData
-from .schedule import choose_schedule, log_steps_of_epochs, make_plan, order_seed, shuffles, steps_per_epoch
+from .schedule import choose_schedule, make_plan, order_seed, shuffles, steps_per_epoch, warn_of_fewer_steps
 
 logger = logging.get_logger(__name__)
 
@@ -57,14 +59,16 @@ def open_run_data(trainer: Any) -> RunData:
     workers = args.dataloader_num_workers if streamed else 0
     rows: PlannedRows | StreamedRows
     if streamed:
-        schedule = choose_schedule(trainer, blocks, layout.rows_per_step)
-        rows = StreamedRows(blocks, schedule, layout, workers, used, bag_columns, joins, rules)
+        schedule = choose_schedule(args, blocks, layout.rows_per_step)
+        rows = StreamedRows(
+            blocks, schedule, layout, workers, used, bag_columns, joins, rules, order_seed(args)
+        )
         facts = rows.facts
     else:
         facts = check_blocks(blocks, rules)
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
-        log_steps_of_epochs(trainer, schedule, len(blocks) / layout.rows_per_step)
+        warn_of_fewer_steps(args, schedule, len(blocks) / layout.rows_per_step)
         first = as_block(blocks[0])
         columns = [name for name in first if used is None or name in used]
         if joins:
@@ -127,20 +131,18 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
             "tst_document_boundaries='respect' needs the trainer's own order of the data: do not override get_train_dataloader or "
             "_get_train_sampler, or set it to 'ignore'."
         )
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, RandomSampler) and sampler.generator is None and loader.generator is None:
-        # It would draw its order from the numbers of the whole process, which a resumed run has later than its first batch.
-        sampler.generator = torch.Generator().manual_seed(order_seed(args))
     # Here the items are batches: superposition joins s batches, where it joins s blocks of a data set.
-    schedule = choose_schedule(trainer, loader, args.gradient_accumulation_steps)
+    per_step = args.gradient_accumulation_steps
+    schedule = choose_schedule(args, loader, per_step)
     logger.info(
         f"Batches of {type(trainer).__name__}'s own loader or sampler are folded as they come: a micro-batch of superposition joins "
         f"{schedule.blocks_per_row} batches."
     )
     collator = DataCollatorForTokenSuperposition(args.tst_bag_size, args.tst_mode)
-    epoch_steps = steps_per_epoch(args, schedule)
-    micro_batches = _sampler(trainer, schedule, args.gradient_accumulation_steps, epoch_steps)
-    rows = FoldedBatches(loader, collator, schedule, micro_batches)
+    steps_per_pass = len(loader) / per_step if has_length(loader) else math.inf
+    epoch_steps = steps_per_epoch(args, schedule, steps_per_pass)
+    micro_batches = _sampler(trainer, schedule, per_step, epoch_steps)
+    rows = FoldedBatches(loader, collator, schedule, micro_batches, order_seed(args))
     facts = BlockFacts(None, 0, f"batches of {type(trainer).__name__}")
     return RunData(rows, _position(args, schedule, layout, facts), epoch_steps, args.process_index, None)
 

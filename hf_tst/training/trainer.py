@@ -115,7 +115,6 @@ class TSTTrainer(SavingTrainer):
         # PreemptionCallback replaces the callback that Trainer adds for this option.
         with bad_input(), replaced(args.__dict__, enable_jit_checkpoint=False):
             super().__init__(**given, **kwargs)
-        self._has_own_schedule = self.lr_scheduler is not None
         if data_collator is None:
             self.data_collator: Any = DefaultCollator(self.data_collator)
         self._prepare_losses()
@@ -156,6 +155,16 @@ class TSTTrainer(SavingTrainer):
         if "compute_loss" in vars(self):
             self._prepare_losses()  # set on the trainer after it was made
         check_stored_rows(self)
+        if (
+            self.state.global_step
+            and not resume_from_checkpoint
+            and self.model_init is None
+            and args.tst_enabled
+        ):
+            logger.warning(
+                "train is called again, so a model that was trained on next tokens begins with superposition again: for a later stage of "
+                "plain training, make a trainer with tst_phase_ratio=0."
+            )
         # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
         self._given_arguments = {
             name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")
@@ -235,7 +244,9 @@ class TSTTrainer(SavingTrainer):
         """The loader of `data`, at the position of the checkpoint that training resumes from."""
         self._newest_data = data
         if self._checkpoint is not None:
-            data.resume(self._checkpoint, self.args.tst_allow_data_change)
+            # The value during training is ours.
+            begins_there = self._given_arguments.get("ignore_data_skip", self.args.ignore_data_skip)
+            data.resume(self._checkpoint, self.args.tst_allow_data_change, bool(begins_there))
         loader = make_loader(self, data)
         self._subclass_methods.note_loader(loader)
         return loader
@@ -294,16 +305,13 @@ class TSTTrainer(SavingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward pass. Stores the loss for the checks of `tst_nonfinite_loss` and `tst_spikes`."""
+        """One forward and backward pass."""
         skips_parent = self._trains_on_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss")
         has_own = overrides(self, TSTTrainer, "compute_loss")
         # The other parent says this of its own loss, which bags do not get.
         as_models = replaced(self.__dict__, loss_is_scaled_for_ga=None)
         with as_models if skips_parent and not has_own else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._non_finite.note_loss(loss)
-        self._spikes.note_loss(loss)
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -370,6 +378,7 @@ class TSTTrainer(SavingTrainer):
             entries |= self._expert_load.report(self.accelerator.reduce)
             entries |= self._target_bags.report(logs["loss"])
             entries |= {} if self._mtp is None else self._mtp.report()
+            self._subclass_methods.check_logged_loss(logs["loss"])
         if skipped := self._non_finite.skipped_steps + self._spikes.skipped_steps:
             entries["tst_skipped_steps"] = skipped
         ours = set(entries)

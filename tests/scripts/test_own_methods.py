@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 
-from hf_tst import TSTError, TSTTrainer
+from hf_tst import TSTError, TSTTrainer, count_target_bags
 
 
 def next_token_loss(logits, labels):
@@ -227,3 +227,35 @@ def test_without_superposition_rows_of_floats_stay_floats(make_args, tmp_path):
         base(model, args, train_dataset=rows).train()
         models.append(model)
     assert models[0].slope == models[1].slope
+
+
+@pytest.mark.parametrize("counts_bags", [False, True])
+def test_micro_batches_weighted_by_their_tokens_are_told(counts_bags, llama, make_args, caplog):
+    class Weights(TSTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"]
+            bags = counts_bags and labels.dim() == 3
+            targets = count_target_bags(labels) if bags else (labels[:, 1:] != -100).sum()
+            loss = model(**inputs).loss * targets / num_items_in_batch
+            return (loss, {}) if return_outputs else loss
+
+    trainer = Weights(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100))
+    trainer.train()
+    assert (losses(trainer)[0] > 10) != counts_bags
+    assert ("count bags: hf_tst.count_target_bags" in caplog.text) != counts_bags
+
+
+def test_shifted_labels_are_refused_in_superposition(llama, make_args):
+    class Shifts(TSTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = model(**inputs, shift_labels=inputs["labels"]).loss
+            return (loss, {}) if return_outputs else loss
+
+    with pytest.raises(TSTError, match="shift_labels is given beside labels of bags"):
+        Shifts(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100)).train()
+
+
+def test_a_hook_that_reads_logits_gets_none_that_are_empty(llama, make_args):
+    llama.register_forward_hook(lambda module, args, output: output.logits.float() and None)
+    with pytest.raises(TSTError, match="set tst_fused_loss='off' to use them"):
+        TSTTrainer(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100)).train()
