@@ -74,10 +74,16 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
     @one_thread()
     def _joined(self, batches: list[Any]) -> dict[str, Tensor]:
         first = batches[0]
-        if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
-            raise TSTError(
-                "The training loader's batches must be mappings with the same columns in all of them."
-            )
+        for batch in batches:
+            if not isinstance(batch, Mapping) or batch.keys() != first.keys():
+                found = " and ".join(
+                    str([*part] if isinstance(part, Mapping) else type(part).__name__)
+                    for part in (first, batch)
+                )
+                raise TSTError(
+                    f"The training loader's batches must be mappings with the same columns, but two are {found}: let it return the same "
+                    "columns in all of them."
+                )
         given = [name for name in first if any(batch[name] is not None for batch in batches)]
         tensors = {name: [torch.as_tensor(batch[name]) for batch in batches] for name in given}
         for name, parts in tensors.items():

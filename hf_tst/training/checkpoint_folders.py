@@ -49,7 +49,9 @@ def check_output_dir(args: TrainingArguments) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise TSTError(f"Cannot write to output_dir={args.output_dir}: {error.strerror}.") from error
+        raise TSTError(
+            f"Cannot write to output_dir={args.output_dir} ({error.strerror}): choose another folder, or change its permissions."
+        ) from error
 
 
 def write_checkpoint(checkpoint: Path, args: TrainingArguments, write: Callable[[Path], Any]) -> None:
@@ -201,16 +203,22 @@ def check_checkpoint_is_there(requested: str | bool | None, output_dir: str) -> 
     """Raise `TSTError` if a checkpoint is requested and does not exist. Reads no file."""
     if requested in NEWEST:
         if not any(Path(output_dir).rglob("checkpoint-*")):
-            raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
+            raise TSTError(
+                f"There is no checkpoint to resume from in {output_dir}: leave resume_from_checkpoint out to start a new run."
+            )
     elif requested and not Path(str(requested)).is_dir():
-        raise TSTError(f"There is no checkpoint {requested} to resume from.")
+        raise TSTError(
+            f"There is no checkpoint {requested} to resume from: give an existing folder, or 'last'."
+        )
 
 
 def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
     check_checkpoint_is_there(requested, output_dir)
     if requested in NEWEST:
         if (newest := last_complete_checkpoint(output_dir)) is None:
-            raise TSTError(f"There is no checkpoint to resume from in {output_dir}.")
+            raise TSTError(
+                f"There is no checkpoint to resume from in {output_dir}: leave resume_from_checkpoint out to start a new run."
+            )
         return newest
     folder = Path(str(requested))
     if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):

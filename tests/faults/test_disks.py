@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
         tmp_path,
     )
     assert done.stdout.split() == ["status", "2"]
-    message = f"run: Cannot write to output_dir={tmp_path}/run: Read-only file system."
+    message = f"run: Cannot write to output_dir={tmp_path}/run (Read-only file system): choose another folder, or change its permissions."
     log = (tmp_path / "log").read_text()
     assert log.splitlines()[-1] == message
     assert "Traceback" not in log
