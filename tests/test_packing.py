@@ -202,6 +202,17 @@ def test_a_row_of_null_is_an_empty_document():
     assert [block["input_ids"].tolist() for block in BlockStream(rows, 3)] == [[1, 2, 3]]
 
 
+def test_rows_of_null_are_counted_among_those_that_are_left(tokenizer, caplog):
+    documents = datasets.Dataset.from_dict({"text": ["a", None, None, "b"]})
+    with caplog.at_level(logging.WARNING, logger="hf_tst"):
+        tokenize_documents(documents.filter(lambda row: row["text"] is not None), tokenizer)
+        assert "are null" not in caplog.text
+        tokenize_documents(documents.select([3, 1]), tokenizer)
+    assert "1 rows of the column 'text' are null" in caplog.text
+    with pytest.raises(TSTError, match="holds no text"):
+        tokenize_documents(documents.select([1, 2]), tokenizer)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_labels_that_blocks_would_not_keep_are_refused(stream, masked):

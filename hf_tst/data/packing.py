@@ -115,8 +115,11 @@ def _check_column(documents: Any, column: str) -> None:
     if not is_readable(kind, column):
         raise _not_text(column, str(kind).partition("<")[0])
     if hasattr(documents, "num_rows") and column != TOKENS:
-        empty = documents.data.column(column).null_count
-        if empty == documents.data.num_rows:
+        empty = documents.data.column(column).null_count  # also in rows that `filter` or `select` left out
+        if empty:
+            parts = documents.select_columns(column).with_format("arrow").iter(batch_size=1000)
+            empty = sum(part[column].null_count for part in parts)
+        if empty == len(documents):
             raise no_text(f"The column {column!r} of the data")
         if empty:
             logger.warning(f"{empty} rows of the column {column!r} are null: each becomes an empty document.")
