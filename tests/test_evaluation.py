@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from importlib.util import find_spec
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MptConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_tst.data.quickstart import train_tokenizer
@@ -159,6 +160,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):
     ("texts", "options", "message"),
     [
         ("one text", {}, "texts is a str, which would be scored letter by letter: put it in a list"),
+        ([{"text": "a"}], {}, r"texts must hold text, but holds \{'text': 'a'\}: give the texts"),
         ([], {}, "There is no text"),
         ([""], {}, "There is no text"),
         (["x"], {"max_length": 33}, "from 1 to the model's context of 32, but is 33"),
@@ -168,6 +170,48 @@ def test_the_model_is_left_in_the_mode_it_was_in(model_and_tokenizer):
 def test_bad_input_is_one_sentence(model_and_tokenizer, texts, options, message):
     with pytest.raises(ValueError, match=message):
         score_texts(*model_and_tokenizer, texts, **options)
+
+
+def test_bad_texts_are_refused_before_the_checkpoint_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="texts must hold text"):
+        evaluate_checkpoint(tmp_path / "none", iter([{"text": "a"}]))
+
+
+def test_the_context_is_found_under_the_name_that_the_model_has_for_it(model_and_tokenizer):
+    """MPT has a table of 16 attention biases, which a text of more tokens must be cut for; Mamba has no limit."""
+    _, tokenizer = model_and_tokenizer
+    sizes = {"vocab_size": len(tokenizer), "expansion_ratio": 2}
+    mpt = AutoModelForCausalLM.from_config(
+        MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=16, **sizes)
+    )
+    default, cut = (score_texts(mpt, tokenizer, TEXTS, max_length=length).nats for length in (None, 16))
+    assert default == cut
+    with pytest.raises(ValueError, match="context of 16, but is 17"):
+        score_texts(mpt, tokenizer, TEXTS, max_length=17)
+    unlimited = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1)
+    mamba = AutoModelForCausalLM.from_config(unlimited)
+    assert score_texts(mamba, tokenizer, ["x"], max_length=4096).tokens == 1
+    with pytest.raises(ValueError, match="at least 1, but is 0"):
+        score_texts(mamba, tokenizer, ["x"], max_length=0)
+
+
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        evaluate_checkpoint(tmp_path, TEXTS)
+    expected = evaluate_checkpoint(checkpoint, TEXTS)
+    assert evaluate_checkpoint(tmp_path, TEXTS, trust_remote_code=True) == expected
 
 
 def test_the_metric_is_loaded_by_its_path_without_a_network(checkpoint, tmp_path):

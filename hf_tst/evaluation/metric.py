@@ -18,7 +18,7 @@ class NextTokenMetric(evaluate.Metric):
     Args:
         predictions (list of str): Texts to predict, each from its first token on.
         model_id (str): Folder or Hub id of the model and its tokenizer.
-        max_length, batch_size, device, dtype: As for hf_tst.evaluate_checkpoint.
+        max_length, batch_size, device, dtype, trust_remote_code: As for hf_tst.evaluate_checkpoint.
 
     Returns:
         dict: As hf_tst.evaluate_checkpoint.

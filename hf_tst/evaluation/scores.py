@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TSTError
+from ..models.shape import context_length
 from .breakdown import IGNORED, LossTally, evaluating
 
 METRIC_FILE = Path(__file__).parent / "metric.py"
@@ -73,6 +75,7 @@ def evaluate_checkpoint(
     batch_size: int = 8,
     device: str | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint and measure how well it predicts texts.
 
@@ -82,6 +85,8 @@ def evaluate_checkpoint(
         max_length (`int`, *optional*), batch_size (`int`, *optional*, defaults to 8): See [`score_texts`].
         device (`str`, *optional*): Such as `"cuda"`; by default a GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; the checkpoint's by default.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code of a model or tokenizer that comes with the
+            checkpoint.
 
     Returns:
         `dict`: `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and ten means each of `loss_by_frequency` and
@@ -97,9 +102,11 @@ def evaluate_checkpoint(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    texts = _listed(texts)  # before anything is loaded
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    code = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **code).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **code)
     return score_texts(model, tokenizer, texts, max_length=max_length, batch_size=batch_size).to_dict()
 
 
@@ -116,25 +123,24 @@ def score_texts(
         model (`PreTrainedModel`): A causal language model; put in evaluation mode during the call.
         tokenizer: Its tokenizer. It adds no special tokens.
         texts: The texts; empty ones are left out.
-        max_length (`int`, *optional*): Tokens per window, at least 1; the model's context by default, up to 2048.
+        max_length (`int`, *optional*): Tokens per window, at least 1; by default the model's context, up to 2048.
         batch_size (`int`, *optional*, defaults to 8): Windows per batch.
 
     Returns:
         [`TextScores`]: The sum over all tokens, with `loss`, `perplexity` and `bits_per_byte`.
 
     Raises:
-        TSTError: If there is no text, texts is a single `str`, or there is no token to begin one with.
+        TSTError: If there is no text, texts is a single `str` or holds something else, or there is no token to begin one with.
     """
-    if isinstance(texts, str):
-        raise TSTError("texts is a str, which would be scored letter by letter: put it in a list.")
+    texts = _listed(texts)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise TSTError("The tokenizer has neither a bos nor an eos token to begin a text with: add one.")
-    context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
-    length = min(context, LONGEST_WINDOW) if max_length is None else max_length
-    if length < 1 or length > context:
-        raise TSTError(f"max_length must be from 1 to the model's context of {context}, but is {length}.")
-    texts = [text for text in texts if text]
+    context = context_length(model.config)
+    length = min(context or LONGEST_WINDOW, LONGEST_WINDOW) if max_length is None else max_length
+    if length < 1 or length > (context or length):
+        allowed = f"from 1 to the model's context of {context}" if context else "at least 1"
+        raise TSTError(f"max_length must be {allowed}, but is {length}.")
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     windows = [window for ids in encoded for window in _windows([first, *ids], length)]
     if not windows:
@@ -147,6 +153,19 @@ def score_texts(
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(predicted for _, predicted in windows)
     return TextScores(tally.nats, tokens, size, tally.loss_by_frequency(), tally.loss_by_position())
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    """The texts that are not empty, checked. Null is an empty text."""
+    if isinstance(texts, str):
+        raise TSTError("texts is a str, which would be scored letter by letter: put it in a list.")
+    found = [text for text in texts if text]
+    for text in found:
+        if not isinstance(text, str):
+            raise TSTError(
+                f"texts must hold text, but holds {reprlib.repr(text)}: give the texts themselves, such as rows['text']."
+            )
+    return found
 
 
 def _windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
@@ -162,5 +181,6 @@ def _add(tally: LossTally, model: Any, windows: Sequence[tuple[list[int], int]],
     predicted = [torch.tensor([IGNORED] * (len(ids) - 1 - count) + ids[-count:]) for ids, count in windows]
     tokens, targets = pad_sequence(inputs, True, filler), pad_sequence(predicted, True, IGNORED)
     mask = pad_sequence([torch.ones_like(row) for row in inputs], True)
-    logits = model(tokens.to(model.device), mask.to(model.device), use_cache=False).logits
+    # By name, since it is not the second argument of every model (MPT, Mamba).
+    logits = model(tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     tally.add(logits, targets)
