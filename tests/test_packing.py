@@ -268,23 +268,63 @@ def test_what_is_made_of_packed_data_is_not_taken_for_it(tokenizer):
     assert pack()["input_ids"] == blocks["input_ids"]
 
 
-def test_two_processes_may_pack_the_same_documents_at_once(tmp_path):
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_two_processes_may_pack_the_same_documents_at_once(tmp_path, locks):
+    """One of them writes and the other waits for it; both write on file systems without locks."""
     script = tmp_path / "pack.py"
     script.write_text(
         "import pathlib, sys\n"
-        "import datasets\n"
-        "from hf_tst import pack_blocks\n"
+        "import datasets, fcntl\n"
+        "from hf_tst.data import packing\n"
         "datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[1])\n"
-        "datasets.disable_caching()  # as if neither had found what the other wrote\n"
-        "documents = datasets.Dataset.from_dict({'input_ids': [list(range(105))]})\n"
-        "documents._fingerprint = 'same'\n"
-        "for _ in range(500):\n"
-        "    assert pack_blocks(documents, 10)[9]['input_ids'] == list(range(90, 100))\n"
+        "def lockf(*given):\n"
+        "    raise OSError(37, 'No locks available')\n"
+        f"fcntl.lockf = fcntl.lockf if {locks} else lockf\n"
+        "write_blocks, written = packing._write_blocks, []\n"
+        "def counted(*given):\n"
+        "    written.append(given)\n"
+        "    return write_blocks(*given)\n"
+        "packing._write_blocks = counted\n"
+        "for i in range(500):\n"
+        "    documents = datasets.Dataset.from_dict({'input_ids': [list(range(105))]})\n"
+        "    documents._fingerprint = f'number {i}'\n"
+        "    assert packing.pack_blocks(documents, 10)[9]['input_ids'] == list(range(90, 100))\n"
+        "print(len(written))\n"
     )
     running = [Script(script, tmp_path / "cache") for _ in range(2)]
+    written = 0
     for done in [process.finish() for process in running]:
         assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list((tmp_path / "cache" / "hf_tst").iterdir())) == 1
+        written += int(done.stdout)
+    assert written == 500 if locks else written >= 500
+    folders = list((tmp_path / "cache" / "hf_tst").iterdir())
+    assert len(folders) == 500
+    kept = {path.name for folder in folders for path in folder.iterdir()}
+    assert kept == {"lock", "sizes.json", "data-105.arrow"}
+
+
+def test_what_a_killed_process_has_left_is_removed_and_its_own_processes_lock_nothing(tokenizer, tmp_path):
+    """`datasets` tokenizes in processes that outlive one that is killed."""
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "import datasets\n"
+        "from hf_tst.data.written_once import written_once\n"
+        "datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[1])\n"
+        "def write(folder):\n"
+        "    (folder / 'data-1.arrow').write_bytes(bytes(1000))\n"
+        "    if sys.argv[2] == 'is killed':\n"
+        "        if os.fork():\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        time.sleep(60)\n"
+        "        os._exit(0)\n"
+        "written_once('same', write)\n"
+    )
+    cache = tmp_path / "cache"
+    assert Script(script, cache, "is killed").finish().returncode == -9
+    assert list(cache.rglob("data-1.arrow")) == [cache / "hf_tst" / "same" / "unfinished" / "data-1.arrow"]
+    assert Script(script, cache, "writes").finish(timeout=50).returncode == 0
+    assert sorted(path.name for path in cache.rglob("*.*")) == ["data-1.arrow", "sizes.json"]
 
 
 def test_other_inputs_are_packed_anew(tokenizer):

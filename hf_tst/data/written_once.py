@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from ..errors import RunError, whole_message
 
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.get_logger(__name__)
 
 # The names and sizes of the files of a folder.
 SIZES = "sizes.json"
+# What a writer has in the folder: the file that it locks, and a folder for unfinished files.
+LOCK = "lock"
+UNFINISHED = "unfinished"
 
 
 def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
     """The files `data-*` that `write` makes, sorted by name.
 
-    They are written to a temporary folder, which is then renamed. So no process opens half-written files, several processes may
-    write at the same time, and a failure leaves nothing behind. `datasets` stores mapped and shuffled versions in the same folder.
+    They are written to a temporary folder, and then moved. So no process opens half-written files, and a failure leaves none behind.
+    One process writes while the others wait for it. `datasets` stores mapped and shuffled versions in the same folder.
 
     Args:
         name (`str`): A name that depends on the content. If all the files exist, nothing is written.
@@ -36,15 +43,14 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
 
     root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_tst"
     folder = root / name
-    if not (datasets.is_caching_enabled() and _is_complete(folder)):
+    if not _is_complete(folder):
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as unfinished:
-                made = Path(unfinished, name)
-                made.mkdir()
-                write(made)
-                (made / SIZES).write_text(json.dumps(_sizes(made)), encoding="utf-8")
-                _put(made, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _only_writer(folder) as made:
+                if not _is_complete(folder):  # another process may have written them
+                    write(made)
+                    (made / SIZES).write_text(json.dumps(_sizes(made)), encoding="utf-8")
+                    _put(made, folder)
         except OSError as error:
             free = f" ({shutil.disk_usage(root).free / 1e9:.2f} GB are free there)" if root.is_dir() else ""
             raise RunError(
@@ -54,19 +60,47 @@ def written_once(name: str, write: Callable[[Path], Any]) -> list[Path]:
     return sorted(folder.glob("data-*"))
 
 
-def _put(made: Path, folder: Path) -> None:
-    """Rename a folder, unless another process has already made it: its files are the same. One that has lost files gets all of them.
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[Path]:
+    """Wait until no other process writes into a folder. Makes an empty temporary folder in it, and removes it at the end.
 
-    Nothing else is removed there: `datasets` keeps files of its own in it, which running processes may use.
+    What a process that was killed has left there is removed, too. Where files cannot be locked, each process has its own.
+    """
+    made = folder / UNFINISHED
+    with (folder / LOCK).open("a") as file:
+        if _lock(file):
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+        else:
+            made = Path(tempfile.mkdtemp(dir=folder))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed, or this process ends. Returns whether the system can.
+
+    A lock of `flock` would also belong to the processes in which `datasets` tokenizes: they outlive this one if it is killed.
     """
     try:
-        made.rename(folder)
-        return
-    except OSError:
-        if not folder.is_dir():
-            raise
-    if _is_complete(folder):
-        return
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            logger.warning(
+                f"Another process prepares the same data in {Path(file.name).parent}: waiting for it."
+            )
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Move the files to their folder, the list of their sizes last. `datasets` keeps files of its own there, which stay."""
     names = [*_sizes(made), SIZES]
     for name in names:
         (made / name).replace(folder / name)
