@@ -662,7 +662,10 @@ def test_logs_are_there_though_they_were_switched_off(tiny_recipe, tmp_path, in_
     assert main([str(tiny_recipe), *flags]).arms[0].best.curve[-1].seconds > 0
 
 
-def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_process, monkeypatch):
+@pytest.mark.parametrize("max_eval_samples", [None, 5])
+def test_a_stream_with_a_validation_split_is_compared(
+    tiny_recipe, tmp_path, in_process, monkeypatch, max_eval_samples
+):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         rows = [{"text": line} for line in (tiny_recipe.parent / "corpus.txt").read_text().splitlines(True)]
@@ -671,8 +674,9 @@ def test_a_stream_with_a_validation_split_is_compared(tiny_recipe, tmp_path, in_
         "dataset_name": str(tmp_path / "data"),
         "streaming": True,
         "eval_steps": 40,
+        "max_eval_samples": max_eval_samples,
     }
-    del recipe["train_file"], recipe["max_eval_samples"]
+    del recipe["train_file"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = ["--arms", "tst", "--seeds", "0", "--output_dir", str(tmp_path / "out")]
     (arm,) = main([str(tmp_path / "recipe.yaml"), *flags]).arms

@@ -602,7 +602,23 @@ def test_a_new_model_is_float32_whatever_the_weights_of_the_configuration_were(
     assert model.config.dtype == expected
 
 
-def test_a_streamed_evaluation_is_not_cut(tokenizer):
-    documents = datasets.Dataset.from_dict({"input_ids": [[1] * 4]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="A stream has no number of blocks for max_eval_samples=3"):
-        prepare_blocks(DataArguments(max_eval_samples=3), documents, tokenizer, 4, evaluation=True)
+def test_a_streamed_evaluation_is_on_the_first_blocks_and_reads_no_more(tokenizer, caplog):
+    read = []
+
+    def documents():
+        for number in range(1000):
+            read.append(number)
+            yield {"input_ids": [number] * 4}
+
+    stream = datasets.IterableDataset.from_generator(documents)
+    with caplog.at_level(logging.WARNING, logger="hf_tst"):
+        blocks = prepare_blocks(DataArguments(max_eval_samples=3), stream, tokenizer, 4, evaluation=True)
+        assert [block["input_ids"].tolist() for block in blocks] == [[0] * 4, [1] * 4, [2] * 4]
+        assert len(blocks) == 3
+        assert max(read) < 10
+        assert "evaluation" not in caplog.text
+        whole = prepare_blocks(DataArguments(), stream, tokenizer, 4, evaluation=True)
+    assert sum(1 for _ in whole) == 1000
+    assert "all of which each evaluation reads: set max_eval_samples" in caplog.text
+    with pytest.raises(TSTError, match="does not fill one block of 5000"):
+        prepare_blocks(DataArguments(max_eval_samples=3), stream, tokenizer, 5000, evaluation=True)

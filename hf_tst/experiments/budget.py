@@ -111,10 +111,8 @@ def calibrate(experiment: Experiment) -> dict[str, StepCost]:
     Raises:
         TSTError: If one fails.
     """
-    # A stream can't be cut.
-    evaluation = {"max_eval_samples": 1} if "evaluation data" in experiment.inputs else {}
     return {
-        arm.name: measure_pace(experiment, [f"calibration-{arm.name}"], {**arm.values, **evaluation})
+        arm.name: measure_pace(experiment, [f"calibration-{arm.name}"], {**arm.values, "max_eval_samples": 1})
         for arm in experiment.arms
     }
 

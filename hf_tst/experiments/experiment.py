@@ -87,7 +87,7 @@ def open_experiment(
         pick(arm.values, TSTTrainingArguments)  # raises if the arm contradicts itself
     rows = training.per_device_train_batch_size * accumulated
     blocks = {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
-    sized = {name: part for name, part in blocks.items() if hasattr(part, "num_rows")}
+    sized = {name: part for name, part in blocks.items() if hasattr(part, "__len__")}
     return Experiment(
         args=args,
         values=values,

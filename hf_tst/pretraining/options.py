@@ -140,7 +140,7 @@ class DataArguments:
         default=None, help="Maximum number of training blocks, from the beginning."
     )
     max_eval_samples: int | None = HfArg(
-        default=None, help="Maximum number of evaluation blocks, evenly spread."
+        default=None, help="Maximum number of evaluation blocks, evenly spread; of a stream, the first."
     )
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that tokenize.")
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def prepare_blocks(
     """Blocks of tokens, packed on disk or, for a streamed data set, on the fly; of a token file, views.
 
     `max_train_samples` takes the first blocks. `max_eval_samples` takes blocks at equal distances, because neighbors come from a
-    few documents, which do not represent the rest.
+    few documents, which do not represent the rest; of a stream it takes the first, as a list.
     """
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
@@ -266,14 +267,31 @@ def prepare_blocks(
             num_proc=args.preprocessing_num_workers,
         )
         if not hasattr(tokenized, "num_rows"):
+            stream = BlockStream(tokenized, block_size)
+            if evaluation:
+                return _first_blocks(stream, max_samples)
             if max_samples is not None:
                 raise TSTError(f"A stream has no number of blocks for {limit}={max_samples}: leave it out.")
-            return BlockStream(tokenized, block_size)
+            return stream
         blocks = pack_blocks(tokenized, block_size)
     if max_samples is None or max_samples >= len(blocks):
         return blocks
     taken = range(max_samples)
     return blocks.select([i * len(blocks) // max_samples for i in taken] if evaluation else taken)
+
+
+def _first_blocks(stream: BlockStream, count: int | None) -> Any:
+    """The first blocks of a stream to evaluate on: the same ones each time, and no more is read. All of it without a `count`."""
+    if count is None:
+        logger.warning(
+            "The evaluation data is a stream, all of which each evaluation reads: set max_eval_samples to evaluate on its first blocks."
+        )
+        return stream
+    if not (blocks := list(islice(stream, count))):
+        raise TSTError(
+            f"The stream of evaluation data does not fill one block of {stream.block_size}: give more text or a smaller block_size."
+        )
+    return blocks
 
 
 def prepare_run(
