@@ -622,3 +622,34 @@ def test_a_streamed_evaluation_is_on_the_first_blocks_and_reads_no_more(tokenize
     assert "all of which each evaluation reads: set max_eval_samples" in caplog.text
     with pytest.raises(TSTError, match="does not fill one block of 5000"):
         prepare_blocks(DataArguments(max_eval_samples=3), stream, tokenizer, 5000, evaluation=True)
+
+
+def fingerprint(tokenizer, path, **options):
+    args = DataArguments(
+        **{"train_file": str(path), "validation_split_percentage": 0} | options, streaming=True
+    )
+    return prepare_blocks(args, load_documents(args, ModelArguments())[0], tokenizer, 4).fingerprint
+
+
+def test_a_stream_is_told_from_one_of_other_data(tokenizer, tmp_path):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            rows = {"text": [f"{name} {i}" for i in range(20)], "other": ["x"] * 20}
+            datasets.Dataset.from_dict(rows).to_json(tmp_path / folder / f"{name}.jsonl")
+    (tmp_path / "there" / "longer.jsonl").write_text('{"text": "c"}\n')
+    a = tmp_path / "here" / "a.jsonl"
+    known = [
+        fingerprint(tokenizer, a),
+        fingerprint(tokenizer, tmp_path / "here" / "b.jsonl"),
+        fingerprint(tokenizer, tmp_path / "here" / "*.jsonl"),
+        fingerprint(tokenizer, a, append_eos=False),
+        fingerprint(tokenizer, a, text_column="other"),
+        fingerprint(train_tokenizer(["other text " * 9], vocab_size=300), a),
+        fingerprint(tokenizer, "", dataset_name=str(tmp_path / "there")),
+    ]
+    assert len({*known}) == len(known)
+    assert fingerprint(tokenizer, tmp_path / "there" / "a.jsonl") == known[0]  # moved
+    with a.open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert fingerprint(tokenizer, a) not in known

@@ -116,6 +116,15 @@ def test_resuming_gives_the_uninterrupted_run(workspace, tmp_path, data):
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == whole
 
 
+def test_a_stream_is_not_continued_with_another_file(workspace, tmp_path):
+    common = ("config.yaml", "--save_steps", 3, "--streaming", "--validation_split_percentage", 0)
+    run(*common, "--output_dir", tmp_path, "--train_file", "part-0.jsonl", cwd=workspace)
+    resumed = (*common, "--output_dir", tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-3")
+    result = run(*resumed, "--train_file", "part-1.jsonl", cwd=workspace, fails=True)
+    assert "the data's fingerprint was stream of 1 shards, " in result.stderr
+    run(*resumed, "--train_file", "part-0.jsonl", cwd=workspace)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

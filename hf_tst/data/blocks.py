@@ -56,7 +56,7 @@ class BlockFacts:
         num_blocks (`int` or `None`): Blocks; `None` for a stream.
         block_length (`int`): Tokens per block, L; 0 if unknown, as for some streams.
         data (`str`): Fingerprint: a hash of the number of blocks and of up to 256 blocks spread over the data. It does not depend
-            on where or how the data is stored. For a stream, it describes the shards.
+            on where or how the data is stored. For a stream, it has the number of shards and the stream's own fingerprint, if any.
     """
 
     num_blocks: int | None

@@ -167,7 +167,9 @@ class StreamedRows(Dataset[Row]):
         documents = getattr(self.blocks, "documents", self.blocks)
         shards = documents.num_shards if isinstance(documents, datasets.IterableDataset) else None
         length = getattr(self.blocks, "block_size", 0)
-        self.facts = BlockFacts(None, length, f"stream of {shards or 'unknown'} shards")
+        given = getattr(self.blocks, "fingerprint", None)
+        data = f"stream of {shards or 'unknown'} shards" + (f", {given}" if given else "")
+        self.facts = BlockFacts(None, length, data)
         self.rules = replace(self.rules, length=length or None)
         self.readers = max(1, self.workers)
         shares = self.layout.world_size * self.readers

@@ -20,6 +20,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     Args:
         documents: Iterable of rows with `input_ids`, of any lengths.
         block_size (`int`): Tokens per block, L.
+        fingerprint (`str`, *optional*): Tells these blocks from others. A run that resumes with another one is refused.
 
     Yields:
         `{"input_ids": array}` with int32 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.
@@ -30,9 +31,12 @@ class BlockStream(IterableDataset[dict[str, Any]]):
 
     column_names = (TOKENS,)  # as `datasets` has them
 
-    def __init__(self, documents: Iterable[Mapping[str, Any]], block_size: int) -> None:
+    def __init__(
+        self, documents: Iterable[Mapping[str, Any]], block_size: int, fingerprint: str | None = None
+    ) -> None:
         self.documents = documents
         self.block_size = block_size
+        self.fingerprint = fingerprint
         self._rest = self._first = np.empty(0, dtype=np.int32)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

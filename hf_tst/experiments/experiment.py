@@ -37,8 +37,7 @@ class Experiment:
         block_size (`int`): Tokens per block, L.
         rows_per_step (`int`, *optional*): Over all devices; `None` if a launcher decides it.
         blocks (`int`, *optional*): Of training data; `None` for a stream.
-        inputs (`dict`): Fingerprints of the blocks of `"training data"` and `"evaluation data"`, which a stream does not have, and
-            what [`describe_model`] returns.
+        inputs (`dict`): Fingerprints of the blocks of `"training data"` and `"evaluation data"`, and what [`describe_model`] returns.
     """
 
     args: ExperimentArguments
@@ -96,7 +95,10 @@ def open_experiment(
         block_size=block_size,
         rows_per_step=rows if args.launcher is None or values.get("tokens_per_step") else None,
         blocks=len(sized["training"]) if "training" in sized else None,
-        inputs={f"{name} data": check_blocks(part).data for name, part in sized.items()}
+        inputs={
+            f"{name} data": check_blocks(part).data if name in sized else part.fingerprint
+            for name, part in blocks.items()
+        }
         | describe_model(parts["model"], has_weights=bool(model_args.model_name_or_path)),
     )
 

@@ -259,15 +259,20 @@ def prepare_blocks(
     else:
         source = (args.validation_file if evaluation else None) or args.train_file
         is_text_file = bool(source) and ending(matching_files(str(source))[0]) == ".txt"
+        append_eos = not is_text_file if args.append_eos is None else args.append_eos
         tokenized = tokenize_documents(
             documents,
             tokenizer,
             text_column=args.text_column,
-            append_eos=not is_text_file if args.append_eos is None else args.append_eos,
+            append_eos=append_eos,
             num_proc=args.preprocessing_num_workers,
         )
         if not hasattr(tokenized, "num_rows"):
-            stream = BlockStream(tokenized, block_size)
+            from datasets.fingerprint import Hasher
+
+            reading = None if tokenized is documents else (append_eos, tokenizer.get_vocab())
+            facts = (_describe_source(args, source), args.text_column, reading, evaluation)
+            stream = BlockStream(tokenized, block_size, Hasher.hash(facts))
             if evaluation:
                 return _first_blocks(stream, max_samples)
             if max_samples is not None:
@@ -278,6 +283,15 @@ def prepare_blocks(
         return blocks
     taken = range(max_samples)
     return blocks.select([i * len(blocks) // max_samples for i in taken] if evaluation else taken)
+
+
+def _describe_source(args: DataArguments, source: str | None) -> list[Any]:
+    """What tells a stream's data from others: names and sizes of its local files, or the name of a data set on the Hub."""
+    folder = Path(args.dataset_name or "")
+    files = [Path(file) for file in matching_files(source)] if source else sorted(folder.rglob("*"))
+    if source or folder.is_dir():
+        return [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    return [args.dataset_name, args.dataset_config_name]
 
 
 def _first_blocks(stream: BlockStream, count: int | None) -> Any:
