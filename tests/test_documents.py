@@ -26,6 +26,7 @@ from hf_tst.bags.folding import (
     fold_into_bags,
     next_bag_labels,
 )
+from hf_tst.data.token_file import TokenFile
 from hf_tst.models.probes import check_document_attention
 
 EOS = VOCAB_SIZE - 1
@@ -289,6 +290,49 @@ def test_both_phases_respect_documents_and_evaluation_does_not(speaking_llama, m
     assert ordinary
     assert all(batch.get("position_ids") is None for batch in ordinary)
     assert all(torch.equal(batch["input_ids"], batch["labels"]) for batch in ordinary)
+
+
+def without_ends(**columns):
+    return [{"input_ids": [i % (EOS - 1)] * 12, **columns} for i in range(400)]
+
+
+def as_token_file(blocks):
+    np.save("ids.npy", np.array([block["input_ids"] for block in blocks], dtype=np.uint16).ravel())
+    return TokenFile("ids.npy").cut(12)
+
+
+ONE_END = [*without_ends()[:-1], {"input_ids": [1] * 11 + [EOS]}]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "told"),
+    [
+        (without_ends(), True),
+        (datasets.Dataset.from_list(without_ends()), True),
+        (as_token_file, True),
+        (ONE_END, False),
+        (without_ends(document_ids=[0] * 12), False),
+        (without_ends(position_ids=[*range(12)]), False),
+    ],
+)
+def test_data_that_does_not_say_where_documents_end_is_told(speaking_llama, make_args, caplog, blocks, told):
+    blocks = blocks(without_ends()) if callable(blocks) else blocks
+    caplog.set_level("WARNING")
+    TSTTrainer(speaking_llama, make_args(max_steps=4), train_dataset=blocks).train()
+    assert "keep nothing apart" not in caplog.text
+    TSTTrainer(speaking_llama, make_args(**respect(max_steps=4)), train_dataset=blocks).train()
+    assert (
+        f"none of 256 blocks, spread over the training data, holds the token {EOS} that" in caplog.text
+    ) == told
+
+
+def test_the_end_token_is_that_of_the_users_collator(speaking_llama, make_args, caplog):
+    collator = DataCollatorForTokenSuperposition(1, document_boundaries="respect", eos_token_id=0)
+    caplog.set_level("WARNING")
+    TSTTrainer(
+        speaking_llama, make_args(**respect(max_steps=4)), collator, train_dataset=without_ends()
+    ).train()
+    assert "keep nothing apart" not in caplog.text
 
 
 @pytest.mark.parametrize("eos_token_id", [EOS, None])  # without one, that of the model

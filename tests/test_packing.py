@@ -476,6 +476,24 @@ def test_text_that_is_trained_on_and_evaluated_on_is_told(tmp_path, caplog, patt
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_text_files_that_are_joined_are_told(tmp_path, tokenizer, caplog, streaming):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("abc\n" * 20 + "end", encoding="utf-8")
+
+    def prepare(name, **options):
+        caplog.clear()
+        args = DataArguments(
+            train_file=str(tmp_path / name), validation_split_percentage=0, streaming=streaming, **options
+        )
+        prepare_blocks(args, load_documents(args, ModelArguments())[0], tokenizer, 4)
+        return caplog.text
+
+    assert f"The 2 files {tmp_path}/*.txt are joined to one text without end tokens" in prepare("*.txt")
+    assert "joined" not in prepare("a.txt")
+    assert "joined" not in prepare("*.txt", append_eos=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("source", ["file", "folder"])
 def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, tokenizer, source, streaming):
     (tmp_path / "data").mkdir()

@@ -73,6 +73,7 @@ class BlockRules:
         pad_token_id (`int`, *optional*): Id of the padding token, unless it is also another special token.
         vocab_size (`int`, *optional*): Number of ids with an embedding.
         context (`int`, *optional*): Positions that the model can distinguish.
+        end_token_id (`int`, *optional*): Token that ends documents, if documents are to be kept apart.
         purpose (`str`, *optional*, defaults to `"training"`): What the blocks are for.
     """
 
@@ -80,6 +81,7 @@ class BlockRules:
     pad_token_id: int | None = None
     vocab_size: int | None = None
     context: int | None = None
+    end_token_id: int | None = None
     purpose: str = "training"
 
     def check(self, block: Any, index: int) -> NDArray[np.int64]:
@@ -217,7 +219,8 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     """Check that a map-style data set holds full, equal blocks of tokens.
 
     256 blocks spread over the data are read and, of a `datasets.Dataset` without a transform, the first 100 000 stored lengths. Of
-    a list, every length is looked at. Blocks are checked again as they are read.
+    a list, every length is looked at. Blocks are checked again as they are read. A warning is logged if documents are to be kept apart
+    and none of these blocks says where one ends: it is no error, since documents may be longer than all of them.
 
     Args:
         blocks: The data set.
@@ -238,8 +241,19 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     length = len(NO_RULES.check(blocks[0], 0))
     rules = replace(rules, length=length)
     digest = hashlib.sha256(f"{len(blocks)} blocks".encode())
-    for index in sorted({int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)}):
-        digest.update(rules.check(blocks[index], index).tobytes())
+    sampled = sorted({int(index) for index in np.linspace(0, len(blocks) - 1, num=SAMPLED_BLOCKS)})
+    end = rules.end_token_id
+    has_end = end is None or bool({*as_block(blocks[0])} & {*DOCUMENT_COLUMNS})
+    for index in sampled:
+        tokens = rules.check(blocks[index], index)
+        digest.update(tokens.tobytes())
+        has_end = has_end or end in tokens
+    if not has_end:
+        logger.warning(
+            f"tst_document_boundaries='respect' may keep nothing apart: none of {len(sampled)} blocks, spread over the training data, holds "
+            f"the token {end} that ends a document. If it has several documents, end each with this token, as hf-tst train does with JSON "
+            "Lines of one document per row, or with append_eos=True for lines of text; or give a column document_ids."
+        )
     if isinstance(blocks, (list, tuple)):
         for index, block in enumerate(blocks):
             check_length(len(as_block(block, index).get("input_ids", ())), length, index)

@@ -258,8 +258,14 @@ def prepare_blocks(
         blocks: Any = documents.cut(block_size)
     else:
         source = (args.validation_file if evaluation else None) or args.train_file
-        is_text_file = bool(source) and ending(matching_files(str(source))[0]) == ".txt"
+        files = matching_files(source) if source else []
+        is_text_file = bool(files) and ending(files[0]) == ".txt"
         append_eos = not is_text_file if args.append_eos is None else args.append_eos
+        if len(files) > 1 and is_text_file and args.append_eos is None:
+            logger.warning(
+                f"The {len(files)} files {source} are joined to one text without end tokens, the end of one with the beginning of the next: "
+                "make them JSON Lines with one document per row, or set append_eos=True if each line is a document (False keeps this as it is)."
+            )
         tokenized = tokenize_documents(
             documents,
             tokenizer,
@@ -271,7 +277,7 @@ def prepare_blocks(
             from datasets.fingerprint import Hasher
 
             reading = None if tokenized is documents else (append_eos, tokenizer.get_vocab())
-            facts = (_describe_source(args, source), args.text_column, reading, evaluation)
+            facts = (_describe_source(args, files), args.text_column, reading, evaluation)
             stream = BlockStream(tokenized, block_size, Hasher.hash(facts))
             if evaluation:
                 return _first_blocks(stream, max_samples)
@@ -285,13 +291,13 @@ def prepare_blocks(
     return blocks.select([i * len(blocks) // max_samples for i in taken] if evaluation else taken)
 
 
-def _describe_source(args: DataArguments, source: str | None) -> list[Any]:
+def _describe_source(args: DataArguments, files: Sequence[str]) -> list[Any]:
     """What tells a stream's data from others: names and sizes of its local files, or the name of a data set on the Hub."""
     folder = Path(args.dataset_name or "")
-    files = [Path(file) for file in matching_files(source)] if source else sorted(folder.rglob("*"))
-    if source or folder.is_dir():
-        return [(file.name, file.stat().st_size) for file in files if file.is_file()]
-    return [args.dataset_name, args.dataset_config_name]
+    if not files and folder.is_dir():
+        files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
+    sizes = [(Path(file).name, os.path.getsize(file)) for file in files]
+    return sizes or [args.dataset_name, args.dataset_config_name]
 
 
 def _first_blocks(stream: BlockStream, count: int | None) -> Any:

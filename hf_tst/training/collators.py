@@ -143,6 +143,16 @@ def _given_collator(trainer: Any) -> Any:
     return collator
 
 
+def document_end(trainer: Any) -> int | None:
+    """The token that ends documents, if the arguments keep these apart: that of a collator of ours, else that of the run."""
+    if trainer.args.tst_document_boundaries == "ignore":
+        return None
+    collator = _given_collator(trainer)
+    return (
+        collator.eos_token_id if _is_ours(collator) else end_token_id(trainer.processing_class, trainer.model)
+    )
+
+
 def keeps_ids(collator: Any) -> bool:
     """Whether the ids of a batch are those of the rows. A user's collator may change them."""
     return isinstance(collator, DefaultCollator) or _is_ours(collator)

@@ -25,7 +25,7 @@ from ..data.rows import EpochSampler, PlannedRows, StreamedRows
 from ..errors import TSTError
 from ..models.temporary import replaced
 from .arguments import TSTArguments
-from .collators import keeps_ids
+from .collators import document_end, keeps_ids
 from .overriding import overrides
 from .row_checks import block_rules
 from .run_data import RunData
@@ -65,7 +65,7 @@ def open_run_data(trainer: Any) -> RunData:
         )
         facts = rows.facts
     else:
-        facts = check_blocks(blocks, rules)
+        facts = check_blocks(blocks, replace(rules, end_token_id=document_end(trainer)))
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
         warn_of_fewer_steps(args, schedule, len(blocks) / layout.rows_per_step)
