@@ -101,7 +101,8 @@ def test_the_card_is_written_again_from_the_record(trained, capsys):
     assert capsys.readouterr().out.strip() == str(path)
     again = ModelCard.load(path)
     expected = first.text.replace("# run", "# model").replace(f'"{trained}"', '"someone/model"')
-    assert again.text == expected.replace("text, from a data set without a Hub id", "some/data")
+    expected = expected.replace("text, from a data set without a Hub id", "some/data")
+    assert again.text.splitlines()[:-1] == expected.splitlines()[:-1]  # the last one has a hash of the others
     assert (again.data.license, again.data.datasets, again.data.language) == ("mit", ["some/data"], ["en"])
     assert [result.metric_value for result in again.data.eval_results] == [
         result.metric_value for result in first.data.eval_results

@@ -103,6 +103,39 @@ def test_a_card_of_the_users_own_stays(tmp_path):
     assert "of 99 optimizer steps" in ModelCard.load(path).text
 
 
+def test_metadata_that_is_not_given_is_kept(tmp_path):
+    given = {"datasets": ["a/b"], "language": "en", "base_model": "other/base", "tags": ["mine"]}
+    path = write_model_card(tmp_path, make_record(), repo_id="model", **given)
+    path.write_text(path.read_text().replace("language: en", "language: en\nlicense_name: own"))  # by hand
+    write_model_card(tmp_path, make_record(switch_step=0, max_steps=99), license="mit", datasets=[])
+    card = ModelCard.load(path)
+    assert "of 99 optimizer steps" in card.text or "All 99 optimizer steps" in card.text
+    assert "a/b" in card.text
+    assert (card.data.datasets, card.data.language, card.data.base_model) == (["a/b"], "en", "other/base")
+    assert (card.data.license, card.data["license_name"]) == ("mit", "own")
+    assert card.data.tags == ["mine", "generated_from_trainer"]
+    write_model_card(tmp_path, make_record(), license="apache-2.0", tags=["new"])
+    assert ModelCard.load(path).data.license == "apache-2.0"
+    assert ModelCard.load(path).data.tags == ["new", "generated_from_trainer", "token-superposition"]
+
+
+@pytest.mark.parametrize("where", ["at the end", "inside"])
+def test_a_card_that_was_edited_stays(tmp_path, where):
+    path = write_model_card(tmp_path, make_record(), repo_id="model")
+    text = path.read_text()
+    edited = (
+        f"{text}\nMine.\n"
+        if where == "at the end"
+        else text.replace("## Training\n", "Mine.\n\n## Training\n")
+    )
+    path.write_text(edited)
+    with pytest.raises(
+        TSTError, match="was edited after it was written, and is not overwritten: move it away"
+    ):
+        write_model_card(tmp_path, make_record(), repo_id="model", license="mit")
+    assert path.read_text() == edited
+
+
 def test_a_card_that_cannot_be_read_stays(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\ntags: [\n---\n# Mine\n")

@@ -37,7 +37,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> Path:
     """Write the card of the folder that `argv` names.
 
     Raises:
-        TSTError: If the folder has no record of a run, or has a card that no trainer wrote.
+        TSTError: If the folder has no record of a run, or has a card that no trainer wrote or that was edited.
     """
     parser = ArgumentParser(
         [CardArguments], "%(prog)s folder [--flag value ...]", description=DESCRIPTION, prog=prog

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..errors import PreemptedError, TSTError
-from ..records.card import CURVE_FILE, GENERATED_TAG
+from ..records.card import CURVE_FILE, why_kept
 from ..records.hub import HubError
 from ..records.phase_table import phase_rows
 from ..records.text_tables import format_columns
@@ -62,7 +62,7 @@ def print_summary(trainer: TSTTrainer, final_eval: dict[str, float] | None) -> N
     if switch and at_switch.is_dir():
         print(f"at switch   {at_switch}")
     card = output / "README.md"
-    is_ours = GENERATED_TAG in card.read_text(encoding="utf-8", errors="replace")
+    is_ours = why_kept(card) is None
     has_curve = (output / CURVE_FILE).is_file()
     print(
         f"card        {card if is_ours else f'not written: {card} is yours'}, "

@@ -454,7 +454,7 @@ class TSTTrainer(SavingTrainer):
         """Write `README.md` and the loss curve into the output folder, from the record of the run.
 
         Arguments are those of [`~transformers.Trainer.create_model_card`], but `tasks`, `dataset_tags` and `dataset_args` are
-        ignored. A card that no trainer has written is not changed.
+        ignored. A card that no trainer has written, or that was edited since, is not changed.
         """
         if self.is_world_process_zero():
             write_card_of_trainer(self, *positional, **kwargs)
