@@ -139,7 +139,10 @@ def test_plain_training_and_accumulation(llama, make_args, accumulation):
     """Without superposition there is no plan: the step is told, not its blocks."""
     args = make_args(tst_phase_ratio=0, gradient_accumulation_steps=accumulation)
     trainer = Breaks(llama, args, train_dataset=make_blocks(200))
-    with pytest.raises(RunError, match=r"^The loss of optimizer step 1 \(training\) is nan\. Training stops"):
+    with pytest.raises(
+        RunError,
+        match=r"^The loss of optimizer step 1 \(training\) is nan\. Training stops.*or start a new run with a lower learning_rate",
+    ):
         trainer.train()
     assert trainer.state.global_step == 2
     assert not trainer.is_in_train

@@ -20,6 +20,7 @@ from hf_tst import TSTTrainer
 from hf_tst.data.read_order import Permutation
 from hf_tst.data.resume_position import DataPosition
 from hf_tst.data.streams import BlockStream
+from hf_tst.records.run_record import RunRecord
 
 EOS = VOCAB_SIZE - 1
 
@@ -511,6 +512,39 @@ def test_a_position_that_cannot_be_read_is_refused(stopped, make_args, text, mes
     Path(checkpoint, "manifest.json").unlink()
     with pytest.raises(ValueError, match=message):
         TSTTrainer(model, make_args(), train_dataset=make_blocks(200)).train(checkpoint)
+
+
+def test_what_the_resumed_optimizer_keeps_is_told_and_recorded(llama, make_args, caplog):
+    """PyTorch restores its rates and weight decay; the function of the schedule is made from the arguments."""
+    given = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    common = {"save_strategy": "steps", "save_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+
+    def train(resume=None, stop=10, **options):
+        caplog.clear()
+        trainer = TSTTrainer(
+            llama, make_args(**common | options), train_dataset=make_blocks(200), callbacks=[StopAt(stop)]
+        )
+        with caplog.at_level("WARNING"):
+            trainer.train(resume and str(Path(trainer.args.output_dir) / f"checkpoint-{resume}"))
+        return trainer, RunRecord.from_state(vars(trainer.state)).arguments
+
+    train(stop=4, **given)
+    assert "resumed optimizer" not in caplog.text
+    other = {"learning_rate": 1e-5, "weight_decay": 0.5, "lr_scheduler_type": "linear"}
+    for resume in (4, 6):  # the second run is resumed from, too
+        trainer, recorded = train(resume, stop=resume + 2, **other)
+        assert (
+            "The resumed optimizer keeps the checkpoint's learning_rate=0.01 and weight_decay=0.1, not learning_rate=1e-05 and "
+            "weight_decay=0.5 of the arguments: "
+        ) in caplog.text
+        assert recorded.items() >= (given | {"lr_scheduler_type": "linear"}).items()
+        last = next(e for e in reversed(trainer.state.log_history) if "learning_rate" in e)
+        assert last["learning_rate"] == pytest.approx(1e-2 * (10 - last["step"] + 1) / 10)
+        assert max(group["weight_decay"] for group in trainer.optimizer.param_groups) == 0.1
+    trainer.create_model_card()
+    assert "learning rate 0.01, schedule linear" in (Path(trainer.args.output_dir) / "README.md").read_text()
+    train(8, **given)
+    assert "resumed optimizer" not in caplog.text
 
 
 def test_a_stream_without_its_state_file_is_refused(llama, make_args):

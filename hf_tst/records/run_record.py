@@ -184,6 +184,28 @@ def run_note(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dic
     }
 
 
+def restored_arguments(
+    state: dict[str, Any], arguments: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The arguments that a resumed run does not apply, with the values of the checkpoint, which its optimizer has restored.
+
+    The type, warm-up and options of a learning rate schedule are none of them: a checkpoint does not hold them.
+
+    Args:
+        state (`dict`): As for [`run_notes`], before this start is noted.
+        arguments (`dict`): Those of this start.
+        groups: The groups of parameters of the optimizer.
+    """
+    notes = [note[RUN_NOTE]["arguments"] for note in run_notes(state) if RUN_NOTE in note]
+    restored = {}
+    for name, key in (("learning_rate", "initial_lr"), ("weight_decay", "weight_decay")):
+        # Biases and norms are in a group without weight decay.
+        value = max((float(group[key]) for group in groups if key in group), default=None)
+        if notes and value == notes[-1].get(name) and value != arguments.get(name):
+            restored[name] = value
+    return restored
+
+
 def _saved_parameters(model: Any) -> int:
     """Parameters of the saved model, without extra heads."""
     if not hasattr(model, "num_parameters"):

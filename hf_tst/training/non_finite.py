@@ -91,8 +91,9 @@ class NonFiniteCallback(TrainerCallback):
         first = [(step, micro_batch, reader, float(number)) for step, micro_batch, number in bad[:1]]
         if found := gather_object(first):
             raise RunError(
-                f"{self._describe(*min(found))}. Training stops; all checkpoints are from before this step. Check the data, lower "
-                "learning_rate, or continue with resume_from_checkpoint='last' and tst_nonfinite_loss='skip'."
+                f"{self._describe(*min(found))}. Training stops; all checkpoints are from before this step. Check the data, "
+                "continue with resume_from_checkpoint='last' and tst_nonfinite_loss='skip', or start a new run with a lower learning_rate (a "
+                "resumed one keeps the checkpoint's)."
             )
 
     def _describe(self, step: int, micro_batch: float, reader: int, value: float) -> str:

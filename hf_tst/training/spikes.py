@@ -94,7 +94,8 @@ class SpikeCallback(TrainerCallback):
         text = f"Optimizer step {step} ({kept['phase']}) has a spike: {numbers}{name_blocks(blocks)}"
         if self._trainer.args.tst_spikes == "stop":
             raise RunError(
-                f"{text}. Training stops: check the data, lower learning_rate, or resume with tst_spikes='skip'."
+                f"{text}. Training stops: check the data, resume with tst_spikes='skip', or start a new run with a lower learning_rate (a "
+                "resumed one keeps the checkpoint's)."
             )
         drop_gradient(model)
         self.skipped_steps += 1
