@@ -1,5 +1,6 @@
 """What a person sees of a run: one line per log, nothing overwritten without a word, flags told before torch is imported."""
 
+import errno
 import fcntl
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_blocks, write_recipe
+from processes import PATIENCE, run_script, start_process
 
 from hf_tst import TSTTrainer
 from hf_tst.cli import main as cli
@@ -26,6 +29,7 @@ from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.first_look import SOURCES, declared_arguments, flag_values
 from hf_tst.pretraining.options import TRAINING, ArgumentParser, RunArguments, parse_values
+from hf_tst.pretraining.overwrite import holding_folder
 from hf_tst.pretraining.recipes import recipe_names
 
 LINE = re.compile(
@@ -161,6 +165,64 @@ def test_a_half_finished_run_is_resumed_or_replaced(recipe, run_folder, capsys):
     assert cli.main([*flags, "--resume_from_checkpoint", "last", "--overwrite_output_dir"]) == 2
     assert "leave one out" in capsys.readouterr().err
     assert cli.main([*flags, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_no_other_run_starts_in_the_folder_of_one_that_trains(recipe, tmp_path, monkeypatch):
+    """Before it has a checkpoint, which would tell of it."""
+    flags = ["train", str(recipe), "--output_dir", str(tmp_path / "run")]
+    refused = []
+
+    class First(pretrain.TSTTrainer):
+        def training_step(self, *args, **kwargs):
+            if not refused:
+                refused.extend(
+                    run_script("hf_tst", *flags, *more) for more in ([], ["--overwrite_output_dir"])
+                )
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "TSTTrainer", First)
+    assert cli.main(flags) == 0
+    assert [other.returncode for other in refused] == [2, 2]
+    message = f"hf-tst train: Another process works in {tmp_path / 'run'}: wait for it"
+    assert all(other.stderr.splitlines()[-1].startswith(message) for other in refused)
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "run").glob("_*")] == ["_run.json"]
+
+
+def die_in(folder, loader):
+    """Hold a folder and die without a word, while a process of a loader lives on."""
+    with holding_folder(folder):
+        Path(loader).touch()
+        if not os.fork():
+            while Path(loader).exists():
+                time.sleep(0.1)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_died_holds_no_folder(tmp_path):
+    loader = tmp_path / "loader"
+    process = start_process(die_in, str(tmp_path / "run"), str(loader))
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "run" / "_lock").exists()
+    try:
+        with holding_folder(str(tmp_path / "run")):
+            pass
+    finally:
+        loader.unlink()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_trained_into_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(KeyError), holding_folder(str(tmp_path / "new" / "run")):
+        raise KeyError
+    assert "cannot be locked ([Errno" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_is_one_line_and_the_record_has_all_of_it(llama, make_args, capsys):

@@ -19,7 +19,7 @@ from ..models.shape import ModelShape
 from ..models.superposition import find_language_model
 from ..mtp.heads import MTPHeads
 from ..pretraining.options import TRAINING, micro_batches, pick
-from ..pretraining.parts import prepare_run
+from ..pretraining.parts import load_parts
 from ..training.arguments import TSTTrainingArguments
 from .arms import Arm, check_arms, make_arm, setting
 from .options import ExperimentArguments, parse_experiment
@@ -71,7 +71,7 @@ def open_experiment(
     check_arms(changes, values)
     model_args, data_args, training = (pick(values, part) for part in TRAINING)
     accumulated = micro_batches(Namespace(**vars(training) | vars(data_args)), world_size=1)
-    parts, block_size = prepare_run(model_args, data_args, training)
+    parts, block_size = load_parts(model_args, data_args, training)
     if parts["eval_dataset"] is None:
         raise TSTError("There is no data to evaluate on: set validation_file or validation_split_percentage.")
     try:

@@ -1,4 +1,4 @@
-"""A run never overwrites another silently: the check, and `--overwrite_output_dir`.
+"""A run never overwrites another silently: the check, the lock of its folder, and `--overwrite_output_dir`.
 
 With that flag, the old run is moved to `_replaced` in its folder when training starts, and removed at the
 first checkpoint or the end of the new run. If the new run fails earlier, the old one is restored.
@@ -6,16 +6,22 @@ first checkpoint or the end of the new run. If the new run fails earlier, the ol
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
 
-from ..errors import TSTError
+from ..errors import TSTError, bad_input
 from ..training.manifest import flush_folder
 
+logger = logging.getLogger(__name__)
+
 REPLACED = "_replaced"
+LOCK_FILE = "_lock"  # names that begin with _ are not pushed to the Hub
 # Files of a run in its folder, by name or by pattern; other files are the user's, and all folders but checkpoints.
 RUN_FILES = (
     "trainer_state.json", "training_args.bin", "config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
@@ -53,17 +59,52 @@ def check_no_run_in(output_dir: str, command: str) -> None:
 
 
 @contextmanager
-def removing_new_folders(output_dir: str) -> Iterator[None]:
-    """Context that makes folders, and removes them if it fails while they are empty."""
+def holding_folder(output_dir: str, is_first_process: bool = True) -> Iterator[None]:
+    """Context that makes a folder, in which nobody else starts a run meanwhile, and removes it if it fails while that is empty.
+
+    Args:
+        output_dir (`str`): The folder.
+        is_first_process (`bool`, *optional*, defaults to `True`): Whether this is the process of the run that locks it.
+
+    Raises:
+        TSTError: If it cannot be made, or another process holds it.
+    """
     folder = Path(output_dir)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield
+        with bad_input(f"Cannot make output_dir={output_dir}: ", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) if is_first_process else nullcontext():
+            yield
     except BaseException:
         for path in new:
             with suppress(OSError):  # not made, or not empty
                 path.rmdir()
         raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context that locks a folder. The system unlocks it if the process dies."""
+    path = folder / LOCK_FILE
+    with bad_input(f"Cannot write into output_dir={folder}: ", OSError):
+        file = open(path, "ab")  # noqa: SIM115
+    with file:
+        # A loader process may outlive this one for some seconds.
+        os.register_at_fork(after_in_child=file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TSTError(
+                f"Another process works in {folder}: wait for it, terminate it, or name another output_dir."
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning(f"{folder} cannot be locked ({error}), so start no other run in it.")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def set_aside(folder: Path) -> None:

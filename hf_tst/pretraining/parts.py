@@ -314,19 +314,6 @@ def _first_blocks(stream: BlockStream, count: int | None) -> Any:
     return blocks
 
 
-def prepare_run(
-    model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments
-) -> tuple[dict[str, Any], int]:
-    """Make the folder that a run writes to, and what [`load_parts`] returns.
-
-    Raises:
-        TSTError: If one of them cannot be made.
-    """
-    with bad_input(f"Cannot make output_dir={args.output_dir}: ", OSError):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return load_parts(model_args, data_args, args)
-
-
 def load_parts(
     model_args: ModelArguments,
     data_args: DataArguments,

@@ -30,8 +30,8 @@ from ..training.reinitialize import ReinitializeCallback
 from ..training.run_identity import list_checkpoints
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
-from .overwrite import check_no_run_in, put_back, remove_set_aside, removing_new_folders, set_aside
-from .parts import prepare_run
+from .overwrite import check_no_run_in, holding_folder, put_back, remove_set_aside, set_aside
+from .parts import load_parts
 
 logger = logging.get_logger(__name__)
 
@@ -81,14 +81,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> TSTTrainer:
     model_args, data_args, args, run_args = parse_arguments(words, prog)
     if args.resume_from_checkpoint and run_args.overwrite_output_dir:
         raise TSTError("Both resume_from_checkpoint and overwrite_output_dir are given: leave one out.")
-    if not (args.resume_from_checkpoint or run_args.overwrite_output_dir):
-        check_no_run_in(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
-    check_checkpoint_is_there(args.resume_from_checkpoint, args.output_dir)
     logging.set_verbosity(args.get_process_log_level())
     if args.should_log:
         basicConfig(format="%(message)s")
         getLogger("hf_tst").setLevel(WARNING if args.log_level == "passive" else args.get_process_log_level())
-    with quiet_libraries(), removing_new_folders(args.output_dir):
+    with quiet_libraries(), holding_folder(args.output_dir, args.process_index == 0):
+        if not (args.resume_from_checkpoint or run_args.overwrite_output_dir):
+            check_no_run_in(args.output_dir, f"hf-tst train {shlex.join(words)}".rstrip())
+        check_checkpoint_is_there(args.resume_from_checkpoint, args.output_dir)
         return _train(model_args, data_args, args, run_args)
 
 
@@ -96,7 +96,7 @@ def _train(
     model_args: ModelArguments, data_args: DataArguments, args: TSTTrainingArguments, run_args: RunArguments
 ) -> TSTTrainer:
     set_seed(args.seed)
-    parts, block_size = prepare_run(model_args, data_args, args)
+    parts, block_size = load_parts(model_args, data_args, args)
     model, evaluates = parts["model"], parts["eval_dataset"] is not None
     if args.should_log:
         named = {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
