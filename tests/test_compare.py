@@ -10,13 +10,13 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
 from conftest import DENSE, Ended
-from filelock import FileLock
 from processes import PATIENCE
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState
 
@@ -28,17 +28,18 @@ from hf_tst.experiments import queue as run_queue
 from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import CompareArguments, main
 from hf_tst.experiments.experiment import open_experiment
-from hf_tst.experiments.options import parse_list
+from hf_tst.experiments.options import parse_experiment, parse_list
 from hf_tst.experiments.queue import PlannedRun, run_all
-from hf_tst.experiments.result import RunResult
+from hf_tst.experiments.result import CurvePoint, RunResult
 from hf_tst.experiments.run import _check_launch
 from hf_tst.experiments.time_limit import TimeLimit
 from hf_tst.pretraining import pretrain
 from hf_tst.pretraining.options import pick
+from hf_tst.pretraining.overwrite import holding_folder
 
 
 def planned(recipe, *flags):
-    return plan_comparison(open_experiment([str(recipe), *flags], CompareArguments))
+    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], CompareArguments)))
 
 
 def differences(runs, arm):
@@ -161,7 +162,7 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     shutil.rmtree(tmp_path)
     # Of three runs, two at a time, one place has two, each with less than half of the time.
     three = [*flags, "0,1,2", "--arms", "tst", "--seconds", "500", "--processes", "2"]
-    experiment = open_experiment(three, CompareArguments)
+    experiment = open_experiment(*parse_experiment(three, CompareArguments))
     runs, limit = time_limit.plan_within_limit(experiment, time.monotonic())
     assert 450 < 2 * (10 + 6 * 2 + limit.max_steps) <= 475
     assert len(runs) == 3
@@ -185,7 +186,7 @@ def test_intervals_that_are_chosen_for_the_user_are_shares_of_the_lowered_steps(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = [str(tmp_path / "recipe.yaml"), *intervals, "--arms", "tst", "--tst_bag_size", "2"]
     flags += ["--seeds", "0", "--train_file", str(tiny_recipe.parent / "corpus.txt"), "--seconds", "300"]
-    experiment = open_experiment(flags, CompareArguments)
+    experiment = open_experiment(*parse_experiment(flags, CompareArguments))
     (run,) = plan_comparison(replace(experiment, blocks=None), max_steps=900)
     state, args = TrainerState(), pick(run.settings, TSTTrainingArguments)
     state.compute_steps(args, run.settings["max_steps"])
@@ -245,7 +246,9 @@ def test_a_limit_keeps_what_was_timed_for_an_equal_time(tiny_recipe, tmp_path, i
         str(tiny_recipe), "--arms", "tst", "--seeds", "0", "--budget", "time", "--calibration_steps", "8",
         "--seconds", "10000", "--output_dir", str(tmp_path),
     ]  # fmt: skip
-    time_limit.plan_within_limit(open_experiment(flags, CompareArguments), time.monotonic())
+    time_limit.plan_within_limit(
+        open_experiment(*parse_experiment(flags, CompareArguments)), time.monotonic()
+    )
     assert in_process == ["calibration-tst", "calibration"]
 
 
@@ -731,10 +734,38 @@ def test_an_error_of_another_kind_is_a_failure_and_the_others_run(
 
 
 def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process):
-    (folder := tmp_path / "tst-lr0.01-seed0").mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process works in"):
-        main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
-    main([str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)])
+    """One may be left over from a comparison that was killed."""
+    flags = [str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)]
+    with (
+        holding_folder(str(tmp_path / "tst-lr0.01-seed0")),
+        pytest.raises(TSTError, match=r"tst-lr0.01-seed0 was refused: Another process works in"),
+    ):
+        main(flags)
+    main(flags)
+
+
+def test_the_same_command_while_it_runs_does_not_touch_its_runs(tiny_recipe, tmp_path, monkeypatch):
+    flags = [str(tiny_recipe), "--seeds", "0,1", "--arms", "tst", "--output_dir", str(tmp_path)]
+    started = []
+
+    def run(command, **_):
+        folder = Path(command[-1]).parent
+        if not started:
+            with pytest.raises(TSTError, match=f"Another process works in {tmp_path}: wait"):
+                main(flags)
+        started.append(folder.name)
+        point = {"step": 1, "raw_tokens": 1, "latent_tokens": 1, "seconds": 1.0, "eval_loss": 1.0}
+        RunResult(
+            curve=[CurvePoint(**point)], seconds_per_step={}, peak_memory_bytes=1, memory_of="process", parameters=1,
+            hardware="", software="",
+        ).save(folder)  # fmt: skip
+        return Ended(0)
+
+    monkeypatch.setattr(run_queue, "Popen", run)
+    made = main(flags)
+    assert started == ["tst-lr0.01-seed0", "tst-lr0.01-seed1"]
+    assert [done.status for done in made.runs] == ["finished", "finished"]
+    assert not (tmp_path / "_lock").exists()
 
 
 # Starts what it is given and passes no signal on, as `accelerate launch` does with one process.

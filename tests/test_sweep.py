@@ -12,6 +12,7 @@ from hf_tst.experiments.budget import plan_comparison
 from hf_tst.experiments.compare import SweepArguments
 from hf_tst.experiments.compare import sweep as main
 from hf_tst.experiments.experiment import open_experiment
+from hf_tst.experiments.options import parse_experiment
 from hf_tst.experiments.pictures import pictures
 from hf_tst.experiments.report import format_comparison, write_report
 from hf_tst.experiments.summary import compare_runs
@@ -19,7 +20,7 @@ from hf_tst.experiments.tables import tables
 
 
 def planned(recipe, *flags):
-    return plan_comparison(open_experiment([str(recipe), *flags], SweepArguments))
+    return plan_comparison(open_experiment(*parse_experiment([str(recipe), *flags], SweepArguments)))
 
 
 def sweep(losses, *seeds):

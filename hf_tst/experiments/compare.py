@@ -14,10 +14,11 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import TSTError, check_choice
 from ..planning.flops import FORMULA
+from ..pretraining.overwrite import holding_folder
 from .arms import ARMS, BASELINE, asks_for_superposition, define_arms, setting
 from .budget import ArmRun
 from .experiment import Experiment, open_experiment
-from .options import EVERY_RUN, ExperimentArguments, parse_list
+from .options import EVERY_RUN, ExperimentArguments, parse_experiment, parse_list
 from .queue import RunRefusedError, run_all
 from .report import format_comparison, write_report
 from .summary import Comparison, compare_runs
@@ -115,16 +116,22 @@ def main(
         kind: Class of the options: [`CompareArguments`] or [`SweepArguments`].
 
     Raises:
-        TSTError: For bad input, arms that cannot be equal in the budget, or settings that have changed.
+        TSTError: For bad input, arms that cannot be equal in the budget, settings that have changed, or a folder in which another
+            process works.
         SystemExit: With status 1, if a run failed. The report has the other runs.
     """
     began = time.monotonic()
-    experiment = open_experiment(argv, kind, prog)
-    args = experiment.args
+    values, args = parse_experiment(argv, kind, prog)
+    with holding_folder(values["output_dir"]):
+        return _compare(values, args, shlex.join(["hf-tst", kind.command, *argv]), began)
+
+
+def _compare(values: dict[str, Any], args: ExperimentArguments, command: str, began: float) -> Comparison:
+    experiment = open_experiment(values, args)
     runs, limit = plan_within_limit(experiment, began)
 
     def report() -> Comparison:
-        facts = {"command": shlex.join(["hf-tst", kind.command, *argv]), **_facts(experiment, runs)}
+        facts = {"command": command, **_facts(experiment, runs)}
         if limit is not None:
             facts["time limit"] = limit.fact
         notes = []
@@ -137,7 +144,9 @@ def main(
                 f"A run that would have ended after the limit of {args.seconds:g} s was not started."
             )
         cells = {arm.name: arm.changes for arm in experiment.arms if arm.name != BASELINE}
-        comparison = compare_runs(args.budget, runs, facts, notes, cells if kind is SweepArguments else {})
+        comparison = compare_runs(
+            args.budget, runs, facts, notes, cells if isinstance(args, SweepArguments) else {}
+        )
         print("\n" + format_comparison(comparison) + "\n")
         print(*write_report(comparison, experiment.output_dir), sep="\n")
         return comparison

@@ -22,7 +22,7 @@ from ..pretraining.options import TRAINING, micro_batches, pick
 from ..pretraining.parts import load_parts
 from ..training.arguments import TSTTrainingArguments
 from .arms import Arm, check_arms, make_arm, setting
-from .options import ExperimentArguments, parse_experiment
+from .options import ExperimentArguments
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,15 @@ class Experiment:
         return Path(self.values["output_dir"])
 
 
-def open_experiment(
-    argv: Sequence[str], kind: type[ExperimentArguments], prog: str | None = None
-) -> Experiment:
+def open_experiment(values: dict[str, Any], args: ExperimentArguments) -> Experiment:
     """Load data and model once, before any run: bad input is refused at once, and data is packed once.
 
     Args:
-        argv, kind, prog: As for [`parse_experiment`].
+        values, args: What [`parse_experiment`] returns.
 
     Raises:
-        TSTError: As [`parse_experiment`], and if a run would be refused or there is no data to evaluate on.
+        TSTError: If a run would be refused, or there is no data to evaluate on.
     """
-    values, args = parse_experiment(argv, kind, prog)
     changes = args.select_arms(values)
     check_arms(changes, values)
     model_args, data_args, training = (pick(values, part) for part in TRAINING)

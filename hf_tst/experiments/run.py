@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM
 
 from ..bags.phases import PhaseSchedule
@@ -32,15 +31,9 @@ def main(argv: Sequence[str]) -> None:
         TSTError: For bad input.
     """
     config = Path(argv[0])
-    if int(os.environ.get("RANK", 0)):
-        _train(config)
-        return
-    try:
-        with FileLock(config.with_name(".lock"), timeout=0):
-            _check_launch(config)
-            _train(config)
-    except Timeout:
-        raise TSTError(f"Another process works in {config.parent}: wait for it, or terminate it.") from None
+    if not int(os.environ.get("RANK", 0)):
+        _check_launch(config)
+    _train(config)
 
 
 def _check_launch(config: Path) -> None:
