@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 from conftest import write_corpus
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_tst.errors import TSTError
 from hf_tst.pretraining.options import ModelArguments, parse_arguments
 from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.pretrain import main
@@ -122,3 +123,63 @@ def test_a_model_type_alone_is_its_default_configuration():
     assert (
         make_config(ModelArguments(model_type="llama"), 99).to_dict() == LlamaConfig(vocab_size=99).to_dict()
     )
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["stated", "left out"])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "changes"),
+    [
+        ("qwen3", {"num_hidden_layers": 4, "hidden_size": 32, "head_dim": 8}, {"num_hidden_layers": 2}),
+        (
+            "llama",
+            {"num_attention_heads": 4, "hidden_size": 64},
+            {"num_attention_heads": 2, "hidden_size": 48},
+        ),
+        ("gemma3_text", {"num_hidden_layers": 12}, {"num_hidden_layers": 6, "rms_norm_eps": 1e-5}),
+        ("gpt2", {"n_embd": 64, "n_head": 4}, {"hidden_size": 32, "n_inner": 64}),
+    ],
+)
+def test_changes_to_a_configuration_of_a_file_are_those_of_a_new_one(tmp_path, kind, sizes, changes, stated):
+    """Saved configurations state what follows from their sizes, such as the kind of each layer. Those of the Hub may not."""
+    make = CONFIG_MAPPING[kind]
+    make(**sizes).save_pretrained(tmp_path)
+    if not stated:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    overrides = json.dumps(changes)
+    made = make_config(ModelArguments(config_name=str(tmp_path), config_overrides=overrides), 99)
+    names = make().attribute_map
+    wanted = make(**sizes | {names.get(name, name): value for name, value in changes.items()}, vocab_size=99)
+    told = {"architectures", "_name_or_path", "dtype", "transformers_version"}
+    assert {k: v for k, v in made.to_dict().items() if k not in told} == {
+        k: v for k, v in wanted.to_dict().items() if k not in told
+    }
+    made.save_pretrained(tmp_path / "again")
+
+
+def test_kinds_of_layers_that_are_no_pattern_are_one_sentence(tmp_path):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    CONFIG_MAPPING["qwen3"](num_hidden_layers=3, layer_types=kinds, use_sliding_window=True).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(TSTError, match=r"^config_overrides make no qwen3: .*layer_types") as caught:
+        make_config(ModelArguments(config_name=str(tmp_path), config_overrides="num_hidden_layers=2"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(in_folder, tmp_path):
+    """As some of the Hub: the generation configuration asks for a temperature without sampling."""
+    sizes = dict(OVERRIDES, vocab_size=len(AutoTokenizer.from_pretrained("tokenizer")))
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+    config = values(
+        tmp_path, model_name_or_path=str(tmp_path / "model"), model_type=None, config_overrides=None
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        TSTError, match=r"^A checkpoint would fail, because the model's generation .*temperature"
+    ):
+        main([str(tmp_path / "config.json")])
+    assert not (tmp_path / "out").exists()
+    path.write_text("{}")
+    assert main([str(tmp_path / "config.json")]).state.global_step == 6

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,31 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
         )
     if args.model_name_or_path:
         return config
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
     changes = _parse_overrides(config, args.config_overrides or "")
     errors = (StrictDataclassError, TypeError, AttributeError)  # the last field that is derived from others
     with bad_input(f"config_overrides make no {config.model_type}: ", errors):
-        if args.config_name:
-            config.update(changes)
-            return config
         # A new object, so that derived fields (the head size of Llama) are computed from the changed ones.
-        return type(config)(**{"vocab_size": config.vocab_size} | changes)
+        config = _changed(config, changes) if args.config_name else type(config)(**changes)
+    if vocab_size is not None and "vocab_size" not in changes:
+        config.vocab_size = vocab_size
+    return config
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    """The configuration with `changes`. A field that follows from others, as the kinds of layers do, follows from the changed ones."""
+
+    def make(values: dict[str, Any]) -> Any:
+        return type(config)(**copy.deepcopy(values))
+
+    def follows(name: str) -> bool:
+        with suppress(Exception):  # no configuration without it
+            made = make({other: value for other, value in values.items() if other != name}).to_dict()
+            return name in made and made[name] == values[name]
+        return False
+
+    values = config.to_dict()
+    changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
+    return make({name: value for name, value in values.items() if not follows(name)} | changes)
 
 
 def _parse_overrides(config: Any, overrides: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .checkpoint_folders import check_output_dir, choose_checkpoint
 from .checkpoint_saver import CheckpointSaver
 from .checkpoint_weights import load_renamed_weights
 from .overriding import signature_of
+from .refusals import check_saving
 
 
 class SavingTrainer(Trainer):
@@ -40,7 +41,7 @@ class SavingTrainer(Trainer):
         """Train. Arguments and result are those of [`~transformers.Trainer.train`].
 
         Raises:
-            TSTError: If the output folder is not writable, or the checkpoint is damaged.
+            TSTError: If the output folder is not writable, the checkpoint is damaged, or no checkpoint could be saved.
             RunError: If a checkpoint cannot be written.
         """
         args = self.args
@@ -63,6 +64,12 @@ class SavingTrainer(Trainer):
             # At the end, with a limit of 1, Trainer would remove all checkpoints but the best.
             self.args.save_total_limit = None
         super().log(logs, start_time)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        # Here `train` has just given the model the special tokens of the tokenizer, which a checkpoint holds.
+        if self.args.should_save:
+            check_saving(self.model, self.processing_class)
 
     # Checkpoints
 
