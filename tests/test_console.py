@@ -27,8 +27,8 @@ from hf_tst.cli.plan import PlanArguments
 from hf_tst.experiments import queue as run_queue
 from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.pretraining import pretrain
-from hf_tst.pretraining.first_look import SOURCES, declared_arguments, flag_values
-from hf_tst.pretraining.options import TRAINING, ArgumentParser, RunArguments, parse_values
+from hf_tst.pretraining.first_look import SOURCES, announce, declared_arguments, flag_values
+from hf_tst.pretraining.options import TRAINING, ArgumentParser, RunArguments, parse_arguments, parse_values
 from hf_tst.pretraining.overwrite import holding_folder
 from hf_tst.pretraining.recipes import recipe_names
 
@@ -457,3 +457,21 @@ def test_text_without_a_tokenizer_names_both_that_it_needs(recipe, tmp_path, cap
 def test_versions_for_a_bug_report(capsys):
     assert cli.main(["env"]) == 0
     assert re.search(r"torch +\d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "data"),
+    [
+        ("dataset_name: some/data\ndataset_config_name: part\n", ["--train_file", "a.jsonl"], ("a.jsonl", None, None)),
+        ("train_file: a.jsonl\n", ["--dataset-name=some/data"], (None, "some/data", None)),
+        ("dataset_name: some/data\ndataset_config_name: part\n", ["--max_steps", "3"], (None, "some/data", "part")),
+        ("dataset_name: some/data\ndataset_config_name: part\n", ["--dataset_name", "other"], (None, "other", "part")),
+    ],
+)  # fmt: skip
+def test_data_of_flags_takes_the_place_of_a_recipes(tmp_path, capsys, recipe, flags, data):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe + "output_dir: out\nmodel_type: llama\n")
+    _, args, _, _ = parse_arguments([str(path), *flags])
+    assert (args.train_file, args.dataset_name, args.dataset_config_name) == data
+    announce("train", [str(path), *flags])
+    assert f"a new llama, on {data[0] or data[1]}\n" in capsys.readouterr().out

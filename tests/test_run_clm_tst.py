@@ -87,7 +87,7 @@ def test_a_file_of_arguments_and_flags_that_win(workspace, tmp_path, config):
     [
         ["--train_file", "corpus.txt"],
         ["--streaming", "--validation_split_percentage", 0],
-        ["--train-file=", "--dataset-name", "hub"],
+        ["--dataset-name", "hub"],
         ["--train_file", "part-*.jsonl", "--dataloader_num_workers", 2],
         ["--train_file", "part-*.jsonl", "--streaming", "--validation_file", "corpus.jsonl"],
         ["--tst_document_boundaries", "respect"],
@@ -145,7 +145,7 @@ def test_a_stream_is_not_continued_with_another_file(workspace, tmp_path):
         ),
         (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
         (["--model_type", "nonsense"], "model_type is 'nonsense'"),
-        (["--dataset_name", "some/data"], "name one of them"),
+        (["--dataset_name", "some/data", "--train_file", "corpus.txt"], "name one of them"),
     ],
 )
 def test_bad_input_is_one_sentence(workspace, tmp_path, flags, message):

@@ -18,7 +18,7 @@ from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
 from ..training.reinitialize import Reinitialized
 from .parser import ArgumentParser, flag_names
-from .recipes import quick_start, read_config, split_recipe
+from .recipes import quick_start, read_config, replaced_data, split_recipe
 
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
@@ -215,6 +215,8 @@ def parse_values(
     file, argv = split_recipe(list(argv))
     if file is not None:
         values = read_config(file)
+        for name in replaced_data(flag_names(argv)):
+            values.pop(name, None)
         actions = {action.dest: action for action in parser._actions}
         check_names(values, actions, "The configuration file has no such argument as")
         hints = {name: str(hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
         check_names([word], recipe_names(), "There is no recipe", otherwise="`hf-tst recipes` lists them.")
         word = str(RECIPES / f"{word}.yaml")
     return word, argv[1:]
+
+
+def replaced_data(given: Collection[str]) -> set[str]:
+    """The names of a file's data that flags replace, which have other data; `given` has the names of the flags."""
+    train_file, data_set = {"train_file"}, {"dataset_name", "dataset_config_name"}
+    if "train_file" in given and "dataset_name" not in given:
+        return data_set
+    return train_file if "dataset_name" in given and "train_file" not in given else set()
 
 
 class _NumberLoader(yaml.SafeLoader):
