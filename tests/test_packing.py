@@ -1,3 +1,4 @@
+import gzip
 import json
 import logging
 import os
@@ -473,6 +474,17 @@ def test_text_that_is_trained_on_and_evaluated_on_is_told(tmp_path, caplog, patt
         DataArguments(train_file=str(tmp_path / pattern), validation_file=str(held_out)), ModelArguments()
     )
     assert (f"{held_out} is trained on and evaluated on" in caplog.text) == told
+
+
+def test_the_same_text_by_another_name_is_told(tmp_path, caplog, monkeypatch):
+    datasets.Dataset.from_dict({"text": ["one"] * 20}).to_json(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "latest.jsonl").symlink_to("a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "a.jsonl"), "latest.jsonl", "a.jsonl.gz"):
+        caplog.clear()
+        load_documents(DataArguments(train_file="a.jsonl", validation_file=name), ModelArguments())
+        assert f"{name} is trained on and evaluated on" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])

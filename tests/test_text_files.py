@@ -10,6 +10,7 @@ import lzma
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -21,7 +22,7 @@ from transformers.utils.logging import warning_once
 from hf_tst import RunError, TSTError
 from hf_tst.cli.main import main
 from hf_tst.data import text_files
-from hf_tst.data.files import load_text_file
+from hf_tst.data.files import load_text_file, matching_files
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import train_tokenizer
 
@@ -119,6 +120,22 @@ def test_files_are_read_as_what_they_are(name, streaming):
     write(files)
     rows = load_text_file(path, streaming)
     assert [value for row in rows for value in row.values()] == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_no_text_is_read_twice(tmp_path, streaming):
+    write({"b.jsonl": lines(ROWS), "c.jsonl": OTHER})
+    for name, target in [("a.jsonl", "c.jsonl"), ("latest.jsonl", "b.jsonl")]:
+        Path(name).symlink_to(target)
+    assert matching_files("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    texts = [row["text"] for row in load_text_file("*.jsonl", streaming)]
+    assert texts == ["another file", *TEXTS]
+    write({"b.jsonl.gz": gzip.compress(lines(ROWS))})
+    with pytest.raises(
+        TSTError, match=r"\* matches b.jsonl and b.jsonl.gz, the same text twice: name the plain"
+    ):
+        load_text_file("*", streaming)
+    assert len(list(load_text_file("*.gz", streaming))) == len(ROWS)
 
 
 def test_home_and_a_column_that_is_named(tmp_path, monkeypatch):

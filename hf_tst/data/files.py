@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import TSTError
 from .columns import choose_column, column_type, log_column
-from .text_files import ENDINGS, check_column, columns_of, ending, read_column
+from .text_files import COMPRESSIONS, ENDINGS, check_column, columns_of, ending, read_column
 from .token_file import TOKEN_FILE_SUFFIX, TokenFile
 from .written_once import open_arrow, written_once
 
@@ -52,6 +52,11 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
             f"Cannot read {path} with the endings {kinds}: name files of one kind, which must end in one of "
             f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}; all but .parquet and {TOKEN_FILE_SUFFIX} may also end in .gz, .bz2, .zst or .xz."
         )
+    names = [text_name(file) for file in files]
+    if twins := [file for file, name in zip(files, names, strict=True) if names.count(name) > 1]:
+        raise TSTError(
+            f"{path} matches {twins[0]} and {twins[1]}, the same text twice: name the plain or the compressed files."
+        )
     columns = columns_of(files[0])
     column = choose_column(columns, text_column, f"The file {files[0]}")
     log_column(column, columns, path)
@@ -73,7 +78,8 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
 def matching_files(path: str) -> list[str]:
     """The file of that name, or the files that match it as a pattern, sorted by name; `**` matches any folders.
 
-    An existing name, also of a folder at the start of the pattern, is taken literally.
+    An existing name, also of a folder at the start of the pattern, is taken literally. Of a file and the links to it that match, the
+    first counts.
 
     Raises:
         TSTError: If there is none.
@@ -86,11 +92,18 @@ def matching_files(path: str) -> list[str]:
         raise TSTError(f"{path} is a folder: name its files, for example with {path.rstrip('/')}/**/*.jsonl.")
     root = next(folder for folder in pattern.parents if folder.is_dir())
     found = glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True)
-    files = sorted(str(root / name) for name in found if (root / name).is_file())
+    names = sorted(str(root / name) for name in found if (root / name).is_file())
+    files = sorted({os.path.realpath(name): name for name in reversed(names)}.values())
     if not files:
         where = "" if pattern.is_absolute() else f" in {Path.cwd()}"
         raise TSTError(f"There is no file {path}{where}.")
     return files
+
+
+def text_name(path: str) -> str:
+    """The name that a file, the links to it, and its compressed copy in the same folder have in common."""
+    name = Path(os.path.realpath(path))
+    return str(name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name)
 
 
 def _schema(column: str) -> Any:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.data_sets import load_data_set
-from ..data.files import load_text_file, matching_files
+from ..data.files import load_text_file, matching_files, text_name
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.streams import BlockStream
@@ -58,10 +58,11 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         load_text_file(args.validation_file, text_column=args.text_column) if args.validation_file else None
     )
     if args.train_file:
-        validation_files = matching_files(args.validation_file) if args.validation_file else []
-        if both := {*matching_files(args.train_file)} & {*validation_files}:
+        held_out = matching_files(args.validation_file) if args.validation_file else []
+        trained = {*map(text_name, matching_files(args.train_file))} if held_out else set()
+        if both := [file for file in held_out if text_name(file) in trained]:
             logger.warning(
-                f"{', '.join(sorted(both))} is trained on and evaluated on, so the evaluation loss says nothing about new text."
+                f"{', '.join(both)} is trained on and evaluated on, so the evaluation loss says nothing about new text."
             )
         train = load_text_file(args.train_file, args.streaming, args.text_column)
     else:
