@@ -24,6 +24,7 @@ from processes import PATIENCE, run_script, start_process
 from hf_tst import TSTTrainer
 from hf_tst.cli import main as cli
 from hf_tst.cli.plan import PlanArguments
+from hf_tst.errors import TSTError
 from hf_tst.experiments import queue as run_queue
 from hf_tst.experiments.compare import CompareArguments, SweepArguments
 from hf_tst.pretraining import pretrain
@@ -475,3 +476,12 @@ def test_data_of_flags_takes_the_place_of_a_recipes(tmp_path, capsys, recipe, fl
     assert (args.train_file, args.dataset_name, args.dataset_config_name) == data
     announce("train", [str(path), *flags])
     assert f"a new llama, on {data[0] or data[1]}\n" in capsys.readouterr().out
+
+
+def test_a_flag_has_its_whole_name(tmp_path, capsys):
+    """`--train_fil a.jsonl` named data, but trained with the settings of the quick start."""
+    flags = ["--train_fil", "a.jsonl", "--output_dir", str(tmp_path)]
+    for check in (announce, lambda _, words: parse_arguments(words)):
+        with pytest.raises(TSTError, match="There is no flag 'train_fil': did you mean 'train_file'"):
+            check("train", flags)
+    assert not capsys.readouterr().out

@@ -64,12 +64,7 @@ def check_flags(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     given = {name: of_file[name] for name in of_file.keys() - replaced_data(of_flags)} | of_flags
     defaults = declared_arguments(SOURCES[command])
     known = {*defaults, *(f"no_{name}" for name in defaults), "debug", "dry_run"}
-    # `argparse` accepts abbreviated flags.
-    check_names(
-        (name for name in given if not any(flag.startswith(name) for flag in known)),
-        known,
-        "There is no flag",
-    )
+    check_names(given, known, "There is no flag")
     own: dict[str, Any] = {} if given.get("train_file") or given.get("dataset_name") else quick_start()
     if command in ("compare", "sweep"):
         own = own | {"output_dir": f"runs/{command}"}

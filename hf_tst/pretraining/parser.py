@@ -77,7 +77,7 @@ class ArgumentParser(HfArgumentParser):
     def __init__(
         self, kinds: Sequence[type], usage: str = "%(prog)s [recipe] [--flag value ...]", **options: Any
     ) -> None:
-        super().__init__(kinds, usage=usage, formatter_class=HelpFormatter, **options)
+        super().__init__(kinds, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False, **options)
         hidden = {name for kind in kinds for name in getattr(kind, "impossible", ())}
         for action in self._actions:
             action.help = SUPPRESS if action.dest in hidden else HELP.get(action.dest, action.help)
