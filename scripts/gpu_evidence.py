@@ -123,7 +123,7 @@ def slice_b(args: argparse.Namespace) -> list[Step]:
         command += f" {options} --processes 3 --seconds {share * args.seconds:.0f}"
         return shlex.split(command + (" --use_cpu True" if args.device == "cpu" else ""))
 
-    pack = "python scripts/pack_ids.py --inputs"
+    pack = "python scripts/pack_ids.py --overwrite True --inputs"
     seeds = "0" if args.tiny else "0,1,2"
     others = "baseline,tst,tst-recency,tst-r0.2-s4,mtp-0.1,tst+mtp-0.1"
     return [

@@ -43,6 +43,7 @@ class Arguments:
     max_bytes: int = field(default=200_000_000, metadata={"help": "Stop after so many bytes of text."})
     tokenizer_bytes: int = field(default=20_000_000, metadata={"help": "Bytes to make the vocabulary from."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of files."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what is there."})
 
 
 def text_files(folders: list[str]) -> list[Path]:
@@ -98,8 +99,13 @@ def folder_texts(folders: list[str], seed: int) -> list[str]:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    texts = folder_texts(args.folders, args.seed) if args.folders else sources(args.packages, args.seed)
     output = Path(args.output_dir)
+    there = [str(path) for path in (output / "corpus.jsonl", output / "tokenizer") if path.exists()]
+    if there and not args.overwrite:
+        sys.exit(
+            f"{' and '.join(there)} would be replaced: name another --output_dir, or give --overwrite True."
+        )
+    texts = folder_texts(args.folders, args.seed) if args.folders else sources(args.packages, args.seed)
     output.mkdir(parents=True, exist_ok=True)
     size, for_tokenizer, seen = 0, [], set()
     with open(output / "corpus.jsonl", "w", encoding="utf-8") as corpus:

@@ -38,6 +38,7 @@ class Arguments:
     seed: int | None = field(
         default=None, metadata={"help": "Shuffle documents by it; without it they keep their order."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output, if it is there."})
 
 
 def read_part(path: str, dtype: str) -> NDArray[np.unsignedinteger]:
@@ -81,6 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if not args.output.endswith(".npy"):
         raise TSTError(f"--output must end in .npy, but is {args.output}.")
+    if Path(args.output).exists() and not args.overwrite:
+        raise TSTError(
+            f"--output names {args.output}, which would be replaced: name another file, or give --overwrite True."
+        )
     if args.seed is not None and args.eos_id is None:
         raise TSTError("--seed needs --eos_id, the id that documents end with: give both, or neither.")
     with ThreadPoolExecutor() as pool:  # lzma works without Python's lock

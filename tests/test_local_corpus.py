@@ -12,8 +12,8 @@ from processes import run_script
 SCRIPT = Path(__file__).parents[1] / "scripts" / "local_corpus.py"
 
 
-def write_corpus_of(folders: list[Path], output: Path) -> subprocess.CompletedProcess[str]:
-    return run_script(SCRIPT, "--output_dir", output, "--vocab_size", 300, "--folders", *folders)
+def write_corpus_of(folders: list[Path], output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return run_script(SCRIPT, "--output_dir", output, "--vocab_size", 300, *flags, "--folders", *folders)
 
 
 def test_text_files_of_folders(tmp_path):
@@ -42,6 +42,15 @@ def test_text_files_of_folders(tmp_path):
     assert max(map(len, parts)) < 110_000
     assert sorted("".join(parts).splitlines()) == sorted(long.splitlines())
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+    (books / "plain.txt").write_text("another text\n")
+    (tmp_path / "out" / "corpus.jsonl").unlink()
+    again = write_corpus_of([books], tmp_path / "out")
+    assert again.returncode == 1
+    assert "tokenizer would be replaced: name another --output_dir, or give --overwrite True" in again.stderr
+    assert not (tmp_path / "out" / "corpus.jsonl").exists()
+    assert write_corpus_of([books], tmp_path / "out", "--overwrite", "True").returncode == 0
+    assert "another text" in (tmp_path / "out" / "corpus.jsonl").read_text()
 
 
 def test_folders_without_text_are_refused(tmp_path):

@@ -175,7 +175,7 @@ def pack(tmp_path):
 
     def call(names, *flags):
         inputs, output = [str(tmp_path / name) for name in names], str(tmp_path / "out.npy")
-        pack_ids.main(["--inputs", *inputs, "--output", output, *flags])
+        pack_ids.main(["--inputs", *inputs, "--output", output, "--overwrite", "True", *flags])
         return np.load(output)
 
     return call
@@ -206,6 +206,17 @@ def test_parts_are_packed_and_their_documents_shuffled(tmp_path, pack, eos):
     assert (pack(names, "--seed", "0", *end) == shuffled).all()
     assert (pack(names, "--seed", "1", *end) != shuffled).any()
     assert sorted(documents(shuffled)) == sorted(documents(ids))
+
+
+def test_a_packed_file_is_not_replaced_unasked(tmp_path, pack):
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    assert len(pack(["a.bin"])) == 4
+    (tmp_path / "a.bin").write_bytes(bytes(16))
+    with pytest.raises(
+        TSTError, match=r"out\.npy, which would be replaced: name another file, or give --overwrite"
+    ):
+        pack(["a.bin"], "--overwrite", "False")
+    assert len(np.load(tmp_path / "out.npy")) == 4
 
 
 def test_parts_of_any_whole_numbers_become_one_type(tmp_path, pack):
