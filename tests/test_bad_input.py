@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from conftest import write_corpus
@@ -123,6 +124,49 @@ def test_a_model_type_alone_is_its_default_configuration():
     assert (
         make_config(ModelArguments(model_type="llama"), 99).to_dict() == LlamaConfig(vocab_size=99).to_dict()
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 32}, "lora_alpha is of an adapter, but lora_rank is not set"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules is of an adapter, but lora_rank is not set"),
+        ({"config_name": "x"}, "Both config_name and model_type are given: name the model by one"),
+        ({"dataset_config_name": "part"}, "dataset_config_name=part is part of a data set: name it by dataset_name"),
+        ({"train_file": "ids.npy", "append_eos": True}, "append_eos ends rows of text, but a file of token ids"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "validation_split_percentage": 0},
+            "load_best_model_at_end needs evaluations, but there is no data to evaluate on",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_be_ignored_is_refused(in_folder, tmp_path, changes, message):
+    np.save("ids.npy", np.arange(20_000, dtype=np.uint16) % 50)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values(tmp_path, **changes)), encoding="utf-8")
+    with pytest.raises(TSTError, match=message):
+        main([str(path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluations_without_data_are_told(in_folder, tmp_path, caplog):
+    path = tmp_path / "config.json"
+    for strategy, told in (("no", False), ("steps", True)):
+        changes = {"eval_strategy": strategy, "validation_split_percentage": 0, "save_strategy": "no"}
+        path.write_text(json.dumps(values(tmp_path, **changes)), encoding="utf-8")
+        main([str(path), "--overwrite_output_dir"])
+        assert (f"eval_strategy={strategy} has no effect, because there is no data" in caplog.text) == told
+
+
+@pytest.mark.parametrize("data", [[], ["--train_file", "corpus.txt"]], ids=["quick start", "own data"])
+def test_a_flag_names_another_model_than_the_file(in_folder, tmp_path, data):
+    LlamaConfig(**OVERRIDES).save_pretrained(tmp_path / "model")
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({"output_dir": "out", "model_type": "qwen3"} if data else {"output_dir": "out"})
+    )
+    model, _, _, _ = parse_arguments([str(path), "--config_name", str(tmp_path / "model"), *data])
+    assert (model.config_name, model.model_type) == (str(tmp_path / "model"), None)
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "left out"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -145,11 +146,13 @@ RECIPES = {
     "model: unknown": {"model_type": "nonsense"},
     "model: encoder": {"model_type": "t5", "config_overrides": ...},
     "model: nothing": {"model_type": None},
-    "model: twice said": {"model_name_or_path": "nowhere"},
-    "model: not there": {"model_name_or_path": "./nowhere", "config_overrides": ...},
-    "model: a file": {"model_name_or_path": "corpus.txt", "config_overrides": ...},
-    "model: no weights": {"model_name_or_path": "tokenizer", "config_overrides": ...},
-    "configuration: not there": {"config_name": "./nowhere", "config_overrides": ...},
+    "model: twice said": {"model_name_or_path": "nowhere", "config_overrides": ...},
+    "model: and a configuration": {"config_name": "tokenizer"},
+    "model: changed": {"model_name_or_path": "nowhere", "model_type": ...},
+    "model: not there": {"model_type": ..., "model_name_or_path": "./nowhere", "config_overrides": ...},
+    "model: a file": {"model_type": ..., "model_name_or_path": "corpus.txt", "config_overrides": ...},
+    "model: no weights": {"model_type": ..., "model_name_or_path": "tokenizer", "config_overrides": ...},
+    "configuration: not there": {"model_type": ..., "config_name": "./nowhere", "config_overrides": ...},
     "overrides: word": {"config_overrides": "hidden_size=abc"},
     "overrides: no value": {"config_overrides": "hidden_size"},
     "overrides: broken": {"config_overrides": "{bad"},
@@ -178,6 +181,8 @@ RECIPES = {
     "data: broken CSV": {"train_file": "broken.csv"},
     "data: broken Parquet": {"train_file": "broken.parquet"},
     "data: twice said": {"dataset_name": "some/data"},
+    "data: part of a data set": {"dataset_config_name": "part"},
+    "data: ends of token ids": {"train_file": "ids.npy", "append_eos": True},
     "data: no such column": {"text_column": "words"},
     "data set: not there": {"dataset_name": "./nowhere", "train_file": ...},
     "data set: offline": {"dataset_name": "some/data", "train_file": ...},
@@ -198,6 +203,10 @@ RECIPES = {
     "evaluation: no steps": {"eval_strategy": "steps", "eval_steps": 0, "logging_steps": 0},
     "logging: unknown": {"logging_strategy": "bogus"},
     "best model: other steps": {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
+    "best model: nothing to evaluate": {
+        "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "validation_split_percentage": 0,
+    },
     "precision: both": {"bf16": True, "fp16": True},
     "trackers: unknown": {"report_to": "bogus"},
     "trackers: missing package": {"report_to": absent(TRACKERS)[0]},
@@ -205,6 +214,8 @@ RECIPES = {
     "data seed: word": {"data_seed": "lucky"},
     "lora: rank": {"lora_rank": 0},
     "lora: no model": {"lora_rank": 4},
+    "lora: no rank": {"lora_alpha": 32},
+    "lora: layers, no rank": {"lora_target_modules": "q_proj"},
     "output: a file": {"output_dir": "corpus.txt"},
     "output: below a file": {"output_dir": "corpus.txt/run"},
     "resume: nothing there": {"resume_from_checkpoint": "last"},
@@ -267,6 +278,7 @@ def folder(tmp_path_factory):
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.txt").write_bytes("café\n".encode("latin1") * 100)
+    np.save(folder / "ids.npy", np.arange(20_000, dtype=np.uint16) % 50)
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (folder / "folder.yaml").mkdir()
     return folder

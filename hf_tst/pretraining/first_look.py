@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import check_names
 from .overwrite import check_no_run_in
-from .recipes import quick_start, read_config, replaced_data, split_recipe
+from .recipes import quick_start, read_config, replaced_names, split_recipe
 
 PACKAGE = Path(__file__).parent.parent
 # By command, the files whose classes `...Arguments` hold its flags.
@@ -61,7 +61,7 @@ def check_flags(command: str, argv: Sequence[str]) -> dict[str, Any] | None:
     file, words = (None, list(argv)) if command == "card" else split_recipe(list(argv))
     of_flags = flag_values(words)
     of_file = read_config(file) if file else {}
-    given = {name: of_file[name] for name in of_file.keys() - replaced_data(of_flags)} | of_flags
+    given = {name: of_file[name] for name in of_file.keys() - replaced_names(of_flags)} | of_flags
     defaults = declared_arguments(SOURCES[command])
     known = {*defaults, *(f"no_{name}" for name in defaults), "debug", "dry_run"}
     check_names(given, known, "There is no flag")

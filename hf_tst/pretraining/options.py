@@ -18,7 +18,7 @@ from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
 from ..training.reinitialize import Reinitialized
 from .parser import ArgumentParser, flag_names
-from .recipes import quick_start, read_config, replaced_data, split_recipe
+from .recipes import quick_start, read_config, replaced_names, split_recipe
 
 DESCRIPTION = """Pre-train a causal language model with Token Superposition Training.
 
@@ -69,6 +69,14 @@ class ModelArguments:
             raise TSTError(
                 "config_overrides cannot change a trained model: leave out config_overrides or model_name_or_path."
             )
+        named = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
+        if len(named) > 1:
+            raise TSTError(f"Both {named[0]} and {named[1]} are given: name the model by one of them.")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if self.lora_rank is None and getattr(self, name) != getattr(ModelArguments, name):
+                raise TSTError(
+                    f"{name} is of an adapter, but lora_rank is not set: set it, or leave {name} out."
+                )
         if self.lora_rank and not self.model_name_or_path:
             raise TSTError("lora_rank adapts a trained model: name it with model_name_or_path.")
         if self.lora_rank and self.reinit_at_switch:
@@ -147,6 +155,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file:
             raise TSTError("Both dataset_name and train_file are given: name one of them.")
+        if self.dataset_config_name and not self.dataset_name:
+            raise TSTError(
+                f"dataset_config_name={self.dataset_config_name} is part of a data set: name it by dataset_name, or leave it out."
+            )
         if self.is_quick_start and (self.validation_file or self.streaming):
             raise TSTError(
                 "validation_file and streaming need training data: name train_file or dataset_name."
@@ -215,7 +227,7 @@ def parse_values(
     file, argv = split_recipe(list(argv))
     if file is not None:
         values = read_config(file)
-        for name in replaced_data(flag_names(argv)):
+        for name in replaced_names(flag_names(argv)):
             values.pop(name, None)
         actions = {action.dest: action for action in parser._actions}
         check_names(values, actions, "The configuration file has no such argument as")
@@ -230,7 +242,10 @@ def parse_values(
         of_file = [word for name, value in values.items() for word in _as_flag(actions[name], value)]
     names_data = any(values.get(name) or name in flag_names(argv) for name in ("dataset_name", "train_file"))
     # A value that no flag can express, such as an empty one, becomes a default.
-    parser.set_defaults(**({} if names_data else quick_start()) | dict(defaults or {}) | values)
+    own = {} if names_data else quick_start()
+    for name in replaced_names({*values, *flag_names(argv)}):
+        own.pop(name, None)
+    parser.set_defaults(**own | dict(defaults or {}) | values)
     namespace = parser.parse_flags([*of_file, *argv])
     if namespace.model_name_or_path and not names_data:
         raise TSTError("model_name_or_path is given: name its data with train_file or dataset_name.")

@@ -272,6 +272,10 @@ def prepare_blocks(
     limit = "max_eval_samples" if evaluation else "max_train_samples"
     max_samples = getattr(args, limit)
     if isinstance(documents, TokenFile):
+        if args.append_eos:
+            raise TSTError(
+                "append_eos ends rows of text, but a file of token ids is read as it is: leave it out."
+            )
         blocks: Any = documents.cut(block_size)
     else:
         source = (args.validation_file if evaluation else None) or args.train_file

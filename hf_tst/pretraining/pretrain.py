@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..errors import PreemptedError, TSTError
@@ -104,6 +105,11 @@ def _train(
         blocks = f"{' and '.join(counts) or 'a stream of'} blocks of {block_size} tokens"
         print(f"{type(model).__name__}, {model.num_parameters():,} parameters\n{blocks}", flush=True)
     if not evaluates:
+        nothing = "there is no data to evaluate on: set validation_file or validation_split_percentage"
+        if args.load_best_model_at_end:
+            raise TSTError(f"load_best_model_at_end needs evaluations, but {nothing}.")
+        if args.eval_strategy != IntervalStrategy.NO and not data_args.is_quick_start:
+            logger.warning(f"eval_strategy={args.eval_strategy.value} has no effect, because {nothing}.")
         args.eval_strategy = "no"
     if model_args.model_name_or_path is None and args.learning_rate == TrainingArguments.learning_rate:
         logger.warning(

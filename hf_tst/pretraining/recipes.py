@@ -17,6 +17,11 @@ RECIPES = Path(__file__).with_name("recipes")
 # Configurations of `accelerate launch`, for one GPU and for many.
 ACCELERATE = Path(__file__).with_name("accelerate")
 ENDINGS = (".yaml", ".yml", ".json")
+# Ways to name the data, and ways to name the model: the argument of each, and others that belong to it.
+ALTERNATIVES = (
+    (("train_file",), ("dataset_name", "dataset_config_name")),
+    (("model_name_or_path",), ("config_name",), ("model_type",)),
+)
 
 
 def recipe_names() -> list[str]:
@@ -39,12 +44,13 @@ def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
     return word, argv[1:]
 
 
-def replaced_data(given: Collection[str]) -> set[str]:
-    """The names of a file's data that flags replace, which have other data; `given` has the names of the flags."""
-    train_file, data_set = {"train_file"}, {"dataset_name", "dataset_config_name"}
-    if "train_file" in given and "dataset_name" not in given:
-        return data_set
-    return train_file if "dataset_name" in given and "train_file" not in given else set()
+def replaced_names(given: Collection[str]) -> set[str]:
+    """The arguments of a file that flags replace by another way to name data or a model; `given` has the names of the flags."""
+    replaced: set[str] = set()
+    for ways in ALTERNATIVES:
+        if any(way[0] in given for way in ways):
+            replaced |= {name for way in ways if way[0] not in given for name in way}
+    return replaced
 
 
 class _NumberLoader(yaml.SafeLoader):
