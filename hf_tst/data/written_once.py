@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
 from ..errors import RunError, whole_message
+from ..file_lock import lock_file
 
 if TYPE_CHECKING:
     import datasets
@@ -68,7 +69,11 @@ def _only_writer(folder: Path) -> Iterator[Path]:
     """
     made = folder / UNFINISHED
     with (folder / LOCK).open("a") as file:
-        if _lock(file):
+        held = lock_file(file)
+        if held is False:
+            logger.warning(f"Another process prepares the same data in {folder}: waiting for it.")
+            held = lock_file(file, wait=True)
+        if held:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
         else:
@@ -77,26 +82,6 @@ def _only_writer(folder: Path) -> Iterator[Path]:
             yield made
         finally:
             shutil.rmtree(made, ignore_errors=True)
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock a file until it is closed, or this process ends. Returns whether the system can.
-
-    A lock of `flock` would also belong to the processes in which `datasets` tokenizes: they outlive this one if it is killed.
-    """
-    try:
-        import fcntl
-
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            logger.warning(
-                f"Another process prepares the same data in {Path(file.name).parent}: waiting for it."
-            )
-            fcntl.lockf(file, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def _put(made: Path, folder: Path) -> None:

@@ -6,9 +6,7 @@ first checkpoint or the end of the new run. If the new run fails earlier, the ol
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +14,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import TSTError, bad_input
+from ..file_lock import lock_file
 from ..training.manifest import flush_folder
 
 logger = logging.getLogger(__name__)
@@ -90,16 +89,12 @@ def _locked(folder: Path) -> Iterator[None]:
     with bad_input(f"Cannot write into output_dir={folder}: ", OSError):
         file = open(path, "ab")  # noqa: SIM115
     with file:
-        # A loader process may outlive this one for some seconds.
-        os.register_at_fork(after_in_child=file.close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if (held := lock_file(file)) is False:
             raise TSTError(
                 f"Another process works in {folder}: wait for it, terminate it, or name another output_dir."
-            ) from None
-        except OSError as error:  # a file system without locks
-            logger.warning(f"{folder} cannot be locked ({error}), so start no other run in it.")
+            )
+        if held is None:
+            logger.warning(f"{folder} cannot be locked on this system, so start no other run in it.")
         try:
             yield
         finally:

@@ -46,6 +46,8 @@ class SavingTrainer(Trainer):
         """
         args = self.args
         check_output_dir(args)
+        if args.should_save:
+            check_saving(self.model, self.processing_class)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         try:
             # `log` changes it at the end.
@@ -64,12 +66,6 @@ class SavingTrainer(Trainer):
             # At the end, with a limit of 1, Trainer would remove all checkpoints but the best.
             self.args.save_total_limit = None
         super().log(logs, start_time)
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
-        # Here `train` has just given the model the special tokens of the tokenizer, which a checkpoint holds.
-        if self.args.should_save:
-            check_saving(self.model, self.processing_class)
 
     # Checkpoints
 
