@@ -22,7 +22,7 @@ TRAINING = Path(__file__).parent.parent / "hf_tst" / "training"
 METHODS = {
     "_hp_search_setup": (
         "trial",
-        "sets the arguments of a trial; without it the losses and the checks of a search are those of its first arguments, and what cannot be saved is trained",
+        "sets the arguments of a trial; without it the losses and the checks of a search are those of its first arguments",
     ),
     "_get_dataloader": (
         "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",

@@ -46,8 +46,6 @@ class SavingTrainer(Trainer):
         """
         args = self.args
         check_output_dir(args)
-        if args.should_save:
-            check_saving(self.model, self.processing_class)
         self._checkpoint = choose_checkpoint(resume_from_checkpoint, args)
         try:
             # `log` changes it at the end.
@@ -59,6 +57,13 @@ class SavingTrainer(Trainer):
             self._saver.close()
             self._checkpoint = None
             self.is_in_train = False  # Trainer does not reset it when training fails
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """The steps and epochs of a run."""
+        # By now `train` has given the model the special tokens of the tokenizer, which a checkpoint holds.
+        if args.should_save:
+            check_saving(self.model, self.processing_class)
+        return super().set_initial_training_values(args, dataloader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`."""
