@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import DENSE, Ended
-from processes import PATIENCE
+from processes import PATIENCE, run_script, start_process
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState
 
 from hf_tst import TSTTrainingArguments
@@ -159,7 +159,8 @@ def test_all_arms_are_shortened_alike_to_a_limit_of_seconds(tiny_recipe, tmp_pat
     # A run that would end too late is not started, and the report is there.
     late = main([*flags, "0,9", "--seconds", "100"])
     assert [run.status for run in late.runs] == ["finished", "finished", "missing", "missing"]
-    shutil.rmtree(tmp_path)
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     # Of three runs, two at a time, one place has two, each with less than half of the time.
     three = [*flags, "0,1,2", "--arms", "tst", "--seconds", "500", "--processes", "2"]
     experiment = open_experiment(*parse_experiment(three, CompareArguments))
@@ -733,14 +734,27 @@ def test_an_error_of_another_kind_is_a_failure_and_the_others_run(
     assert (tmp_path / "tst-lr0.01-seed1" / "result.json").is_file()
 
 
+def hold_folder(folder, held, ends):
+    with holding_folder(folder):
+        Path(held).touch()
+        while not Path(ends).exists():
+            time.sleep(0.05)
+
+
 def test_two_processes_do_not_do_the_same_run(tiny_recipe, tmp_path, in_process):
     """One may be left over from a comparison that was killed."""
-    flags = [str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path)]
-    with (
-        holding_folder(str(tmp_path / "tst-lr0.01-seed0")),
-        pytest.raises(TSTError, match=r"tst-lr0.01-seed0 was refused: Another process works in"),
-    ):
-        main(flags)
+    flags = [str(tiny_recipe), "--seeds", "0", "--arms", "tst", "--output_dir", str(tmp_path / "out")]
+    held, ends = tmp_path / "held", tmp_path / "ends"
+    other = start_process(hold_folder, str(tmp_path / "out" / "tst-lr0.01-seed0"), str(held), str(ends))
+    try:
+        while not held.exists():
+            assert other.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(TSTError, match=r"tst-lr0.01-seed0 was refused: Another process works in"):
+            main(flags)
+    finally:
+        ends.touch()
+        other.join(PATIENCE)
     main(flags)
 
 
@@ -751,8 +765,9 @@ def test_the_same_command_while_it_runs_does_not_touch_its_runs(tiny_recipe, tmp
     def run(command, **_):
         folder = Path(command[-1]).parent
         if not started:
-            with pytest.raises(TSTError, match=f"Another process works in {tmp_path}: wait"):
-                main(flags)
+            second = run_script("hf_tst", "compare", *flags)
+            assert second.returncode == 2
+            assert f"Another process works in {tmp_path}: wait" in second.stderr.splitlines()[-1]
         started.append(folder.name)
         point = {"step": 1, "raw_tokens": 1, "latent_tokens": 1, "seconds": 1.0, "eval_loss": 1.0}
         RunResult(
