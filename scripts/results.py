@@ -102,7 +102,12 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
             Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
             Row(("16,000", "16k", "linear, power law"), "bag-weighting-16000", "tst-linear-power"),
-            Row(("64,000, more text", "16k", "linear, power law"), "one-pass-64000", "tst-linear-power"),
+            Row(
+                ("64,000, more text", "16k", "linear, power law"),
+                "one-pass-64000",
+                "tst-linear-power",
+                also=("one-pass-64000-linear",),
+            ),
         ],
     ),
     "vocabulary": (
