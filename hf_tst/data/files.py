@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
             f"{', '.join([*ENDINGS, TOKEN_FILE_SUFFIX])}; all but .parquet and {TOKEN_FILE_SUFFIX} may also end in .gz, .bz2, .zst or .xz."
         )
     names = [text_name(file) for file in files]
-    if twins := [file for file, name in zip(files, names, strict=True) if names.count(name) > 1]:
+    counts = Counter(names)
+    if twins := [file for file, name in zip(files, names, strict=True) if counts[name] > 1]:
         raise TSTError(
             f"{path} matches {twins[0]} and {twins[1]}, the same text twice: name the plain or the compressed files."
         )

@@ -162,7 +162,8 @@ def make_config(args: ModelArguments, vocab_size: int | None = None) -> Any:
     errors = (StrictDataclassError, TypeError, AttributeError)  # the last field that is derived from others
     with bad_input(f"config_overrides make no {config.model_type}: ", errors):
         # A new object, so that derived fields (the head size of Llama) are computed from the changed ones.
-        config = _changed(config, changes) if args.config_name else type(config)(**changes)
+        if changes:
+            config = _changed(config, changes) if args.config_name else type(config)(**changes)
     if vocab_size is not None and "vocab_size" not in changes:
         config.vocab_size = vocab_size
     return config

@@ -203,22 +203,24 @@ def check_checkpoint_is_there(requested: str | bool | None, output_dir: str) -> 
     """Raise `TSTError` if a checkpoint is requested and does not exist. Reads no file."""
     if requested in NEWEST:
         if not any(Path(output_dir).rglob("checkpoint-*")):
-            raise TSTError(
-                f"There is no checkpoint to resume from in {output_dir}: leave resume_from_checkpoint out to start a new run."
-            )
+            raise _nothing_to_resume(output_dir)
     elif requested and not Path(str(requested)).is_dir():
         raise TSTError(
             f"There is no checkpoint {requested} to resume from: give an existing folder, or 'last'."
         )
 
 
+def _nothing_to_resume(output_dir: str) -> TSTError:
+    return TSTError(
+        f"There is no checkpoint to resume from in {output_dir}: leave resume_from_checkpoint out to start a new run."
+    )
+
+
 def _find_checkpoint(requested: str | bool, output_dir: str) -> str:
     check_checkpoint_is_there(requested, output_dir)
     if requested in NEWEST:
         if (newest := last_complete_checkpoint(output_dir)) is None:
-            raise TSTError(
-                f"There is no checkpoint to resume from in {output_dir}: leave resume_from_checkpoint out to start a new run."
-            )
+            raise _nothing_to_resume(output_dir)
         return newest
     folder = Path(str(requested))
     if (folder / MANIFEST_FILE).exists() and (problem := manifest_problem(folder)):

@@ -57,11 +57,11 @@ class SubclassMethods:
 
     def check_logged_loss(self, loss: float) -> None:
         """Warn once if a subclass's loss of bags is far above that of a uniform guess: its scale is then probably wrong."""
-        size = embedding_size(self._trainer.model)
-        if not self._has_trained_bags or self._has_checked_loss or size is None:
+        if not self._has_trained_bags or self._has_checked_loss:
             return
         self._has_checked_loss = True
-        if loss > 2 * (guess := math.log(size)):
+        size = embedding_size(self._trainer.model)
+        if size is not None and loss > 2 * (guess := math.log(size)):
             logger.warning(
                 f"{type(self._trainer).__name__}'s own loss is {loss:.1f} in superposition, but guessing gives {guess:.1f}. If it weights "
                 "micro-batches by their targets, count bags: hf_tst.count_target_bags(labels), and not tokens."
