@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,24 @@ def check_same_heads(folder: str | Path, args: TSTArguments) -> None:
         raise TSTError(
             f"{folder} was trained with {before}, but this run has {now}: set mtp_num_heads and mtp_kind as they were."
         )
+
+
+@contextmanager
+def keeping_heads(args: TSTArguments) -> Iterator[None]:
+    """Context in which a trial of `hyperparameter_search` sets arguments.
+
+    Raises:
+        TSTError: If it sets one of the extra heads, which the trainer has made already.
+    """
+    names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
+    before = {name: getattr(args, name) for name in names}
+    yield
+    for name, value in before.items():
+        if (now := getattr(args, name)) != value:
+            raise TSTError(
+                f"hyperparameter_search sets {name}={now}, but the trainer has made its extra heads with {value}: search other "
+                "arguments, and compare heads with `hf-tst compare`."
+            )
 
 
 def _description(args: TSTArguments) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.utils import logging
 
 from ..bags.collator import holds_bags
 from ..bags.phases import Phase, PhaseSchedule
-from ..errors import TSTError, bad_input
+from ..errors import bad_input
 from ..models.moe import ExpertLoadMeter, adds_to_loss
 from ..models.shape import ModelShape
 from ..models.superposition import fused_evaluation_loss
@@ -29,7 +28,7 @@ from ..records.card import write_card_of_trainer
 from .arguments import TSTArguments, TSTTrainingArguments
 from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
 from .console import replace_progress_callback
-from .mtp_callback import MTPCallback, check_same_heads
+from .mtp_callback import MTPCallback, check_same_heads, keeping_heads
 from .non_finite import NonFiniteCallback
 from .overriding import (
     arguments_by_name,
@@ -196,19 +195,11 @@ class TSTTrainer(SavingTrainer):
             )
 
     def _hp_search_setup(self, trial: Any) -> None:
-        names = [field.name for field in fields(TSTArguments) if field.name.startswith("mtp_")]
-        heads = {name: getattr(self.args, name) for name in names}
-        super()._hp_search_setup(trial)
-        if self.hp_search_backend is None:
-            return
-        for name, value in heads.items():
-            if (now := getattr(self.args, name)) != value:
-                raise TSTError(
-                    f"hyperparameter_search sets {name}={now}, but the trainer has made its extra heads with {value}: search other "
-                    "arguments, and compare heads with `hf-tst compare`."
-                )
-        check_arguments(self.args)
-        self._prepare_losses()
+        with keeping_heads(self.args):
+            super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None:
+            check_arguments(self.args)
+            self._prepare_losses()
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of both phases; the plain Trainer's if superposition is off. One that is asked for in training does not affect it.
