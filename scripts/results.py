@@ -76,14 +76,17 @@ def read_losses(record: str, arm: str, rate: float | None = None) -> dict[str, f
     return {}
 
 
-def _weighting(steps: int) -> list[Row]:
-    names = {"uniform": "", "linear": "-linear", "exponential": "-exponential"}
-    return [
-        Row((f"{steps:,}", inputs, "uniform" if not power else "power law"), f"bag-weighting-{steps}", f"tst{name}{power}")
-        for inputs, name in names.items()
-        for power in ("", "-power")
+STEPS = (1000, 4000, 16000)
+# By weights of input and targets: the runs of each length, where there are any.
+WEIGHTINGS = {
+    (inputs, targets): {
+        steps: Row((f"{steps:,}", inputs, targets), f"bag-weighting-{steps}", f"tst{name}{power}")
+        for steps in STEPS
         if read_losses(f"bag-weighting-{steps}", f"tst{name}{power}")
-    ]  # fmt: skip
+    }
+    for inputs, name in (("uniform", ""), ("linear", "-linear"), ("exponential", "-exponential"))
+    for targets, power in (("uniform", ""), ("power law", "-power"))
+}
 
 
 # By question: the columns that tell rows apart, and the rows.
@@ -155,7 +158,10 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row(("8", "longer", "linear, power law"), "bag-size-rows-4000", "tst-s8-linear-power"),
         ],
     ),
-    "bag-weighting": (("steps", "input", "targets"), [*_weighting(1000), *_weighting(4000), *_weighting(16000)]),
+    "bag-weighting": (
+        ("steps", "input", "targets"),
+        [runs[steps] for steps in STEPS for runs in WEIGHTINGS.values() if steps in runs],
+    ),
     "offset-weighting": (
         ("targets",),
         [
@@ -193,13 +199,10 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
     ),
 }  # fmt: skip
 # What README shows: the curves, by name, and the runs of each, by steps.
-STEPS = (1000, 4000, 16000)
 CURVES = {
-    name: {steps: Row((name,), f"bag-weighting-{steps}", arm) for steps in STEPS}
-    for name, arm in (
-        ("mean of the bag (the paper)", "tst"), ("linear input, power-law targets", "tst-linear-power"),
-    )
-}  # fmt: skip
+    "mean of the bag (the paper)": WEIGHTINGS["uniform", "uniform"],
+    "linear input, power-law targets": WEIGHTINGS["linear", "power law"],
+}
 
 
 def describe(values: Sequence[float], spec: str) -> str:
@@ -210,23 +213,39 @@ def describe(values: Sequence[float], spec: str) -> str:
 
 
 def make_table(name: str) -> str:
-    """The table of a question."""
+    """The table of a question. A record that all rows share stands below it, others in the rows."""
     columns, rows = QUESTIONS[name]
-    cells = []
+    shared = len({row.record for row in rows}) == 1
+    cells = [(*columns, "baseline", "loss - baseline", "seeds ahead", *(() if shared else ("record",)))]
     for row in rows:
         apart = row.differences
         ahead = f"{sum(each < 0 for each in apart)} of {len(apart)}"
-        links = f"[page](../model_cards/comparisons/{row.record}/{page_of(row.record)}), [YAML](../scripts/configs/comparisons/{row.record}.yaml)"
+        figures = describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead
+        cells.append((*row.labels, *figures, *(() if shared else (link_record(row.record),))))
+    table = markdown_table(cells)
+    return f"{table}\n\nRecord: {link_record(rows[0].record)}." if shared else table
+
+
+def link_record(record: str) -> str:
+    """Links to a record's page and to its configuration."""
+    (page,) = (RECORDS / record).glob("*.md")
+    return f"[page](../model_cards/comparisons/{record}/{page.name}), [YAML](../scripts/configs/comparisons/{record}.yaml)"
+
+
+def make_weightings() -> str:
+    """The differences by weights of input and targets, a column per number of steps; the baseline first."""
+    columns = WEIGHTINGS["uniform", "uniform"]
+    cells = [("input", "targets", *(f"{steps:,} steps" for steps in STEPS))]
+    cells.append(("baseline", "", *(describe([*row.baseline.values()], ".3f") for row in columns.values())))
+    for labels, runs in WEIGHTINGS.items():
         cells.append(
-            (*row.labels, describe([*row.baseline.values()], ".3f"), describe(apart, "+.3f"), ahead, links)
+            (
+                *labels,
+                *(describe(runs[steps].differences, "+.3f") if steps in runs else "" for steps in STEPS),
+            )
         )
-    return markdown_table([(*columns, "baseline", "loss - baseline", "seeds ahead", "record"), *cells])
-
-
-def page_of(record: str) -> str:
-    """The file name of a record's page."""
-    (path,) = (RECORDS / record).glob("*.md")
-    return path.name
+    links = "; ".join(f"{steps:,} steps: {link_record(row.record)}" for steps, row in columns.items())
+    return f"{markdown_table(cells)}\n\nRecords, three seeds each: {links}."
 
 
 def make_grid() -> str:
@@ -296,8 +315,10 @@ def draw_summary() -> Any:
 
 def all_tables() -> list[tuple[str, str, str]]:
     """File, name between the markers, and table."""
-    found = [("docs/results.md", name, make_table(name)) for name in QUESTIONS]
-    return [*found, ("docs/results.md", "grid", make_grid()), ("README.md", "results", make_summary())]
+    found = {name: make_table(name) for name in QUESTIONS}
+    found |= {"bag-weighting": make_weightings(), "grid": make_grid()}
+    tables = [("docs/results.md", name, table) for name, table in found.items()]
+    return [*tables, ("README.md", "results", make_summary())]
 
 
 if __name__ == "__main__":
