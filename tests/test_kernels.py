@@ -137,7 +137,7 @@ def test_no_rows(kernel, dtype):
 def test_rows_may_lie_further_apart_than_32_bits_count(kernel):
     case, labels, weights = make_case(3, 40, 2, torch.bfloat16)
     # Of the 4 GiB only what is touched becomes memory.
-    far = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
+    far = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
     # Rows as well aligned as the far ones: Triton compiles the same order of sums.
     near = torch.empty(3, 48, dtype=torch.bfloat16, device=DEVICE)[:, :40]
     near.copy_(case)
@@ -146,6 +146,20 @@ def test_rows_may_lie_further_apart_than_32_bits_count(kernel):
     scale = torch.ones((), device=DEVICE)
     assert torch.equal(kernel(far, *given, gradient_scale=scale), kernel(near, *given, gradient_scale=scale))
     assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_is_between_aligned_rows_does_not_count(kernel, softcap):
+    logits, labels, weights = make_case(5, 40, 3, torch.float32)
+    padded = torch.full((5, 48), float("nan"), device=DEVICE)[:, :40]
+    apart = torch.zeros(5, 41, device=DEVICE)[:, :40]
+    given = (labels.to(DEVICE), weights.to(DEVICE))
+    scale = torch.ones((), device=DEVICE)
+    losses = [
+        kernel(rows.copy_(logits), *given, gradient_scale=scale, softcap=softcap) for rows in (padded, apart)
+    ]
+    torch.testing.assert_close(*losses, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(padded, apart, rtol=2e-6, atol=1e-6)
 
 
 def test_without_gradient_the_logits_stay(kernel):
@@ -226,12 +240,13 @@ def compile_kernel(architecture, dtype, vocabulary, bag_size, has_softcap, is_al
     signature = dict.fromkeys(names, "constexpr")
     signature |= {"logits_pointer": f"*{dtype}", "labels_pointer": "*i64"}
     signature |= dict.fromkeys(("weights_pointer", "scale_pointer", "losses_pointer"), "*fp32")
-    signature |= dict.fromkeys(("row_stride", "vocabulary", "bag_size", "ignore_index"), "i32")
+    signature |= dict.fromkeys(("row_stride", "vocabulary", "width", "bag_size", "ignore_index"), "i32")
     signature |= dict.fromkeys(("logit_scale", "softcap"), "fp32")
     constants = launch_options(vocabulary, bag_size)
     options = {"num_warps": constants.pop("num_warps")}
     constants |= {"HAS_SOFTCAP": has_softcap, "WRITE_GRADIENT": True}
-    aligned = ("logits_pointer", "row_stride", "vocabulary") if is_aligned else ()
+    aligned = ["logits_pointer", "row_stride", "width"] if is_aligned else []
+    aligned += ["vocabulary"] if is_aligned and vocabulary % 16 == 0 else []
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(multi_hot_kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -242,7 +257,7 @@ def compile_kernel(architecture, dtype, vocabulary, bag_size, has_softcap, is_al
 )
 @fails_before("torch", "2.13", "the Triton that belongs to it spills some registers")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("vocabulary", [32_000, 128_256])
+@pytest.mark.parametrize("vocabulary", [32_000, 50_257, 128_256])
 @pytest.mark.parametrize("has_softcap", [False, True])
 def test_triton_kernel_spills_no_registers(has_softcap, vocabulary, dtype, tmp_path):
     """As it is launched on an H100: two programs or more fit on a multiprocessor, and a thread moves 16 bytes at a time."""

@@ -10,6 +10,7 @@ from test_loss import naive_loss
 
 from hf_tst import linear_multi_hot_cross_entropy, multi_hot_cross_entropy, offset_weights
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
+from hf_tst.losses import linear
 from hf_tst.losses.linear import CHUNK_BYTES, chunk_rows
 
 
@@ -267,6 +268,23 @@ def test_chunks_fit_their_budget_and_leave_the_products_efficient():
             assert chunk * vocabulary * 2 <= CHUNK_BYTES["cuda"]
     assert chunk_rows(7, 128_256, 576, 2, "cuda") == 7
     assert chunk_rows(7, 10**9, 576, 4, "cpu") == 1
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rows_of_logits_are_aligned_for_any_vocabulary(has_bias, monkeypatch):
+    """Else a GPU reads them an element at a time, and has no fast product for them."""
+    strides, select = [], linear.select_kernel
+
+    def noted(logits, *args, **options):
+        strides.append(logits.stride())
+        return select(logits.device)(logits, *args, **options)
+
+    monkeypatch.setattr(linear, "select_kernel", lambda device: noted)
+    hidden, weight, bias = torch.randn(7, 8), torch.randn(97, 8), torch.randn(97) if has_bias else None
+    labels = torch.randint(0, 97, (7, 2))
+    loss = linear_multi_hot_cross_entropy(hidden, weight, labels, bias=bias)
+    torch.testing.assert_close(loss, multi_hot_cross_entropy(F.linear(hidden, weight, bias), labels))
+    assert {*strides} == {(112, 1)}
 
 
 def test_products_of_low_precision_are_added_in_float32():

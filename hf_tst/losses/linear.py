@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import TSTError
 from .kernels import select_kernel
+from .kernels.torch_multi_hot import align
 from .multi_hot import (
     check_labels,
     check_shape,
@@ -162,7 +163,7 @@ def _operator(
         matrix = weight.to(matmul_dtype)
         losses = torch.empty(rows, dtype=torch.float32, device=device)
         chunk = chunk_rows(rows, vocabulary, hidden_size, matmul_dtype.itemsize, device.type)
-        buffer = hidden.new_empty((min(chunk, rows), vocabulary), dtype=matmul_dtype)
+        buffer = hidden.new_empty((min(chunk, rows), align(vocabulary)), dtype=matmul_dtype)[:, :vocabulary]
         for start in range(0, max(1, rows), chunk):  # the first chunk, even empty, initializes the gradient
             part = hidden[start : start + chunk].to(matmul_dtype)
             logits = buffer[: part.shape[0]]

@@ -9,6 +9,11 @@ from torch import Tensor
 _TILE_ELEMENTS = {"cpu": 2**20}
 
 
+def align(columns: int) -> int:
+    """The next multiple of 16: rows so far apart are moved 16 bytes at a time by the kernel and by matrix products on a GPU."""
+    return -(-columns // 16) * 16
+
+
 def multi_hot_loss_and_gradient(
     logits: Tensor,
     labels: Tensor,
@@ -26,7 +31,8 @@ def multi_hot_loss_and_gradient(
     `softcap · tanh(logit_scale · logits / softcap)`. Arithmetic is float32; its cost does not depend on s.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(n, V)`): Outputs of the head. Overwritten if `write_gradient`.
+        logits (`torch.FloatTensor` of shape `(n, V)`): Outputs of the head. Overwritten if `write_gradient`. Where rows are a multiple
+            of 16 elements apart, what is between them up to `align(V)` columns may be overwritten, too.
         labels (`torch.LongTensor` of shape `(n, s)`): Targets in `[0, V)`, or `ignore_index`.
         weights (`torch.FloatTensor` of shape `(s,)`): Weight of each offset. A target of weight 0 is ignored.
         gradient_scale (0-dim `torch.FloatTensor`): Factor on the gradient of the sum of the losses.

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .torch_multi_hot import align
+
 # Logits of a row per block, and threads per program: a larger block needs more registers than a program
 # has.
 _MAX_BLOCK = 8192
@@ -32,19 +34,22 @@ def multi_hot_loss_and_gradient(
 ) -> Tensor:
     """Loss of each row; overwrites `logits` with their gradient. Arguments as in `torch_multi_hot.py`."""
     rows, vocabulary = logits.shape
-    bag_size = labels.shape[1]
+    row_stride, bag_size = logits.stride(0), labels.shape[1]
+    # Of aligned rows, whole multiples are read and written: 16 bytes at a time instead of one element.
+    width = align(vocabulary) if align(row_stride) == row_stride else vocabulary
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return losses
     with torch.cuda.device_of(logits):
         multi_hot_kernel[(rows,)](
             logits,
-            logits.stride(0),
+            row_stride,
             labels.contiguous(),
             weights.contiguous(),
             gradient_scale,
             losses,
             vocabulary,
+            width,
             bag_size,
             ignore_index,
             logit_scale,
@@ -115,6 +120,7 @@ def multi_hot_kernel(
     scale_pointer,
     losses_pointer,
     vocabulary,
+    width,
     bag_size,
     ignore_index,
     logit_scale,
@@ -140,16 +146,15 @@ def multi_hot_kernel(
         if WRITE_GRADIENT:
             for start in range(0, vocabulary, BLOCK):
                 zeros = tl.zeros((BLOCK,), dtype=logits_pointer.dtype.element_ty)
-                tl.store(logits_pointer + start + columns, zeros, mask=start + columns < vocabulary)
+                tl.store(logits_pointer + start + columns, zeros, mask=start + columns < width)
         return
 
     largest = -float("inf")
     total = 0.0
     for start in range(0, vocabulary, BLOCK):
-        inside = start + columns < vocabulary
-        logits = tl.load(logits_pointer + start + columns, mask=inside, other=-float("inf"))
+        logits = tl.load(logits_pointer + start + columns, mask=start + columns < width, other=-float("inf"))
         z = _transform(logits, logit_scale, softcap, HAS_SOFTCAP)
-        z = tl.where(inside, z, -float("inf"))
+        z = tl.where(start + columns < vocabulary, z, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(z))
         # While every logit so far is -inf there is nothing to subtract.
         shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
@@ -172,7 +177,7 @@ def multi_hot_kernel(
         last = (vocabulary - 1) // BLOCK * BLOCK
         for step in range(0, vocabulary, BLOCK):
             start = last - step
-            inside = start + columns < vocabulary
+            inside = start + columns < width
             logits = tl.load(logits_pointer + start + columns, mask=inside, other=0.0)
             z = _transform(logits, logit_scale, softcap, HAS_SOFTCAP)
             gradient = scale * row_weight / total * tl.exp(z - largest)
