@@ -159,7 +159,10 @@ def run(step: Step, seconds: float, out: Path, work: Path, environment: dict[str
             # Cut by the time of the whole, it has not shown to be too slow.
             status = f"failed, not done in {step.limit:.0f} s" if seconds >= step.limit else "not reached"
         finally:
-            # Launchers and compilers have processes of their own, which are in its group.
+            # Compilers have processes in its group. Those of launchers and of a comparison's queue have sessions of their own.
+            for pid in descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -171,6 +174,18 @@ def run(step: Step, seconds: float, out: Path, work: Path, environment: dict[str
     with (out / "output.log").open("a", encoding="utf-8") as log:
         log.write(f"\n== {step.name}: {status}\n{text}")
     return result_of(step, status, round(time.monotonic() - start, 1), text[-TAIL:])
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have; none on systems without `/proc`."""
+    found = [pid]
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
 
 
 def result_of(step: Step, status: str, seconds: float = 0, output: str = "") -> dict[str, Any]:

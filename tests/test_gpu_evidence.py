@@ -13,7 +13,6 @@ import psutil
 import pytest
 from benchmark_trainer import split_time
 from gpu_evidence import Step
-from processes import PATIENCE
 
 SCRIPT = Path(gpu_evidence.__file__)
 
@@ -82,11 +81,14 @@ def test_the_time_of_the_whole_ends_it(run_steps):
     assert run_steps(*quick)["last"]["status"] == "passed"
 
 
-def test_processes_that_a_step_leaves_behind_are_ended(run_steps, tmp_path):
-    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    run_steps(python("parent", f"import subprocess, sys; open('OUT/child', 'w').write(str({child}.pid))"))
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_processes_of_a_step_are_ended_with_it(run_steps, tmp_path, is_cut):
+    # Launchers give their processes a session, and end them unless they are killed.
+    child = f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session={is_cut})"
+    code = f"import subprocess, sys, time; open('OUT/child', 'w').write(str({child}.pid)); time.sleep({600 * is_cut})"
+    run_steps(python("parent", code, limit=1 if is_cut else 20))
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(int((tmp_path / "child").read_text())).wait(PATIENCE)
+        psutil.Process(int((tmp_path / "child").read_text())).wait(60)
 
 
 def test_time_is_split_by_kind_of_kernel():
