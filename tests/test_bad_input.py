@@ -138,6 +138,10 @@ def test_a_model_type_alone_is_its_default_configuration():
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "validation_split_percentage": 0},
             "load_best_model_at_end needs evaluations, but there is no data to evaluate on",
         ),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "steps", "validation_split_percentage": 0},
+            "save_strategy=best needs evaluations, but there is no data to evaluate on",
+        ),
     ],
 )  # fmt: skip
 def test_what_would_be_ignored_is_refused(in_folder, tmp_path, changes, message):
@@ -163,10 +167,20 @@ def test_a_flag_names_another_model_than_the_file(in_folder, tmp_path, data):
     LlamaConfig(**OVERRIDES).save_pretrained(tmp_path / "model")
     path = tmp_path / "config.json"
     path.write_text(
-        json.dumps({"output_dir": "out", "model_type": "qwen3"} if data else {"output_dir": "out"})
+        json.dumps(
+            {"output_dir": "out", "model_type": "qwen3", "config_overrides": "hidden_size=64"}
+            if data
+            else {"output_dir": "out"}
+        )
     )
-    model, _, _, _ = parse_arguments([str(path), "--config_name", str(tmp_path / "model"), *data])
+    flags = [str(path), "--config_name", str(tmp_path / "model"), *data]
+    model, _, _, _ = parse_arguments(flags)
     assert (model.config_name, model.model_type) == (str(tmp_path / "model"), None)
+    assert model.config_overrides is None  # the changes were to the other model
+    model, _, _, _ = parse_arguments([*flags, "--config_overrides", "hidden_size=32"])
+    assert model.config_overrides == "hidden_size=32"
+    model, _, _, _ = parse_arguments([str(path), "--model_type", "mistral", *data])
+    assert "hidden_size=" in str(model.config_overrides)  # the sizes of another family
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["stated", "left out"])

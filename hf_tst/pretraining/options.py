@@ -243,9 +243,8 @@ def parse_values(
     names_data = any(values.get(name) or name in flag_names(argv) for name in ("dataset_name", "train_file"))
     # A value that no flag can express, such as an empty one, becomes a default.
     own = {} if names_data else quick_start()
-    for name in replaced_names({*values, *flag_names(argv)}):
-        own.pop(name, None)
-    parser.set_defaults(**own | dict(defaults or {}) | values)
+    kept = own.keys() - replaced_names({*values, *flag_names(argv)})
+    parser.set_defaults(**{name: own[name] for name in kept} | dict(defaults or {}) | values)
     namespace = parser.parse_flags([*of_file, *argv])
     if namespace.model_name_or_path and not names_data:
         raise TSTError("model_name_or_path is given: name its data with train_file or dataset_name.")

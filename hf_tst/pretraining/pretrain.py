@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..errors import PreemptedError, TSTError
@@ -106,8 +106,9 @@ def _train(
         print(f"{type(model).__name__}, {model.num_parameters():,} parameters\n{blocks}", flush=True)
     if not evaluates:
         nothing = "there is no data to evaluate on: set validation_file or validation_split_percentage"
-        if args.load_best_model_at_end:
-            raise TSTError(f"load_best_model_at_end needs evaluations, but {nothing}.")
+        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+            option = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy=best"
+            raise TSTError(f"{option} needs evaluations, but {nothing}.")
         if args.eval_strategy != IntervalStrategy.NO and not data_args.is_quick_start:
             logger.warning(f"eval_strategy={args.eval_strategy.value} has no effect, because {nothing}.")
         args.eval_strategy = "no"

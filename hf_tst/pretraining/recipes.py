@@ -17,10 +17,11 @@ RECIPES = Path(__file__).with_name("recipes")
 # Configurations of `accelerate launch`, for one GPU and for many.
 ACCELERATE = Path(__file__).with_name("accelerate")
 ENDINGS = (".yaml", ".yml", ".json")
-# Ways to name the data, and ways to name the model: the argument of each, and others that belong to it.
+# Ways to name the data, and ways to name the model: the argument of each, and others that belong to it. The sizes of a new model are
+# those of its `model_type`, and also fit another one; a named configuration has its own.
 ALTERNATIVES = (
     (("train_file",), ("dataset_name", "dataset_config_name")),
-    (("model_name_or_path",), ("config_name",), ("model_type",)),
+    (("model_name_or_path",), ("config_name",), ("model_type", "config_overrides")),
 )
 
 
