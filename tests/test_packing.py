@@ -529,13 +529,14 @@ def test_a_validation_file_is_evaluated_whatever_the_training_data_is(tmp_path, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_lines_is_to_be_named_by_its_files(tmp_path, streaming):
+def test_a_folder_of_lines_is_to_be_named_by_its_files(tmp_path, streaming, monkeypatch):
     """`datasets` reads other text than the file holds: lines without their ends, of which each would become a document."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     args = DataArguments(
         dataset_name=str(tmp_path / "data"), streaming=streaming, validation_split_percentage=0
     )
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(TSTError, match=r"--train_file '.*data/\*\*/\*\.txt'") as error:
         load_documents(args, ModelArguments())
     assert "\n" not in str(error.value)
@@ -546,6 +547,18 @@ def test_a_folder_with_a_broken_file_is_one_sentence(tmp_path):
     (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(TSTError, match=r"Cannot load .*data: JSON parse error") as error:
         load_documents(DataArguments(dataset_name=str(tmp_path / "data")), ModelArguments())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("good_lines", [0, 20_000])
+def test_a_streamed_folder_with_a_broken_file_is_one_sentence(tmp_path, tokenizer, good_lines):
+    """In its first rows, and where blocks are cut. `datasets` reads 10 MB at once."""
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": "many words " * 50})] * good_lines
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join([*lines, '{"text": ', ""]), encoding="utf-8")
+    args = DataArguments(dataset_name=str(tmp_path / "data"), streaming=True, validation_split_percentage=0)
+    with pytest.raises(TSTError, match=r"^Cannot read the data: JSON parse error: .*\.$") as error:
+        list(prepare_blocks(args, load_documents(args, ModelArguments())[0], tokenizer, 4096))
     assert "\n" not in str(error.value)
 
 

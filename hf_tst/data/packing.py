@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError
 from .columns import TOKENS, choose_column, is_readable, log_column, no_text
+from .data_sets import read_rows
 from .text_files import in_parts
 from .written_once import open_arrow, written_once
 
@@ -56,7 +57,7 @@ def tokenize_documents(
         RunError: If the disk is full.
     """
     _check_one_split(documents)
-    columns = list(documents.column_names or next(iter(documents), {}))
+    columns = list(documents.column_names or next(read_rows(documents), {}))
     column = choose_column(columns, text_column, "The data")
     _check_column(documents, column)
     log_column(column, columns, "the data")

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .columns import TOKENS
+from .data_sets import read_rows
 from .packing import TARGET_COLUMNS, check_all_targets
 
 
@@ -26,7 +27,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         `{"input_ids": array}` with int32 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.
 
     Raises:
-        TSTError: While it is read, if a document is padded or has labels that differ from its ids.
+        TSTError: While it is read, if a document cannot be read, is padded, or has labels that differ from its ids.
     """
 
     column_names = (TOKENS,)  # as `datasets` has them
@@ -42,11 +43,11 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Loaded tokens may hold whole blocks, which come before the next document is read.
         self._rest, self._first = self._first, self._rest[:0]
-        for document in chain([{"input_ids": []}], self.documents):
+        for document in chain([{"input_ids": []}], read_rows(self.documents)):
             ids = document["input_ids"]
             # Null is an empty document, as in `pack_blocks`.
             tokens = np.asarray([] if ids is None else ids, dtype=np.int32)
-            others = {name: document[name] for name in TARGET_COLUMNS if np.ndim(document.get(name)) == 1}  # type: ignore[arg-type]
+            others = {name: document[name] for name in TARGET_COLUMNS if np.ndim(document.get(name)) == 1}
             check_all_targets({TOKENS: tokens} | others)
             self._rest = np.concatenate([self._rest, tokens])
             while len(self._rest) >= self.block_size:
