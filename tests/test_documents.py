@@ -27,6 +27,7 @@ from hf_tst.bags.folding import (
     next_bag_labels,
 )
 from hf_tst.data.token_file import TokenFile
+from hf_tst.errors import TSTError
 from hf_tst.models.probes import check_document_attention
 
 EOS = VOCAB_SIZE - 1
@@ -425,6 +426,46 @@ def test_a_column_of_document_ids_reaches_both_phases(llama, make_args):
     # Five blocks a row, of three documents at the most, which end at a block's end.
     assert all(2 <= int((batch["position_ids"] == 0).sum(1).max()) <= 3 for batch in batches.train[:3])
     assert all((batch["position_ids"] == torch.arange(12)).all() for batch in batches.train[3:])
+
+
+SOURCES = {
+    "list": list,
+    "data set": datasets.Dataset.from_list,
+    "stream": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["document_ids", "attention_mask"])
+def test_a_column_without_values_is_none(llama, make_args, source, name):
+    llama.config.eos_token_id = EOS
+    blocks, read = packed(), Batches(llama)
+    args = make_args(**respect())
+    for rows in (blocks, [block | {name: None} for block in blocks]):
+        TSTTrainer(llama, args, train_dataset=SOURCES[source](rows), callbacks=[read]).train()
+    half = len(read.train) // 2
+    assert half == args.max_steps
+    for plain, other in zip(read.train[:half], read.train[half:], strict=True):
+        for column in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(plain[column], other[column])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["document_ids", "attention_mask"])
+def test_a_column_that_some_blocks_lack_is_refused(llama, make_args, source, name):
+    blocks = [block | {name: [1] * 12 if i % 5 else None} for i, block in enumerate(packed(), 1)]
+    llama.config.eos_token_id = EOS
+    with pytest.raises(TSTError, match=f"of equal length|no {name}") as error:
+        TSTTrainer(llama, make_args(**respect()), train_dataset=SOURCES[source](blocks)).train()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_documents_without_an_end_are_refused_before_anything_is_read(llama, make_args, source):
+    llama.config.eos_token_id = None
+    trainer = TSTTrainer(llama, make_args(**respect()), train_dataset=SOURCES[source](packed()))
+    with pytest.raises(TSTError, match="Nothing says where documents end"):
+        trainer.get_train_dataloader()
 
 
 def test_what_cannot_respect_documents_is_refused_before_the_first_step(llama, make_args):

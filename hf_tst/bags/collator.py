@@ -32,6 +32,10 @@ from .phases import (
 
 # Of them the first one that a batch has tells documents apart: by a change, or by a step other than 1.
 DOCUMENT_COLUMNS = ("document_ids", "position_ids")
+NO_DOCUMENT_ENDS = (
+    "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or a column 'document_ids', or "
+    "set tst_document_boundaries='ignore'."
+)
 
 
 @dataclass
@@ -125,6 +129,7 @@ class DataCollatorForTokenSuperposition:
         names = [name for name in ("input_ids", "labels") if name in features[0]]
         if self.document_boundaries == "respect":
             names += [name for name in DOCUMENT_COLUMNS if features[0].get(name) is not None][:1]
+        check_all_have(features, names)
         return self.fold(
             {
                 name: torch.from_numpy(np.stack([feature[name] for feature in features], dtype=np.int64))
@@ -178,10 +183,7 @@ class DataCollatorForTokenSuperposition:
             if name in columns:
                 return columns[name].diff() != same
         if self.eos_token_id is None:
-            raise TSTError(
-                "Nothing says where documents end: give an eos_token_id (a tokenizer with one as processing_class), or "
-                "a column 'document_ids', or set tst_document_boundaries='ignore'."
-            )
+            raise TSTError(NO_DOCUMENT_ENDS)
         return columns["input_ids"][:, :-1] == self.eos_token_id
 
     def _as_rows(self, column: Tensor) -> Tensor:
@@ -200,6 +202,13 @@ def check_no_padding(is_full: bool) -> None:
             "A row is padded (its attention_mask holds zeros), and a bag would average padding with text: "
             "pack the data into full blocks."
         )
+
+
+def check_all_have(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raise `TSTError` if one of `rows` lacks one of the columns `names`."""
+    for name in names:
+        if any(row.get(name) is None for row in rows):
+            raise TSTError(f"Some rows have {name}, and some have no {name}: give it to all or to none.")
 
 
 def holds_bags(batch: Any) -> bool:

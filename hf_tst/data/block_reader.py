@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bags.collator import check_all_have
 from .blocks import (
     NO_RULES,
     TOKEN_COLUMNS,
@@ -65,18 +66,21 @@ class BlockReader:
         if self.rules.length is not None:
             for index, row in zip(indices, found, strict=True):
                 block = as_block(row, index)
-                for name in block.keys() & TOKEN_COLUMNS:
-                    check_length(len(block[name]), self.rules.length, index)
+                for name in {*self.columns} & {*TOKEN_COLUMNS}:
+                    given = block.get(name)
+                    check_length(0 if given is None else len(given), self.rules.length, index)
                 self.rules.check_ids(np.asarray(block["input_ids"]), index)
         found = [self._chosen(row) for row in found]
-        return found if size == 1 else [join_blocks(found[i : i + size]) for i in range(0, len(found), size)]
+        if size == 1:
+            return found
+        return [join_blocks(found[i : i + size], self.columns) for i in range(0, len(found), size)]
 
     def _chosen(self, row: Any) -> Any:
         """The columns to read of a row; the whole row if it is only ids and goes to a user's collator."""
         if not self._as_arrays and not isinstance(row, Mapping):
             return row
         block = as_block(row)
-        return {name: block[name] for name in self.columns}
+        return {name: block.get(name) for name in self.columns}
 
     def _read_table(self, indices: list[int], size: int) -> list[dict[str, Any]]:
         """All blocks at once, each row a view of one array per column."""
@@ -93,6 +97,11 @@ class BlockReader:
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 
 
-def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """The columns of consecutive blocks, each joined to one array."""
-    return {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in blocks[0]}
+def join_blocks(blocks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named columns of consecutive blocks, each joined to one array.
+
+    Raises:
+        TSTError: If a block lacks one.
+    """
+    check_all_have(blocks, names)
+    return {name: np.concatenate([np.asarray(block[name]) for block in blocks]) for name in names}

@@ -312,7 +312,7 @@ def check_stored_lengths(column: Any, length: int, indices: Sequence[int]) -> No
     """Raise `TSTError` unless every list of an Arrow column has `length` tokens."""
     import pyarrow.compute as pc
 
-    lengths = np.asarray(pc.list_value_length(column))
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
     if (differs := lengths != length).any():
         check_length(int(lengths[differs.argmax()]), length, indices[differs.argmax()])
 

@@ -228,7 +228,8 @@ class StreamedRows(Dataset[Row]):
         if superposed and self.joins:
             blocks = [as_block(row) for row in group]
             check_columns(blocks[0], self.columns, self.bag_columns)
-            return join_blocks([{k: block[k] for k in self.bag_columns if k in block} for block in blocks])
+            names = [name for name in self.bag_columns if blocks[0].get(name) is not None]
+            return join_blocks(blocks, names)
         rows = [self._chosen(row) for row in group]
         return rows if superposed else rows[0]
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition
+from ..bags.collator import DOCUMENT_COLUMNS, NO_DOCUMENT_ENDS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
 from ..data.folded_batches import FoldedBatches
@@ -52,7 +52,7 @@ def open_run_data(trainer: Any) -> RunData:
     joins = keeps_ids(trainer.data_collator)
     if not joins:
         rules = replace(rules, vocab_size=None)
-    respects = args.tst_document_boundaries == "respect"
+    respects, end = args.tst_document_boundaries == "respect", document_end(trainer)
     document_columns = DOCUMENT_COLUMNS if respects else ()
     bag_columns = TOKEN_COLUMNS + document_columns
     used = _columns_for_collator(trainer, document_columns)
@@ -63,19 +63,21 @@ def open_run_data(trainer: Any) -> RunData:
         rows = StreamedRows(
             blocks, schedule, layout, workers, used, bag_columns, joins, rules, order_seed(args)
         )
-        facts = rows.facts
+        facts, columns = rows.facts, getattr(blocks, "column_names", None)
     else:
-        facts = check_blocks(blocks, replace(rules, end_token_id=document_end(trainer)))
+        facts = check_blocks(blocks, replace(rules, end_token_id=end))
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         schedule = plan.schedule
         warn_of_fewer_steps(args, schedule, len(blocks) / layout.rows_per_step)
         first = as_block(blocks[0])
-        columns = [name for name in first if used is None or name in used]
+        columns = [name for name in first if first[name] is not None and (used is None or name in used)]
         if joins:
             check_columns(first, used, bag_columns)
         rules = replace(rules, length=facts.block_length)
         _warn_of_overlap(blocks, facts)
         rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
+    if respects and end is None and columns and not {*columns} & {*DOCUMENT_COLUMNS}:
+        raise TSTError(NO_DOCUMENT_ENDS)
     position = _position(
         args,
         schedule,
