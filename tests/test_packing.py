@@ -1,3 +1,4 @@
+import glob
 import gzip
 import json
 import logging
@@ -487,6 +488,18 @@ def test_the_same_text_by_another_name_is_told(tmp_path, caplog, monkeypatch):
         assert f"{name} is trained on and evaluated on" in caplog.text
 
 
+def test_a_pattern_of_files_is_resolved_once(tmp_path, tokenizer, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("abc\n" * 20 + "end", encoding="utf-8")
+    patterns: list[str] = []
+    found = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda name, **kwargs: patterns.append(name) or found(name, **kwargs))
+    args = DataArguments(train_file=f"{tmp_path}/*.txt", validation_file=f"{tmp_path}/[ab].txt")
+    for documents, evaluation in zip(load_documents(args, ModelArguments()), (False, True), strict=True):
+        prepare_blocks(args, documents, tokenizer, 4, evaluation=evaluation)
+    assert sorted(patterns) == ["*.txt", "[ab].txt"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_files_that_are_joined_are_told(tmp_path, tokenizer, caplog, streaming):
     for name in ("a.txt", "b.txt"):
@@ -500,7 +513,10 @@ def test_text_files_that_are_joined_are_told(tmp_path, tokenizer, caplog, stream
         prepare_blocks(args, load_documents(args, ModelArguments())[0], tokenizer, 4)
         return caplog.text
 
-    assert f"The 2 files {tmp_path}/*.txt are joined to one text without end tokens" in prepare("*.txt")
+    assert (
+        f"The 2 files {tmp_path}/a.txt … {tmp_path}/b.txt are joined to one text without end tokens"
+        in prepare("*.txt")
+    )
     assert "joined" not in prepare("a.txt")
     assert "joined" not in prepare("*.txt", append_eos=True)
 

@@ -19,7 +19,9 @@ from .written_once import open_arrow, written_once
 READING_VERSION = 1
 
 
-def load_text_file(path: str, streaming: bool = False, text_column: str | None = None) -> Any:
+def load_text_file(
+    path: str, streaming: bool = False, text_column: str | None = None, files: list[str] | None = None
+) -> Any:
     """A `datasets` data set of one column of local text, JSON, CSV or Parquet files, whose values are checked.
 
     Lines of a text file keep their line breaks, so that they join to the file's text again.
@@ -30,13 +32,14 @@ def load_text_file(path: str, streaming: bool = False, text_column: str | None =
             [`TokenFile`].
         streaming (`bool`, *optional*, defaults to `False`): Read the files during training; each file is a shard.
         text_column (`str`, *optional*): The column of text; by default `input_ids`, `text` or the only one.
+        files (`list[str]`, *optional*): What [`matching_files`] finds for `path`, if it is known.
 
     Raises:
         TSTError: If a file is missing, of an unknown kind, unreadable in the format of its ending, without text, or has values that
             are not text.
         RunError: If the disk is full.
     """
-    files = matching_files(path)
+    files = files or matching_files(path)
     if all(file.endswith(TOKEN_FILE_SUFFIX) for file in files):
         if len(files) > 1:
             raise TSTError(

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cached_property
 from typing import Any, get_type_hints
 
 from transformers.hf_argparser import HfArg
 
+from ..data.files import matching_files
 from ..errors import TSTError, bad_input, check_at_least, check_names, whole_message
 from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
@@ -175,6 +177,16 @@ class DataArguments:
     def is_quick_start(self) -> bool:
         """Whether no data is named: then the run trains on Python's standard library."""
         return not self.dataset_name and not self.train_file
+
+    @cached_property
+    def train_files(self) -> list[str]:
+        """The files that `train_file` names, as they are when they are first asked for; none without it."""
+        return matching_files(self.train_file) if self.train_file else []
+
+    @cached_property
+    def validation_files(self) -> list[str]:
+        """The same of `validation_file`."""
+        return matching_files(self.validation_file) if self.validation_file else []
 
 
 @dataclass

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.data_sets import load_data_set
-from ..data.files import load_text_file, matching_files, text_name
+from ..data.files import load_text_file, text_name
 from ..data.packing import pack_blocks, tokenize_documents
 from ..data.quickstart import standard_library_documents, train_tokenizer
 from ..data.streams import BlockStream
@@ -54,17 +54,18 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
             return documents, None
         split = documents.train_test_split(test_size=share / 100, seed=0)
         return split["train"], split["test"]
-    validation = (
-        load_text_file(args.validation_file, text_column=args.text_column) if args.validation_file else None
-    )
+    validation = None
+    if args.validation_file:
+        validation = load_text_file(
+            args.validation_file, text_column=args.text_column, files=args.validation_files
+        )
     if args.train_file:
-        held_out = matching_files(args.validation_file) if args.validation_file else []
-        trained = {*map(text_name, matching_files(args.train_file))} if held_out else set()
-        if both := [file for file in held_out if text_name(file) in trained]:
+        trained = {*map(text_name, args.train_files)} if args.validation_file else set()
+        if both := [file for file in args.validation_files if text_name(file) in trained]:
             logger.warning(
                 f"{', '.join(both)} is trained on and evaluated on, so the evaluation loss says nothing about new text."
             )
-        train = load_text_file(args.train_file, args.streaming, args.text_column)
+        train = load_text_file(args.train_file, args.streaming, args.text_column, args.train_files)
     else:
         splits = _load_data_set(args, model_args)
         train = splits["train"]
@@ -279,15 +280,8 @@ def prepare_blocks(
             )
         blocks: Any = documents.cut(block_size)
     else:
-        source = (args.validation_file if evaluation else None) or args.train_file
-        files = matching_files(source) if source else []
-        is_text_file = bool(files) and ending(files[0]) == ".txt"
-        append_eos = not is_text_file if args.append_eos is None else args.append_eos
-        if len(files) > 1 and is_text_file and args.append_eos is None:
-            logger.warning(
-                f"The {len(files)} files {source} are joined to one text without end tokens, the end of one with the beginning of the next: "
-                "make them JSON Lines with one document per row, or set append_eos=True if each line is a document (False keeps this as it is)."
-            )
+        files = (args.validation_files if evaluation else []) or args.train_files
+        append_eos = _appends_eos(args, files)
         tokenized = tokenize_documents(
             documents,
             tokenizer,
@@ -311,6 +305,20 @@ def prepare_blocks(
         return blocks
     taken = range(max_samples)
     return blocks.select([i * len(blocks) // max_samples for i in taken] if evaluation else taken)
+
+
+def _appends_eos(args: DataArguments, files: Sequence[str]) -> bool:
+    """Whether each row of text becomes a document of its own: by default unless the rows are the lines of text files."""
+    if args.append_eos is not None:
+        return args.append_eos
+    is_text = bool(files) and ending(files[0]) == ".txt"
+    if len(files) > 1 and is_text:
+        logger.warning(
+            f"The {len(files)} files {files[0]} … {files[-1]} are joined to one text without end tokens, the end of one with the beginning of "
+            "the next: make them JSON Lines with one document per row, or set append_eos=True if each line is a document (False keeps this "
+            "as it is)."
+        )
+    return not is_text
 
 
 def _describe_source(args: DataArguments, files: Sequence[str]) -> list[Any]:
