@@ -135,6 +135,15 @@ class TSTLoss:
     _has_fused: bool = False
     _trains: bool = False
     _loss: Tensor | None = None
+    _batch: tuple[Tensor, int, Tensor] | None = None  # labels, their version, and a copy
+
+    def expect(self, labels: Tensor | None) -> None:
+        """Refuse other labels of this shape from now on, which the code around the model may make of those of a batch.
+
+        `None` ends it. A loss that is computed in parts has labels of other shapes.
+        """
+        # Version and values, since they may be changed in place.
+        self._batch = None if labels is None else (labels, labels._version, labels.clone())
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -149,6 +158,8 @@ class TSTLoss:
             kwargs = {**{self.argument_names[i]: args[i] for i in range(len(args))}, **kwargs}
             args = ()
         labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        if self._batch is not None:
+            self._check_batch(labels)
         generates = labels is None and not (isinstance(ids, Tensor) and ids.dim() == 3)
         if self.takes_cache and not generates and kwargs.get("use_cache") is None:
             kwargs = {**kwargs, "use_cache": False}
@@ -198,6 +209,22 @@ class TSTLoss:
             return self.own_loss(logits, labels, *args, **kwargs)
         labels, options = self._options(**{**kwargs, **self._given, "labels": labels})
         return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
+
+    @torch.compiler.disable
+    def _check_batch(self, labels: Any) -> None:
+        """Raise `TSTError` if the model is given other labels than those of the batch."""
+        assert self._batch is not None
+        given, version, values = self._batch
+        if not isinstance(labels, Tensor) or labels.shape != values.shape:
+            return
+        if labels is given and labels._version == version:
+            return  # without waiting for the device
+        if not torch.equal(labels, values.to(labels.device)):
+            raise TSTError(
+                "The labels of the batch are changed before the model is called. In superposition the labels of a position are the tokens of "
+                "the next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets "
+                "single tokens."
+            )
 
     def _check_targets(self, labels: Tensor, options: Mapping[str, Any]) -> None:
         """Raise `TSTError` if a model passes other targets to its loss function than its forward was given."""

@@ -55,13 +55,19 @@ class PhaseSwitchCallback(TrainerCallback):
             control.should_save = True
         logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
 
-    def check_superposed(self) -> None:
-        """Raise `TSTError` unless the model has the input and loss of superposition."""
-        if self._superposed is None or not isinstance(self._superposed.loss_function, TSTLoss):
+    def superposed_loss(self) -> TSTLoss:
+        """The loss function that the model has in superposition.
+
+        Raises:
+            TSTError: If it has another one.
+        """
+        loss = getattr(self._superposed, "loss_function", None)
+        if not isinstance(loss, TSTLoss):
             raise TSTError(
                 "There is no superposition: the model's loss_function was set during training, or PhaseSwitchCallback was removed from the "
                 "trainer's callbacks. Leave both as the trainer has set them."
             )
+        return loss
 
     def close(self) -> None:
         """Restore the model's own input and loss."""

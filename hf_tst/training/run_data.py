@@ -35,6 +35,7 @@ class RunData:
         rank (`int`): Data-parallel rank of this process.
         tokens_left_out (`int`, *optional*): Tokens that all ranks have read but that did not fit into a row of bags, as of the
             last [`gather_left_out`]. `None` if bags may cross documents.
+        loader (*optional*): The loader of the rows, once the trainer has made it.
     """
 
     rows: PlannedRows | StreamedRows | FoldedBatches
@@ -42,6 +43,7 @@ class RunData:
     steps_per_epoch: int
     rank: int
     tokens_left_out: int | None
+    loader: Any = None
     _left_out_here: Tensor | int = 0  # on this rank, since the last gather_left_out
     # State of the stream after the last batch that training got, by loader process of this rank.
     _stream_states: dict[int, dict[str, Any]] = field(default_factory=dict)

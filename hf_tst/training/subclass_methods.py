@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,20 +35,12 @@ class SubclassMethods:
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
-        self._loader: Any = None
-        self._context = ExitStack()
         self.clear()
-
-    def note_loader(self, loader: Any) -> None:
-        """Store the loader that the trainer itself has made."""
-        self._loader = loader
 
     def clear(self) -> None:
         """Forget the batches of an earlier run."""
-        self._context.close()
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
         self._has_checked_loss = False
-        self._labels = LabelCheck(type(self._trainer).__name__)
         self._counted: tuple[int, Any] = (-1, None)
 
     def note_count(self, count: Any) -> None:
@@ -76,7 +68,7 @@ class SubclassMethods:
         own = {"training_step": partial(self._train_on_batch, trainer.training_step)}
         if overrides(trainer, base, "get_train_dataloader"):
             own["get_train_dataloader"] = partial(self._fold_loader, trainer.get_train_dataloader)
-        with replaced(vars(trainer), **own), self._context:
+        with replaced(vars(trainer), **own):
             yield
 
     def _fold_loader(self, make_own: Callable[[], Any]) -> Any:
@@ -86,8 +78,8 @@ class SubclassMethods:
         loader = make_own()
         if not trainer.args.tst_enabled:
             return loader
-        is_another = isinstance(loader, DataLoader) and loader is not self._loader
-        if trainer._newest_data is None or is_another:
+        data = trainer._newest_data
+        if data is None or (isinstance(loader, DataLoader) and loader is not data.loader):
             return trainer._loader_of(fold_own_loader(trainer, loader))
         return loader
 
@@ -116,57 +108,15 @@ class SubclassMethods:
         check_batch(trainer, inputs, num_items_in_batch, *self._counted)
         if not holds_bags(inputs):
             return step(model, inputs, num_items_in_batch)
-        trainer._switch.check_superposed()
+        superposed = trainer._switch.superposed_loss()
         if not self._has_own_step:
             return step(model, inputs, num_items_in_batch)
         first, self._has_trained_bags = not self._has_trained_bags, True
-        self._labels.expect(inputs["labels"])
-        if first:
-            called, _ = find_language_model(model)
-            self._context.enter_context(called.register_forward_pre_hook(self._labels, with_kwargs=True))
+        superposed.expect(inputs["labels"])
         with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
             loss = step(model, inputs, num_items_in_batch)
-        self._labels.expect(None)
+        superposed.expect(None)
         return loss
-
-
-class LabelCheck:
-    """Forward pre-hook of a model: refuses labels that are not those of the batch.
-
-    It holds no reference to the trainer, so that a copy of the model has its own.
-
-    Args:
-        name (`str`): The trainer's class.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._version = 0
-        self._given: Tensor | None = None
-        self._labels: Tensor | None = None
-
-    def expect(self, labels: Tensor | None) -> None:
-        """Store the labels of the batch that is trained on; `None` after it."""
-        self._given = labels
-        # Values and version, since a subclass may change them in place.
-        self._labels = None if labels is None else labels.clone()
-        self._version = 0 if labels is None else labels._version
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `TSTError` if the model is given other labels."""
-        passed = kwargs.get("labels")
-        # A loss that is computed in parts passes other shapes.
-        if self._labels is None or not isinstance(passed, Tensor) or passed.shape != self._labels.shape:
-            return
-        if passed is self._given and passed._version == self._version:
-            return  # without waiting for the device
-        if not torch.equal(passed, self._labels.to(passed.device)):
-            raise TSTError(
-                f"{self._name} changes the labels before it calls the model. In superposition the labels of a position are the tokens of the "
-                "next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets "
-                "single tokens."
-            )
 
 
 def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> None:

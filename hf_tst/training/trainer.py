@@ -238,9 +238,8 @@ class TSTTrainer(SavingTrainer):
             # The value during training is ours.
             begins_there = self._given_arguments.get("ignore_data_skip", self.args.ignore_data_skip)
             data.resume(self._checkpoint, self.args.tst_allow_data_change, bool(begins_there))
-        loader = make_loader(self, data)
-        self._subclass_methods.note_loader(loader)
-        return loader
+        data.loader = make_loader(self, data)
+        return data.loader
 
     def set_initial_training_values(self, args: TSTArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Begin a run on the data of the loader: its steps and epochs. The number of steps comes from the data plan."""
