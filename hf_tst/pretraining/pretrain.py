@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from logging import WARNING, basicConfig, getLogger
 from pathlib import Path
 from typing import Any
@@ -98,20 +99,10 @@ def _train(
 ) -> TSTTrainer:
     set_seed(args.seed)
     parts, block_size = load_parts(model_args, data_args, args)
-    model, evaluates = parts["model"], parts["eval_dataset"] is not None
     if args.should_log:
-        named = {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
-        counts = [f"{len(data):,} {name}" for name, data in named.items() if hasattr(data, "__len__")]
-        blocks = f"{' and '.join(counts) or 'a stream of'} blocks of {block_size} tokens"
-        print(f"{type(model).__name__}, {model.num_parameters():,} parameters\n{blocks}", flush=True)
-    if not evaluates:
-        nothing = "there is no data to evaluate on: set validation_file or validation_split_percentage"
-        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
-            option = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy=best"
-            raise TSTError(f"{option} needs evaluations, but {nothing}.")
-        if args.eval_strategy != IntervalStrategy.NO and not data_args.is_quick_start:
-            logger.warning(f"eval_strategy={args.eval_strategy.value} has no effect, because {nothing}.")
-        args.eval_strategy = "no"
+        _print_parts(parts, block_size)
+    if parts["eval_dataset"] is None:
+        _leave_out_evaluations(args, data_args)
     if model_args.model_name_or_path is None and args.learning_rate == TrainingArguments.learning_rate:
         logger.warning(
             f"learning_rate={args.learning_rate:g} is Trainer's default, made for models that are trained already. Most new models "
@@ -126,13 +117,48 @@ def _train(
             f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, as processes share rows "
             "(tensor parallelism): set gradient_accumulation_steps instead."
         )
-    folder = Path(args.output_dir)
-    if run_args.overwrite_output_dir:
+    with _replacing_run(trainer, run_args.overwrite_output_dir):
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.preempted:
+        raise PreemptedError(
+            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: continue with "
+            "--resume_from_checkpoint last."
+        )
+    _finish(trainer, result.metrics, data_args.dataset_name)
+    return trainer
+
+
+def _print_parts(parts: Mapping[str, Any], block_size: int) -> None:
+    """Print the size of the model and of the data, as [`load_parts`] returns them."""
+    model, named = parts["model"], {"training": parts["train_dataset"], "evaluation": parts["eval_dataset"]}
+    counts = [f"{len(data):,} {name}" for name, data in named.items() if hasattr(data, "__len__")]
+    blocks = f"{' and '.join(counts) or 'a stream of'} blocks of {block_size} tokens"
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters\n{blocks}", flush=True)
+
+
+def _leave_out_evaluations(args: TSTTrainingArguments, data_args: DataArguments) -> None:
+    """Switch evaluation off, where there is no data for it. Raise `TSTError` if the arguments need it."""
+    nothing = "there is no data to evaluate on: set validation_file or validation_split_percentage"
+    if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+        option = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy=best"
+        raise TSTError(f"{option} needs evaluations, but {nothing}.")
+    if args.eval_strategy != IntervalStrategy.NO and not data_args.is_quick_start:
+        logger.warning(f"eval_strategy={args.eval_strategy.value} has no effect, because {nothing}.")
+    args.eval_strategy = "no"
+
+
+@contextmanager
+def _replacing_run(trainer: TSTTrainer, overwrites: bool) -> Iterator[None]:
+    """Context of training. An older run in the folder is set aside if asked for, and put back if the new one fails before its first
+    checkpoint.
+    """
+    folder = Path(trainer.args.output_dir)
+    if overwrites:
         trainer.add_callback(ReplaceRunCallback())
         if trainer.is_world_process_zero():
             set_aside(folder)
     try:
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        yield
     except BaseException as error:
         begun = any(list_checkpoints(folder))  # of this run: those of an older one are set aside
         if trainer.is_world_process_zero():
@@ -144,29 +170,28 @@ def _train(
                 "--resume_from_checkpoint last"
             ) from error
         raise
-    if trainer.preempted:
-        raise PreemptedError(
-            f"SIGTERM after optimizer step {trainer.state.global_step}, with a checkpoint in {args.output_dir}: continue with "
-            "--resume_from_checkpoint last."
-        )
+
+
+def _finish(trainer: TSTTrainer, metrics: dict[str, float], dataset_name: str | None) -> None:
+    """Save and evaluate the trained model, write its card, push it, and print what came out."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
     with suppress(HubError):  # the model is saved before it is pushed, and the push is tried again at the end
         trainer.save_model()
     if trainer.is_world_process_zero():
         remove_set_aside(folder)
-    trainer.save_metrics("train", result.metrics)
-    final_eval = trainer.evaluate() if evaluates else None
+    trainer.save_metrics("train", metrics)
+    final_eval = None if trainer.eval_dataset is None else trainer.evaluate()
     if final_eval:
         trainer.save_metrics("eval", final_eval)
     trainer.save_state()
-    name = data_args.dataset_name
-    trainer.create_model_card(dataset=None if name is None or Path(name).exists() else name)
+    on_hub = dataset_name is not None and not Path(dataset_name).exists()
+    trainer.create_model_card(dataset=dataset_name if on_hub else None)
     if trainer.is_world_process_zero():
         print_summary(trainer, final_eval)
     if args.push_to_hub:
         trainer.push_to_hub()
-    if trainer.accelerator.num_processes == 1 and parts["processing_class"] is not None:
+    if trainer.accelerator.num_processes == 1 and trainer.processing_class is not None:
         print_sample(trainer)
-    return trainer
 
 
 def print_sample(trainer: TSTTrainer) -> None:
