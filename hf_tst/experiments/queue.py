@@ -115,62 +115,92 @@ def run_all(
         run.result = RunResult.load(run.folder)
     command = _start_command(launcher)
     waiting = [run for run in runs if run.result is None]
-    count, done = len(waiting), 0
     failures: dict[str, str] = {}
     refusal: RunRefusedError | None = None
     places = _places(processes, launcher)
     active: dict[Popen[bytes], tuple[PlannedRun, dict[str, str]]] = {}
-    bar = tqdm(total=count, disable=None, leave=False, dynamic_ncols=True, bar_format="{n}/{total}  {desc}")
-    began = shown = time.monotonic()
-    with _noted_signals() as signals:
-        try:
-            while waiting or active:
-                if signals:
-                    raise (
-                        KeyboardInterrupt(CONTINUE)
-                        if signals[0] == signal.SIGINT
-                        else SystemExit(128 + signals[0])
-                    )
-                while waiting and places:
-                    run = waiting.pop(0)
-                    if time.monotonic() + run.expected_seconds <= until:
-                        place = places.pop(0)
-                        active[_start(run, command, place)] = run, place
-                ended = [child for child in active if child.poll() is not None]
-                if not ended:
-                    time.sleep(0.1)
-                    if time.monotonic() - shown > (PROGRESS_EVERY if bar.disable else 1):
-                        shown = time.monotonic()
-                        _show_progress(bar, [run for run, _ in active.values()])
-                for child in ended:
-                    run, place = active.pop(child)
-                    places.append(place)
-                    done += 1
-                    run.result = RunResult.load(run.folder)
-                    if child.poll() == 2 or (run.folder / REFUSAL_FILE).is_file():
-                        waiting.clear()  # the others would be refused as well
-                        refusal = refusal or RunRefusedError(
-                            f"The run {run.name} was refused: {_last_line(run)}"
-                        )
-                        continue
-                    if child.poll() or run.result is None:
-                        failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
-                    left = tqdm.format_interval((time.monotonic() - began) / done * (count - done))
-                    tqdm.write(
-                        f"{done}/{count}  {failures.get(run.name) or _describe_result(run)}  {left} left"
-                    )
-                    sys.stdout.flush()
-                    bar.update()
-        finally:
-            bar.close()
-            for child in active:  # and its children: not every launcher forwards signals
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGTERM)
-            for child in active:
-                child.wait()
+    with _noted_signals() as signals, _terminated(active), _Progress(len(waiting)) as progress:
+        while waiting or active:
+            if signals:
+                interrupted = signals[0] == signal.SIGINT
+                raise KeyboardInterrupt(CONTINUE) if interrupted else SystemExit(128 + signals[0])
+            while waiting and places:
+                run = waiting.pop(0)
+                if time.monotonic() + run.expected_seconds <= until:
+                    place = places.pop(0)
+                    active[_start(run, command, place)] = run, place
+            ended = [child for child in active if child.poll() is not None]
+            if not ended:
+                time.sleep(0.1)
+                progress.show([run for run, _ in active.values()])
+            for child in ended:
+                run, place = active.pop(child)
+                places.append(place)
+                run.result = RunResult.load(run.folder)
+                if child.poll() == 2 or (run.folder / REFUSAL_FILE).is_file():
+                    waiting.clear()  # the others would be refused as well
+                    refusal = refusal or RunRefusedError(f"The run {run.name} was refused: {_last_line(run)}")
+                    continue
+                if child.poll() or run.result is None:
+                    failures[run.name] = f"{run.name} failed: {_last_line(run)} ({run.folder / LOG_FILE})"
+                progress.note_end(failures.get(run.name) or _describe_result(run))
     if refusal is not None:
         raise refusal
     return failures
+
+
+@contextmanager
+def _terminated(active: Mapping[Popen[bytes], Any]) -> Iterator[None]:
+    """Context at whose end the processes that are still active are terminated, with their children: not every launcher forwards signals."""
+    try:
+        yield
+    finally:
+        for child in active:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+        for child in active:
+            child.wait()
+
+
+class _Progress:
+    """What is shown while runs are done: a line for each that ends, and how far the others are, as a bar or, without a terminal, as text.
+
+    Args:
+        count (`int`): Runs to do.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._bar = tqdm(
+            total=count, disable=None, leave=False, dynamic_ncols=True, bar_format="{n}/{total}  {desc}"
+        )
+        self._count, self._done = count, 0
+        self._began = self._shown = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, runs: Sequence[PlannedRun]) -> None:
+        """Show the last steps of the active runs, if the last time is long enough ago."""
+        if time.monotonic() - self._shown <= (PROGRESS_EVERY if self._bar.disable else 1):
+            return
+        self._shown = time.monotonic()
+        lines = [f"{run.name}  {_last_step(run)}" for run in runs]
+        if self._bar.disable:
+            print(*lines, sep="\n", flush=True)
+        else:
+            self._bar.set_description_str(" | ".join(lines))
+
+    def note_end(self, outcome: str) -> None:
+        """Print the outcome of a run, and the time that the others will take."""
+        self._done += 1
+        passed = time.monotonic() - self._began
+        left = tqdm.format_interval(passed / self._done * (self._count - self._done))
+        tqdm.write(f"{self._done}/{self._count}  {outcome}  {left} left")
+        sys.stdout.flush()
+        self._bar.update()
 
 
 def _start_command(launcher: str | None) -> list[str]:
@@ -228,15 +258,6 @@ def _places(processes: int, launcher: str | None) -> list[dict[str, str]]:
     if launcher or len(gpus) < 2:
         return [common] * processes
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(processes)]
-
-
-def _show_progress(bar: tqdm, runs: Sequence[PlannedRun]) -> None:
-    """Show the last line of training of the running processes."""
-    lines = [f"{run.name}  {_last_step(run)}" for run in runs]
-    if bar.disable:
-        print(*lines, sep="\n", flush=True)
-    else:
-        bar.set_description_str(" | ".join(lines))
 
 
 def _last_step(run: PlannedRun) -> str:
