@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hf_tst import fused_evaluation_loss, fused_next_token_loss, step_flops, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels
+from hf_tst.pretraining.model import make_config
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.parts import make_config
 
 
 @dataclass

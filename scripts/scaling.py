@@ -14,8 +14,8 @@ from hf_tst.planning.estimate import (
     memory_per_gpu,
 )
 from hf_tst.planning.flops import flops_per_token
+from hf_tst.pretraining.model import make_config
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.recipes import RECIPES as FOLDER
 from hf_tst.pretraining.recipes import read_config
 from hf_tst.records.text_tables import markdown_table

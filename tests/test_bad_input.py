@@ -9,8 +9,8 @@ from conftest import write_corpus
 from transformers import CONFIG_MAPPING, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_tst.errors import TSTError
+from hf_tst.pretraining.model import make_config
 from hf_tst.pretraining.options import ModelArguments, parse_arguments
-from hf_tst.pretraining.parts import make_config
 from hf_tst.pretraining.pretrain import main
 
 OVERRIDES = {

@@ -20,8 +20,9 @@ from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
 from hf_tst.data.streams import BlockStream
+from hf_tst.pretraining.documents import load_documents, prepare_blocks
+from hf_tst.pretraining.model import load_model, load_tokenizer
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.parts import load_documents, load_model, load_tokenizer, prepare_blocks
 from hf_tst.records.run_record import loaded_from
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n" * 40, "é ü 漢字 \n"]

@@ -12,8 +12,8 @@ from test_superposition import make_bags
 from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer, token_superposition
+from hf_tst.pretraining.model import load_model
 from hf_tst.pretraining.options import ModelArguments
-from hf_tst.pretraining.parts import load_model
 from hf_tst.records.card import why_kept
 
 peft = pytest.importorskip("peft")

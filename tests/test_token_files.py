@@ -14,8 +14,8 @@ from hf_tst import TSTError
 from hf_tst.data.files import load_text_file
 from hf_tst.data.token_file import TokenFile
 from hf_tst.pretraining import parts, pretrain
+from hf_tst.pretraining.documents import load_documents, prepare_blocks
 from hf_tst.pretraining.options import DataArguments, ModelArguments
-from hf_tst.pretraining.parts import load_documents, prepare_blocks
 
 ROOT = Path(__file__).parent.parent
 

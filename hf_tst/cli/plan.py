@@ -18,6 +18,7 @@ from ..mtp.heads import check_mtp
 from ..planning.estimate import Alternative, Layout, Precision, RunPlan, plan_run
 from ..planning.flops import FORMULA
 from ..planning.reference import ACCELERATORS, Accelerator, find_published
+from ..pretraining.model import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..pretraining.options import (
     DataArguments,
     ModelArguments,
@@ -27,7 +28,6 @@ from ..pretraining.options import (
     parse_values,
     pick,
 )
-from ..pretraining.parts import QUICK_START_VOCABULARY, load_tokenizer, make_config
 from ..records.text_tables import format_bytes, format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.schedule import make_schedule

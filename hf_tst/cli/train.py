@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
 
 from ..pretraining import pretrain
+from ..pretraining.model import load_model, make_config
 from ..pretraining.options import ModelArguments, parse_arguments
-from ..pretraining.parts import load_model, load_parts, make_config
+from ..pretraining.parts import load_parts
 from ..records.text_tables import format_columns
 from ..training.arguments import TSTTrainingArguments
 from ..training.audit import audit_step, plan_of_arguments

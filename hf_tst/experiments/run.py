@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
 from ..evaluation.breakdown import tally_blocks
+from ..pretraining.model import hub_options
 from ..pretraining.options import ModelArguments, pick
-from ..pretraining.parts import hub_options
 from ..pretraining.pretrain import main as train
 from ..records.run_record import run_note, write_atomically
 from ..training.checkpoint_folders import last_complete_checkpoint
