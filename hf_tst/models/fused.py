@@ -137,13 +137,18 @@ class TSTLoss:
     _loss: Tensor | None = None
     _batch: tuple[Tensor, int, Tensor] | None = None  # labels, their version, and a copy
 
-    def expect(self, labels: Tensor | None) -> None:
-        """Refuse other labels of this shape from now on, which the code around the model may make of those of a batch.
+    @contextmanager
+    def expecting(self, labels: Tensor) -> Iterator[None]:
+        """Context in which other labels of this shape are refused, which the code around the model may make of those of a batch.
 
-        `None` ends it. A loss that is computed in parts has labels of other shapes.
+        A loss that is computed in parts has labels of other shapes.
         """
         # Version and values, since they may be changed in place.
-        self._batch = None if labels is None else (labels, labels._version, labels.clone())
+        self._batch = labels, labels._version, labels.clone()
+        try:
+            yield
+        finally:
+            self._batch = None
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -112,11 +112,9 @@ class SubclassMethods:
         if not self._has_own_step:
             return step(model, inputs, num_items_in_batch)
         first, self._has_trained_bags = not self._has_trained_bags, True
-        superposed.expect(inputs["labels"])
-        with explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext():
-            loss = step(model, inputs, num_items_in_batch)
-        superposed.expect(None)
-        return loss
+        explained = explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext()
+        with superposed.expecting(inputs["labels"]), explained:
+            return step(model, inputs, num_items_in_batch)
 
 
 def check_batch(trainer: Any, batch: Any, given: Any, step: int, count: Any) -> None:
