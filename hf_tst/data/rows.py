@@ -22,7 +22,7 @@ from .block_reader import BlockReader, join_blocks
 from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns
 from .random_numbers import DataRandomNumbers
 from .read_order import BatchLayout, DataPlan
-from .streams import open_stream, stream_state
+from .streams import describe_stream, number_of_shards, open_stream, stream_state
 
 logger = logging.get_logger(__name__)
 
@@ -162,14 +162,8 @@ class StreamedRows(Dataset[Row]):
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        import datasets
-
-        documents = getattr(self.blocks, "documents", self.blocks)
-        shards = documents.num_shards if isinstance(documents, datasets.IterableDataset) else None
-        length = getattr(self.blocks, "block_size", 0)
-        given = getattr(self.blocks, "fingerprint", None)
-        data = f"stream of {shards or 'unknown'} shards" + (f", {given}" if given else "")
-        self.facts = BlockFacts(None, length, data)
+        shards, length = number_of_shards(self.blocks), getattr(self.blocks, "block_size", 0)
+        self.facts = BlockFacts(None, length, describe_stream(self.blocks))
         self.rules = replace(self.rules, length=length or None)
         self.readers = max(1, self.workers)
         shares = self.layout.world_size * self.readers

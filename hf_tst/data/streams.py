@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, cast
@@ -120,14 +121,45 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
         return None
     import datasets
 
-    is_shuffled = isinstance(stream, datasets.IterableDataset) and _has_shuffle_buffer(
-        getattr(stream, "_ex_iterable", None)
+    is_shuffled = isinstance(stream, datasets.IterableDataset) and any(
+        node is None or "BufferShuffled" in type(node).__name__ for node in _nodes(stream)
     )
     return None if is_shuffled else stream.state_dict()
 
 
-def _has_shuffle_buffer(node: Any) -> bool:
-    """Whether a node of a stream of `datasets`, or a node that it reads from, is a shuffle buffer or unknown."""
-    sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
-    is_buffer = node is None or "BufferShuffled" in type(node).__name__
-    return is_buffer or any(_has_shuffle_buffer(source) for source in sources if source is not None)
+def number_of_shards(stream: Any) -> int | None:
+    """The shards of a stream of `datasets`, or of the documents of a [`BlockStream`]; `None` if unknown."""
+    import datasets
+
+    documents = getattr(stream, "documents", stream)
+    return documents.num_shards if isinstance(documents, datasets.IterableDataset) else None
+
+
+def describe_stream(stream: Any) -> str:
+    """What tells a stream from others without reading it: its shards, its order and, of a [`BlockStream`], its own fingerprint.
+
+    A stream of `datasets` that is shuffled without a seed has another order in each process. One that was divided by
+    `split_dataset_by_node` has other rows.
+    """
+    import datasets
+
+    parts = [f"stream of {number_of_shards(stream) or 'unknown'} shards"]
+    documents = getattr(stream, "documents", stream)
+    if isinstance(documents, datasets.IterableDataset):
+        if (part := getattr(documents, "_distributed", None)) is not None:
+            parts.append(f"part {part.rank + 1} of {part.world_size}")
+        generators = [getattr(node, "generator", None) for node in _nodes(documents)]
+        states = [each.bit_generator.state for each in generators if isinstance(each, np.random.Generator)]
+        if states:
+            parts.append(f"order {hashlib.sha256(repr(states).encode()).hexdigest()[:16]}")
+    return ", ".join([*parts, *filter(None, [getattr(stream, "fingerprint", None)])])
+
+
+def _nodes(stream: Any) -> Iterator[Any]:
+    """The nodes of a stream of `datasets`, each before those that it reads from. `None` if they are unknown."""
+    waiting = [getattr(stream, "_ex_iterable", None)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        sources = [getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or [])]
+        waiting += [source for source in sources if source is not None]

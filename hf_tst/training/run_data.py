@@ -63,6 +63,14 @@ class RunData:
             rows = self.start.layout.rows(step, rank)[micro_batch].tolist()
         return [block for row in rows for block in self.rows.plan.row_blocks(row)]
 
+    def check_same_data(self) -> None:
+        """Raise `TSTError` unless all ranks have the same data, of which each reads its own rows. Every rank must take part."""
+        if len(set(gather_object([self.start.data]))) > 1:
+            raise TSTError(
+                "The processes have different training data, but the trainer shares out the rows of one data set: give every process all of "
+                "it in the same order, so shuffle with a fixed seed and do not divide it by rank."
+            )
+
     def check_accumulation(self, steps: int) -> None:
         """Raise `TSTError` if `gradient_accumulation_steps` is no longer that which the rows of a step were planned for."""
         if steps != self.start.accumulation_steps:

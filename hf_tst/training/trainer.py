@@ -248,6 +248,7 @@ class TSTTrainer(SavingTrainer):
         self._target_bags.clear()
         self._subclass_methods.clear()
         if self._data is not None:
+            self._data.check_same_data()
             self.schedule = self._data.start.schedule
             self.args.ignore_data_skip = True  # the loader starts at the current step; `train` restores it
             args = copy.copy(args)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from conftest import losses, make_blocks, make_model
+from datasets.distributed import split_dataset_by_node
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, default_data_collator
@@ -181,13 +183,33 @@ def run_case(name: str, folder: Path, world_size: int, runs: Path | None = None)
     }
 
 
-def refusal(folder: Path) -> str:
-    """What a run is told whose processes read the same batches of a loader."""
+def data_of_rank(kind: str, rank: int) -> Any:
+    """Data that a process has in another way than the others do."""
+    blocks = datasets.Dataset.from_list(make_data(False))
+    stream = blocks.to_iterable_dataset(num_shards=4)
+    return {
+        "shuffled without a seed": lambda: blocks.shuffle(seed=rank),
+        "divided by rank": lambda: split_dataset_by_node(blocks, rank, 2),
+        "stream shuffled without a seed": lambda: stream.shuffle(),
+        "stream divided by rank": lambda: split_dataset_by_node(stream, rank, 2),
+    }[kind]()
+
+
+OWN_DATA = [
+    "shuffled without a seed",
+    "divided by rank",
+    "stream shuffled without a seed",
+    "stream divided by rank",
+]
+
+
+def refusal(folder: Path, kind: type[TSTTrainer], data: Any) -> str:
+    """What a run is told whose processes do not read the rows of one data set."""
     args = TSTTrainingArguments(
         output_dir=str(folder), max_steps=4, tst_phase_ratio=0.5, tst_bag_size=4, per_device_train_batch_size=ROWS,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
     )  # fmt: skip
-    trainer = NotSharedOut(make_model("llama"), args, train_dataset=make_data(False))
+    trainer = kind(make_model("llama"), args, train_dataset=data)
     try:
         trainer.train()
     except TSTError as error:
@@ -203,8 +225,10 @@ def main(out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results[name] = run_case(name, folder, world_size=2, runs=out)
         torch.distributed.barrier()
-    results["not_shared_out"] = refusal(out / "refused")
     rank = torch.distributed.get_rank()
+    results["not_shared_out"] = refusal(out / "refused", NotSharedOut, make_data(False))
+    for kind in OWN_DATA:
+        results[kind] = refusal(out / "refused", TSTTrainer, data_of_rank(kind, rank))
     (out / f"rank{rank}.json").write_text(json.dumps(results))
 
 

@@ -6,7 +6,7 @@ import ddp_runs
 import pytest
 import torch
 from conftest import make_model
-from ddp_runs import CASES, STEPS, SWITCH, run_case
+from ddp_runs import CASES, OWN_DATA, STEPS, SWITCH, run_case
 from launching import launch_two
 from safetensors.torch import load_file
 
@@ -92,6 +92,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(two, name):
 def test_processes_that_read_the_same_batches_are_told(two):
     for results in two[1]:
         assert results["not_shared_out"].startswith("0 steps: All 2 processes read the same batches")
+
+
+@pytest.mark.parametrize("kind", OWN_DATA)
+def test_processes_with_different_data_are_told(two, kind):
+    for results in two[1]:
+        assert results[kind].startswith("0 steps: The processes have different training data")
 
 
 def test_ranks_with_unequal_targets_can_be_averaged_without_counting_across(two):

@@ -88,6 +88,25 @@ def test_an_order_drawn_from_global_random_numbers_is_resumed(kind, make_args):
     assert run(f"{args.output_dir}/checkpoint-6") == whole[6:]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_shuffled_stream_resumes_in_its_order_or_is_refused(seed, make_args):
+    """Without a seed, `datasets` draws another order in each process."""
+    args = make_args(max_steps=8, save_strategy="steps", save_steps=6)
+
+    def run(resume):
+        stream = datasets.Dataset.from_list(BLOCKS).to_iterable_dataset(4).map(lambda row: row)
+        trainer = Reads(make_model("llama"), args, train_dataset=stream.shuffle(seed=seed, buffer_size=20))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.read
+
+    whole = run(None)
+    if seed is not None:
+        assert run(f"{args.output_dir}/checkpoint-6") == whole[6:]
+    else:
+        with pytest.raises(TSTError, match=r"order \w+ and is .*needs its own seed"):
+            run(f"{args.output_dir}/checkpoint-6")
+
+
 def test_random_numbers_of_the_data_are_not_those_of_training(make_args):
     """A sampler that draws more does not change dropout."""
 
