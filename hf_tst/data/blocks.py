@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS
+from ..bags.folding import IGNORE_INDEX
 from ..errors import TSTError, bad_input
 
 logger = logging.get_logger(__name__)
@@ -22,6 +23,10 @@ TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 POSITIONS_ARE_DROPPED = (
     "Superposition does not pass position_ids on, but recovery does. If they begin again at each document, set "
     "tst_document_boundaries='respect', so that attention stays inside documents in both phases."
+)
+SHIFTED = (
+    "labels that are its tokens shifted by one, but the model shifts labels itself and would learn to predict the token after the next one: "
+    "give labels that equal input_ids (-100 for no target), or leave them out"
 )
 # Blocks, spread over the data, that are read before training starts.
 SAMPLED_BLOCKS = 256
@@ -100,19 +105,21 @@ class BlockRules:
                 index, "has a single token, so there is nothing to predict: pack the data into longer blocks"
             )
         if "labels" in block:
-            self._check_labels(block["labels"], len(tokens), index)
+            self._check_labels(block["labels"], tokens, index)
         self.check_context(len(tokens), index)
         self.check_ids(tokens, index)
         self.check_padding(block, index)
         return tokens
 
-    def _check_labels(self, labels: Any, length: int, index: int) -> None:
+    def _check_labels(self, labels: Any, tokens: NDArray[np.int64], index: int) -> None:
         found, advice = np.asarray(labels), "give every token its label, or leave the labels out"
         if found.ndim != 1 or found.dtype.kind not in "iu":
             kind = f"of shape {found.shape} and type {found.dtype}"
             raise self.error_of_block(index, f"has labels {kind}, which are no row of token ids: {advice}")
-        if len(found) != length:
-            raise self.error_of_block(index, f"has {length} input_ids and {len(found)} labels: {advice}")
+        if len(found) != len(tokens):
+            raise self.error_of_block(index, f"has {len(tokens)} input_ids and {len(found)} labels: {advice}")
+        if are_shifted(tokens, found):
+            raise self.error_of_block(index, f"has {SHIFTED}")
 
     def check_context(self, length: int, index: int) -> None:
         """Raise `TSTError` if block `index`, of `length` tokens, is longer than the model's context."""
@@ -261,6 +268,15 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
         lengths = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
         check_stored_lengths(lengths["input_ids"], length, range(len(lengths)))
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
+
+
+def are_shifted(tokens: Any, labels: Any) -> bool:
+    """Whether the labels of rows, `(..., L)`, are their tokens shifted by one, as for a loss that does not shift them itself."""
+    tokens, labels = np.asarray(tokens), np.asarray(labels)
+    targets = labels[..., :-1] != IGNORE_INDEX
+    given, own, following = labels[..., :-1][targets], tokens[..., :-1][targets], tokens[..., 1:][targets]
+    # Fewer may be equal by chance.
+    return len(given) > 3 and bool((given == following).all() and (given != own).any())
 
 
 def check_columns(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import POSITIONS_ARE_DROPPED, TOKEN_COLUMNS, as_block
+from .blocks import POSITIONS_ARE_DROPPED, SHIFTED, TOKEN_COLUMNS, are_shifted, as_block
 from .random_numbers import DataRandomNumbers
 from .rows import EpochSampler, one_thread
 
@@ -172,6 +172,8 @@ def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperpositio
             f"The training loader's or collator's batches hold {wrong[0]} of shape {tuple(columns[wrong[0]].shape)}, but the trainer makes "
             "the bags itself, of batches of shape (rows, tokens): use a collator that makes none."
         )
+    if columns["labels"].device.type == "cpu" and are_shifted(columns["input_ids"], columns["labels"]):
+        raise TSTError(f"The training loader or collator gives a batch {SHIFTED}.")
     columns = {name: column.reshape(rows, -1) for name, column in columns.items()}
     # On a device this waits for it, once for each batch of bags with a mask.
     check_no_padding("attention_mask" not in columns or bool(columns.pop("attention_mask").all()))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, make_blocks, make_model, weights_equal
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import default_data_collator
 
 from hf_tst import TSTError, TSTTrainer, pack_blocks
 
@@ -76,6 +77,32 @@ def test_rows_of_several_lengths_are_refused_with_the_call_that_packs_them(strea
         train(args, Stream(rows) if streamed else rows)
     packed = pack_blocks(datasets.Dataset.from_dict({"input_ids": rows}), block_size=12)
     assert train(args, packed).state.global_step == 2
+
+
+class OwnBatches(TSTTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=2)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream", "collator", "loader"])
+def test_labels_that_are_shifted_already_are_refused(kind, make_args):
+    """As a loop reads them, which leaves the shift to the data: `x = data[i : i + L]`, `y = data[i + 1 : i + 1 + L]`."""
+    text = np.concatenate(IDS)
+    starts = range(0, len(text) - 12, 12)
+    rows = [{"input_ids": text[i : i + 12], "labels": text[i + 1 : i + 13].copy()} for i in starts]
+    rows[0]["labels"][:5] = -100
+    args = make_args(tst_phase_ratio=0.5, max_steps=2)
+    trainer = (OwnBatches if kind == "loader" else TSTTrainer)(
+        make_model("llama"), args, train_dataset=Stream(rows) if kind == "stream" else rows
+    )
+    if kind == "collator":
+        trainer.train_dataset = IDS
+        trainer.data_collator = lambda ids: default_data_collator(
+            [{"input_ids": row, "labels": [*row[1:], 0]} for row in ids]
+        )
+    with pytest.raises(TSTError, match=r"labels that are its tokens shifted by one"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_windows_drawn_at_random_without_a_seed_resume_with_the_option_that_the_refusal_names(make_args):
