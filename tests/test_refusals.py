@@ -226,6 +226,8 @@ class OwnModelForCausalLM(PreTrainedModel):
             hidden = hidden + self.more(
                 (nn.functional.pad(input_ids[:, :-1], (1, 0)) * 31 + input_ids).long() % 128
             )
+        if self.config.kind == "mask of positive ids":
+            hidden = hidden * (input_ids > 0)[..., None]
         if self.config.kind == "noise":
             hidden = hidden + 0.02 * torch.randn_like(hidden)
         logits = self.head(self.body(hidden)[0])
@@ -250,7 +252,14 @@ def test_other_forms_of_outputs_and_noise_are_no_reason_to_refuse_a_model(make_a
 @pytest.mark.parametrize("mode", ["full", "output"])
 @pytest.mark.parametrize(
     "kind",
-    ["none", "value embedding", "table without a mix of positions", "row of a table", "hash of neighbors"],
+    [
+        "none",
+        "value embedding",
+        "table without a mix of positions",
+        "row of a table",
+        "hash of neighbors",
+        "mask of positive ids",
+    ],
 )
 def test_a_model_that_reads_ids_beside_its_embedding_is_refused(make_args, kind, mode):
     trainer = TSTTrainer(

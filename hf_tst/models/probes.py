@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError, one_line
 from .sharding import own_class
-from .superposition import find_language_model
+from .superposition import FIRST_STAND_IN, find_language_model
 
 logger = logging.get_logger(__name__)
 
@@ -62,20 +63,25 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
 def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
     """Check that a model reads ids through its input embedding alone, since superposition averages what that gives.
 
-    The ids of a row are changed, while the input embedding gives what it gave before: the logits must not change, but for noise, which
-    is measured. If the embedding follows, they do, which gives the scale. This takes six forward passes over a row of eight tokens,
-    without gradients. In sharded training every rank must take part. If the model cannot run them, a warning is logged.
+    The ids of a row are changed, to others and to those that the model sees in place of bags, while the input embedding gives what it
+    gave before: the logits must not change, but for noise, which is measured. If the embedding follows, they do, which gives the scale.
+    This takes eight forward passes over a row of eight tokens, without gradients. In sharded training every rank must take part. If the
+    model cannot run them, a warning is logged.
 
     Args:
         model: The model; it may be wrapped.
 
     Raises:
-        TSTError: If the model looks ids up elsewhere, too, for example in a second table or by hashes of neighbors.
+        TSTError: If the model reads ids elsewhere, too, for example in a second table, by hashes of neighbors or to make a mask.
     """
     _, core = find_language_model(model)
     name = own_class(core).__name__
-    token, other, _ = _probe_rows(core, rows=1)
+    token, other, ascending = _probe_rows(core, rows=1)
+    stand_ins = (FIRST_STAND_IN - ascending).int()
     first: list[Tensor] = []
+
+    def ask_for_token(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return ((token, *args[1:]), kwargs) if args else ((), kwargs | {"input": token})
 
     def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         first.append(output.clone())
@@ -84,15 +90,22 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
     try:
         with _probing(model):
             scale = _change(model, token, other, begin=0)
-            with core.get_input_embeddings().register_forward_hook(hold):
-                elsewhere, noise = (_change(model, token, ids, begin=0) for ids in (other, token))
+            embedding = core.get_input_embeddings()
+            with (
+                embedding.register_forward_pre_hook(ask_for_token, with_kwargs=True, prepend=True),
+                embedding.register_forward_hook(hold),
+            ):
+                limit = _ROUNDING * scale + 3 * _change(model, token, token, begin=0)
+                # Stand-ins last: a second table has no row for them, which on a GPU would crash the process. They may give NaN.
+                changes = (_change(model, token, ids, begin=0) for ids in (other, stand_ins))
+                reads_elsewhere = math.isfinite(limit) and any(not change <= limit for change in changes)
     except Exception as error:  # whatever a model may raise: the check is an extra
         logger.warning(f"Cannot check that ids reach {name} by its input embedding alone: {one_line(error)}.")
         return
-    if elsewhere > _ROUNDING * scale + 3 * noise:
+    if reads_elsewhere:
         raise TSTError(
-            f"{name} also reads token ids outside its input embedding, for example in a second table: its logits change with the ids although "
-            "the embeddings do not. Superposition cannot train this model; set tst_phase_ratio=0."
+            f"{name} also reads token ids outside its input embedding, for example in a second table or to make a mask: its logits change with "
+            "the ids although the embeddings do not. Superposition cannot train this model; set tst_phase_ratio=0."
         )
 
 
