@@ -199,6 +199,7 @@ class TSTArguments(_Base):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch would warn
         self.check()
+        self.__dict__.update(_has_trainer=False)
 
     def check(self) -> None:
         """Raise `TSTError` if a field is out of range, or another argument does not work with superposition."""
@@ -236,7 +237,9 @@ class TSTArguments(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments into training_args.bin, beside the model, and pushes it.
-        return vars(self) | {"hub_token": None}
+        return {name: value for name, value in vars(self).items() if name != "_has_trainer"} | {
+            "hub_token": None
+        }
 
     def __copy__(self) -> TSTArguments:
         other = object.__new__(type(self))
@@ -257,6 +260,19 @@ class TSTArguments(_Base):
     def tst_replaces_loss(self) -> bool:
         """Whether training replaces the model's own loss function, by a superposed loss, a fused loss, or both."""
         return self.tst_enabled or self.tst_fused_loss == "on"
+
+    def note_trainer(self) -> None:
+        """Note that a [`TSTTrainer`] has these arguments, so that they do not warn of another one."""
+        self.__dict__.update(_has_trainer=True)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """The steps of warm-up. Every `Trainer` asks for them when training begins, so a warning is logged if none is a [`TSTTrainer`]."""
+        if self.tst_enabled and not vars(self).get("_has_trainer", True):
+            logger.warning(
+                f"tst_phase_ratio={self.tst_phase_ratio:g} asks for superposition, but no TSTTrainer was made with these arguments: Trainer "
+                "ignores tst_ options and trains on single tokens. Use TSTTrainer, or set tst_phase_ratio=0."
+            )
+        return int(super().get_warmup_steps(num_training_steps))
 
     def schedule_options(self, steps: int) -> dict[str, Any] | None:
         """`lr_scheduler_kwargs` of a run of `steps` optimizer steps.

@@ -13,7 +13,7 @@ from ..models.fused import TSTLoss
 from ..models.probes import check_document_attention, check_ids_reach_the_embedding_alone
 from ..models.superposition import find_language_model, fused_next_token_loss, token_superposition
 from .arguments import TSTArguments
-from .refusals import check_loss
+from .refusals import check_loss, warn_of_early_stopping
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +42,10 @@ class PhaseSwitchCallback(TrainerCallback):
         if args.tst_document_boundaries == "respect":
             rows = 2 if args.tst_superposition_rows == "more" else min(2, args.per_device_train_batch_size)
             check_document_attention(kwargs["model"], rows=rows)
-        if self._trainer.schedule.phase(state.global_step) == "superposition" and args.tst_mode != "output":
-            check_ids_reach_the_embedding_alone(kwargs["model"])
+        if self._trainer.schedule.phase(state.global_step) == "superposition":
+            warn_of_early_stopping(self._trainer)
+            if args.tst_mode != "output":
+                check_ids_reach_the_embedding_alone(kwargs["model"])
         self._enter(args, state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

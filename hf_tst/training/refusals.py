@@ -8,7 +8,8 @@ from typing import Any
 
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..errors import TSTError, bad_input, whole_message
@@ -151,6 +152,21 @@ def check_loss(trainer: Any) -> None:
         raise TSTError(
             "compute_loss_func would replace the loss of superposition and the fused loss: leave it out, or set "
             "tst_phase_ratio=0 and tst_fused_loss='auto'."
+        )
+
+
+def warn_of_early_stopping(trainer: Any) -> None:
+    """Warn if early stopping may end a run before the switch."""
+    patiences = [
+        callback.early_stopping_patience
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    ]
+    by_steps, switch_step = trainer.args.eval_strategy == IntervalStrategy.STEPS, trainer.schedule.switch_step
+    if patiences and not (by_steps and min(patiences) * trainer.state.eval_steps > switch_step):
+        logger.warning(
+            f"EarlyStoppingCallback(early_stopping_patience={min(patiences)}) may end the run in superposition (until step {switch_step}), "
+            "where next-token evaluation hardly improves: give it a patience that lasts until the switch."
         )
 
 

@@ -103,6 +103,7 @@ class TSTTrainer(SavingTrainer):
     ) -> None:
         args = args or TSTTrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
+        args.note_trainer()
         self.schedule: PhaseSchedule | None = None
         self._newest_data: RunData | None = None  # by the last call of `get_train_dataloader`
         self._data: RunData | None = None  # of the run
@@ -188,7 +189,9 @@ class TSTTrainer(SavingTrainer):
 
     def _warn_of_early_end(self) -> None:
         schedule, step = self.schedule, self.state.global_step
-        if schedule is not None and step < schedule.switch_step and not self.preempted:
+        if schedule is None or self.preempted or step >= schedule.max_steps:
+            return
+        if schedule.phase(max(0, step - 1)) == "superposition":
             logger.warning(
                 f"Training ended after {step} steps, in superposition, which lasts for {schedule.switch_step}: the model has not been trained on "
                 "next tokens."

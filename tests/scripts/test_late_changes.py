@@ -11,7 +11,13 @@ from datasets import Dataset
 from test_other_trainers import S, loader_of
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.loss import loss_utils
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -401,3 +407,39 @@ def test_an_end_in_superposition_is_told(make_args, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "superposition" in caplog.text
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_arguments_of_superposition_in_a_plain_trainer_are_warned_of(ratio, make_args, caplog):
+    """Of the two names in a script, one is easily forgotten."""
+    args = make_args(**HALF | {"tst_phase_ratio": ratio})
+    warning = "no TSTTrainer was made with these arguments"
+    trainer = Trainer(make_model("llama"), args, train_dataset=make_blocks(20), eval_dataset=make_blocks(2))
+    trainer.evaluate()
+    assert warning not in caplog.text
+    trainer.train()
+    assert (warning in caplog.text) == bool(ratio)
+    caplog.clear()
+    make_trainer(make_args, **{"tst_phase_ratio": ratio}).train()
+    assert warning not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patience", "options", "warned"),
+    [(2, {}, True), (4, {}, False), (4, {"eval_strategy": "epoch", "save_strategy": "epoch"}, True)],
+)
+def test_early_stopping_that_may_end_superposition_is_warned_of(patience, options, warned, make_args, caplog):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = make_args(
+        **HALF | steps | options, load_best_model_at_end=True, metric_for_best_model="eval_worst"
+    )
+    trainer = TSTTrainer(
+        make_model("llama"), args, train_dataset=make_blocks(300), eval_dataset=make_blocks(2),
+        compute_metrics=lambda prediction: {"worst": 0.0}, callbacks=[EarlyStoppingCallback(patience)],
+    )  # fmt: skip
+    trainer.train()
+    warning = "may end the run in superposition (until step 3)"
+    assert (warning in caplog.text) == warned
+    if patience == 2:
+        assert trainer.state.global_step == 3
+        assert "Training ended after 3 steps, in superposition" in caplog.text
