@@ -5,6 +5,7 @@ A batch of a stream contains the state to resume from.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -180,6 +181,7 @@ class StreamedRows(Dataset[Row]):
         self._rows_per_batch = self.layout.per_device_batch_size * shared_by
         self._resumed: tuple[int, Mapping[int, dict[str, Any]]] = (0, {})
         self._next_batch: int | None = None
+        self.first_block = ""  # a hash of the first block that was read
         self._random = DataRandomNumbers(self.seed)
 
     @property
@@ -273,6 +275,7 @@ class StreamedRows(Dataset[Row]):
                 state = None
             for block in self._stream:
                 tokens = self.rules.check(block, self._blocks_in_pass)
+                self.first_block = self.first_block or hashlib.sha256(tokens.tobytes()).hexdigest()
                 if self.rules.length is None:
                     self.rules = replace(self.rules, length=len(tokens))
                 self._blocks_in_pass += 1

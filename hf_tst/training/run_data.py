@@ -45,6 +45,7 @@ class RunData:
     tokens_left_out: int | None
     loader: Any = None
     _left_out_here: Tensor | int = 0  # on this rank, since the last gather_left_out
+    _has_checked_stream: bool = False
     # State of the stream after the last batch that training got, by loader process of this rank.
     _stream_states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -65,11 +66,7 @@ class RunData:
 
     def check_same_data(self) -> None:
         """Raise `TSTError` unless all ranks have the same data, of which each reads its own rows. Every rank must take part."""
-        if len(set(gather_object([self.start.data]))) > 1:
-            raise TSTError(
-                "The processes have different training data, but the trainer shares out the rows of one data set: give every process all of "
-                "it in the same order, so shuffle with a fixed seed and do not divide it by rank."
-            )
+        _check_equal_on_all_ranks(self.start.data)
 
     def check_accumulation(self, steps: int) -> None:
         """Raise `TSTError` if `gradient_accumulation_steps` is no longer that which the rows of a step were planned for."""
@@ -85,7 +82,7 @@ class RunData:
         Stores the stream's state, learns the block length of streams and own loaders, and counts the tokens left out.
 
         Raises:
-            TSTError: If all ranks read the same batches of an own loader.
+            TSTError: If all ranks read the same batches of an own loader, or a stream that all read is another on each.
         """
         # A loader of the user's own may compute in this process.
         reading = nullcontext if isinstance(self.rows, FoldedBatches) else one_thread
@@ -95,6 +92,7 @@ class RunData:
             if batch is None:
                 return
             self._store_stream_state(batch)
+            self._check_same_stream()
             self._learn_block_length(batch)
             self._count_left_out(batch)
             yield batch
@@ -104,6 +102,14 @@ class RunData:
         if isinstance(batch, dict) and (state := batch.pop(STREAM_STATE, None)) is not None:
             self._stream_states[state.reader] = state.values
             self.start = replace(self.start, block_length=state.values["block_length"])
+
+    def _check_same_stream(self) -> None:
+        """Check, with the first batch, that all ranks read the same stream, unless each has its own shards of it."""
+        if self._has_checked_stream or not isinstance(self.rows, StreamedRows):
+            return
+        self._has_checked_stream = True
+        if not self.start.split_by_rank:
+            _check_equal_on_all_ranks(self.rows.first_block)
 
     def _learn_block_length(self, batch: Any) -> None:
         """Compute the block length of a user's own loader from its first batch, which every rank must take part in."""
@@ -187,6 +193,15 @@ class RunData:
 
 def _state_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"stream_state_{rank}.pt"
+
+
+def _check_equal_on_all_ranks(data: str) -> None:
+    """Raise `TSTError` unless the data that `data` describes is the same on all ranks. Every rank must take part."""
+    if len(set(gather_object([data]))) > 1:
+        raise TSTError(
+            "The processes have different training data, but the trainer shares out the rows of one data set: give every process all of it "
+            "in the same order, so shuffle with a fixed seed and do not divide it by rank."
+        )
 
 
 def _check_shared_out(first: Tensor) -> None:

@@ -192,7 +192,18 @@ def data_of_rank(kind: str, rank: int) -> Any:
         "divided by rank": lambda: split_dataset_by_node(blocks, rank, 2),
         "stream shuffled without a seed": lambda: stream.shuffle(),
         "stream divided by rank": lambda: split_dataset_by_node(stream, rank, 2),
+        "stream that divides itself": lambda: EveryOther(make_data(False), rank),
     }[kind]()
+
+
+class EveryOther(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """A stream that gives each of two processes its own blocks."""
+
+    def __init__(self, blocks: list[dict[str, Any]], rank: int) -> None:
+        self.blocks = blocks[rank::2]
+
+    def __iter__(self) -> Any:
+        return iter(self.blocks)
 
 
 OWN_DATA = [
@@ -200,6 +211,7 @@ OWN_DATA = [
     "divided by rank",
     "stream shuffled without a seed",
     "stream divided by rank",
+    "stream that divides itself",
 ]
 
 
