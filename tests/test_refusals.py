@@ -85,6 +85,12 @@ def test_data_parallel_is_refused_where_the_loss_is_replaced(llama, make_args, p
         TSTTrainer(llama, args, train_dataset=make_blocks(4))
 
 
+def test_a_model_that_is_wrapped_for_data_parallel_is_refused(llama, make_args):
+    args = make_args(remove_unused_columns=False)
+    with pytest.raises(TSTError, match="pass the model itself"):
+        TSTTrainer(nn.DataParallel(llama), args, train_dataset=make_blocks(4))
+
+
 def test_data_parallel_is_allowed_in_plain_training(llama, make_args):
     args = make_args(tst_phase_ratio=0)
     assert args.n_gpu <= 1

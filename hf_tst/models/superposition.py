@@ -192,8 +192,8 @@ def _check_model(model: Any) -> None:
         )
     if model.get_output_embeddings() is None or not _is_causal(model):
         raise TSTError(
-            f"{name} is not a text-only causal language model: load the model with AutoModelForCausalLM, or with its own "
-            "...ForCausalLM class where that gives this one."
+            f"{name} is not a text-only causal language model: load the model with AutoModelForCausalLM, or with its own ...ForCausalLM class "
+            "where that gives this one; a class of your own must be named so, and compute its loss by self.loss_function."
         )
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())

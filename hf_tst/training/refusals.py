@@ -111,6 +111,11 @@ def check_trainer(trainer: Any) -> None:
             f"This process sees {args.n_gpu} GPUs and would train with nn.DataParallel, which superposition and the fused "
             "loss do not support: start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
         )
+    if isinstance(trainer.model, nn.DataParallel):
+        raise TSTError(
+            "The model is wrapped in nn.DataParallel, which superposition and the fused loss do not support: pass the model itself, and start "
+            "one process per GPU with `accelerate launch`."
+        )
     if getattr(trainer.accelerator, "mixed_precision", "no") == "fp8":
         raise TSTError(
             "mixed_precision='fp8' replaces linear layers and has not been tested with superposition and the fused loss: use bf16."
