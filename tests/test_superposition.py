@@ -16,7 +16,7 @@ from transformers import (
     T5Config,
 )
 
-from hf_tst import multi_hot_cross_entropy, offset_weights, token_superposition
+from hf_tst import TSTError, multi_hot_cross_entropy, offset_weights, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels, next_window_labels
 from hf_tst.bags.weighting import INPUT_WEIGHTINGS, OFFSET_WEIGHTINGS
 
@@ -46,6 +46,12 @@ def test_output_equals_the_model_fed_the_mean_embedding(model_type):
     torch.testing.assert_close(positional.logits, expected.logits)
     loss = multi_hot_cross_entropy(expected.logits, labels, weights=offset_weights("power_law", 4))
     torch.testing.assert_close(outputs.loss, loss + aux_loss(model, expected))
+
+
+def test_bags_are_refused_as_their_own_labels(llama):
+    bags, _ = make_bags()
+    with token_superposition(llama, 4), pytest.raises(TSTError, match="equal the input bags"):
+        llama(input_ids=bags, labels=bags.clone())
 
 
 @pytest.mark.parametrize("fused_loss", ["on", "off"])

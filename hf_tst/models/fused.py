@@ -226,9 +226,9 @@ class TSTLoss:
             return  # without waiting for the device
         if not torch.equal(labels, values.to(labels.device)):
             raise TSTError(
-                "The labels of the batch are changed before the model is called. In superposition the labels of a position are the tokens of "
-                "the next bag, so a mask made from input_ids hides the wrong targets: mask labels in the data or in data_collator, which gets "
-                "single tokens."
+                "The labels of the batch are changed before the model is called: pass them on as they are. In superposition the labels of a "
+                "position are the tokens of the next bag, so a mask made from input_ids hides the wrong targets; mask labels in the data or in "
+                "data_collator, which gets single tokens."
             )
 
     def _check_targets(self, labels: Tensor, options: Mapping[str, Any]) -> None:

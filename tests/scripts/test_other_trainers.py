@@ -320,7 +320,7 @@ def test_labels_equal_to_the_input_are_refused(llama, make_args):
             return model(input_ids=inputs["input_ids"], labels=inputs["input_ids"].clone()).loss
 
     trainer = PredictsItsInput(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100))
-    with pytest.raises(TSTError, match="equal the input bags"):
+    with pytest.raises(TSTError, match="labels of the batch are changed"):
         trainer.train()
     assert trainer.state.global_step == 0
 
