@@ -57,6 +57,16 @@ class PhaseSwitchCallback(TrainerCallback):
             control.should_save = True
         logger.info(f"Step {state.global_step}: superposition ends, next-token training begins.")
 
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        schedule, step = self._trainer.schedule, state.global_step
+        if self._trainer.preempted or step >= schedule.max_steps:
+            return
+        if schedule.phase(max(0, step - 1)) == "superposition":
+            logger.warning(
+                f"Training ended after {step} steps, in superposition, which lasts for {schedule.switch_step}: the model has not been trained on "
+                "next tokens."
+            )
+
     def superposed_loss(self) -> TSTLoss:
         """The loss function that the model has in superposition.
 

@@ -160,6 +160,15 @@ def check_loss(trainer: Any) -> None:
         )
 
 
+def warn_of_another_run(trainer: Any) -> None:
+    """Warn if a trainer that has trained begins with superposition again."""
+    if trainer.state.global_step and trainer.model_init is None and trainer.args.tst_enabled:
+        logger.warning(
+            "train is called again, so a model that was trained on next tokens begins with superposition again: for a later stage of plain "
+            "training, make a trainer with tst_phase_ratio=0."
+        )
+
+
 def warn_of_early_stopping(trainer: Any) -> None:
     """Warn if early stopping may end a run before the switch."""
     patiences = [

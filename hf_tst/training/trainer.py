@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
-from transformers.utils import logging
 
 from ..bags.collator import holds_bags
 from ..bags.phases import Phase, PhaseSchedule
@@ -40,7 +39,7 @@ from .overriding import (
 )
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
-from .refusals import check_arguments, check_trainer
+from .refusals import check_arguments, check_trainer, warn_of_another_run
 from .row_checks import batch_rules, check_stored_rows
 from .run_data import RunData
 from .run_identity import RunIdentityCallback
@@ -50,8 +49,6 @@ from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter
 from .token_meter import TokenMeterCallback
 from .train_dataloader import check_plain_resume, fold_own_loader, make_loader, open_run_data, plain_loader
-
-logger = logging.get_logger(__name__)
 
 
 class TSTTrainer(SavingTrainer):
@@ -155,16 +152,8 @@ class TSTTrainer(SavingTrainer):
         if "compute_loss" in vars(self):
             self._prepare_losses()  # set on the trainer after it was made
         check_stored_rows(self)
-        if (
-            self.state.global_step
-            and not resume_from_checkpoint
-            and self.model_init is None
-            and args.tst_enabled
-        ):
-            logger.warning(
-                "train is called again, so a model that was trained on next tokens begins with superposition again: for a later stage of "
-                "plain training, make a trainer with tst_phase_ratio=0."
-            )
+        if not resume_from_checkpoint:
+            warn_of_another_run(self)
         # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
         self._given_arguments = {
             name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")
@@ -178,24 +167,12 @@ class TSTTrainer(SavingTrainer):
                 heads,
                 self._subclass_methods.watched(),
             ):
-                result = super().train(resume_from_checkpoint, *positional, **kwargs)
-            self._warn_of_early_end()
-            return result
+                return super().train(resume_from_checkpoint, *positional, **kwargs)
         finally:
             self._switch.close()
             self._preemption.close()
             if self._console is not None:
                 self._console.close()
-
-    def _warn_of_early_end(self) -> None:
-        schedule, step = self.schedule, self.state.global_step
-        if schedule is None or self.preempted or step >= schedule.max_steps:
-            return
-        if schedule.phase(max(0, step - 1)) == "superposition":
-            logger.warning(
-                f"Training ended after {step} steps, in superposition, which lasts for {schedule.switch_step}: the model has not been trained on "
-                "next tokens."
-            )
 
     def _hp_search_setup(self, trial: Any) -> None:
         with keeping_heads(self.args):
