@@ -217,7 +217,7 @@ def anatomy(model):
 
 
 @pytest.mark.parametrize("ending", ["normal", "outside", "in forward", "interrupted"])
-def test_the_model_is_what_it_was_afterwards(llama, ending, monkeypatch):
+def test_the_model_is_what_it_was_afterwards(llama, ending):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -237,8 +237,7 @@ def test_the_model_is_what_it_was_afterwards(llama, ending, monkeypatch):
             if ending == "in forward":
                 llama(input_ids=ids + VOCAB_SIZE, labels=labels)
             if ending == "interrupted":
-                with monkeypatch.context() as patch:
-                    patch.setattr(llama.model.norm, "forward", interrupt)
+                with llama.model.norm.register_forward_pre_hook(interrupt):
                     llama(input_ids=ids, labels=labels)
     except (KeyError, IndexError, KeyboardInterrupt):
         assert ending != "normal"
