@@ -266,6 +266,25 @@ def test_each_pass_over_a_shuffled_stream_has_its_own_order(shards):
     assert [row["input_ids"][0] for row in given] == passes[0]  # the user's own object stands where it stood
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["skip", "take", "joined"])
+def test_skip_and_take_count_the_rows_of_the_whole_stream(kind, world_size):
+    """Where `datasets` divides it, each share leaves out a part of the number, so rows held out for evaluation would be trained on."""
+
+    def stream():
+        whole = datasets.Dataset.from_list([{"input_ids": [i, i]} for i in range(90)]).to_iterable_dataset(4)
+        first, others = whole.take(30), whole.skip(30)
+        return {"skip": others, "take": first, "joined": datasets.concatenate_datasets([first, others])}[kind]
+
+    schedule, layout = PhaseSchedule(4, 0.5, 3), BatchLayout(2, world_size=world_size)
+    ranks = [read_stream(StreamedRows(stream(), schedule, layout), rank=rank) for rank in range(world_size)]
+    read = {int(token) for rows in ranks for row in rows for token in row.columns["input_ids"]}
+    given = [row["input_ids"][0] for row in stream()][: schedule.amount_read(4, layout.rows_per_step)]
+    assert read == set(given)
+    with pytest.raises(TSTError, match=r"none .after skip or take"):
+        StreamedRows(stream(), schedule, layout, workers=2)
+
+
 @pytest.mark.parametrize("form", [None, "numpy", "torch", "arrow"])
 def test_a_stream_is_read_in_any_format(form):
     blocks = datasets.Dataset.from_list([{"input_ids": [i, i]} for i in range(10)])

@@ -172,8 +172,9 @@ class StreamedRows(Dataset[Row]):
         if self.workers and self._shares != shares:
             raise TSTError(
                 f"dataloader_num_workers={self.workers} needs a stream of `datasets` whose shards divide among "
-                f"{self.layout.world_size} processes with {self.workers} loader processes each, but this one has "
-                f"{shards or 'no'} shards: set it to 0 or to a number that divides them, or load the data set without streaming."
+                f"{self.layout.world_size} processes with {self.workers} loader processes each, but the number of shards is "
+                f"{shards or 'none (after skip or take, a stream is read as a whole)'}: set it to 0 or to a number that divides them, or load "
+                "the data set without streaming."
             )
         self.split_by_rank = self.layout.world_size > 1 and self._shares > 1
         # Rows that are read for a micro-batch: those of all ranks, unless each rank has its own share.

@@ -86,9 +86,11 @@ def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
         return BlockStream(open_stream(stream.documents, share, shares, data_pass), stream.block_size)
     if isinstance(stream, datasets.IterableDataset):
         # A copy, since the given stream may be in the middle of a pass and shares its epoch with other loader processes.
-        stream = split_dataset_by_node(stream, rank=share, world_size=shares)
-        stream.set_epoch(data_pass)
-        return _Share(stream)
+        part = split_dataset_by_node(stream, rank=share, world_size=shares)
+        if shares == 1:
+            part._distributed = stream._distributed  # a part of one would take other rows of joined streams
+        part.set_epoch(data_pass)
+        return _Share(part)
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(data_pass)
     return stream
@@ -128,11 +130,17 @@ def stream_state(stream: Any) -> dict[str, Any] | None:
 
 
 def number_of_shards(stream: Any) -> int | None:
-    """The shards of a stream of `datasets`, or of the documents of a [`BlockStream`]; `None` if unknown."""
+    """The shards that a stream of `datasets`, or the documents of a [`BlockStream`], can be divided into; `None` if it cannot be.
+
+    After `skip` and `take`, `datasets` would leave out or take a part of their number in each share, so other rows.
+    """
     import datasets
 
     documents = getattr(stream, "documents", stream)
-    return documents.num_shards if isinstance(documents, datasets.IterableDataset) else None
+    if not isinstance(documents, datasets.IterableDataset):
+        return None
+    counts_rows = any(getattr(node, "split_when_sharding", False) for node in _nodes(documents))
+    return None if counts_rows else documents.num_shards
 
 
 def describe_stream(stream: Any) -> str:
@@ -143,8 +151,9 @@ def describe_stream(stream: Any) -> str:
     """
     import datasets
 
-    parts = [f"stream of {number_of_shards(stream) or 'unknown'} shards"]
     documents = getattr(stream, "documents", stream)
+    shards = documents.num_shards if isinstance(documents, datasets.IterableDataset) else "unknown"
+    parts = [f"stream of {shards} shards"]
     if isinstance(documents, datasets.IterableDataset):
         if (part := getattr(documents, "_distributed", None)) is not None:
             parts.append(f"part {part.rank + 1} of {part.world_size}")
