@@ -20,6 +20,7 @@ from .blocks import (
     as_block,
     check_length,
     check_stored_lengths,
+    copied,
     holds_ids,
     is_stored,
 )
@@ -62,7 +63,7 @@ class BlockReader:
         if hasattr(self._blocks, "__getitems__"):
             found = self._blocks.__getitems__(indices)
         else:
-            found = [self._blocks[i] for i in indices]
+            found = [copied(self._blocks[i]) for i in indices]
         if self.rules.length is not None:
             for index, row in zip(indices, found, strict=True):
                 block = as_block(row, index)

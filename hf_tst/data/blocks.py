@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,13 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
             index, f"is of the type {type(row).__name__}: give input_ids, or rows that are only ids"
         )
     return {"input_ids": row}
+
+
+def copied(row: Any) -> Any:
+    """A row, or a batch, with copies of its values: data may reuse their memory for its next one, before a row of bags has both."""
+    if isinstance(row, Mapping):
+        return {name: copied(value) for name, value in row.items()}
+    return row.clone() if isinstance(row, Tensor) else copy(row)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import POSITIONS_ARE_DROPPED, SHIFTED, TOKEN_COLUMNS, are_shifted, as_block
+from .blocks import POSITIONS_ARE_DROPPED, SHIFTED, TOKEN_COLUMNS, are_shifted, as_block, copied
 from .random_numbers import DataRandomNumbers
 from .rows import EpochSampler, one_thread
 
@@ -67,7 +67,8 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
                 self._batches = self._batches_from(number // per_step)
             self._next = number + 1
             if number < self.schedule.switch_step * per_step:
-                yield self._joined(list(islice(self._batches, self.schedule.blocks_per_row)))
+                joined = islice(self._batches, self.schedule.blocks_per_row)
+                yield self._joined([copied(batch) for batch in joined])
             else:
                 yield next(self._batches)
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError, bad_input, whole_message
 from .block_reader import BlockReader, join_blocks
-from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns
+from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns, copied
 from .random_numbers import DataRandomNumbers
 from .read_order import BatchLayout, DataPlan
 from .streams import describe_stream, number_of_shards, open_stream, stream_state
@@ -221,7 +221,7 @@ class StreamedRows(Dataset[Row]):
         return self.schedule.phase(batch // self.layout.accumulation_steps) == "superposition"
 
     def _read_row(self, superposed: bool) -> Any:
-        group = [next(self._blocks) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
+        group = [copied(next(self._blocks)) for _ in range(self.schedule.blocks_per_row if superposed else 1)]
         if superposed and self.joins:
             blocks = [as_block(row) for row in group]
             check_columns(blocks[0], self.columns, self.bag_columns)

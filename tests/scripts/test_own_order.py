@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from conftest import make_model
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 from transformers import TrainerCallback, default_data_collator
 
 from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, TSTError, TSTTrainer
@@ -86,6 +86,48 @@ def test_an_order_drawn_from_global_random_numbers_is_resumed(kind, make_args):
     whole = run(None)
     assert len({block for blocks in whole for block in blocks}) > 30
     assert run(f"{args.output_dir}/checkpoint-6") == whole[6:]
+
+
+class OneBuffer(Dataset):
+    """Rows, or batches of one row, that are all made in the same memory."""
+
+    def __init__(self, form, shape):
+        ids = torch.zeros(shape, dtype=torch.long)
+        self.row = dict.fromkeys(("input_ids", "labels"), ids if form == "torch" else ids.numpy())
+
+    def __len__(self):
+        return len(BLOCKS)
+
+    def __getitem__(self, index):
+        self.row["input_ids"][...] = index
+        return self.row
+
+
+class StreamOfOneBuffer(OneBuffer, IterableDataset):
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+
+class LoaderOfOneBuffer(Reads):
+    def get_train_dataloader(self):
+        return self.train_dataset
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("rows", "torch"), ("rows", "numpy"), ("stream", "torch"), ("stream", "numpy"), ("loader", "torch")],
+)
+def test_rows_that_are_made_in_the_same_memory_stay_what_they_were(kind, form, make_args):
+    """Plain training with one row per batch uses each before the next one is made; a row of bags joins several."""
+    shape = (1, LENGTH) if kind == "loader" else (LENGTH,)
+    data = (OneBuffer if kind == "rows" else StreamOfOneBuffer)(form, shape)
+    args = make_args(
+        tst_phase_ratio=0.5, max_steps=8, per_device_train_batch_size=1, train_sampling_strategy="sequential"
+    )
+    cls = LoaderOfOneBuffer if kind == "loader" else Reads
+    trainer = cls(make_model("llama"), args, train_dataset=data)
+    trainer.train()
+    assert [block for blocks in trainer.read for block in blocks] == [*range(4 * args.tst_bag_size + 4)]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
