@@ -135,7 +135,8 @@ class TSTLoss:
     _has_fused: bool = False
     _trains: bool = False
     _loss: Tensor | None = None
-    _batch: tuple[Tensor, int, Tensor] | None = None  # labels, their version, and a copy
+    _batch: _KeptLabels | None = None
+    _bags: _KeptLabels | None = None  # of this pass
 
     @contextmanager
     def expecting(self, labels: Tensor) -> Iterator[None]:
@@ -143,8 +144,7 @@ class TSTLoss:
 
         A loss that is computed in parts has labels of other shapes.
         """
-        # Version and values, since they may be changed in place.
-        self._batch = labels, labels._version, labels.clone()
+        self._batch = _KeptLabels(labels)
         try:
             yield
         finally:
@@ -170,6 +170,14 @@ class TSTLoss:
             kwargs = {**kwargs, "use_cache": False}
         self._given, self._trains, self._has_fused = kwargs, module.training, False
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
+        self._bags = None
+        if (
+            isinstance(labels, Tensor)
+            and dimensions == 3
+            and self._trains
+            and not torch.compiler.is_compiling()
+        ):
+            self._bags = _KeptLabels(labels)
         if self._trains:
             self._fuses = dimensions == (2 if self.weights is None else 3)
         else:
@@ -179,7 +187,7 @@ class TSTLoss:
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: ends the pass, also after an exception, and replaces logits that were not computed."""
-        self._fuses, self._given, self._loss = False, {}, None
+        self._fuses, self._given, self._loss, self._bags = False, {}, None, None
         if not self._has_fused or torch.compiler.is_compiling():
             return None
         return _without_logits(output)
@@ -219,12 +227,9 @@ class TSTLoss:
     def _check_batch(self, labels: Any) -> None:
         """Raise `TSTError` if the model is given other labels than those of the batch."""
         assert self._batch is not None
-        given, version, values = self._batch
-        if not isinstance(labels, Tensor) or labels.shape != values.shape:
+        if not isinstance(labels, Tensor) or labels.shape != self._batch.values.shape:
             return
-        if labels is given and labels._version == version:
-            return  # without waiting for the device
-        if not torch.equal(labels, values.to(labels.device)):
+        if not self._batch.equal(labels):
             raise TSTError(
                 "The labels of the batch are changed before the model is called: pass them on as they are. In superposition the labels of a "
                 "position are the tokens of the next bag, so a mask made from input_ids hides the wrong targets; mask labels in the data or in "
@@ -236,9 +241,12 @@ class TSTLoss:
         given = self._given.get("labels")
         if torch.compiler.is_compiling() or given is None:
             return
-        same = labels is given or (
-            labels.shape == given.shape and torch.equal(labels, given.to(labels.device))
-        )
+        if self._bags is not None:
+            same = self._bags.equal(labels)
+        else:  # a change in place shows in the loss of single tokens, as in plain training
+            same = labels is given or (
+                labels.shape == given.shape and torch.equal(labels, given.to(labels.device))
+            )
         changed = [] if same else ["labels"]
         for name, default in (("shift_labels", None), ("ignore_index", -100)):
             if options.get(name, default) is not self._given.get(name, default) and options.get(
@@ -274,6 +282,19 @@ class TSTLoss:
             check_shape("labels", labels, (*labels.shape[:-1], len(weights)))
         options = {"weights": weights, "num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
         return labels, options
+
+
+class _KeptLabels:
+    """Labels, and a copy of their values, since they may be changed in place."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels, self._version, self.values = labels, labels._version, labels.clone()
+
+    def equal(self, labels: Tensor) -> bool:
+        """Whether `labels` still have these values."""
+        if labels is self._labels and labels._version == self._version:
+            return True  # without waiting for the device
+        return labels.shape == self.values.shape and torch.equal(labels, self.values.to(labels.device))
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -170,11 +170,13 @@ class ShiftsItself(LlamaForCausalLM):
         given |= {"ignore_index": SEPARATOR} if "ignore_index" in self.arguments else {}
         if "labels" in self.arguments:
             labels = labels.masked_fill(labels == SEPARATOR, -100)
+        if "labels in place" in self.arguments and labels is not None:
+            labels[..., :2] = -100  # the first two tokens of a row, it was; now of each bag
         loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **given)
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.parametrize("argument", ["shift_labels", "ignore_index", "labels"])
+@pytest.mark.parametrize("argument", ["shift_labels", "ignore_index", "labels", "labels in place"])
 def test_a_model_that_hands_on_other_targets_is_refused(make_args, argument):
     cls = type("OwnForCausalLM", (ShiftsItself,), {"arguments": {argument}})
     model = cls(make_model("llama").config)
