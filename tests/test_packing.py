@@ -199,6 +199,15 @@ def test_all_splits_or_a_stream_in_place_of_one_data_set_is_one_sentence(tokeniz
             pack_blocks(stream, 2)
 
 
+def test_a_transform_that_blocks_would_not_have_is_refused(tokenizer):
+    documents = datasets.Dataset.from_dict({"text": ["ab"] * 9, "input_ids": [[1, 2]] * 9})
+    changed = documents.with_transform(lambda rows: {name: ["cd"] * len(rows[name]) for name in rows})
+    with pytest.raises(TSTError, match=r"transform.*documents\.map"):
+        pack_blocks(changed, 2)
+    tokens = tokenize_documents(changed.select_columns("text"), tokenizer)[0]["input_ids"]
+    assert tokenizer.decode(tokens[:-1]) == "cd"
+
+
 def test_a_row_of_null_is_an_empty_document():
     rows = [{"input_ids": [1, 2]}, {"input_ids": None}, {"input_ids": [3, 4]}]
     assert pack_blocks(datasets.Dataset.from_list(rows), 3)[:]["input_ids"] == [[1, 2, 3]]
@@ -557,6 +566,32 @@ def test_a_folder_of_lines_is_to_be_named_by_its_files(tmp_path, streaming, monk
     with pytest.raises(TSTError, match=r"--train_file '.*data/\*\*/\*\.txt'") as error:
         load_documents(args, ModelArguments())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("files", "unread"),
+    [
+        (["a.jsonl", "b/c.jsonl.gz", "README.md", ".hidden.jsonl", "notes.txt"], ["notes.txt"]),
+        (["a.jsonl", "train-extra.jsonl"], ["a.jsonl"]),  # `datasets` reads those with a split in their name
+        (["train.jsonl", "more/train-2.jsonl", "test.jsonl"], []),
+        (["a.jsonl", "b.jsonl", "c.csv"], ["c.csv"]),
+    ],
+    ids=str,
+)
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog, files, unread, streaming):
+    for name in files:
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = b'{"text": "abc"}\n'
+        path.write_bytes(gzip.compress(row) if name.endswith(".gz") else row)
+    args = DataArguments(
+        dataset_name=str(tmp_path / "data"), streaming=streaming, validation_split_percentage=0
+    )
+    load_documents(args, ModelArguments())
+    told = [record.getMessage() for record in caplog.records if "does not read" in record.getMessage()]
+    assert len(told) == bool(unread)
+    assert all(name in told[0] for name in unread)
 
 
 def test_a_folder_with_a_broken_file_is_one_sentence(tmp_path):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import TSTError, bad_input, whole_message
+from .text_files import ENDINGS, ending
+
+logger = logging.get_logger(__name__)
 
 
 def load_data_set(
@@ -20,12 +27,27 @@ def load_data_set(
 
     errors = datasets.exceptions.DatasetGenerationError  # its message is in its cause
     with bad_input(f"Cannot load {name}: ", errors, lambda error: whole_message(error.__cause__ or error)):
-        if datasets.load_dataset_builder(name, config, **options).info.builder_name == "text":
+        builder = datasets.load_dataset_builder(name, config, **options)
+        if builder.info.builder_name == "text":
             raise TSTError(
                 f"{name} holds .txt files, whose line breaks `datasets` removes: name the files themselves (after `hf download`, if they are on "
                 f"the Hub), as in --train_file '{name.rstrip('/')}/**/*.txt' or Axolotl's data_files."
             )
+        if config is None and os.path.isdir(name):
+            _tell_unread_files(name, builder.config.data_files or {})
         return datasets.load_dataset(name, config, split=split, streaming=streaming, **options)
+
+
+def _tell_unread_files(folder: str, splits: Mapping[str, Iterable[str]]) -> None:
+    """Warn of the text files of a folder that are in none of its splits, as `datasets` finds these."""
+    read = {os.path.realpath(file) for files in splits.values() for file in files}
+    found = [str(path) for path in Path(folder).rglob("[!.]*") if ending(path.name) in ENDINGS]
+    if read and (unread := sorted(file for file in found if os.path.realpath(file) not in read)):
+        logger.warning(
+            f"{folder}: `datasets` reads {len(read)} files for the splits {', '.join(map(str, splits))}, and does not read {len(unread)} others, such as "
+            f"{unread[0]}. If any file has a split in its name (train, test, …), it reads only these, and of several kinds only one: name all "
+            f"files by train_file, as in --train_file '{folder.rstrip('/')}/**/*.jsonl'."
+        )
 
 
 def read_rows(documents: Iterable[Any]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import TSTError
+from .blocks import is_stored
 from .columns import TOKENS, choose_column, is_readable, log_column, no_text
 from .data_sets import read_rows
 from .text_files import in_parts
@@ -147,7 +148,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
         `datasets.Dataset`, memory-mapped, with `input_ids` of `block_size` tokens per row.
 
     Raises:
-        TSTError: If the data is a stream, does not fill one block, is padded or has labels that are not its ids.
+        TSTError: If the data is a stream or has a transform, does not fill one block, is padded or has labels that are not its ids.
         RunError: If the disk is full.
     """
     from datasets.fingerprint import Hasher
@@ -161,6 +162,11 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
     if TOKENS not in documents.column_names:
         raise TSTError(
             f"Documents need a column {TOKENS!r}, but have {documents.column_names}: tokenize them with hf_tst.tokenize_documents."
+        )
+    if not is_stored(documents):
+        raise TSTError(
+            "The documents have a transform, which blocks would not have: apply it by documents.map, or remove it by "
+            "documents.with_format(None)."
         )
 
     def write(folder: Path) -> None:
