@@ -24,6 +24,9 @@ from transformers import HfArgumentParser
 from hf_tst.cli.main import run_command
 from hf_tst.errors import TSTError, bad_input
 
+# The first four bytes of a file of llm.c or modded-nanogpt: of ids of GPT-2, and of Llama 3.
+LLM_C_MAGIC = tuple(number.to_bytes(4, "little") for number in (20240520, 20240801))
+
 
 @dataclass
 class Arguments:
@@ -53,7 +56,9 @@ def read_part(path: str, dtype: str) -> NDArray[np.unsignedinteger]:
         if not path.endswith(".npy"):
             data = Path(path).read_bytes()
             data = lzma.decompress(data) if path.endswith(".xz") else data
-            return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<"))
+            raw = np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<"))
+            _check_raw(raw, data, path)
+            return raw
         ids: NDArray[Any] = np.load(path, mmap_mode="r")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise TSTError(
@@ -66,6 +71,19 @@ def read_part(path: str, dtype: str) -> NDArray[np.unsignedinteger]:
                 f"The file {path} holds the id {found}, which is no {dtype}: give --dtype uint32, or mend the file."
             )
     return ids.astype(dtype, copy=False)
+
+
+def _check_raw(raw: NDArray[np.unsignedinteger], data: bytes, path: str) -> None:
+    """Raise `TSTError` if raw bytes are ids of a larger type, or begin with a header."""
+    if data[:4] in LLM_C_MAGIC:
+        raise TSTError(
+            f"The file {path} begins with the header of llm.c, 1024 bytes that are no ids: remove them, as with `tail -c +1025`."
+        )
+    # The other halves of larger ids: no vocabulary has more than a million tokens.
+    if len(raw) > 32 and raw[1::2].max() < 16 < raw[::2].max():
+        raise TSTError(
+            f"Every second id of {path} is below 16, as where ids of a larger type are read: give the type that it holds, as in --dtype uint32."
+        )
 
 
 def shuffle_documents(

@@ -235,6 +235,8 @@ def test_parts_of_any_whole_numbers_become_one_type(tmp_path, pack):
         ("a.bin", b"abc", [], r"a\.bin"),
         ("a.bin", None, [], r"a\.bin"),
         ("a.u16.xz", b"not packed", [], r"a\.u16\.xz"),
+        ("a.bin", np.arange(5, 90, dtype=np.uint32).tobytes(), [], r"a\.bin .*larger type.*--dtype uint32"),
+        ("a.bin", np.array([20240520, 1, 5] + [0] * 253, dtype=np.int32).tobytes(), [], r"a\.bin .*header of llm\.c"),
         ("a.npy", b"no array", [], r"a\.npy"),
         ("a.npy", np.array([5, 70_000]), [], r"a\.npy holds the id 70000.*--dtype uint32"),
         ("a.npy", np.array([5, -1]), [], r"a\.npy holds the id -1"),
