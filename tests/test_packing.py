@@ -574,7 +574,7 @@ def test_a_folder_of_lines_is_to_be_named_by_its_files(tmp_path, streaming, monk
     [
         (["a.jsonl", "b/c.jsonl.gz", "README.md", ".hidden.jsonl", "notes.txt"], ["notes.txt"]),
         (["a.jsonl", "train-extra.jsonl"], ["a.jsonl"]),  # `datasets` reads those with a split in their name
-        (["train.jsonl", "more/train-2.jsonl", "test.jsonl"], []),
+        (["train.jsonl", "more/train-2.jsonl", "test.jsonl", ".cache/a.jsonl", "dataset_infos.json"], []),
         (["a.jsonl", "b.jsonl", "c.csv"], ["c.csv"]),
     ],
     ids=str,
@@ -583,7 +583,7 @@ def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog, files, u
     for name in files:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = b'{"text": "abc"}\n'
+        row = b'{"text": "abc"}\n' if name != "dataset_infos.json" else b"{}"
         path.write_bytes(gzip.compress(row) if name.endswith(".gz") else row)
     args = DataArguments(
         dataset_name=str(tmp_path / "data"), streaming=streaming, validation_split_percentage=0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
@@ -13,6 +13,9 @@ from ..errors import TSTError, bad_input, whole_message
 from .text_files import ENDINGS, ending
 
 logger = logging.get_logger(__name__)
+
+# Files of `datasets` beside the data.
+NO_TEXT = {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json"}
 
 
 def load_data_set(
@@ -41,7 +44,12 @@ def load_data_set(
 def _tell_unread_files(folder: str, splits: Mapping[str, Iterable[str]]) -> None:
     """Warn of the text files of a folder that are in none of its splits, as `datasets` finds these."""
     read = {os.path.realpath(file) for files in splits.values() for file in files}
-    found = [str(path) for path in Path(folder).rglob("[!.]*") if ending(path.name) in ENDINGS]
+    names = glob.glob("**", root_dir=folder, recursive=True)  # without hidden ones, as `datasets` finds them
+    found = [
+        os.path.join(folder, name)
+        for name in names
+        if ending(name) in ENDINGS and os.path.basename(name) not in NO_TEXT
+    ]
     if read and (unread := sorted(file for file in found if os.path.realpath(file) not in read)):
         logger.warning(
             f"{folder}: `datasets` reads {len(read)} files for the splits {', '.join(map(str, splits))}, and does not read {len(unread)} others, such as "
