@@ -94,7 +94,7 @@ def test_bad_values_of_a_file(in_folder, tmp_path, wrong, message):
 
 
 @pytest.mark.parametrize(
-    ("file", "message"), [("broken.yaml", "is not YAML"), ("list.yaml", "must hold names")]
+    ("file", "message"), [("broken.yaml", "is not YAML"), ("list.yaml", "must hold a mapping")]
 )
 def test_files_that_hold_no_arguments(in_folder, file, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -129,10 +129,10 @@ def test_a_model_type_alone_is_its_default_configuration():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_alpha": 32}, "lora_alpha is of an adapter, but lora_rank is not set"),
-        ({"lora_target_modules": "q_proj"}, "lora_target_modules is of an adapter, but lora_rank is not set"),
-        ({"config_name": "x"}, "Both config_name and model_type are given: name the model by one"),
-        ({"dataset_config_name": "part"}, "dataset_config_name=part is part of a data set: name it by dataset_name"),
+        ({"lora_alpha": 32}, "lora_alpha needs an adapter, but lora_rank is not set"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules needs an adapter, but lora_rank is not set"),
+        ({"config_name": "x"}, "Both config_name and model_type are given: name the model with one"),
+        ({"dataset_config_name": "part"}, "dataset_config_name=part is part of a data set: name that with dataset_name"),
         ({"train_file": "ids.npy", "append_eos": True}, "append_eos ends rows of text, but a file of token ids"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "validation_split_percentage": 0},
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(in_folder
     )
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(
-        TSTError, match=r"^A checkpoint would fail, because the model's generation .*temperature"
+        TSTError, match=r"^The first checkpoint would fail, because the model's generation .*temperature"
     ):
         main([str(tmp_path / "config.json")])
     assert not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ def test_equal_time_counts_both_phases():
 def test_arms_that_whole_steps_cannot_make_equal_are_refused():
     costs, three = {"baseline": StepCost(10, 10), "mtp": StepCost(13, 13)}, PhaseSchedule(3, 0, 6)
     with pytest.raises(
-        ValueError, match=r"mtp cannot be equal to baseline in FLOPs: 2 steps are the nearest, and 13\.3% off"
+        ValueError, match=r"mtp cannot be equal to baseline in FLOPs: 2 steps are the nearest, but 13\.3% off"
     ):
         steps_within_budget("flops", costs, baseline=three, mtp=three)
 

@@ -541,7 +541,7 @@ def test_equal_time_is_measured_once(tiny_recipe, tmp_path, in_process, monkeypa
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible in a comparison"),
         (["--learning_rate_s", "1"], "did you mean 'learning_rates'?"),
         (["--output_dir", "file/out"], "Cannot make output_dir=file/out: "),
-        (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be names and values, but is 5"),
+        (["--lr_scheduler_kwargs", "5"], "lr_scheduler_kwargs must be a mapping, but is 5"),
         (["--deepspeed", "ds.json"], "The arguments cannot be used: "),
         (["--launcher", " "], "launcher=' ' cannot be started"),
         (["--seconds", "0"], "seconds must be more than 0, but is 0"),

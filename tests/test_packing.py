@@ -484,7 +484,7 @@ def test_text_that_is_trained_on_and_evaluated_on_is_told(tmp_path, caplog, patt
     load_documents(
         DataArguments(train_file=str(tmp_path / pattern), validation_file=str(held_out)), ModelArguments()
     )
-    assert (f"{held_out} is trained on and evaluated on" in caplog.text) == told
+    assert (f"{held_out} is both training and evaluation data" in caplog.text) == told
 
 
 def test_the_same_text_by_another_name_is_told(tmp_path, caplog, monkeypatch):
@@ -495,7 +495,7 @@ def test_the_same_text_by_another_name_is_told(tmp_path, caplog, monkeypatch):
     for name in (str(tmp_path / "a.jsonl"), "latest.jsonl", "a.jsonl.gz"):
         caplog.clear()
         load_documents(DataArguments(train_file="a.jsonl", validation_file=name), ModelArguments())
-        assert f"{name} is trained on and evaluated on" in caplog.text
+        assert f"{name} is both training and evaluation data" in caplog.text
 
 
 def test_a_pattern_of_files_is_resolved_once(tmp_path, tokenizer, monkeypatch):
@@ -524,7 +524,7 @@ def test_text_files_that_are_joined_are_told(tmp_path, tokenizer, caplog, stream
         return caplog.text
 
     assert (
-        f"The 2 files {tmp_path}/a.txt … {tmp_path}/b.txt are joined to one text without end tokens"
+        f"The 2 files {tmp_path}/a.txt … {tmp_path}/b.txt are joined into one text, without end tokens"
         in prepare("*.txt")
     )
     assert "joined" not in prepare("a.txt")
@@ -714,7 +714,7 @@ def test_a_streamed_evaluation_is_on_the_first_blocks_and_reads_no_more(tokenize
         assert "evaluation" not in caplog.text
         whole = prepare_blocks(DataArguments(), stream, tokenizer, 4, evaluation=True)
     assert sum(1 for _ in whole) == 1000
-    assert "all of which each evaluation reads: set max_eval_samples" in caplog.text
+    assert "Each evaluation reads the whole stream of evaluation data: set max_eval_samples" in caplog.text
     with pytest.raises(TSTError, match="does not fill one block of 5000"):
         prepare_blocks(DataArguments(max_eval_samples=3), stream, tokenizer, 5000, evaluation=True)
 

@@ -172,7 +172,7 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
         ("tokens_per_step: 2048\ngradient_accumulation_steps: 2", "leave one out"),
         ("lora_rank: 4", "name it with model_name_or_path"),
         ("lora_rank: 0", "at least 1"),
-        ("model_name_or_path: nowhere", "name its data with train_file or dataset_name"),
+        ("model_name_or_path: nowhere", "name the data with train_file or dataset_name"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=re.escape(message)) as error:

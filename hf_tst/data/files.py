@@ -43,7 +43,7 @@ def load_text_file(
     if all(file.endswith(TOKEN_FILE_SUFFIX) for file in files):
         if len(files) > 1:
             raise TSTError(
-                f"{path} matches {len(files)} files of token ids, but one is read: name one, or join them with scripts/pack_ids.py."
+                f"{path} matches {len(files)} files of token ids, but only one can be read: name one, or join them with scripts/pack_ids.py."
             )
         if streaming:
             raise TSTError(f"{path} is always read from disk during training: leave streaming out.")

@@ -202,7 +202,7 @@ class FoldingCollator:
             made = torch.as_tensor(batch["input_ids"]).numel()
             if given != made:
                 raise TSTError(
-                    f"The collator makes {made} tokens of the {given} that it is given, but a row of bags is made of whole blocks: let it "
-                    "keep all of them, and set labels to -100 where a token is no target."
+                    f"The collator got {given} tokens and returned {made}, but a row of bags needs all tokens of its blocks: return all, "
+                    "and set labels to -100 where a token is no target."
                 )
         return fold_batch(batch, len(rows), self.bags)

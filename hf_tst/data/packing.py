@@ -156,7 +156,7 @@ def pack_blocks(documents: datasets.Dataset, block_size: int) -> datasets.Datase
     _check_one_split(documents)
     if not hasattr(documents, "num_rows"):
         raise TSTError(
-            f"The documents are a {type(documents).__name__}, not a Dataset that is stored: cut them into blocks during training "
+            f"The documents are a {type(documents).__name__}, not a stored Dataset: cut them into blocks during training "
             "with hf_tst.BlockStream(documents, block_size)."
         )
     if TOKENS not in documents.column_names:

@@ -170,11 +170,14 @@ class StreamedRows(Dataset[Row]):
         shares = self.layout.world_size * self.readers
         self._shares = shares if shards and shards % shares == 0 else 1
         if self.workers and self._shares != shares:
+            found = (
+                f"has {shards}"
+                if shards
+                else "cannot be divided (it has no shards, or skip or take counts its rows)"
+            )
             raise TSTError(
-                f"dataloader_num_workers={self.workers} needs a stream of `datasets` whose shards divide among "
-                f"{self.layout.world_size} processes with {self.workers} loader processes each, but the number of shards is "
-                f"{shards or 'none (after skip or take, a stream is read as a whole)'}: set it to 0 or to a number that divides them, or load "
-                "the data set without streaming."
+                f"dataloader_num_workers={self.workers} needs a stream of `datasets` with a multiple of {shares} shards, one for each loader "
+                f"process, but this one {found}: set it to 0 or to a number that divides them, or load the data set without streaming."
             )
         self.split_by_rank = self.layout.world_size > 1 and self._shares > 1
         # Rows that are read for a micro-batch: those of all ranks, unless each rank has its own share.

@@ -93,7 +93,7 @@ def define_arms(values: Mapping[str, Any], more_arms: str | None = None) -> dict
     for name, changes in further.items():
         if name in arms or not re.fullmatch(r"[\w.+=-]+", name):
             raise TSTError(
-                f"more_arms names an arm {name!r}: use letters, digits and . + = - _, and none of {', '.join(ARMS)}."
+                f"more_arms names an arm {name!r}: use only letters, digits and . + = - _, and not {', '.join(ARMS)}."
             )
         if not isinstance(changes, dict):
             raise TSTError(

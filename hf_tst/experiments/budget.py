@@ -74,8 +74,8 @@ def fit_to_budget(
         nearest = min(gaps, key=gaps.__getitem__)
         if gaps[nearest] > TOLERANCE * target:
             raise TSTError(
-                f"The arm {name} cannot be equal to {reference} in {UNITS[budget]}: {nearest} steps are the nearest, and "
-                f"{gaps[nearest] / target:.1%} off, where {TOLERANCE:.0%} is allowed. Raise max_steps, or leave the arm out."
+                f"The arm {name} cannot be equal to {reference} in {UNITS[budget]}: {nearest} steps are the nearest, but "
+                f"{gaps[nearest] / target:.1%} off ({TOLERANCE:.0%} is allowed). Raise max_steps, or leave the arm out."
             )
         found[name] = replace(schedule, max_steps=nearest)
     return found

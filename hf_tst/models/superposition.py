@@ -192,8 +192,8 @@ def _check_model(model: Any) -> None:
         )
     if model.get_output_embeddings() is None or not _is_causal(model):
         raise TSTError(
-            f"{name} is not a text-only causal language model: load the model with AutoModelForCausalLM, or with its own ...ForCausalLM class "
-            "where that gives this one; a class of your own must be named so, and compute its loss by self.loss_function."
+            f"{name} is not a text-only causal language model: load it with AutoModelForCausalLM, or with its own ...ForCausalLM class. The name of "
+            "your own class must end in ForCausalLM, and its forward must compute the loss with self.loss_function."
         )
     embedding = model.get_input_embeddings()
     inside = set(embedding.modules())

@@ -237,7 +237,7 @@ class _ExtraLosses:
         divisor = self._given["num_items_in_batch"]
         if isinstance(divisor, Tensor) and divisor.dtype in (torch.bfloat16, torch.float16):
             raise TSTError(
-                f"num_items_in_batch has dtype {divisor.dtype}, which cannot count: give a whole number, which FSDP does not cast."
+                f"num_items_in_batch has dtype {divisor.dtype}, which rounds large numbers: give a whole number, which FSDP does not cast."
             )
         if is_sharded(self.end.body):
             raise TSTError(

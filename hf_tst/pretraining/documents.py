@@ -48,7 +48,7 @@ def load_documents(args: DataArguments, model_args: ModelArguments) -> tuple[Any
         trained = {*map(text_name, args.train_files)} if args.validation_file else set()
         if both := [file for file in args.validation_files if text_name(file) in trained]:
             logger.warning(
-                f"{', '.join(both)} is trained on and evaluated on, so the evaluation loss says nothing about new text."
+                f"{', '.join(both)} is both training and evaluation data, so the evaluation loss says nothing about new text."
             )
         train = load_text_file(args.train_file, args.streaming, args.text_column, args.train_files)
     else:
@@ -67,8 +67,8 @@ def _load_data_set(args: DataArguments, model_args: ModelArguments) -> Any:
     folder = os.path.abspath(name)
     if os.path.isdir(folder) and glob.has_magic(folder):
         raise TSTError(
-            f"dataset_name={args.dataset_name} is the folder {folder}, whose name `datasets` takes for a pattern: rename what has "
-            "one of *?[ in it, or name the files by train_file."
+            f"dataset_name={args.dataset_name} is the folder {folder}, which `datasets` takes for a pattern: rename it without "
+            "*, ? and [, or name its files with train_file."
         )
     splits = load_data_set(
         name, args.dataset_config_name, cache_dir=model_args.cache_dir, streaming=args.streaming
@@ -142,9 +142,9 @@ def _appends_eos(args: DataArguments, files: Sequence[str]) -> bool:
     is_text = bool(files) and ending(files[0]) == ".txt"
     if len(files) > 1 and is_text:
         logger.warning(
-            f"The {len(files)} files {files[0]} … {files[-1]} are joined to one text without end tokens, the end of one with the beginning of "
-            "the next: make them JSON Lines with one document per row, or set append_eos=True if each line is a document (False keeps this "
-            "as it is)."
+            f"The {len(files)} files {files[0]} … {files[-1]} are joined into one text, without end tokens between them: write them as "
+            "JSON Lines with one document per row, or set append_eos=True if each line is a document. append_eos=False silences this "
+            "warning."
         )
     return not is_text
 
@@ -162,7 +162,7 @@ def _first_blocks(stream: BlockStream, count: int | None) -> Any:
     """The first blocks of a stream to evaluate on: the same ones each time, and no more is read. All of it without a `count`."""
     if count is None:
         logger.warning(
-            "The evaluation data is a stream, all of which each evaluation reads: set max_eval_samples to evaluate on its first blocks."
+            "Each evaluation reads the whole stream of evaluation data: set max_eval_samples to evaluate on its first blocks."
         )
         return stream
     if not (blocks := list(islice(stream, count))):

@@ -47,7 +47,7 @@ def load_tokenizer(args: ModelArguments, data_args: DataArguments, documents: Se
         return None
     also = "" if args.model_type else ", and an architecture by config_name or model_type"
     raise TSTError(
-        f"Text needs a tokenizer: name one by tokenizer_name{also}, such as --tokenizer_name gpt2 --config_name "
+        f"Text needs a tokenizer: name one with tokenizer_name{also}, such as --tokenizer_name gpt2 --config_name "
         "HuggingFaceTB/SmolLM2-135M, or a folder of your own (see Tokenizer in docs/data.md)."
     )
 

@@ -73,11 +73,11 @@ class ModelArguments:
             )
         named = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(self, name)]
         if len(named) > 1:
-            raise TSTError(f"Both {named[0]} and {named[1]} are given: name the model by one of them.")
+            raise TSTError(f"Both {named[0]} and {named[1]} are given: name the model with one of them.")
         for name in ("lora_alpha", "lora_target_modules"):
             if self.lora_rank is None and getattr(self, name) != getattr(ModelArguments, name):
                 raise TSTError(
-                    f"{name} is of an adapter, but lora_rank is not set: set it, or leave {name} out."
+                    f"{name} needs an adapter, but lora_rank is not set: set it, or leave {name} out."
                 )
         if self.lora_rank and not self.model_name_or_path:
             raise TSTError("lora_rank adapts a trained model: name it with model_name_or_path.")
@@ -159,7 +159,7 @@ class DataArguments:
             raise TSTError("Both dataset_name and train_file are given: name one of them.")
         if self.dataset_config_name and not self.dataset_name:
             raise TSTError(
-                f"dataset_config_name={self.dataset_config_name} is part of a data set: name it by dataset_name, or leave it out."
+                f"dataset_config_name={self.dataset_config_name} is part of a data set: name that with dataset_name, or leave it out."
             )
         if self.is_quick_start and (self.validation_file or self.streaming):
             raise TSTError(
@@ -259,7 +259,9 @@ def parse_values(
     parser.set_defaults(**{name: own[name] for name in kept} | dict(defaults or {}) | values)
     namespace = parser.parse_flags([*of_file, *argv])
     if namespace.model_name_or_path and not names_data:
-        raise TSTError("model_name_or_path is given: name its data with train_file or dataset_name.")
+        raise TSTError(
+            "model_name_or_path is given without data: name the data with train_file or dataset_name."
+        )
     return namespace
 
 
@@ -299,7 +301,7 @@ def parse_mapping(name: str, text: str | None) -> dict[str, Any]:
     with bad_input(f"{name} is not JSON: "):
         found = json.loads(text or "{}")
     if not isinstance(found, dict):
-        raise TSTError(f'{name} must be names and values, but is {text}: write {{"name": value}}.')
+        raise TSTError(f'{name} must be a mapping, but is {text}: write {{"name": value}}.')
     return found
 
 

@@ -105,7 +105,7 @@ def _train(
         _leave_out_evaluations(args, data_args)
     if model_args.model_name_or_path is None and args.learning_rate == TrainingArguments.learning_rate:
         logger.warning(
-            f"learning_rate={args.learning_rate:g} is Trainer's default, made for models that are trained already. Most new models "
+            f"learning_rate={args.learning_rate:g} is Trainer's default, which is for fine-tuning. Most new models "
             "need more: the recipes have 2e-3 (30M to 270M parameters), 1e-3 (600M) and 2e-4 (3B)."
         )
     trainer = TSTTrainer(args=args, **parts)
@@ -114,7 +114,7 @@ def _train(
     tokens = trainer.get_total_train_batch_size(args) * block_size
     if data_args.tokens_per_step not in (None, tokens):
         raise TSTError(
-            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, as processes share rows "
+            f"A step trains on {tokens} tokens, not on tokens_per_step={data_args.tokens_per_step}, because processes share rows "
             "(tensor parallelism): set gradient_accumulation_steps instead."
         )
     with _replacing_run(trainer, run_args.overwrite_output_dir):

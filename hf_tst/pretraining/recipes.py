@@ -72,7 +72,7 @@ def read_config(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         values, typed = yaml.safe_load(text), _NumberLoader(text).get_single_data()  # JSON is YAML
     if not isinstance(values, dict):
-        raise TSTError(f"The configuration file {path} must hold names and values of arguments.")
+        raise TSTError(f"The configuration file {path} must hold a mapping of arguments to values.")
     return {str(k): json.dumps(typed[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
 

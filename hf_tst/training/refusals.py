@@ -87,7 +87,7 @@ def check_saving(model: Any, tokenizer: Any) -> None:
             continue
         except Exception as error:
             raise TSTError(
-                f"A checkpoint would fail, because {name} cannot be saved (mend it before training): {whole_message(error)}."
+                f"The first checkpoint would fail, because {name} cannot be saved: {whole_message(error)}."
             ) from error
 
 

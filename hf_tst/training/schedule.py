@@ -79,8 +79,8 @@ def warn_of_fewer_steps(args: TSTArguments, schedule: PhaseSchedule, steps_per_p
     plain = math.ceil(args.num_train_epochs * math.ceil(steps_per_pass))
     if plain != schedule.max_steps:
         logger.warning(
-            f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps in place of Trainer's {plain}, since "
-            f"superposition reads {schedule.blocks_per_row} blocks per row: make what counts steps for {schedule.max_steps} (warmup_steps, "
+            f"num_train_epochs={args.num_train_epochs:g} gives {schedule.max_steps} optimizer steps instead of Trainer's {plain}, since "
+            f"superposition reads {schedule.blocks_per_row} blocks per row: set what counts in steps for {schedule.max_steps} (warmup_steps, "
             "lr_scheduler_kwargs, a schedule in `optimizers`), or set max_steps."
         )
 

@@ -55,8 +55,8 @@ class SubclassMethods:
         size = embedding_size(self._trainer.model)
         if size is not None and loss > 2 * (guess := math.log(size)):
             logger.warning(
-                f"{type(self._trainer).__name__}'s own loss is {loss:.1f} in superposition, but guessing gives {guess:.1f}. If it weights "
-                "micro-batches by their targets, count bags: hf_tst.count_target_bags(labels), and not tokens."
+                f"{type(self._trainer).__name__}'s own loss is {loss:.1f} in superposition, above the {guess:.1f} of a random guess. If it weights "
+                "micro-batches by their targets, count bags, not tokens: hf_tst.count_target_bags(labels)."
             )
 
     @contextmanager

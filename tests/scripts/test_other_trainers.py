@@ -444,7 +444,7 @@ def test_a_schedule_of_the_users_own_is_warned_of_when_epochs_give_other_steps(l
     args = make_args(tst_phase_ratio=0.5, max_steps=-1, num_train_epochs=1)
     with caplog.at_level("WARNING"):
         TSTTrainer(llama, args, train_dataset=make_blocks(100), optimizers=(optimizer, schedule)).train()
-    assert "num_train_epochs=1 gives 20 optimizer steps in place of Trainer's 50" in caplog.text
+    assert "num_train_epochs=1 gives 20 optimizer steps instead of Trainer's 50" in caplog.text
 
 
 def test_files_that_a_subclass_writes_into_a_checkpoint_stay(llama, make_args, tmp_path):

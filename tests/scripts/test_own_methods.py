@@ -145,7 +145,7 @@ def cut_rows(rows):
 def test_a_collator_that_drops_tokens_is_refused(collator, tokens, llama, make_args):
     args = make_args(tst_phase_ratio=0.5)
     trainer = TSTTrainer(llama, args, data_collator=collator, train_dataset=make_blocks(100))
-    with pytest.raises(TSTError, match=f"makes {tokens} tokens of the {8 * BLOCK_LENGTH} that it is given"):
+    with pytest.raises(TSTError, match=f"got {8 * BLOCK_LENGTH} tokens and returned {tokens}"):
         trainer.train()
 
 
@@ -242,7 +242,7 @@ def test_micro_batches_weighted_by_their_tokens_are_told(counts_bags, llama, mak
     trainer = Weights(llama, make_args(tst_phase_ratio=0.5), train_dataset=make_blocks(100))
     trainer.train()
     assert (losses(trainer)[0] > 10) != counts_bags
-    assert ("count bags: hf_tst.count_target_bags" in caplog.text) != counts_bags
+    assert ("count bags, not tokens: hf_tst.count_target_bags" in caplog.text) != counts_bags
 
 
 def test_shifted_labels_are_refused_in_superposition(llama, make_args):
