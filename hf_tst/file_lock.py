@@ -1,4 +1,4 @@
-"""Locks of files, which the system gives back when the process ends."""
+"""File locks, which the system releases when the process ends."""
 
 from __future__ import annotations
 

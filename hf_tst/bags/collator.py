@@ -44,8 +44,7 @@ class DataCollatorForTokenSuperposition:
 
     Each feature is a mapping with `input_ids`, one sequence of l·s ids, all of equal length. `labels`, if given,
     hold one target token per position (`-100` for no target), as for an ordinary causal model; they default
-    to the ids. `attention_mask` is accepted if it is all ones, and dropped: the
-    model sees a full row of l bags.
+    to the ids. An `attention_mask` must be all ones and is dropped, because rows of bags are always full.
 
     Contents of a batch:
 
@@ -53,20 +52,18 @@ class DataCollatorForTokenSuperposition:
       bag t + 1, the last position -100.
     - `bag_size` s > 1, `mode` `"output"`: `input_ids` `(B, l)` and `labels` `(B, l, s)`; position t holds tokens
       t+1 … t+s, -100 beyond the row.
-    - `superposition_rows` `"more"` folds each of the s blocks of a row by itself: `(B·s, l/s, s)` in place of `(B, l, s)`.
+    - `superposition_rows` `"more"` folds each of the s blocks of a row by itself: `(B·s, l/s, s)` instead of `(B, l, s)`.
     - `bag_size` 1: `input_ids` `(B, l)` and `labels` `(B, l)`, unshifted, for the model's own loss; other columns are kept.
 
-    With `document_boundaries="respect"` bags, and their targets, end where documents end: short bags have -100 in
+    With `document_boundaries="respect"`, bags and their targets end where documents end. Short bags have -100 in
     their empty places, the last bag of a document has no target, and `position_ids` `(B, l)` restart with each
-    document. There is no
-    `attention_mask`: from restarting positions without a mask, models of Transformers infer that attention must stay
-    inside documents.
-    A row keeps l bags; tokens that no longer fit because of short bags are dropped. With `bag_size=1` the first token of
-    a document is not a target. Documents are identified by a column `document_ids`, else `position_ids` (which
-    count up within a document), else by the end-of-sequence token.
+    document. There is no `attention_mask`: if positions restart and there is no mask, models of Transformers keep attention
+    inside documents. A row keeps l bags; tokens that no longer fit because of short bags are dropped. With `bag_size=1`, the
+    first token of a document is not a target. Documents are identified by a column `document_ids`, else by `position_ids`
+    (which count up within a document), else by the end-of-sequence token.
 
-    A model of Transformers that makes a cache lets attention cross documents. [`TSTTrainer`], [`token_superposition`] and
-    [`fused_next_token_loss`] switch the cache off. In a loop outside of them, no code of this package is called: pass
+    With a cache, a model of Transformers lets attention cross documents. [`TSTTrainer`], [`token_superposition`] and
+    [`fused_next_token_loss`] switch the cache off. In a loop without them, pass
     `use_cache=False` to the model, or set `model.config.use_cache = False`.
 
     Args:
@@ -79,9 +76,8 @@ class DataCollatorForTokenSuperposition:
         eos_token_id (`int`, *optional*): Last token of a document, for `document_boundaries="respect"`.
 
     Raises:
-        TSTError: If rows differ in length, do not divide into bags, are padded (allowed without bags, unless
-            documents are respected), lack `input_ids`, or do not say where documents end although
-            `document_boundaries` is `"respect"`.
+        TSTError: If rows lack `input_ids`, differ in length, do not divide into bags, are padded (allowed if `bag_size` is 1 and
+            documents are ignored), or do not say where documents end although `document_boundaries` is `"respect"`.
 
     Example:
         >>> collator = DataCollatorForTokenSuperposition(bag_size=2)

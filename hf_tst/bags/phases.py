@@ -76,7 +76,7 @@ class PhaseSchedule:
         """Latent positions per row that the model sees in `phase`: L, or L/s in the rows of single blocks of `"more"`.
 
         Raises:
-            TSTError: If `block_length` is no multiple of the bag size where single blocks are folded.
+            TSTError: If single blocks are folded and `block_length` is not a multiple of the bag size.
         """
         folds = phase == "superposition" and folds_single_blocks(
             self.bag_size, self.mode, self.superposition_rows
@@ -92,7 +92,7 @@ class PhaseSchedule:
         return self.amount_read(self.max_steps, rows_per_step)
 
     def amount_read(self, step: int, per_recovery_step: int) -> int:
-        """What is read once `step` optimizer steps are done, in the unit of `per_recovery_step`: tokens, blocks or batches.
+        """The amount of data read after `step` optimizer steps, in the unit of `per_recovery_step`: tokens, blocks or batches.
 
         Args:
             step (`int`): Optimizer steps done.

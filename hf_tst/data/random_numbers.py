@@ -1,4 +1,4 @@
-"""Random numbers of a user's loader or stream, apart from those of training."""
+"""Random numbers of a user's loader or stream, separate from those of training."""
 
 from __future__ import annotations
 

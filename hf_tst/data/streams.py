@@ -22,7 +22,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     Args:
         documents: Iterable of rows with `input_ids`, of any lengths.
         block_size (`int`): Tokens per block, L.
-        fingerprint (`str`, *optional*): Tells these blocks from others. A run that resumes with another one is refused.
+        fingerprint (`str`, *optional*): Identifies the data. A run that resumes with another one is refused.
 
     Yields:
         `{"input_ids": array}` with int32 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.

@@ -1,1 +1,1 @@
-"""Superposition inside of trainers that are configured elsewhere."""
+"""Superposition in trainers of other packages."""

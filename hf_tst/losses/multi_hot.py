@@ -30,11 +30,10 @@ def multi_hot_cross_entropy(
     Args:
         logits (`torch.FloatTensor` of shape `(..., V)`): Logits aligned with `labels`; they are not shifted.
         labels (`torch.LongTensor` of shape `(..., s)`): Target tokens; `ignore_index` marks ignored ones.
-        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset, used as given; `1/s` each
-            by default.
-        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor in place of the sum of the valid weights,
-            so that losses of several micro-batches add up to the loss of one large batch. With weights that
-            sum to 1 it is the number of target bags (see [`count_target_bags`]).
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weight of each offset, not normalized. Defaults to `1/s` each.
+        num_items_in_batch (`float` or 0-dim tensor, *optional*): Divisor of the loss, so that the losses of several
+            micro-batches add up to that of one large batch: the number of their target bags (see [`count_target_bags`]).
+            Defaults to the sum of the weights of all valid targets.
         ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
 
     Returns:
@@ -44,8 +43,7 @@ def multi_hot_cross_entropy(
         TSTError: If shapes do not fit, a label is outside `[0, V)`, or the weights are negative or all zero.
             On CUDA, labels and weights are checked by an assertion on the device, without a synchronization.
 
-    Source: arXiv 2605.06546, section 3.2. The paper calls an ordinary cross entropy s times; the single logsumexp
-    gives the same value.
+    Source: arXiv 2605.06546, section 3.2. The paper computes s cross entropies; one logsumexp gives the same value.
     """
     check_shape("labels", labels, (*logits.shape[:-1], *labels.shape[-1:]))
     weights = resolve_weights(weights, labels)
@@ -66,7 +64,10 @@ def count_target_bags(labels: Tensor, *, weights: Tensor | None = None, ignore_i
         ignore_index (`int`, *optional*, defaults to -100): Label of positions without a target.
 
     Returns:
-        `torch.FloatTensor`: 0-dim float32.
+        `torch.FloatTensor`: The sum, float32, 0-dim.
+
+    Raises:
+        TSTError: If `weights` does not have the shape `(s,)`.
     """
     valid_by_offset = (labels != ignore_index).flatten(0, -2).sum(dim=0)
     return (resolve_weights(weights, labels) * valid_by_offset).sum()

@@ -1,1 +1,1 @@
-"""Hooks on one Transformers model, each with its undo: averaged input, replaced loss, fused head, shards, experts."""
+"""Hooks on one Transformers model that can be undone: averaged input, replaced loss, fused head, shards, experts."""

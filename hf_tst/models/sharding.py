@@ -24,11 +24,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def full_state_dict(model: Any) -> dict[str, Any]:
     """All weights of a model that `fully_shard` has sharded, in the form that `save_pretrained` takes.
 
-    Every rank must call it; the weights are returned on the CPU of the first rank; other ranks get an empty dict. A weight
-    that is tied to another appears once, as in an ordinary checkpoint, although its gathered copies are two tensors.
+    Every rank must call it. The first rank gets the weights, on its CPU; other ranks get an empty dict. Tied weights appear
+    once, as in an ordinary checkpoint.
 
     Args:
         model (`PreTrainedModel`): The sharded model, not wrapped in anything else.
+
+    Returns:
+        `dict`: The weights by name.
 
     Example:
         >>> weights = full_state_dict(model)
@@ -55,8 +58,11 @@ def load_full_state_dict(module: Any, weights: dict[str, Any]) -> None:
 def left_out_of_optimizer(optimizer: Any, parameters: Iterable[Any]) -> Iterator[None]:
     """Context that hides parameters from an optimizer, to load a state that does not contain them.
 
-    PyTorch requires a sharded optimizer state to contain every parameter, also those without a gradient so
-    far.
+    PyTorch requires a sharded optimizer state to contain every parameter, even those that had no gradient yet.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, with these parameters.
+        parameters: The parameters to hide.
     """
     unknown = {id(parameter) for parameter in parameters}
     whole = [list(group["params"]) for group in optimizer.param_groups]

@@ -47,11 +47,10 @@ def token_superposition(
     Inside, `model(input_ids=bags, labels=labels).loss` is the superposition loss, where both are `torch.LongTensor` of shape
     `(B, l, s)` (`mode="output"`: `input_ids` stays `(B, l)`), aligned as `DataCollatorForTokenSuperposition`
     makes them. The model sees l latent positions: `attention_mask` and `position_ids`, if any, are `(B, l)`.
-    Calls with ordinary 2-D ids and labels do not change. `loss` is in nats, float32, 0-dim: the mean over target bags; with
-    `num_items_in_batch=` the sum over them divided by that, for gradient accumulation (see
-    [`count_target_bags`]). After the context, also after an exception, the
-    model's hooks, attributes, outputs and loss are restored. A deep copy made inside has its own weights, and stays in
-    superposition when the context ends.
+    Calls with ordinary 2-D ids and labels do not change. `loss` (nats, float32, 0-dim) is the mean over target bags. For
+    gradient accumulation, pass `num_items_in_batch`: then it is the sum over target bags divided by this number (see
+    [`count_target_bags`]). After the context, also after an exception, the model's hooks, attributes, outputs and loss are
+    restored. A deep copy made inside has its own weights, and stays in superposition when the context ends.
 
     Args:
         model: A causal language model of Transformers, also one wrapped by PEFT, DDP, FSDP or `torch.compile`.
@@ -72,7 +71,7 @@ def token_superposition(
 
     Raises:
         TSTError: If an argument is out of range, or the model is not supported (the message says why).
-        RuntimeError: If the model is inside such a context, or one of [`fused_next_token_loss`], already.
+        RuntimeError: If the model is already inside such a context, or one of [`fused_next_token_loss`].
 
     Example:
         >>> with token_superposition(model, bag_size=4):
@@ -105,10 +104,10 @@ def token_superposition(
 def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
     """Context in which a causal language model computes its next-token loss fused with its head.
 
-    The loss is the model's own up to rounding (nats, float32, 0-dim; 0 where a batch has no target, and the model's own is
-    NaN), but in training mode the logits of a batch are never computed: if labels of shape `(B, l)`
-    are given, `outputs.logits` is empty. Superposition does the same to its loss, so this is
-    for the recovery phase and for baselines. After the context the model is restored.
+    The loss (nats, float32, 0-dim) is the model's own up to rounding, but 0 for a batch without targets, where the model's own is
+    NaN. In training mode, the logits of a batch are never computed: with labels of shape `(B, l)`, `outputs.logits` is empty.
+    [`token_superposition`] fuses its own loss, so this is for the recovery phase and for baselines. After the context the model
+    is restored.
 
     Args:
         model: As for [`token_superposition`].
@@ -120,7 +119,7 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 
     Raises:
         TSTError: If `fused_loss` is `"on"` and the loss of the model cannot be fused.
-        RuntimeError: If the model is inside such a context, or one of [`token_superposition`], already.
+        RuntimeError: If the model is already inside such a context, or one of [`token_superposition`].
 
     Example:
         >>> with fused_next_token_loss(model.train()):
@@ -136,9 +135,9 @@ def fused_next_token_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> I
 def fused_evaluation_loss(model: nn.Module, fused_loss: FusedLoss = "auto") -> Iterator[nn.Module]:
     """Context in which a model in evaluation mode computes its next-token loss fused with its head, and no logits.
 
-    `outputs.logits` of a forward pass with labels is empty, of one without labels it is not. The loss is the model's own up
-    to rounding, NaN without targets. It may be entered inside [`token_superposition`] and
-    [`fused_next_token_loss`], and then fuses if they do.
+    With labels, `outputs.logits` is empty; without labels, it is not. The loss is the model's own up
+    to rounding, and NaN without targets. The context may be entered inside [`token_superposition`] and
+    [`fused_next_token_loss`]; then it fuses if they do.
 
     Args:
         model: As for [`token_superposition`].

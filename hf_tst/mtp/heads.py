@@ -61,7 +61,7 @@ class MTPHeads(nn.Module):
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped. It is not changed.
-        num_heads (`int`): Heads with the model's own, n, at least 2.
+        num_heads (`int`): Number of heads, n, including the model's own; at least 2.
         kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
         seed (`int`, *optional*): Seed of the initial weights; by default they use the global generator.
 
@@ -196,7 +196,7 @@ def multi_token_prediction(
     checkpointing find them; the model's state dict leaves them out. `model(input_ids=…, labels=…).loss` is the model's
     own loss plus `loss_weight` times the sum (sequential: the mean) of the cross entropies of the extra heads, all
     divided by the same number of targets: `num_items_in_batch`, or the next tokens in the batch. The logits of the extra
-    heads never exist. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) do not
+    heads are never in memory as a whole. Forward passes in evaluation mode, without labels, or with bags of labels (superposition) do not
     change; with bags of labels and several processes, the heads get gradients of 0, because DDP waits for a gradient.
     If `position_ids` restart, no head predicts past the end of a document. The auxiliary loss of a mixture of experts
     covers the model's own layers. Call `fully_shard` inside the context, on the model last: it shards the heads, too. The context

@@ -55,12 +55,13 @@ def step_flops(
 ) -> int:
     """FLOPs of the forward and backward pass of one training step.
 
-    Counted, as `torch.utils.flop_counter.FlopCounterMode` counts them, are matrix products, 2 per multiplication with
-    addition: those of the layers, with the experts that a position is sent to; scores and values of softmax attention over
-    all l · l pairs, including masked ones; the head at all positions, once for each head of multi-token prediction, which
-    trains in recovery only. Not counted are the optimizer, recomputation by activation checkpointing, elementwise
-    operations (norms, softmax, averaging a bag) and the scans of state-space and linear-attention layers. Norm weights and
-    biases are counted like columns of matrices, which is far below 1 % at any realistic size.
+    Only matrix products are counted, as in `torch.utils.flop_counter.FlopCounterMode`: 2 per multiply-add.
+
+    - Counted: the layers, with the experts that a position is sent to; scores and values of softmax attention over all l · l
+      pairs, including masked ones; the head at all positions, and in recovery once more per extra head of multi-token prediction.
+    - Not counted: the optimizer, recomputation by activation checkpointing, elementwise operations (norms, softmax, averaging a
+      bag), and the scans of state-space and linear-attention layers.
+    - Norm weights and biases are counted like columns of matrices, which adds far less than 1 % at any realistic size.
 
     A superposition step costs the same as a recovery step without extra heads, at any bag size: a bag is one latent
     position. `total_flos` of [`TSTTrainer`], `tst_model_flops_utilization`, `hf-tst plan` and `hf-tst compare` all use this
@@ -70,8 +71,8 @@ def step_flops(
         model (`PretrainedConfig` or `PreTrainedModel`): A causal language model, or its configuration.
         rows (`int`): Rows per step, over all devices and micro-batches.
         length (`int`): Latent positions per row, l: L, but L/s in superposition with `superposition_rows="more"`.
-        phase (`str`, *optional*, defaults to `"recovery"`): `"superposition"` or `"recovery"`, which ordinary training is, too.
-        mtp_num_heads (`int`, *optional*, defaults to 1): Heads with the model's own, n.
+        phase (`str`, *optional*, defaults to `"recovery"`): `"superposition"` or `"recovery"` (also for ordinary training).
+        mtp_num_heads (`int`, *optional*, defaults to 1): Number of heads, n, including the model's own.
         mtp_kind (`str`, *optional*, defaults to `"parallel"`): `"parallel"` or `"sequential"`.
 
     Returns:

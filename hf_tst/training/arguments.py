@@ -123,7 +123,7 @@ class TSTArguments(_Base):
     tst_offset_weighting: OffsetWeighting = HfArg(
         default="uniform",
         help="Weight of a token in the target bag by its offset i: uniform, power_law (1/i), fitted_power_law "
-        "(the paper's fit), exponential (exp(-i)) or first_token. From s=8 on prefer a power law.",
+        "(the paper's fit), exponential (exp(-i)) or first_token. For s of 8 or more, prefer a power law.",
     )
     tst_input_weighting: InputWeighting = HfArg(
         default="uniform",
@@ -137,8 +137,8 @@ class TSTArguments(_Base):
     )
     tst_superposition_rows: SuperpositionRows = HfArg(
         default="longer",
-        help="How s blocks become rows of bags: longer (joined into one row of L bags, as in the paper) or more (each block is a row of "
-        "L/s bags, with less attention).",
+        help="How s blocks become rows of bags: longer (joined into one row of L bags, as in the paper) or more (each block becomes a row of "
+        "L/s bags, so attention costs less).",
     )
     tst_save_at_switch: bool = HfArg(
         default=True, help="Save a checkpoint when superposition ends, whatever save_strategy says."
@@ -171,7 +171,7 @@ class TSTArguments(_Base):
     )
     mtp_loss_weight_end: float | None = HfArg(
         default=None,
-        help="Weight in the last step. It changes linearly from mtp_loss_weight in the first next-token step; constant by default.",
+        help="Weight in the last step. It changes linearly from mtp_loss_weight in the first next-token step. Constant by default.",
     )
     tst_nonfinite_loss: NonFiniteLoss = HfArg(
         default="stop",
@@ -191,7 +191,7 @@ class TSTArguments(_Base):
     )
     tst_peak_tflops: float | None = HfArg(
         default=None,
-        help="Peak of one device in TFLOP/s, for tst_model_flops_utilization; by default its bfloat16 peak, where known.",
+        help="Peak of one device in TFLOP/s, for tst_model_flops_utilization; by default its bfloat16 peak, if known.",
     )
 
     def __post_init__(self) -> None:

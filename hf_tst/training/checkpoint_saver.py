@@ -1,4 +1,4 @@
-"""Save the checkpoints of a trainer: complete or not there, and flushed to disk (fsync) while training continues."""
+"""Save the checkpoints of a trainer: complete or absent, and flushed to disk (fsync) while training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are complete or not there. Nothing of it is about superposition."""
+"""A Trainer whose checkpoints are complete or absent. It knows nothing of superposition."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ class TSTTrainer(SavingTrainer):
     and prediction are next-token in both phases.
 
     A subclass may have its own `get_train_dataloader` or `_get_train_sampler`. Its batches of rows of L tokens are then folded
-    as they come: superposition joins `tst_bag_size` batches and cuts each row into L/s bags (see [`FoldedBatches`]).
+    in their order: superposition joins `tst_bag_size` batches and cuts each row into L/s bags (see [`FoldedBatches`]).
 
     The class can be combined with another trainer, `class Mine(TSTTrainer, OtherTrainer)`. Superposition then uses the model's own
-    loss, and recovery the other trainer's `compute_loss`. If the other trainer has its own loader or sampler, its batches are folded
-    as those of a subclass.
+    loss, and recovery the other trainer's `compute_loss`. The batches of the other trainer's own loader or sampler are folded
+    like those of a subclass.
 
     `max_steps` must fit into one pass over the data. Without it, `num_train_epochs` is the number of passes, and the number of
     steps is derived from the blocks that each phase consumes; an epoch is then an equal share of the steps. Blocks at the end that
