@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Say which blocks of the training data optimizer steps read, without reading the data.
+"""Print which blocks of the training data each optimizer step reads, without reading the data.
 
     python scripts/audit.py --num_blocks 100000 --block_size 1024 --max_steps 1000 --steps 0,299,300
     python scripts/audit.py config.yaml --num_blocks 100000 --world_size 8 --verify

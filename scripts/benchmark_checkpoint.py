@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how long a checkpoint keeps training waiting: writing, hashing, and what reaches the disk meanwhile.
+"""Measure how long training waits for a checkpoint: writing, hashing, and what reaches the disk meanwhile.
 
     python scripts/benchmark_checkpoint.py
     python scripts/benchmark_checkpoint.py --gigabytes 1 10 --rounds 5 --folder /where/checkpoints/go

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does this package do on your device what it says? Runs its checks and benchmarks there, and records the results.
+"""Run the package's checks and benchmarks on your device, and record the results.
 
     python scripts/gpu_evidence.py --slice a --output_dir runs/evidence                    # is it right, and is it fast
     python scripts/gpu_evidence.py --slice b --output_dir runs/evidence --corpus FOLDER    # does it help

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a corpus of the text that this machine has, and a tokenizer for it: sources of Python, or text files of folders.
+"""Write a corpus from text on this machine, and a tokenizer for it: sources of Python, or text files of folders.
 
     python scripts/local_corpus.py --output_dir runs/corpus --vocab_size 16384 --packages True
     python scripts/local_corpus.py --output_dir runs/prose --folders /usr/share/doc ~/books

@@ -1,4 +1,4 @@
-"""Both phases in a loop of one's own with Accelerate, without a Trainer. More processes make a larger step.
+"""Both phases in your own loop with Accelerate, without a Trainer. More processes make a larger step.
 
 accelerate launch scripts/examples/accelerate_loop.py --output_dir out --max_steps 1000
 """

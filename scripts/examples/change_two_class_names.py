@@ -1,4 +1,4 @@
-"""A Trainer script that became a TST script by two class names: pre-train a new model on a data set of the Hub.
+"""A Trainer script with two class names changed: pre-train a new model on a data set of the Hub.
 
 python scripts/examples/change_two_class_names.py --output_dir out --max_steps 1000 --learning_rate 1e-3
 """

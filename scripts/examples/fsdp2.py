@@ -1,4 +1,4 @@
-"""Pre-train a model that one GPU does not hold. The script knows nothing of GPUs: the launcher does.
+"""Pre-train a model that does not fit on one GPU. The launcher sets the number of GPUs and the sharding, not the script.
 
     accelerate launch --config_file hf_tst/pretraining/accelerate/fsdp2.yaml --num_processes 8 \
         scripts/examples/fsdp2.py --output_dir out --max_steps 1000 --bf16 True --dataset_config sample-10BT

@@ -1,4 +1,4 @@
-"""A collator of one's own for recovery and evaluation, and a term of one's own in the loss of both phases.
+"""Your own collator for recovery and evaluation, and your own term in the loss of both phases.
 
     python scripts/examples/own_collator_and_loss.py --output_dir out --max_steps 1000
 

@@ -1,4 +1,4 @@
-"""Pre-train on a data set too large to keep: streamed, tokenized and packed as training goes on, and resumable.
+"""Pre-train on a data set too large to store: streamed, tokenized and packed during training, and resumable.
 
 python scripts/examples/stream_from_the_hub.py --output_dir out --max_steps 1000 --save_steps 100
 python scripts/examples/stream_from_the_hub.py --output_dir out --max_steps 1000 --save_steps 100 --resume_from_checkpoint last
