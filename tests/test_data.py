@@ -281,7 +281,7 @@ def test_skip_and_take_count_the_rows_of_the_whole_stream(kind, world_size):
     read = {int(token) for rows in ranks for row in rows for token in row.columns["input_ids"]}
     given = [row["input_ids"][0] for row in stream()][: schedule.amount_read(4, layout.rows_per_step)]
     assert read == set(given)
-    with pytest.raises(TSTError, match=r"none .after skip or take"):
+    with pytest.raises(TSTError, match="cannot be divided"):
         StreamedRows(stream(), schedule, layout, workers=2)
 
 

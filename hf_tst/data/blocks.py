@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,8 +56,10 @@ def as_block(row: Any, index: int = 0) -> Mapping[str, Any]:
 
 def copied(row: Any) -> Any:
     """A row, or a batch, with copies of its values: data may reuse their memory for its next one, before a row of bags has both."""
-    if isinstance(row, Mapping):
-        return {name: copied(value) for name, value in row.items()}
+    if isinstance(row, MutableMapping):
+        made = copy(row)  # of its own class, which a collator may ask for
+        made.update({name: copied(value) for name, value in row.items()})
+        return made
     return row.clone() if isinstance(row, Tensor) else copy(row)
 
 

@@ -173,7 +173,7 @@ class StreamedRows(Dataset[Row]):
             found = (
                 f"has {shards}"
                 if shards
-                else "cannot be divided (it has no shards, or skip or take counts its rows)"
+                else "cannot be divided (it has no shards, or comes after skip or take)"
             )
             raise TSTError(
                 f"dataloader_num_workers={self.workers} needs a stream of `datasets` with a multiple of {shares} shards, one for each loader "
