@@ -53,30 +53,35 @@ class PlannedRows(Dataset[Row]):
     Args:
         blocks: Map-style data set of blocks (`datasets.Dataset`, a list, anything with `__getitem__`).
         plan (`DataPlan`): The blocks that row i reads.
-        columns (`Sequence[str]`): Columns to pass on in recovery.
+        columns (`Sequence[str]`, *optional*): Columns to pass on in recovery, of those that the first block has; all by default.
         bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Those of them that superposition reads.
         joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, and read a `datasets.Dataset` as NumPy arrays,
             which is faster. Otherwise blocks are passed unchanged, for a collator without bags.
         rules (`BlockRules`): Requirements for the blocks, checked as they are read.
+
+    Raises:
+        TSTError: If superposition drops a column that recovery passes on.
     """
 
     blocks: Any
     plan: DataPlan
-    columns: Sequence[str]
+    columns: Sequence[str] | None = None
     bag_columns: Sequence[str] = TOKEN_COLUMNS
     joins: bool = True
     rules: BlockRules = NO_RULES
 
     def __post_init__(self) -> None:
+        self.schedule = self.plan.schedule
         self._first_blocks: dict[int, int] = {}
-        bag_columns = [name for name in self.columns if name in self.bag_columns]
+        first = as_block(self.blocks[0])
+        if self.joins:
+            check_columns(first, self.columns, self.bag_columns)
+        given = [name for name in first if first[name] is not None]
+        # Under the name that `datasets` uses. Some trainers read it.
+        self.column_names = [name for name in given if self.columns is None or name in self.columns]
+        bag_columns = [name for name in self.column_names if name in self.bag_columns]
         self._read_bags = BlockReader(self.blocks, bag_columns, rules=self.rules).read
-        self._read = BlockReader(self.blocks, self.columns, self.joins, self.rules).read
-
-    @property
-    def column_names(self) -> list[str]:
-        """The columns, under the name that `datasets` uses. Some trainers read it."""
-        return list(self.columns)
+        self._read = BlockReader(self.blocks, self.column_names, self.joins, self.rules).read
 
     def __getattr__(self, name: str) -> Any:
         # What a script's callback, or Trainer with `set_epoch`, wants of the data set.
@@ -142,7 +147,7 @@ class StreamedRows(Dataset[Row]):
         columns (`Sequence[str]`, *optional*): Columns to pass on in recovery; all by default.
         bag_columns (`Sequence[str]`, *optional*, defaults to `TOKEN_COLUMNS`): Columns that superposition reads.
         joins (`bool`, *optional*, defaults to `True`): Join the blocks of a row, see [`PlannedRows`].
-        rules (`BlockRules`): Requirements for the blocks, besides equal length.
+        rules (`BlockRules`): Requirements for the blocks, which are also of equal length.
         seed (`int`, *optional*, defaults to 0): The seed of random numbers that the stream draws, see [`DataRandomNumbers`].
         first_step (`int`, *optional*, defaults to 0): The optimizer step that reads the first blocks of the stream. Not 0 if the
             user resumes with `ignore_data_skip`: the stream then begins where the checkpoint ends.
@@ -163,9 +168,7 @@ class StreamedRows(Dataset[Row]):
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        shards, length = number_of_shards(self.blocks), getattr(self.blocks, "block_size", 0)
-        self.facts = BlockFacts(None, length, describe_stream(self.blocks))
-        self.rules = replace(self.rules, length=length or None)
+        shards = number_of_shards(self.blocks)
         self.readers = max(1, self.workers)
         shares = self.layout.world_size * self.readers
         self._shares = shares if shards and shards % shares == 0 else 1
@@ -293,6 +296,11 @@ class StreamedRows(Dataset[Row]):
                 "read again."
             )
             self._pass, self._blocks_in_pass = self._pass + 1, 0
+
+
+def stream_facts(blocks: Any) -> BlockFacts:
+    """What is known of the blocks of a stream before it is read. Only a [`BlockStream`] says their length."""
+    return BlockFacts(None, getattr(blocks, "block_size", 0), describe_stream(blocks))
 
 
 @dataclass(eq=False)

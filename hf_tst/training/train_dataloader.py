@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, NO_DOCUMENT_ENDS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks, check_columns
+from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
 from ..data.folded_batches import FoldedBatches
 from ..data.read_order import BatchLayout
 from ..data.resume_position import DataPosition
-from ..data.rows import EpochSampler, PlannedRows, StreamedRows
+from ..data.rows import EpochSampler, PlannedRows, StreamedRows, stream_facts
 from ..errors import TSTError
 from ..models.temporary import replaced
 from .arguments import TSTArguments
@@ -29,7 +29,7 @@ from .collators import document_end, keeps_ids
 from .overriding import overrides
 from .row_checks import block_rules
 from .run_data import RunData
-from .schedule import choose_schedule, make_plan, order_seed, shuffles, steps_per_epoch, warn_of_fewer_steps
+from .schedule import choose_schedule, make_plan, order_seed, steps_per_epoch, warn_of_fewer_steps
 
 logger = logging.get_logger(__name__)
 
@@ -43,10 +43,9 @@ def open_run_data(trainer: Any) -> RunData:
     Raises:
         TSTError: If the data has no full blocks of equal length, or too few of them, or batches would come out of order.
     """
-    args, blocks = trainer.args, trainer.train_dataset
+    args, blocks, layout = trainer.args, trainer.train_dataset, _layout(trainer)
     streamed = isinstance(blocks, IterableDataset)
     _check_loader(args, streamed)
-    layout = _layout(trainer)
     rules = block_rules(trainer.model, trainer.processing_class)
     # A user's collator gets the blocks of a row one by one, and may change their ids: those of its batches are checked.
     joins = keeps_ids(trainer.data_collator)
@@ -54,43 +53,32 @@ def open_run_data(trainer: Any) -> RunData:
         rules = replace(rules, vocab_size=None)
     respects, end = args.tst_document_boundaries == "respect", document_end(trainer)
     document_columns = DOCUMENT_COLUMNS if respects else ()
-    bag_columns = TOKEN_COLUMNS + document_columns
     used = _columns_for_collator(trainer, document_columns)
-    workers = args.dataloader_num_workers if streamed else 0
+    facts = stream_facts(blocks) if streamed else check_blocks(blocks, replace(rules, end_token_id=end))
+    reading: dict[str, Any] = {
+        "columns": used,
+        "bag_columns": TOKEN_COLUMNS + document_columns,
+        "joins": joins,
+        "rules": replace(rules, length=facts.block_length or None),
+    }
     rows: PlannedRows | StreamedRows
     if streamed:
-        schedule = choose_schedule(args, blocks, layout.rows_per_step)
-        rows = StreamedRows(
-            blocks, schedule, layout, workers, used, bag_columns, joins, rules, order_seed(args)
-        )
-        facts, columns = rows.facts, getattr(blocks, "column_names", None)
+        schedule, workers = choose_schedule(args, blocks, layout.rows_per_step), args.dataloader_num_workers
+        rows = StreamedRows(blocks, schedule, layout, workers, seed=order_seed(args), **reading)
+        columns = getattr(blocks, "column_names", None)
     else:
-        facts = check_blocks(blocks, replace(rules, end_token_id=end))
         plan = make_plan(args, len(blocks), layout.rows_per_step)
-        schedule = plan.schedule
-        warn_of_fewer_steps(args, schedule, len(blocks) / layout.rows_per_step)
-        first = as_block(blocks[0])
-        columns = [name for name in first if first[name] is not None and (used is None or name in used)]
-        if joins:
-            check_columns(first, used, bag_columns)
-        rules = replace(rules, length=facts.block_length)
+        warn_of_fewer_steps(args, plan.schedule, len(blocks) / layout.rows_per_step)
+        rows = PlannedRows(blocks, plan, **reading)
+        columns = rows.column_names
         _warn_of_overlap(blocks, facts)
-        rows = PlannedRows(blocks, plan, columns, bag_columns, joins, rules)
     if respects and end is None and columns and not {*columns} & {*DOCUMENT_COLUMNS}:
         raise TSTError(NO_DOCUMENT_ENDS)
-    position = _position(
-        args,
-        schedule,
-        layout,
-        facts,
-        shuffle=shuffles(args) and not streamed,
-        split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
-        stream_workers=workers,
-    )
-    if facts.block_length and schedule.switch_step:
-        schedule.positions_per_row("superposition", facts.block_length)  # raises if L is not a multiple of s
+    position = _position(args, rows, layout, facts)
+    if facts.block_length and rows.schedule.switch_step:
+        rows.schedule.positions_per_row("superposition", facts.block_length)  # or its refusal
     rank = args.process_index // (args.world_size // layout.world_size)
-    return RunData(rows, position, steps_per_epoch(args, schedule), rank, 0 if respects else None)
+    return RunData(rows, position, steps_per_epoch(args, rows.schedule), rank, 0 if respects else None)
 
 
 def _columns_for_collator(trainer: Any, document_columns: Sequence[str]) -> list[str] | None:
@@ -146,7 +134,7 @@ def fold_own_loader(trainer: Any, loader: Any) -> RunData:
     micro_batches = _sampler(trainer, schedule, per_step, epoch_steps)
     rows = FoldedBatches(loader, collator, schedule, micro_batches, order_seed(args))
     facts = BlockFacts(None, 0, f"batches of {type(trainer).__name__}")
-    return RunData(rows, _position(args, schedule, layout, facts), epoch_steps, args.process_index, None)
+    return RunData(rows, _position(args, rows, layout, facts), epoch_steps, args.process_index, None)
 
 
 def _layout(trainer: Any) -> BatchLayout:
@@ -157,14 +145,12 @@ def _layout(trainer: Any) -> BatchLayout:
 
 def _position(
     args: TSTArguments,
-    schedule: PhaseSchedule,
+    rows: PlannedRows | StreamedRows | FoldedBatches,
     layout: BatchLayout,
     facts: BlockFacts,
-    shuffle: bool = False,
-    split_by_rank: bool = False,
-    stream_workers: int = 0,
 ) -> DataPosition:
     """The position before the first step."""
+    schedule = rows.schedule
     if schedule.switch_step == 0:
         logger.warning(
             f"tst_phase_ratio={schedule.phase_ratio} of {schedule.max_steps} steps is less than one step: there is no superposition."
@@ -182,9 +168,9 @@ def _position(
         input_weighting=args.tst_input_weighting,
         document_boundaries=args.tst_document_boundaries,
         seed=order_seed(args),
-        shuffle=shuffle,
-        split_by_rank=split_by_rank,
-        stream_workers=stream_workers,
+        shuffle=isinstance(rows, PlannedRows) and rows.plan.shuffle,
+        split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
+        stream_workers=rows.workers if isinstance(rows, StreamedRows) else 0,
     )
 
 
