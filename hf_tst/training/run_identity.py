@@ -1,8 +1,8 @@
 """Which checkpoints of an output folder belong to the current run, and which to another run.
 
-Each start of training gets an id. `trainer_state.json` stores it with the step that training started from, so a checkpoint has
-the ids of all starts that led to it. `_run.json` in the output folder has those of the run that started there last. Names that
-begin with `_` are not pushed to the Hub.
+Each start of training gets an id (see [`RunNoteCallback`]). `trainer_state.json` stores it with the step that training started
+from, so a checkpoint has the ids of all starts that led to it. `_run.json` in the output folder has those of the run that started
+there last. Names that begin with `_` are not pushed to the Hub.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -25,21 +24,20 @@ RUN_FILE = "_run.json"
 Starts = list[tuple[int, str]]
 
 
-class RunIdentityCallback(TrainerCallback):
-    """Writes the ids of a run into its output folder when it starts, and warns of checkpoints of other runs there."""
+def take_folder(output_dir: str | Path, state: dict[str, Any]) -> None:
+    """Write the ids of a run that starts into its output folder, and warn of checkpoints of other runs there.
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not args.should_save:
-            return
-        write_atomically(
-            Path(args.output_dir) / RUN_FILE, json.dumps({"starts": _starts(vars(state))}) + "\n"
+    Args:
+        output_dir: The folder.
+        state (`dict`): `vars` of its `TrainerState`, in which this start is noted.
+    """
+    write_atomically(Path(output_dir) / RUN_FILE, json.dumps({"starts": _starts(state)}) + "\n")
+    if foreign := foreign_checkpoints(output_dir):
+        logger.warning(
+            f"{output_dir} has {', '.join(folder.name for folder in foreign)} of another run: "
+            "resume_from_checkpoint='last' and save_total_limit ignore them, but this run overwrites those whose step "
+            "it reaches. Choose another output_dir, or move them away."
         )
-        if foreign := foreign_checkpoints(args.output_dir):
-            logger.warning(
-                f"{args.output_dir} has {', '.join(folder.name for folder in foreign)} of another run: "
-                "resume_from_checkpoint='last' and save_total_limit ignore them, but this run overwrites those whose step "
-                "it reaches. Choose another output_dir, or move them away."
-            )
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:

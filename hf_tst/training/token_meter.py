@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
-from uuid import uuid4
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from ..planning.reference import peak_tflops
-from ..records.run_record import RUN_ID, RUN_NOTE, UTILIZATION, restored_arguments, run_note, run_notes
+from ..records.run_record import UTILIZATION
 
 logger = logging.get_logger(__name__)
 
@@ -41,19 +40,7 @@ class TokenMeterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._rows_per_step = self._trainer.get_total_train_batch_size(args)
-        run = run_note(args, kwargs["model"], self._trainer.schedule.switch_step, self._rows_per_step)
-        groups = getattr(kwargs.get("optimizer"), "param_groups", None) or []
-        if restored := restored_arguments(vars(state), run["arguments"], groups):
-            asked = " and ".join(f"{name}={run['arguments'][name]:g}" for name in restored)
-            kept = " and ".join(f"{name}={value:g}" for name, value in restored.items())
-            logger.warning(
-                f"The resumed optimizer keeps the checkpoint's {kept}, not {asked} of the arguments: to train with other values, start a new "
-                "run from the model's weights."
-            )
-            run["arguments"] |= restored
-        peak = args.tst_peak_tflops or peak_tflops(args.device)
-        entry = {RUN_ID: uuid4().hex[:12], RUN_NOTE: run | {"peak_tflops": peak}}
-        run_notes(vars(state)).append({"step": state.global_step, **entry})
+        peak = device_peak(args)
         self._peak_flops = peak and peak * 1e12 * args.world_size * max(1, args.n_gpu)
         self._seconds = self._waited = 0.0
         self._warned = False
@@ -145,3 +132,8 @@ class TokenMeterCallback(TrainerCallback):
             logger.warning(
                 f"Training waits for data {fraction:.0%} of the time: set dataloader_num_workers={max(2, 2 * workers)} (now {workers})."
             )
+
+
+def device_peak(args: Any) -> float | None:
+    """The peak of one device in TFLOP/s, as given or as known; `None` if it is unknown."""
+    return args.tst_peak_tflops or peak_tflops(args.device)

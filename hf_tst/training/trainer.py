@@ -42,7 +42,7 @@ from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer, warn_of_another_run
 from .row_checks import batch_rules, check_stored_rows
 from .run_data import RunData
-from .run_identity import RunIdentityCallback
+from .run_note import RunNoteCallback
 from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
 from .subclass_methods import SubclassMethods
@@ -119,7 +119,7 @@ class TSTTrainer(SavingTrainer):
         self._mtp = MTPCallback(self) if args.mtp_num_heads > 1 else None
         self._non_finite, self._spikes = NonFiniteCallback(self), SpikeCallback(self)
         self._preemption = PreemptionCallback()
-        ours = (self._switch, self._meter, RunIdentityCallback(), self._mtp, self._non_finite, self._spikes)
+        ours = (self._switch, RunNoteCallback(self), self._meter, self._mtp, self._non_finite, self._spikes)
         for callback in filter(None, (*ours, args.enable_jit_checkpoint and self._preemption)):
             self.add_callback(callback)
         self._console = replace_progress_callback(self)
