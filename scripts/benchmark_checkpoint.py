@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from benchmarking import append_rows, format_table
 
+from hf_tst.checkpoints.folders import UNFINISHED, finish_checkpoint
+from hf_tst.checkpoints.manifest import flush_folder
 from hf_tst.errors import TSTError
-from hf_tst.training.checkpoint_folders import UNFINISHED, finish_checkpoint
-from hf_tst.training.manifest import flush_folder
 
 NAME = "checkpoint-1"
 

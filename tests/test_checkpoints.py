@@ -13,15 +13,15 @@ from conftest import make_blocks, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tst import TSTTrainer
-from hf_tst.training import manifest
-from hf_tst.training.checkpoint_folders import (
+from hf_tst.checkpoints import manifest
+from hf_tst.checkpoints.folders import (
     UNFINISHED,
     clear_unfinished,
     finish_checkpoint,
     last_complete_checkpoint,
     rotate_checkpoints,
 )
-from hf_tst.training.manifest import MANIFEST_FILE, manifest_problem, write_manifest
+from hf_tst.checkpoints.manifest import MANIFEST_FILE, manifest_problem, write_manifest
 
 
 def steps(folder):

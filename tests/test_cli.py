@@ -14,9 +14,9 @@ from processes import PATIENCE, run_script
 from transformers import AutoModelForCausalLM
 
 from hf_tst import PreemptedError, RunError
+from hf_tst.checkpoints.folders import last_complete_checkpoint
 from hf_tst.cli import main as cli
 from hf_tst.pretraining import pretrain
-from hf_tst.training.checkpoint_folders import last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")

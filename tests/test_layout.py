@@ -16,6 +16,7 @@ ROOMS = {
     "mtp": {"models", "losses"},
     "data": {"bags"},
     "planning": {"models", "mtp", "bags", "losses"},
+    "checkpoints": {"models", "records"},
 }
 ROOMS["training"] = {*ROOMS}
 ROOMS["integrations"] = {*ROOMS}

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Trainer
 from versions import fails_before, params
 
 from hf_tst import TSTTrainer, multi_hot_cross_entropy, token_superposition
+from hf_tst.checkpoints import renamed_weights
 from hf_tst.models.moe import ExpertLoadMeter
 from hf_tst.records.phase_table import phase_rows
 from hf_tst.records.text_tables import format_columns
-from hf_tst.training import checkpoint_weights
 
 WITH_AUX_LOSS = (
     "mixtral",
@@ -252,7 +252,7 @@ def test_a_resumed_run_has_its_experts(
         type(other), "from_pretrained", lambda *args, **kwargs: second.append(1) or load(*args, **kwargs)
     )
     if not in_place:  # as where a weight is computed from several
-        monkeypatch.setattr(checkpoint_weights._View, "contiguous", torch.Tensor.clone)
+        monkeypatch.setattr(renamed_weights._View, "contiguous", torch.Tensor.clone)
     resumed = TSTTrainer(other, make_args(output_dir=str(tmp_path / "resumed")), train_dataset=blocks)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
     assert weights_equal(other, model)

@@ -12,13 +12,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ..bags.phases import PhaseSchedule
+from ..checkpoints.folders import last_complete_checkpoint
 from ..errors import TSTError
 from ..evaluation.breakdown import tally_blocks
 from ..pretraining.model import hub_options
 from ..pretraining.options import ModelArguments, pick
 from ..pretraining.pretrain import main as train
 from ..records.run_record import run_note, write_atomically
-from ..training.checkpoint_folders import last_complete_checkpoint
 from .result import REFUSAL_FILE, read_settings, result_of_run
 
 LAUNCH_FILE = "launch.yaml"  # how a comparison was launched

@@ -13,9 +13,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
 
+from ..checkpoints.manifest import flush_folder
 from ..errors import TSTError, bad_input
 from ..file_lock import lock_file
-from ..training.manifest import flush_folder
 
 logger = logging.getLogger(__name__)
 

@@ -20,16 +20,16 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
+from ..checkpoints.folders import check_checkpoint_is_there
+from ..checkpoints.run_identity import list_checkpoints
 from ..errors import PreemptedError, TSTError
 from ..records.card import CURVE_FILE, why_kept
 from ..records.hub import HubError
 from ..records.phase_table import phase_rows
 from ..records.text_tables import format_columns
 from ..training.arguments import TSTTrainingArguments
-from ..training.checkpoint_folders import check_checkpoint_is_there
 from ..training.console import quiet_libraries
 from ..training.reinitialize import ReinitializeCallback
-from ..training.run_identity import list_checkpoints
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
 from .overwrite import check_no_run_in, holding_folder, put_back, remove_set_aside, set_aside

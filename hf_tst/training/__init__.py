@@ -1,1 +1,1 @@
-"""`TSTTrainer`, its arguments and callbacks, the data and checkpoint folders of a run, and what it refuses."""
+"""`TSTTrainer`, its arguments and callbacks, the data of a run, and what it refuses."""

@@ -1,9 +1,8 @@
-"""Overridden methods: signatures as in Trainer, and which methods a subclass or another parent overrides."""
+"""Which methods a subclass or another parent overrides, and what follows from it for the loss."""
 
 from __future__ import annotations
 
 import inspect
-from functools import wraps
 from typing import Any
 
 from transformers import Trainer
@@ -12,11 +11,6 @@ from transformers.utils import logging
 from ..models.fused import FusedLoss
 
 logger = logging.get_logger(__name__)
-
-
-def signature_of(method: Any) -> Any:
-    """Decorator that gives an override the signature of Trainer's `method`, in any version of Transformers."""
-    return wraps(method, assigned=())
 
 
 def arguments_by_name(*given: Any) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -68,27 +67,6 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
             f"The tokenizer has ids up to {highest}, but the model has embeddings for 0 to {size - 1}: use the model's own tokenizer, "
             f"or add rows with model.resize_token_embeddings({highest + 1}) and save the model."
         )
-
-
-def check_saving(model: Any, tokenizer: Any) -> None:
-    """Raise `TSTError` if a checkpoint could not hold the model's configurations or the tokenizer: they are saved once, and removed."""
-    parts = {"the tokenizer": tokenizer}
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
-        parts["the model's configuration"] = model.config
-        if model.can_generate():
-            parts["the model's generation configuration"] = model.generation_config
-    for name, part in parts.items():
-        if not hasattr(part, "save_pretrained"):
-            continue
-        try:
-            with TemporaryDirectory() as folder:
-                part.save_pretrained(folder)
-        except OSError:  # there is no place for temporary files
-            continue
-        except Exception as error:
-            raise TSTError(
-                f"The first checkpoint would fail, because {name} cannot be saved: {whole_message(error)}."
-            ) from error
 
 
 def check_trainer(trainer: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.collator import holds_bags
 from ..bags.phases import Phase, PhaseSchedule
+from ..checkpoints.saving_trainer import SavingTrainer, signature_of
 from ..errors import bad_input
 from ..models.moe import ExpertLoadMeter, adds_to_loss
 from ..models.shape import ModelShape
@@ -35,7 +36,6 @@ from .overriding import (
     is_patch,
     other_parent,
     overrides,
-    signature_of,
 )
 from .phase_switch import PhaseSwitchCallback
 from .preemption import PreemptionCallback
@@ -43,7 +43,6 @@ from .refusals import check_arguments, check_trainer, warn_of_another_run
 from .row_checks import batch_rules, check_stored_rows
 from .run_data import RunData
 from .run_note import RunNoteCallback
-from .saving_trainer import SavingTrainer
 from .spikes import SpikeCallback
 from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter

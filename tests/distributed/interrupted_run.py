@@ -9,9 +9,9 @@ from conftest import make_blocks, make_model, set_dropout
 from transformers import TrainerCallback
 
 from hf_tst import TSTTrainer, TSTTrainingArguments
+from hf_tst.checkpoints import manifest
+from hf_tst.checkpoints.folders import UNFINISHED
 from hf_tst.cli.main import run_command
-from hf_tst.training import manifest
-from hf_tst.training.checkpoint_folders import UNFINISHED
 
 
 class SignalOne(TrainerCallback):

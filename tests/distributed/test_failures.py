@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_tst import TSTTrainer
+from hf_tst.checkpoints.folders import last_complete_checkpoint
 from hf_tst.training.audit import audit_step, plan_of_arguments
-from hf_tst.training.checkpoint_folders import last_complete_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from typing import Any
 from faulty_run import halve, main
 from processes import PATIENCE, start_process
 
-from hf_tst.training.checkpoint_folders import last_complete_checkpoint
-from hf_tst.training.manifest import manifest_problem
+from hf_tst.checkpoints.folders import last_complete_checkpoint
+from hf_tst.checkpoints.manifest import manifest_problem
 
 COLUMNS = ("fault", "how the run ends", "checkpoints that are there", "resumed from", "weights at the end")
 # Of messages, what differs between machines and versions.

@@ -8,8 +8,8 @@ from fault_catalogue import FAULTS, kept_checkpoints, observe, run, start, unint
 from fault_table import make_table
 from tables import read_table
 
-from hf_tst.training.checkpoint_folders import last_complete_checkpoint
-from hf_tst.training.manifest import manifest_problem
+from hf_tst.checkpoints.folders import last_complete_checkpoint
+from hf_tst.checkpoints.manifest import manifest_problem
 
 TABLE = read_table("docs/faults.md", "faults")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from transformers.trainer_utils import TrainOutput
 from ..models.sharding import without_tied
 from ..models.temporary import replaced
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
-from .checkpoint_folders import check_output_dir, choose_checkpoint
-from .checkpoint_saver import CheckpointSaver
-from .checkpoint_weights import load_renamed_weights
-from .overriding import signature_of
-from .refusals import check_saving
+from .folders import check_output_dir, choose_checkpoint
+from .renamed_weights import load_renamed_weights
+from .saver import CheckpointSaver, check_saving
+
+
+def signature_of(method: Any) -> Any:
+    """Decorator that gives an override the signature of Trainer's `method`, in any version of Transformers."""
+    return wraps(method, assigned=())
 
 
 class SavingTrainer(Trainer):

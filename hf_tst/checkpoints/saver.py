@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint_folders import fail_on_all_ranks, rotate_checkpoints, write_checkpoint
+from ..errors import TSTError, whole_message
+from .folders import fail_on_all_ranks, rotate_checkpoints, write_checkpoint
 from .manifest import flush_folder
 from .run_identity import foreign_checkpoints
 
@@ -95,3 +98,24 @@ class CheckpointSaver:
         if self._flushed is not None:
             wait(self._flushed[1])
             self._flushed = None
+
+
+def check_saving(model: Any, tokenizer: Any) -> None:
+    """Raise `TSTError` if a checkpoint could not hold the model's configurations or the tokenizer: they are saved once, and removed."""
+    parts = {"the tokenizer": tokenizer}
+    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        parts["the model's configuration"] = model.config
+        if model.can_generate():
+            parts["the model's generation configuration"] = model.generation_config
+    for name, part in parts.items():
+        if not hasattr(part, "save_pretrained"):
+            continue
+        try:
+            with TemporaryDirectory() as folder:
+                part.save_pretrained(folder)
+        except OSError:  # there is no place for temporary files
+            continue
+        except Exception as error:
+            raise TSTError(
+                f"The first checkpoint would fail, because {name} cannot be saved: {whole_message(error)}."
+            ) from error
