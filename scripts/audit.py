@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from hf_tst import TSTTrainingArguments
+from hf_tst.batches.resume_position import DataPosition
 from hf_tst.cli.main import run_command
-from hf_tst.data.resume_position import DataPosition
 from hf_tst.errors import TSTError
 from hf_tst.experiments.options import parse_list
 from hf_tst.pretraining.options import (

@@ -39,7 +39,7 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_tst import PhaseSchedule, TSTError, TSTTrainer, TSTTrainingArguments
-from hf_tst.data.read_order import DataPlan, longest_plan
+from hf_tst.batches.read_order import DataPlan, longest_plan
 
 VOCAB_SIZE = 97
 BLOCK_LENGTH = 12

@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
 from hf_tst import PhaseSchedule, TSTTrainer, TSTTrainingArguments
-from hf_tst.data.read_order import BatchLayout, DataPlan
-from hf_tst.data.resume_position import DataPosition
-from hf_tst.data.rows import EpochSampler, PlannedRows
+from hf_tst.batches.read_order import BatchLayout, DataPlan
+from hf_tst.batches.resume_position import DataPosition
+from hf_tst.batches.rows import EpochSampler, PlannedRows
 from hf_tst.data.streams import BlockStream
 from hf_tst.training.audit import audit_step, plan_of_arguments, plan_of_position, verify_plan
 

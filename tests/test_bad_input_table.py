@@ -37,11 +37,11 @@ from hf_tst import (
     token_superposition,
 )
 from hf_tst.bags.folding import fold_into_bags
+from hf_tst.batches.resume_position import DataPosition
 from hf_tst.cli import card as run_card
 from hf_tst.cli import plan as planning
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
-from hf_tst.data.resume_position import DataPosition
 from hf_tst.pretraining import parts
 from hf_tst.pretraining.pretrain import main
 from hf_tst.records.run_record import RunRecord

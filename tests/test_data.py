@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from processes import run_script
 
 from hf_tst import PhaseSchedule, TSTError
-from hf_tst.data.block_reader import BlockReader
-from hf_tst.data.blocks import BlockFacts, BlockRules, check_blocks
-from hf_tst.data.read_order import BatchLayout, DataPlan, Permutation
-from hf_tst.data.resume_position import DataPosition
-from hf_tst.data.rows import EpochSampler, PlannedRows, StreamedRows
+from hf_tst.batches.block_reader import BlockReader
+from hf_tst.batches.blocks import BlockFacts, BlockRules, check_blocks
+from hf_tst.batches.read_order import BatchLayout, DataPlan, Permutation
+from hf_tst.batches.resume_position import DataPosition
+from hf_tst.batches.rows import EpochSampler, PlannedRows, StreamedRows
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))

@@ -14,7 +14,8 @@ ROOMS = {
     "models": {"losses", "bags"},
     "evaluation": {"models"},
     "mtp": {"models", "losses"},
-    "data": {"bags"},
+    "data": set(),
+    "batches": {"bags", "data"},
     "planning": {"models", "mtp", "bags", "losses"},
     "checkpoints": {"models", "records"},
 }

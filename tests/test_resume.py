@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from versions import fails_before
 
 from hf_tst import TSTTrainer
-from hf_tst.data.read_order import Permutation
-from hf_tst.data.resume_position import DataPosition
+from hf_tst.batches.read_order import Permutation
+from hf_tst.batches.resume_position import DataPosition
 from hf_tst.data.streams import BlockStream
 from hf_tst.records.run_record import RunRecord
 

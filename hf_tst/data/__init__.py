@@ -1,1 +1,1 @@
-"""From text to blocks of tokens, and from blocks to the rows that each optimizer step reads."""
+"""From text to blocks of tokens, on disk or cut from a stream. Knows nothing of superposition."""

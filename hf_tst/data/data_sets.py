@@ -58,6 +58,12 @@ def _tell_unread_files(folder: str, splits: Mapping[str, Iterable[str]]) -> None
         )
 
 
+def is_stored(rows: Any) -> bool:
+    """Whether the rows of a data set are those that a `datasets.Dataset` has stored, and not made by a transform as they are read."""
+    form = getattr(rows, "format", None)
+    return hasattr(rows, "select_columns") and isinstance(form, Mapping) and form.get("type") != "custom"
+
+
 def read_rows(documents: Iterable[Any]) -> Iterator[Any]:
     """The rows of a data set or stream of `datasets`.
 

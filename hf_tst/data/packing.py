@@ -11,9 +11,8 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import TSTError
-from .blocks import is_stored
 from .columns import TOKENS, choose_column, is_readable, log_column, no_text
-from .data_sets import read_rows
+from .data_sets import is_stored, read_rows
 from .text_files import in_parts
 from .written_once import open_arrow, written_once
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..data.blocks import check_blocks
+from ..batches.blocks import check_blocks
 from ..errors import TSTError
 from ..models.fused import check_fusable
 from ..models.shape import ModelShape

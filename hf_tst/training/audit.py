@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.read_order import BatchLayout, DataPlan
-from ..data.resume_position import DataPosition
+from ..batches.read_order import BatchLayout, DataPlan
+from ..batches.resume_position import DataPosition
 from ..errors import TSTError
 from .arguments import TSTArguments
 from .schedule import make_plan

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.folding import IGNORE_INDEX
-from ..data.blocks import IDS_ALONE, BlockRules, as_block
-from ..data.folded_batches import FoldingCollator
-from ..data.rows import PhaseCollator
+from ..batches.blocks import IDS_ALONE, BlockRules, as_block
+from ..batches.folded_batches import FoldingCollator
+from ..batches.rows import PhaseCollator
 from ..errors import TSTError
 from .arguments import TSTArguments
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.blocks import SAMPLED_BLOCKS, BlockRules
+from ..batches.blocks import SAMPLED_BLOCKS, BlockRules
 from ..models.shape import context_length, embedding_size
 from .collators import keeps_ids
 

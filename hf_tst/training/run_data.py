@@ -16,9 +16,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.folded_batches import FoldedBatches
-from ..data.resume_position import DataPosition
-from ..data.rows import STREAM_STATE, PlannedRows, StreamedRows, one_thread
+from ..batches.folded_batches import FoldedBatches
+from ..batches.resume_position import DataPosition
+from ..batches.rows import STREAM_STATE, PlannedRows, StreamedRows, one_thread
 from ..errors import TSTError
 
 logger = logging.get_logger(__name__)

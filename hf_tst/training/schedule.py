@@ -9,7 +9,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
-from ..data.read_order import DataPlan, longest_plan
+from ..batches.read_order import DataPlan, longest_plan
 from ..errors import TSTError
 from .arguments import TSTArguments
 

@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, NO_DOCUMENT_ENDS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..data.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
-from ..data.folded_batches import FoldedBatches
-from ..data.read_order import BatchLayout
-from ..data.resume_position import DataPosition
-from ..data.rows import EpochSampler, PlannedRows, StreamedRows, stream_facts
+from ..batches.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
+from ..batches.folded_batches import FoldedBatches
+from ..batches.read_order import BatchLayout
+from ..batches.resume_position import DataPosition
+from ..batches.rows import EpochSampler, PlannedRows, StreamedRows, stream_facts
 from ..errors import TSTError
 from ..models.temporary import replaced
 from .arguments import TSTArguments

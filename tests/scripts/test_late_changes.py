@@ -22,7 +22,7 @@ from transformers.loss import loss_utils
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_tst import TSTError, TSTTrainer, token_superposition
-from hf_tst.data.blocks import BlockRules
+from hf_tst.batches.blocks import BlockRules
 
 HALF = {"tst_phase_ratio": 0.5, "tst_bag_size": S, "max_steps": 6}
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 from transformers import TrainerCallback, default_data_collator
 
 from hf_tst import DataCollatorForTokenSuperposition, PhaseSchedule, TSTError, TSTTrainer
-from hf_tst.data.folded_batches import FoldedBatches
-from hf_tst.data.rows import EpochSampler
+from hf_tst.batches.folded_batches import FoldedBatches
+from hf_tst.batches.rows import EpochSampler
 
 LENGTH = 12
 # Block i holds the token i alone, so that a batch says which blocks it reads.

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
 from ..bags.phases import PhaseSchedule
+from ..data.streams import describe_stream, number_of_shards, open_stream, stream_state
 from ..errors import TSTError, bad_input, whole_message
 from .block_reader import BlockReader, join_blocks
 from .blocks import NO_RULES, TOKEN_COLUMNS, BlockFacts, BlockRules, as_block, check_columns, copied
 from .random_numbers import DataRandomNumbers
 from .read_order import BatchLayout, DataPlan
-from .streams import describe_stream, number_of_shards, open_stream, stream_state
 
 logger = logging.get_logger(__name__)
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS
 from ..bags.folding import IGNORE_INDEX
+from ..data.data_sets import is_stored
 from ..errors import TSTError, bad_input
 
 logger = logging.get_logger(__name__)
@@ -361,12 +362,6 @@ def _tokens(block: Mapping[str, Any], index: int) -> NDArray[np.int64]:
             index, f"needs input_ids that are one row of whole numbers, but they are {found}: tokenize it"
         )
     return tokens.astype(np.int64, copy=False)
-
-
-def is_stored(blocks: Any) -> bool:
-    """Whether the rows of a data set are those that a `datasets.Dataset` has stored, and not made by a transform as they are read."""
-    form = getattr(blocks, "format", None)
-    return hasattr(blocks, "select_columns") and isinstance(form, Mapping) and form.get("type") != "custom"
 
 
 def holds_ids(blocks: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bags.collator import check_all_have
+from ..data.data_sets import is_stored
 from .blocks import (
     NO_RULES,
     TOKEN_COLUMNS,
@@ -22,7 +23,6 @@ from .blocks import (
     check_stored_lengths,
     copied,
     holds_ids,
-    is_stored,
 )
 
 
