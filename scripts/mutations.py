@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("checkpoints of another run", "checkpoints/run_identity.py", "return starts == run[: len(starts)] and", "return starts == starts and", "checkpoints"),
     Mutation("a finished run is kept", "pretraining/overwrite.py", '("trainer_state.json", "config.json", "adapter_config.json")', '("adapter_config.json",)', "console"),
     Mutation("a replaced run comes back", "pretraining/overwrite.py", "        path.rename(folder / path.name)", "        pass", "console"),
-    Mutation("one line per log", "training/console.py", 'if not (control.should_evaluate and "loss" in logs):', "if logs:", "console"),
+    Mutation("one line per log", "training/callbacks/console.py", 'if not (control.should_evaluate and "loss" in logs):', "if logs:", "console"),
 ]  # fmt: skip
 
 

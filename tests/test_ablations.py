@@ -19,7 +19,7 @@ from hf_tst.pretraining.options import (
     parse_values,
 )
 from hf_tst.pretraining.recipes import read_config
-from hf_tst.training.reinitialize import ReinitializeCallback
+from hf_tst.training.callbacks.reinitialize import ReinitializeCallback
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "configs" / "ablations"
 ABLATIONS = {

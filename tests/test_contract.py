@@ -126,7 +126,7 @@ def test_no_other_private_name_is_used():
     private = {name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")}
     private |= {"_signature_columns", "_train_batch_size"}
     used = set()
-    for path in [*(PACKAGE / "checkpoints").glob("*.py"), *(PACKAGE / "training").glob("*.py")]:
+    for path in [*(PACKAGE / "checkpoints").rglob("*.py"), *(PACKAGE / "training").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             # A constant is the name of a method that may be overridden.
             field = {ast.Attribute: "attr", ast.Constant: "value"}.get(type(node), "name")

@@ -23,7 +23,7 @@ from hf_tst.mtp.heads import MTP_KINDS
 from hf_tst.planning.estimate import Layout, plan_run
 from hf_tst.planning.flops import step_flops
 from hf_tst.planning.reference import ACCELERATORS, peak_tflops
-from hf_tst.training import token_meter
+from hf_tst.training.callbacks import token_meter
 
 SIZES = {
     "vocab_size": 160,

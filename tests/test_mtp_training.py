@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_tst import TSTTrainer
 from hf_tst.mtp.heads import MTP_KINDS
-from hf_tst.training.mtp_callback import FILE_NAME
+from hf_tst.training.callbacks.extra_heads import FILE_NAME
 
 SWITCH = 3  # of 10 steps with the default tst_phase_ratio
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
 from hf_tst import PhaseSchedule, RunError, TSTTrainer
-from hf_tst.training.non_finite import NonFiniteCallback
+from hf_tst.training.callbacks.non_finite import NonFiniteCallback
 
 WAITS = torch.ops.aten._local_scalar_dense.default  # of `item`, `float`, `bool` of a tensor
 
@@ -113,7 +113,7 @@ def test_arguments_are_those_given_in_checkpoints_and_when_training_is_over(llam
 
 
 def test_it_stops_though_nothing_is_logged_for_long(llama, make_args, monkeypatch):
-    monkeypatch.setattr("hf_tst.training.non_finite._MOST_NOTES", 6)
+    monkeypatch.setattr("hf_tst.training.callbacks.non_finite._MOST_NOTES", 6)
     with torch.no_grad():
         next(llama.parameters()).fill_(math.nan)
     args = make_args(logging_steps=1000, tst_save_at_switch=False, tst_phase_ratio=0.9)

@@ -11,7 +11,7 @@ from test_resume import StopAt
 from transformers import TrainerCallback
 
 from hf_tst import RunError, TSTError, TSTTrainer
-from hf_tst.training.spikes import SPIKES
+from hf_tst.training.callbacks.spikes import SPIKES
 
 OPTIONS = {"max_steps": 20, "tst_phase_ratio": 0.5, "tst_spike_window": 8, "tst_spike_threshold": 8.0}
 

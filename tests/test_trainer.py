@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from hf_tst import TSTError, TSTTrainer, multi_hot_cross_entropy
 from hf_tst.bags.weighting import OFFSET_WEIGHTINGS
-from hf_tst.training import non_finite, token_meter
+from hf_tst.training.callbacks import non_finite, token_meter
 
 LOG_V = math.log(VOCAB_SIZE)
 

@@ -18,7 +18,7 @@ from ..data.files import matching_files
 from ..errors import TSTError, bad_input, check_at_least, check_names, whole_message
 from ..models.shape import context_length
 from ..training.arguments import TSTTrainingArguments
-from ..training.reinitialize import Reinitialized
+from ..training.callbacks.reinitialize import Reinitialized
 from .parser import ArgumentParser, flag_names
 from .recipes import quick_start, read_config, replaced_names, split_recipe
 

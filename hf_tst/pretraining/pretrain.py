@@ -28,8 +28,8 @@ from ..records.hub import HubError
 from ..records.phase_table import phase_rows
 from ..records.text_tables import format_columns
 from ..training.arguments import TSTTrainingArguments
-from ..training.console import quiet_libraries
-from ..training.reinitialize import ReinitializeCallback
+from ..training.callbacks.console import quiet_libraries
+from ..training.callbacks.reinitialize import ReinitializeCallback
 from ..training.trainer import TSTTrainer
 from .options import DataArguments, ModelArguments, RunArguments, parse_arguments
 from .overwrite import check_no_run_in, holding_folder, put_back, remove_set_aside, set_aside

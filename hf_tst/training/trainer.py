@@ -26,10 +26,15 @@ from ..models.temporary import replaced
 from ..planning.flops import find_shape, flops_per_token
 from ..records.card import write_card_of_trainer
 from .arguments import TSTArguments, TSTTrainingArguments
+from .callbacks.console import replace_progress_callback
+from .callbacks.extra_heads import MTPCallback, check_same_heads, keeping_heads
+from .callbacks.non_finite import NonFiniteCallback
+from .callbacks.phase_switch import PhaseSwitchCallback
+from .callbacks.preemption import PreemptionCallback
+from .callbacks.run_note import RunNoteCallback
+from .callbacks.spikes import SpikeCallback
+from .callbacks.token_meter import TokenMeterCallback
 from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
-from .console import replace_progress_callback
-from .mtp_callback import MTPCallback, check_same_heads, keeping_heads
-from .non_finite import NonFiniteCallback
 from .overriding import (
     arguments_by_name,
     choose_fused_losses,
@@ -37,16 +42,11 @@ from .overriding import (
     other_parent,
     overrides,
 )
-from .phase_switch import PhaseSwitchCallback
-from .preemption import PreemptionCallback
 from .refusals import check_arguments, check_trainer, warn_of_another_run
 from .row_checks import batch_rules, check_stored_rows
 from .run_data import RunData
-from .run_note import RunNoteCallback
-from .spikes import SpikeCallback
 from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter
-from .token_meter import TokenMeterCallback
 from .train_dataloader import check_plain_resume, fold_own_loader, make_loader, open_run_data, plain_loader
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..bags.phases import PhaseSchedule
-from ..errors import TSTError, check_choice
+from ...bags.phases import PhaseSchedule
+from ...errors import TSTError, check_choice
 
 logger = logging.get_logger(__name__)
 

@@ -8,8 +8,8 @@ from uuid import uuid4
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..checkpoints.run_identity import take_folder
-from ..records.run_record import RUN_ID, RUN_NOTE, restored_arguments, run_note, run_notes
+from ...checkpoints.run_identity import take_folder
+from ...records.run_record import RUN_ID, RUN_NOTE, restored_arguments, run_note, run_notes
 from .token_meter import device_peak
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..errors import RunError
+from ...errors import RunError
 
 logger = logging.get_logger(__name__)
 

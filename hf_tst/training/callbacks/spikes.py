@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..errors import RunError
+from ...errors import RunError
 from .non_finite import drop_gradient, name_blocks
 
 logger = logging.get_logger(__name__)

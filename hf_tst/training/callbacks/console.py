@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 from transformers.trainer_utils import has_length
 from transformers.utils import logging as transformers_logging
 
-from ..records.run_record import UTILIZATION
+from ...records.run_record import UTILIZATION
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 SPEED = "tst_raw_tokens_per_second"

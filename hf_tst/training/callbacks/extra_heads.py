@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..errors import TSTError
-from ..models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
-from ..mtp.heads import MTPHeads, attached_heads
-from ..mtp.losses import LOSS_WEIGHTS, extra_losses
-from .arguments import TSTArguments
+from ...errors import TSTError
+from ...models.sharding import full_state_dict, left_out_of_optimizer, load_full_state_dict
+from ...mtp.heads import MTPHeads, attached_heads
+from ...mtp.losses import LOSS_WEIGHTS, extra_losses
+from ..arguments import TSTArguments
 
 FILE_NAME = "mtp_heads.safetensors"
 # Whether the optimizer of the checkpoint has states for the heads: it has them from the first next-token step on.

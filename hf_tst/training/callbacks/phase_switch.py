@@ -8,12 +8,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..errors import TSTError
-from ..models.fused import TSTLoss
-from ..models.probes import check_document_attention, check_ids_reach_the_embedding_alone
-from ..models.superposition import find_language_model, fused_next_token_loss, token_superposition
-from .arguments import TSTArguments
-from .refusals import check_loss, warn_of_early_stopping
+from ...errors import TSTError
+from ...models.fused import TSTLoss
+from ...models.probes import check_document_attention, check_ids_reach_the_embedding_alone
+from ...models.superposition import find_language_model, fused_next_token_loss, token_superposition
+from ..arguments import TSTArguments
+from ..refusals import check_loss, warn_of_early_stopping
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from ..planning.reference import peak_tflops
-from ..records.run_record import UTILIZATION
+from ...planning.reference import peak_tflops
+from ...records.run_record import UTILIZATION
 
 logger = logging.get_logger(__name__)
 
