@@ -69,8 +69,7 @@ def _train(config: Path) -> None:
     rows = trainer.get_total_train_batch_size(args)
     schedule = trainer.schedule or PhaseSchedule(trainer.state.max_steps, 0, 1)
     length = len(next(iter(trainer.eval_dataset))["input_ids"])
-    run = run_note(args, trainer.accelerator.unwrap_model(trainer.model), schedule.switch_step, rows)
-    result = result_of_run(trainer.state.log_history, schedule, rows * length, run)
+    result = result_of_run(trainer.state.log_history, schedule, rows * length, run_note(trainer))
     # Load the model as a user does: in the trainer it may be sharded.
     named = pick(read_settings(config) or {}, ModelArguments)
     model = AutoModelForCausalLM.from_pretrained(

@@ -186,9 +186,7 @@ def write_card_of_trainer(trainer: Any, *positional: Any, **kwargs: Any) -> None
     metadata = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
     repo_id = trainer.hub_model_id or given.get("model_name")
     output_dir = Path(trainer.args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    switch_step = trainer.schedule.switch_step if trainer.schedule else 0
-    now = run_note(trainer.args, model, switch_step, trainer.get_total_train_batch_size(trainer.args))
+    now = run_note(trainer)
     record = RunRecord.from_state(vars(trainer.state), now)
     try:
         path = write_model_card(output_dir, record, repo_id=repo_id, **metadata)
@@ -198,7 +196,7 @@ def write_card_of_trainer(trainer: Any, *positional: Any, **kwargs: Any) -> None
     if now["library_name"] == "peft":
         from huggingface_hub import ModelCard
 
-        model.create_or_update_model_card(str(output_dir))
+        trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(output_dir))
         _seal(ModelCard.load(path)).save(path)  # PEFT may have added how the model is quantized
 
 

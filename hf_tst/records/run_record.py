@@ -163,21 +163,15 @@ def _evaluation_of_weights(state: Mapping[str, Any], loads_best: bool) -> Mappin
     return evaluations[-1] if evaluations else {}
 
 
-def run_note(args: Any, model: Any, switch_step: int, rows_per_step: int) -> dict[str, Any]:
-    """The note of a run at its start: arguments, versions and hardware.
-
-    Args:
-        args ([`TSTTrainingArguments`]): Its arguments.
-        model: Its model, not wrapped for training.
-        switch_step (`int`), rows_per_step (`int`): See [`RunRecord`].
-    """
-    values = args.to_dict()
+def run_note(trainer: Any) -> dict[str, Any]:
+    """The note of a [`TSTTrainer`]'s run: arguments, versions and hardware."""
+    values, model = trainer.args.to_dict(), trainer.accelerator.unwrap_model(trainer.model)
     return {
-        "switch_step": switch_step,
-        "rows_per_step": rows_per_step,
+        "switch_step": trainer.schedule.switch_step if trainer.schedule else 0,
+        "rows_per_step": trainer.get_total_train_batch_size(trainer.args),
         "arguments": {name: values[name] for name in ARGUMENTS if name in values},
         "parameters": _saved_parameters(model),
-        "hardware": describe_hardware(args.world_size),
+        "hardware": describe_hardware(trainer.args.world_size),
         "software": describe_software(),
         "base_model": loaded_from(model),
         "library_name": "peft" if hasattr(model, "peft_config") else "transformers",

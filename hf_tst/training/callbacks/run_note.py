@@ -26,8 +26,7 @@ class RunNoteCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rows_per_step = self._trainer.get_total_train_batch_size(args)
-        run = run_note(args, kwargs["model"], self._trainer.schedule.switch_step, rows_per_step)
+        run = run_note(self._trainer)
         groups = getattr(kwargs.get("optimizer"), "param_groups", None) or []
         if restored := restored_arguments(vars(state), run["arguments"], groups):
             asked = " and ".join(f"{name}={run['arguments'][name]:g}" for name in restored)
