@@ -8,17 +8,16 @@ there last. Names that begin with `_` are not pushed to the Hub.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
-
 from ..records.run_record import RUN_ID, run_notes, write_atomically
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "_run.json"
+STATE_FILE = "trainer_state.json"  # as Transformers names it, whose import takes seconds
 
 # The starts of a run: pairs of the first step and the id. Checkpoints of the plain Trainer have none.
 Starts = list[tuple[int, str]]
@@ -64,7 +63,7 @@ def foreign_checkpoints(output_dir: str | Path) -> list[Path]:
 def _led_to(run: Starts, folder: Path, step: int) -> bool:
     """Whether a run with these starts has written a checkpoint or was resumed from it."""
     try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         starts = _starts(state)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return True

@@ -14,6 +14,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..checkpoints.manifest import flush_folder
+from ..checkpoints.run_identity import list_checkpoints
 from ..errors import TSTError, bad_input
 from ..file_lock import lock_file
 
@@ -30,12 +31,6 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The folders `checkpoint-<step>`, found without torch."""
-    found = folder.glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()]
-
-
 def check_no_run_in(output_dir: str, command: str) -> None:
     """Raise `TSTError` if a folder holds a run.
 
@@ -50,7 +45,7 @@ def check_no_run_in(output_dir: str, command: str) -> None:
             f"{output_dir} holds a finished run: `{command} --overwrite_output_dir` replaces it, and "
             f"`{elsewhere} --output_dir {quote(output_dir.rstrip('/') + '-2')}` keeps it."
         )
-    if _checkpoints(folder) or is_set_aside(folder):
+    if list_checkpoints(folder) or is_set_aside(folder):
         raise TSTError(
             f"{output_dir} holds a run that is not finished: `{command} --resume_from_checkpoint last` continues it, and "
             f"`{command} --overwrite_output_dir` replaces it."
@@ -109,7 +104,7 @@ def set_aside(folder: Path) -> None:
     aside.mkdir(exist_ok=True)
     try:
         files = [path for name in RUN_FILES for path in folder.glob(name) if path.is_file()]
-        for path in [*_checkpoints(folder), *files]:
+        for path in [*list_checkpoints(folder).values(), *files]:
             if not keeps:
                 path.rename(aside / path.name)
             elif path.is_dir():
@@ -141,6 +136,6 @@ def remove_set_aside(folder: Path) -> None:
     if not is_set_aside(folder):
         return
     with suppress(OSError):
-        for checkpoint in _checkpoints(folder):
+        for checkpoint in list_checkpoints(folder).values():
             flush_folder(checkpoint)
         shutil.rmtree(folder / REPLACED, ignore_errors=True)
