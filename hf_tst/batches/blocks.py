@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -237,8 +238,9 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     """Check that a map-style data set holds full, equal blocks of tokens.
 
     256 blocks spread over the data are read and, of a `datasets.Dataset` without a transform, the first 100 000 stored lengths. Of
-    a list, every length is looked at. Blocks are checked again as they are read. A warning is logged if documents are to be kept apart
-    and none of these blocks says where one ends: it is no error, since documents may be longer than all of them.
+    a list, every length is looked at. Blocks are checked again as they are read. A warning is logged if the first blocks overlap, and if
+    documents are to be kept apart and none of these blocks says where one ends: it is no error, since documents may be longer than all
+    of them.
 
     Args:
         blocks: The data set.
@@ -278,7 +280,26 @@ def check_blocks(blocks: Any, rules: BlockRules = NO_RULES) -> BlockFacts:
     elif stored:
         lengths = blocks.select_columns("input_ids").with_format("arrow")[: min(CHECKED_LENGTHS, len(blocks))]
         check_stored_lengths(lengths["input_ids"], length, range(len(lengths)))
+    _warn_of_overlap([_tokens(as_block(blocks[index]), index) for index in range(min(4, len(blocks)))])
     return BlockFacts(len(blocks), length, digest.hexdigest()[:16])
+
+
+def _warn_of_overlap(first: Sequence[NDArray[np.int64]]) -> None:
+    """Warn if the first blocks of the data overlap, as windows with a stride do."""
+    length = len(first[0])
+    shared = []
+    for one, following in pairwise(first):
+        # An overlap begins where this block has the first token of the next one.
+        sizes = {length - int(at) for at in np.flatnonzero(one == following[0])}
+        shared.append(
+            {size for size in sizes if 8 <= size < length and np.array_equal(one[-size:], following[:size])}
+        )
+    overlaps = set.intersection(*shared) if len(shared) > 1 else set()
+    if overlaps and len(np.unique(first[0])) > 4:
+        logger.warning(
+            f"Consecutive blocks share {max(overlaps)} of their {length} tokens, as windows with a stride do. A row of superposition "
+            "joins consecutive blocks and would read these tokens several times: cut the text into blocks that do not overlap."
+        )
 
 
 def are_shifted(tokens: Any, labels: Any) -> bool:

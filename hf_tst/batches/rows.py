@@ -194,7 +194,10 @@ class StreamedRows(Dataset[Row]):
     @property
     def column_names(self) -> list[str] | None:
         """The columns, under the name that `datasets` uses; `None` if only the stream knows them. Some trainers read it."""
-        return None if self.columns is None else list(self.columns)
+        known = getattr(self.blocks, "column_names", None) or self.columns
+        if known is None:
+            return None
+        return [name for name in known if self.columns is None or name in self.columns]
 
     def __len__(self) -> int:
         return self.schedule.max_steps * self.layout.rows_per_step

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -17,7 +15,7 @@ from transformers.utils import logging
 
 from ..bags.collator import DOCUMENT_COLUMNS, NO_DOCUMENT_ENDS, DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
-from ..batches.blocks import TOKEN_COLUMNS, BlockFacts, as_block, check_blocks
+from ..batches.blocks import TOKEN_COLUMNS, BlockFacts, check_blocks
 from ..batches.folded_batches import FoldedBatches
 from ..batches.read_order import BatchLayout
 from ..batches.resume_position import DataPosition
@@ -65,14 +63,11 @@ def open_run_data(trainer: Any) -> RunData:
     if streamed:
         schedule, workers = choose_schedule(args, blocks, layout.rows_per_step), args.dataloader_num_workers
         rows = StreamedRows(blocks, schedule, layout, workers, seed=order_seed(args), **reading)
-        columns = getattr(blocks, "column_names", None)
     else:
         plan = make_plan(args, len(blocks), layout.rows_per_step)
         warn_of_fewer_steps(args, plan.schedule, len(blocks) / layout.rows_per_step)
         rows = PlannedRows(blocks, plan, **reading)
-        columns = rows.column_names
-        _warn_of_overlap(blocks, facts)
-    if respects and end is None and columns and not {*columns} & {*DOCUMENT_COLUMNS}:
+    if respects and end is None and rows.column_names and not {*rows.column_names} & {*DOCUMENT_COLUMNS}:
         raise TSTError(NO_DOCUMENT_ENDS)
     position = _position(args, rows, layout, facts)
     if facts.block_length and rows.schedule.switch_step:
@@ -172,27 +167,6 @@ def _position(
         split_by_rank=isinstance(rows, StreamedRows) and rows.split_by_rank,
         stream_workers=rows.workers if isinstance(rows, StreamedRows) else 0,
     )
-
-
-def _warn_of_overlap(blocks: Any, facts: BlockFacts) -> None:
-    """Warn if the first blocks overlap, as windows with a stride do."""
-    first = [
-        np.asarray(as_block(blocks[index])["input_ids"]) for index in range(min(4, facts.num_blocks or 0))
-    ]
-    length = facts.block_length
-    shared = []
-    for one, following in pairwise(first):
-        # An overlap begins where this block has the first token of the next one.
-        sizes = {length - int(at) for at in np.flatnonzero(one == following[0])}
-        shared.append(
-            {size for size in sizes if 8 <= size < length and np.array_equal(one[-size:], following[:size])}
-        )
-    overlaps = set.intersection(*shared) if len(shared) > 1 else set()
-    if overlaps and len(np.unique(first[0])) > 4:
-        logger.warning(
-            f"Consecutive blocks share {max(overlaps)} of their {length} tokens, as windows with a stride do. A row of superposition "
-            "joins consecutive blocks and would read these tokens several times: cut the text into blocks that do not overlap."
-        )
 
 
 def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
