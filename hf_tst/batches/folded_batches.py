@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..bags.collator import DOCUMENT_COLUMNS, DataCollatorForTokenSuperposition, check_no_padding
+from ..bags.collator import DataCollatorForTokenSuperposition
 from ..bags.phases import PhaseSchedule
 from ..errors import TSTError
-from .blocks import POSITIONS_ARE_DROPPED, SHIFTED, TOKEN_COLUMNS, are_shifted, as_block, copied
+from .blocks import copied
+from .collators import fold_batch
 from .random_numbers import DataRandomNumbers
 from .rows import EpochSampler, one_thread
 
@@ -134,75 +135,3 @@ class FoldedBatches(IterableDataset[dict[str, Tensor]]):
             if batch is end:
                 return
             yield batch
-
-
-def fold_batch(batch: Any, rows: int, collator: DataCollatorForTokenSuperposition) -> dict[str, Tensor]:
-    """A batch of bags, made of a batch of tokens from a user's collator.
-
-    Args:
-        batch: A mapping with `input_ids` `(N, L)` and `labels` `(N, L)`, `-100` for no target. It may have an `attention_mask` of
-            ones, and the columns that identify documents.
-        rows (`int`): Rows of bags, a divisor of N. Each joins the tokens of N / rows consecutive rows.
-        collator (`DataCollatorForTokenSuperposition`): Makes the bags.
-
-    Returns:
-        The batch of the collator, with l = N · L / (rows · s), on the device of the given one.
-
-    Raises:
-        TSTError: If the batch lacks labels, has columns that a bag cannot hold, is padded, or does not divide into bags.
-    """
-    names = (
-        {name for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else set()
-    )
-    if not {"input_ids", "labels"} <= names:
-        raise TSTError(
-            f"A training batch must hold input_ids and labels, but has {sorted(names) or type(batch).__name__}: let the collator "
-            "make labels, as DataCollatorForLanguageModeling(tokenizer, mlm=False) does."
-        )
-    if unknown := names - {*TOKEN_COLUMNS, *DOCUMENT_COLUMNS}:
-        raise TSTError(
-            f"The collator's batches hold {', '.join(sorted(unknown))}, which a bag cannot hold: leave it out in superposition."
-        )
-    if "position_ids" in names and collator.document_boundaries == "ignore":
-        logger.warning_once(POSITIONS_ARE_DROPPED)
-    documents = DOCUMENT_COLUMNS if collator.document_boundaries == "respect" else ()
-    used = [name for name in (*TOKEN_COLUMNS, *documents) if name in names]
-    columns = {name: torch.as_tensor(batch[name]) for name in used}
-    if wrong := sorted(name for name, column in columns.items() if column.dim() != 2):
-        raise TSTError(
-            f"The training loader's or collator's batches hold {wrong[0]} of shape {tuple(columns[wrong[0]].shape)}, but the trainer makes "
-            "the bags itself, of batches of shape (rows, tokens): use a collator that makes none."
-        )
-    if columns["labels"].device.type == "cpu" and are_shifted(columns["input_ids"], columns["labels"]):
-        raise TSTError(f"The training loader or collator gives a batch {SHIFTED}.")
-    columns = {name: column.reshape(rows, -1) for name, column in columns.items()}
-    # On a device this waits for it, once for each batch of bags with a mask.
-    check_no_padding("attention_mask" not in columns or bool(columns.pop("attention_mask").all()))
-    return collator.fold(columns)
-
-
-@dataclass(frozen=True)
-class FoldingCollator:
-    """Collates superposition rows with a user's collator of blocks. Its labels count in both phases.
-
-    Args:
-        blocks: The user's collator: from a list of blocks to a batch of tokens.
-        bags (`DataCollatorForTokenSuperposition`): Folds that batch into bags.
-    """
-
-    blocks: Callable[[list[Any]], Any]
-    bags: DataCollatorForTokenSuperposition
-
-    def __call__(self, rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        """A batch of rows, each given as its consecutive blocks."""
-        blocks = [block for row in rows for block in row]
-        batch = self.blocks(blocks)
-        if isinstance(batch, Mapping) and "input_ids" in batch:
-            given = sum(len(as_block(block)["input_ids"]) for block in blocks)
-            made = torch.as_tensor(batch["input_ids"]).numel()
-            if given != made:
-                raise TSTError(
-                    f"The collator got {given} tokens and returned {made}, but a row of bags needs all tokens of its blocks: return all, "
-                    "and set labels to -100 where a token is no target."
-                )
-        return fold_batch(batch, len(rows), self.bags)

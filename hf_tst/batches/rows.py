@@ -1,4 +1,4 @@
-"""The rows of a run, in the order of its plan or of a stream, and their collation by phase.
+"""The rows of a run, in the order of its plan or of a stream.
 
 A batch of a stream contains the state to resume from.
 """
@@ -337,29 +337,6 @@ class EpochSampler(Sampler[int]):
         step = self.first_step
         last_step = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.steps)
         return iter(range(step * self.rows_per_step, last_step * self.rows_per_step))
-
-
-@dataclass
-class PhaseCollator:
-    """Dispatches superposition rows, recovery rows and other features to one collator each.
-
-    Args:
-        superposition: Collator of superposition rows.
-        recovery: Collator of recovery rows.
-        evaluation: Collator of evaluation and prediction.
-    """
-
-    superposition: Callable[[list[Any]], dict[str, Any]]
-    recovery: Callable[[list[Any]], dict[str, Any]]
-    evaluation: Callable[[list[Any]], dict[str, Any]]
-
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
-        if not isinstance(features[0], Row):
-            return self.evaluation(features)
-        collate = self.superposition if features[0].superposed else self.recovery
-        batch = collate([row.columns for row in features])
-        state = features[-1].stream_state
-        return batch if state is None else {**batch, STREAM_STATE: state}
 
 
 @contextmanager

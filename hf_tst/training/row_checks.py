@@ -9,7 +9,7 @@ from torch import nn
 
 from ..batches.blocks import SAMPLED_BLOCKS, BlockRules
 from ..models.shape import context_length, embedding_size
-from .collators import keeps_ids
+from .run_collators import keeps_ids
 
 
 def block_rules(model: Any, tokenizer: Any) -> BlockRules:

@@ -23,9 +23,9 @@ from ..batches.rows import EpochSampler, PlannedRows, StreamedRows, stream_facts
 from ..errors import TSTError
 from ..models.temporary import replaced
 from .arguments import TSTArguments
-from .collators import document_end, keeps_ids
 from .overriding import overrides
 from .row_checks import block_rules
+from .run_collators import document_end, keeps_ids
 from .run_data import RunData
 from .schedule import choose_schedule, make_plan, order_seed, steps_per_epoch, warn_of_fewer_steps
 

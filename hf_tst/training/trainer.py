@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from ..bags.collator import holds_bags
 from ..bags.phases import Phase, PhaseSchedule
+from ..batches.collators import CheckingCollator, DefaultCollator
 from ..checkpoints.saving_trainer import SavingTrainer, signature_of
 from ..errors import bad_input
 from ..models.moe import ExpertLoadMeter, adds_to_loss
@@ -34,7 +35,6 @@ from .callbacks.preemption import PreemptionCallback
 from .callbacks.run_note import RunNoteCallback
 from .callbacks.spikes import SpikeCallback
 from .callbacks.token_meter import TokenMeterCallback
-from .collators import CheckingCollator, DefaultCollator, make_collator, without_added_labels
 from .overriding import (
     arguments_by_name,
     choose_fused_losses,
@@ -44,6 +44,7 @@ from .overriding import (
 )
 from .refusals import check_arguments, check_trainer, warn_of_another_run
 from .row_checks import batch_rules, check_stored_rows
+from .run_collators import make_collator, without_added_labels
 from .run_data import RunData
 from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter

@@ -236,7 +236,7 @@ def test_epochs_of_an_own_loader_are_counted_in_batches(llama, make_args):
 def test_folded_batches_and_planned_rows_give_the_same_loss(llama):
     """The same bags, as rows of L bags of consecutive blocks and as rows of L/s bags of one block each."""
     from hf_tst import DataCollatorForTokenSuperposition, token_superposition
-    from hf_tst.batches.folded_batches import fold_batch
+    from hf_tst.batches.collators import fold_batch
 
     blocks = make_blocks(8)
     batch = default_data_collator(blocks)

@@ -1,85 +1,15 @@
-"""The collators of a run: for superposition, recovery and evaluation."""
+"""Which collators a run has: for superposition, recovery and evaluation."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ..bags.collator import DataCollatorForTokenSuperposition
-from ..bags.folding import IGNORE_INDEX
-from ..batches.blocks import IDS_ALONE, BlockRules, as_block
-from ..batches.folded_batches import FoldingCollator
-from ..batches.rows import PhaseCollator
+from ..batches.collators import DefaultCollator, FoldingCollator, PhaseCollator
 from ..errors import TSTError
 from .arguments import TSTArguments
-
-
-@dataclass(frozen=True)
-class CheckingCollator:
-    """A collator that also checks the ids of its batches. On a GPU, an id without an embedding would crash the process.
-
-    Args:
-        collate: The collator.
-        rules (`BlockRules`): The rules, with the size of the vocabulary.
-    """
-
-    collate: Any
-    rules: BlockRules
-
-    def __call__(self, features: list[Any]) -> Any:
-        """The batch.
-
-        Raises:
-            TSTError: If the batch has an id without an embedding.
-        """
-        batch = self.collate(features)
-        self.rules.check_batch(batch)
-        return batch
-
-
-@dataclass(frozen=True)
-class DefaultCollator:
-    """The collator of evaluation and plain training.
-
-    It is Trainer's own with three additions: a row may be a plain list of ids, rows without labels get their ids as labels, and
-    blocks of equal length need no padding token.
-
-    Args:
-        default: Trainer's collator.
-        adds_labels (`bool`, *optional*, defaults to `True`): Whether rows without labels get them. Prediction does not need them.
-    """
-
-    default: Any
-    adds_labels: bool = True
-
-    def __call__(self, features: list[Any]) -> Any:
-        """The batch."""
-        if isinstance(features[0], IDS_ALONE):
-            features = [as_block(row, index) for index, row in enumerate(features)]
-        first = features[0]
-        if not isinstance(first, Mapping) or "input_ids" not in first or not _are_ids(first["input_ids"]):
-            return self.default(features)
-        given = {"label", "labels", "label_ids"} & set(first)
-        per_token = not given or np.shape(first.get("labels", 0)) == np.shape(first["input_ids"])
-        if per_token and len({len(row["input_ids"]) for row in features}) == 1:
-            batch: Any = DataCollatorForTokenSuperposition(1)(features)
-        else:
-            batch = self.default(features)
-            if not given:
-                padding = batch["attention_mask"] == 0
-                batch = {**batch, "labels": batch["input_ids"].masked_fill(padding, IGNORE_INDEX)}
-        if not given and not self.adds_labels:
-            del batch["labels"]
-        return batch
-
-
-def _are_ids(values: Any) -> bool:
-    """Whether `input_ids` are integers. Models of another kind may take floats."""
-    return bool(np.asarray(values).dtype.kind in "iu")
 
 
 def make_collator(trainer: Any) -> Any:
