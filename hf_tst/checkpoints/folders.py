@@ -4,7 +4,7 @@ A checkpoint is written to `_unfinished/checkpoint-<step>` in the output folder 
 removed, it is moved back there. Trainer and pushes to the Hub ignore `_unfinished`. `manifest.json` holds the size and hash
 of every file and is written last.
 
-The files reach the disk later, while training continues (see [`CheckpointSaver`]). If the machine stops before that, the hashes show
+The files reach the disk later, while training continues (see [`SavingTrainer`]). If the machine stops before that, the hashes show
 it, and an older checkpoint is still there: none is removed before the newer one is on the disk.
 """
 

@@ -1,21 +1,36 @@
-"""A Trainer whose checkpoints are complete or absent. It knows nothing of superposition."""
+"""A Trainer whose checkpoints are complete or absent, and flushed to disk (fsync) while training continues.
+
+It knows nothing of superposition.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..errors import TSTError, whole_message
 from ..models.sharding import without_tied
 from ..models.temporary import replaced
 from ..records.hub import check_repo_holds_no_other_model, explained_hub_errors
-from .folders import check_output_dir, choose_checkpoint
+from .folders import (
+    check_output_dir,
+    choose_checkpoint,
+    fail_on_all_ranks,
+    rotate_checkpoints,
+    write_checkpoint,
+)
+from .manifest import flush_folder
 from .renamed_weights import load_renamed_weights
-from .saver import CheckpointSaver, check_saving
+from .run_identity import foreign_checkpoints
 
 
 def signature_of(method: Any) -> Any:
@@ -33,8 +48,10 @@ class SavingTrainer(Trainer):
     """
 
     def __init__(self, *given: Any, **kwargs: Any) -> None:
-        self._saver = CheckpointSaver(self)
         self._checkpoint: str | None = None  # to resume from, during training
+        self._unfinished: Path | None = None  # the folder of the checkpoint that is being written
+        # The checkpoint written last, and the thread that flushes it to disk: on one process per machine, which may have its own disk.
+        self._flushed: tuple[Path, list[Future[None]]] | None = None
         super().__init__(*given, **kwargs)
 
     @signature_of(Trainer.train)
@@ -54,11 +71,12 @@ class SavingTrainer(Trainer):
             # `log` changes it at the end.
             with replaced(args.__dict__, save_total_limit=args.save_total_limit):
                 result = super().train(self._checkpoint, *positional, **kwargs)
-            self._saver.finish()
+            self._wait_for_disk()
             return result
         finally:
-            self._saver.close()
-            self._checkpoint = None
+            if self._flushed is not None:
+                wait(self._flushed[1])
+            self._checkpoint = self._flushed = None
             self.is_in_train = False  # Trainer does not reset it when training fails
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
@@ -88,8 +106,53 @@ class SavingTrainer(Trainer):
             load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._wait_for_disk()
+        run_dir = Path(self._get_output_dir(trial))
+        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
         write = partial(super()._save_checkpoint, model, trial)
-        self._saver.save(Path(self._get_output_dir(trial)), write, self._add_to_checkpoint)
+        write_checkpoint(checkpoint, self.args, lambda folder: self._write_into(folder, run_dir, write))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        thread = ThreadPoolExecutor(1)
+        flushes = [thread.submit(flush_folder, checkpoint)] if self.args.local_process_index == 0 else []
+        thread.shutdown(wait=False)
+        self._flushed = checkpoint, flushes
+
+    def _write_into(self, folder: Path, run_dir: Path, write: Callable[[], Any]) -> None:
+        """Write this rank's files into `folder`, whose name is that of the checkpoint, by Trainer's own method."""
+        state = self.state
+        # Otherwise Trainer would look for the best checkpoint in `_unfinished`, and wait for other ranks, which may have failed.
+        best_step, state.best_global_step = state.best_global_step, None
+        self._unfinished = folder.parent
+        try:
+            write()
+        finally:
+            self._unfinished, state.best_global_step = None, best_step
+        self._add_to_checkpoint(folder)
+        best = run_dir / f"checkpoint-{best_step}"
+        if best_step and (
+            best_step == state.global_step or (best.is_dir() and best not in foreign_checkpoints(run_dir))
+        ):
+            state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _wait_for_disk(self) -> None:
+        """Wait until the checkpoint written last is on the disk; only then remove those beyond the limit. Every rank must take part.
+
+        Raises:
+            RunError: On all ranks, if it failed on one of them.
+        """
+        if self._flushed is None:
+            return
+        (checkpoint, flushes), self._flushed = self._flushed, None
+        with fail_on_all_ranks(checkpoint, self.args):
+            for flush in flushes:
+                flush.result()
+        if self.args.should_save:
+            keep = {checkpoint.name, Path(self.state.best_model_checkpoint or "").name}
+            keep |= self._kept_checkpoints()
+            rotate_checkpoints(checkpoint.parent, self.args.save_total_limit, keep)
 
     def _add_to_checkpoint(self, folder: Path) -> None:
         """Write what this rank adds to Trainer's files."""
@@ -99,11 +162,11 @@ class SavingTrainer(Trainer):
         return set()
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saver.unfinished or super()._get_output_dir(trial))
+        return str(self._unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # While it is not None, Trainer calls this too early: before the checkpoint is complete.
-        if self._saver.unfinished is None:
+        if self._unfinished is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -144,3 +207,24 @@ class SavingTrainer(Trainer):
         kept = f"The model is saved in {self.args.output_dir}."
         with explained_hub_errors(f"Pushing {self.args.output_dir}", kept):
             return super().push_to_hub(*positional, **kwargs)
+
+
+def check_saving(model: Any, tokenizer: Any) -> None:
+    """Raise `TSTError` if a checkpoint could not hold the model's configurations or the tokenizer: they are saved once, and removed."""
+    parts = {"the tokenizer": tokenizer}
+    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        parts["the model's configuration"] = model.config
+        if model.can_generate():
+            parts["the model's generation configuration"] = model.generation_config
+    for name, part in parts.items():
+        if not hasattr(part, "save_pretrained"):
+            continue
+        try:
+            with TemporaryDirectory() as folder:
+                part.save_pretrained(folder)
+        except OSError:  # there is no place for temporary files
+            continue
+        except Exception as error:
+            raise TSTError(
+                f"The first checkpoint would fail, because {name} cannot be saved: {whole_message(error)}."
+            ) from error
