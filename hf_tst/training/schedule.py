@@ -34,10 +34,10 @@ def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPl
         TSTError: If the data has too few blocks.
     """
 
+    shuffle = args.train_sampling_strategy != "sequential"
+
     def plan(steps: int) -> DataPlan:
-        return DataPlan(
-            num_blocks, make_schedule(args, steps), rows_per_step, order_seed(args), shuffles(args)
-        )
+        return DataPlan(num_blocks, make_schedule(args, steps), rows_per_step, order_seed(args), shuffle)
 
     if args.max_steps <= 0:
         return longest_plan(args.num_train_epochs, plan)
@@ -48,11 +48,6 @@ def make_plan(args: TSTArguments, num_blocks: int, rows_per_step: int) -> DataPl
 def order_seed(args: TSTArguments) -> int:
     """The seed of the order of the data."""
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def shuffles(args: TSTArguments) -> bool:
-    """Whether blocks are read in random order."""
-    return bool(args.train_sampling_strategy != "sequential")
 
 
 def choose_schedule(args: TSTArguments, data: Any, per_step: int) -> PhaseSchedule:
