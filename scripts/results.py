@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tables import ROOT, write_table
@@ -88,33 +88,43 @@ WEIGHTINGS = {
     for targets, power in (("uniform", ""), ("power law", "-power"))
 }
 
+MEAN, LINEAR = "mean of the bag (the paper)", "linear input, power-law targets"
+
+
+def by_weighting(record: str, *also: str) -> dict[str, Row]:
+    """The runs of a record with each of the two weightings, where it has any."""
+    arms = {MEAN: "tst", LINEAR: "tst-linear-power"}
+    rows = {name: Row((), record, arm, also=also) for name, arm in arms.items()}
+    return {name: row for name, row in rows.items() if row.differences}
+
+
+# By steps, text and vocabulary: the runs of each length.
+LENGTHS = {
+    ("1,000", "prose", "16k"): by_weighting("bag-weighting-1000"),
+    ("4,000", "prose", "16k"): by_weighting("bag-weighting-4000"),
+    ("16,000", "prose", "16k"): by_weighting("bag-weighting-16000"),
+    ("16,000, older", "prose", "16k"): by_weighting("prose-16k-16000"),
+    ("16,000, rate 5e-4", "prose", "16k"): by_weighting("prose-16k-5e-4"),
+    ("4,000", "prose", "32k"): by_weighting("prose-32k-4000"),
+    ("8,000", "prose", "32k"): by_weighting("prose-32k-8000"),
+    ("1,000", "mixed", "16k"): by_weighting("one-pass-1000"),
+    ("4,000", "mixed", "16k"): by_weighting("one-pass-4000"),
+    ("16,000", "mixed", "16k"): by_weighting("one-pass-16000"),
+    ("64,000", "mixed", "16k"): by_weighting("one-pass-64000", "one-pass-64000-more", "one-pass-64000-linear"),
+}  # fmt: skip
+# What README shows: the runs by steps, on the text that is read at most once.
+CURVE = {int(steps.replace(",", "")): runs for (steps, text, _), runs in LENGTHS.items() if text == "mixed"}
+
 
 # By question: the columns that tell rows apart, and the rows.
 QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
     "steps": (
-        ("steps", "vocabulary", "bag weights"),
+        ("steps", "text", "vocabulary", "bag weights"),
         [
-            Row(("1,000", "16k", "uniform"), "bag-weighting-1000"),
-            Row(("4,000", "16k", "uniform"), "bag-weighting-4000"),
-            Row(("16,000", "16k", "uniform"), "prose-16k-16000"),
-            Row(("16,000, again", "16k", "uniform"), "bag-weighting-16000"),
-            Row(("16,000, rate 5e-4", "16k", "uniform"), "prose-16k-5e-4"),
-            Row(("1,000, more text", "16k", "uniform"), "one-pass-1000"),
-            Row(("4,000, more text", "16k", "uniform"), "one-pass-4000"),
-            Row(("64,000, more text", "16k", "uniform"), "one-pass-64000", also=("one-pass-64000-more",)),
-            Row(("4,000", "32k", "uniform"), "prose-32k-4000"),
-            Row(("8,000", "32k", "uniform"), "prose-32k-8000"),
-            Row(("1,000", "16k", "linear, power law"), "bag-weighting-1000", "tst-linear-power"),
-            Row(("4,000", "16k", "linear, power law"), "bag-weighting-4000", "tst-linear-power"),
-            Row(("16,000", "16k", "linear, power law"), "bag-weighting-16000", "tst-linear-power"),
-            Row(("1,000, more text", "16k", "linear, power law"), "one-pass-1000", "tst-linear-power"),
-            Row(("4,000, more text", "16k", "linear, power law"), "one-pass-4000", "tst-linear-power"),
-            Row(
-                ("64,000, more text", "16k", "linear, power law"),
-                "one-pass-64000",
-                "tst-linear-power",
-                also=("one-pass-64000-linear",),
-            ),
+            replace(runs[name], labels=(*labels, weights))
+            for name, weights in ((MEAN, "uniform"), (LINEAR, "linear, power law"))
+            for labels, runs in LENGTHS.items()
+            if name in runs
         ],
     ),
     "vocabulary": (
@@ -202,11 +212,6 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
         ],
     ),
 }  # fmt: skip
-# What README shows: the curves, by name, and the runs of each, by steps.
-CURVES = {
-    "mean of the bag (the paper)": WEIGHTINGS["uniform", "uniform"],
-    "linear input, power-law targets": WEIGHTINGS["linear", "power law"],
-}
 
 
 def describe(values: Sequence[float], spec: str) -> str:
@@ -262,14 +267,28 @@ def make_grid() -> str:
     return markdown_table([("s", *(f"r = {ratio}" for ratio in ratios)), *rows])
 
 
+def make_lengths() -> str:
+    """The differences to the baseline by steps, text and vocabulary, a column per weighting."""
+    cells: list[tuple[str, ...]] = [
+        ("steps", "text", "vocabulary", "baseline", MEAN, LINEAR, "seeds", "record")
+    ]
+    for labels, runs in LENGTHS.items():
+        mean = runs[MEAN]
+        record = link_record(mean.record)
+        cells.append((*labels, *describe_runs(runs), str(len(mean.differences)), record))
+    return markdown_table(cells)
+
+
 def make_summary() -> str:
     """README's table: the difference to the baseline by steps."""
-    cells = []
-    for steps in STEPS:
-        rows = [curve[steps] for curve in CURVES.values()]
-        losses = [describe(row.differences, "+.3f") for row in rows]
-        cells.append((f"{steps:,}", describe([*rows[0].baseline.values()], ".3f"), *losses))
-    return markdown_table([("steps", "baseline", *(f"TST, {name}" for name in CURVES)), *cells])
+    cells = [("steps", "baseline", f"TST, {MEAN}", f"TST, {LINEAR}")]
+    return markdown_table([*cells, *((f"{steps:,}", *describe_runs(runs)) for steps, runs in CURVE.items())])
+
+
+def describe_runs(runs: Mapping[str, Row]) -> tuple[str, ...]:
+    """The loss of the baseline, and the difference to it with each of the two weightings; empty without runs."""
+    apart = (describe(runs[name].differences, "+.3f") if name in runs else "" for name in (MEAN, LINEAR))
+    return (describe([*runs[MEAN].baseline.values()], ".3f"), *apart)
 
 
 def draw_rows(name: str) -> Any:
@@ -301,14 +320,14 @@ def draw_summary() -> Any:
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    for (name, rows), color, style in zip(CURVES.items(), COLORS, ("o-", "s--"), strict=False):
-        apart = [row.differences for row in rows.values()]
+    for name, color, style in zip((MEAN, LINEAR), COLORS, ("o-", "s--"), strict=False):
+        apart = [runs[name].differences for runs in CURVE.values()]
         means, spreads = [*map(statistics.mean, apart)], [*map(statistics.stdev, apart)]
-        axes.errorbar(STEPS, means, yerr=spreads, fmt=style, color=color, capsize=4, label=f"TST, {name}")
+        axes.errorbar([*CURVE], means, yerr=spreads, fmt=style, color=color, capsize=4, label=f"TST, {name}")
     axes.axhline(0, color="black", linewidth=1)
-    axes.text(16000, 0.004, "baseline", ha="right")
+    axes.text(max(CURVE), 0.004, "baseline", ha="right")
     axes.set_xscale("log")
-    axes.set_xticks(STEPS, [f"{steps:,}" for steps in STEPS])
+    axes.set_xticks([*CURVE], [f"{steps:,}" for steps in CURVE])
     axes.minorticks_off()
     axes.set_xlabel("optimizer steps of the run")
     axes.set_ylabel("loss minus the baseline's (nats)")
@@ -320,7 +339,7 @@ def draw_summary() -> Any:
 def all_tables() -> list[tuple[str, str, str]]:
     """File, name between the markers, and table."""
     found = {name: make_table(name) for name in QUESTIONS}
-    found |= {"bag-weighting": make_weightings(), "grid": make_grid()}
+    found |= {"steps": make_lengths(), "bag-weighting": make_weightings(), "grid": make_grid()}
     tables = [("docs/results.md", name, table) for name, table in found.items()]
     return [*tables, ("README.md", "results", make_summary())]
 
