@@ -16,6 +16,7 @@ from hf_tst.batches.blocks import BlockFacts, BlockRules, check_blocks
 from hf_tst.batches.read_order import BatchLayout, DataPlan, Permutation
 from hf_tst.batches.resume_position import DataPosition
 from hf_tst.batches.rows import EpochSampler, PlannedRows, StreamedRows
+from hf_tst.data.streams import open_stream
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
@@ -264,6 +265,25 @@ def test_each_pass_over_a_shuffled_stream_has_its_own_order(shards):
     assert passes == [[row["input_ids"][0] for row in stream(data_pass)] for data_pass in range(3)]
     assert len(set(map(tuple, passes))) == 3
     assert [row["input_ids"][0] for row in given] == passes[0]  # the user's own object stands where it stood
+
+
+@pytest.mark.parametrize("kind", ["stored", "skip", "joined"])
+def test_readers_of_one_stream_have_positions_of_their_own(kind):
+    whole = datasets.Dataset.from_list([{"input_ids": [i, i]} for i in range(90)]).to_iterable_dataset(30)
+    joined = datasets.concatenate_datasets([whole.take(30), whole.skip(30)])
+    stream = {"stored": whole, "skip": whole.skip(30), "joined": joined}[kind]
+    first = open_stream(stream, 0, 1, 0)
+    rows = iter(first)
+    for _ in range(20):
+        next(rows)
+    other = iter(open_stream(stream, 0, 1, 0))
+    for _ in range(6):
+        next(other)
+    for _ in range(20):
+        next(rows)
+    resumed = open_stream(stream, 0, 1, 0)
+    resumed.load_state_dict(first.state_dict())
+    assert [*resumed] == [*rows]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

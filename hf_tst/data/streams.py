@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from itertools import chain
 from typing import Any, cast
 
@@ -88,7 +89,8 @@ def open_stream(stream: Any, share: int, shares: int, data_pass: int) -> Any:
         # A copy, since the given stream may be in the middle of a pass and shares its epoch with other loader processes.
         part = split_dataset_by_node(stream, rank=share, world_size=shares)
         if shares == 1:
-            part._distributed = stream._distributed  # a part of one would take other rows of joined streams
+            # A part of one would take other rows of joined streams.
+            part._distributed, part._ex_iterable = stream._distributed, _copied_nodes(stream._ex_iterable)
         part.set_epoch(data_pass)
         return _Share(part)
     if hasattr(stream, "set_epoch"):
@@ -162,6 +164,16 @@ def describe_stream(stream: Any) -> str:
         if states:
             parts.append(f"order {hashlib.sha256(repr(states).encode()).hexdigest()[:16]}")
     return ", ".join([*parts, *filter(None, [getattr(stream, "fingerprint", None)])])
+
+
+def _copied_nodes(node: Any) -> Any:
+    """A node of a stream of `datasets`, and those that it reads from, with positions of their own."""
+    made = copy(node)
+    if hasattr(node, "ex_iterable"):
+        made.ex_iterable = _copied_nodes(node.ex_iterable)
+    if hasattr(node, "ex_iterables"):
+        made.ex_iterables = [_copied_nodes(each) for each in node.ex_iterables]
+    return made
 
 
 def _nodes(stream: Any) -> Iterator[Any]:
