@@ -154,9 +154,9 @@ def describe_stream(stream: Any) -> str:
     import datasets
 
     documents = getattr(stream, "documents", stream)
-    shards = documents.num_shards if isinstance(documents, datasets.IterableDataset) else "unknown"
-    parts = [f"stream of {shards} shards"]
+    parts = ["stream of unknown shards"]
     if isinstance(documents, datasets.IterableDataset):
+        parts = [f"stream of {documents.num_shards} shards"]
         if (part := getattr(documents, "_distributed", None)) is not None:
             parts.append(f"part {part.rank + 1} of {part.world_size}")
         generators = [getattr(node, "generator", None) for node in _nodes(documents)]
