@@ -42,8 +42,8 @@ def replaced_loss(
     Args:
         called: The module that is called: the model, or a PEFT wrapper of it.
         model (`PreTrainedModel`): The Transformers model that has the head and the loss.
-        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weights of the offsets: labels of three dimensions
-            get the multi-hot loss, others the model's own. Without them, ordinary labels get the fused loss.
+        weights (`torch.FloatTensor` of shape `(s,)`, *optional*): Weights of the offsets in the multi-hot loss of 3-D labels;
+            2-D labels then get the model's own loss. Without weights, 2-D labels get the fused next-token loss.
         choice (`str`, *optional*, defaults to `"auto"`): `"auto"` fuses if the head allows it, `"on"` raises an error if it
             does not, `"off"` never fuses. The result and its reason are logged.
 
@@ -135,20 +135,20 @@ class TSTLoss:
     _has_fused: bool = False
     _trains: bool = False
     _loss: Tensor | None = None
-    _batch: _KeptLabels | None = None
-    _bags: _KeptLabels | None = None  # of this pass
+    _batch_labels: _KeptLabels | None = None  # inside `expecting`
+    _pass_labels: _KeptLabels | None = None  # in a training pass over bags
 
     @contextmanager
     def expecting(self, labels: Tensor) -> Iterator[None]:
-        """Context in which other labels of this shape are refused, which the code around the model may make of those of a batch.
+        """Context in which the model refuses labels of the same shape with other values.
 
-        A loss that is computed in parts has labels of other shapes.
+        Labels of other shapes are accepted: a user's loss may be computed in parts.
         """
-        self._batch = _KeptLabels(labels)
+        self._batch_labels = _KeptLabels(labels)
         try:
             yield
         finally:
-            self._batch = None
+            self._batch_labels = None
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,31 +163,24 @@ class TSTLoss:
             kwargs = {**{self.argument_names[i]: args[i] for i in range(len(args))}, **kwargs}
             args = ()
         labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
-        if self._batch is not None:
-            self._check_batch(labels)
-        generates = labels is None and not (isinstance(ids, Tensor) and ids.dim() == 3)
-        if self.takes_cache and not generates and kwargs.get("use_cache") is None:
+        if self._batch_labels is not None:
+            self._check_batch_labels(labels)
+        may_generate = labels is None and not (isinstance(ids, Tensor) and ids.dim() == 3)
+        if self.takes_cache and not may_generate and kwargs.get("use_cache") is None:
             kwargs = {**kwargs, "use_cache": False}
         self._given, self._trains, self._has_fused = kwargs, module.training, False
         dimensions = labels.dim() if isinstance(labels, Tensor) else 0
-        self._bags = None
-        if (
-            isinstance(labels, Tensor)
-            and dimensions == 3
-            and self._trains
-            and not torch.compiler.is_compiling()
-        ):
-            self._bags = _KeptLabels(labels)
+        trains_on_bags = self._trains and dimensions == 3 and not torch.compiler.is_compiling()
+        self._pass_labels = _KeptLabels(kwargs["labels"]) if trains_on_bags else None
         if self._trains:
             self._fuses = dimensions == (2 if self.weights is None else 3)
         else:
-            is_usual = is_next_token_loss(self.own_loss)
-            self._fuses = self.fuses_evaluation and dimensions == 2 and is_usual
+            self._fuses = self.fuses_evaluation and dimensions == 2 and is_next_token_loss(self.own_loss)
         return args, kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: ends the pass, also after an exception, and replaces logits that were not computed."""
-        self._fuses, self._given, self._loss, self._bags = False, {}, None, None
+        self._fuses, self._given, self._loss, self._pass_labels = False, {}, None, None
         if not self._has_fused or torch.compiler.is_compiling():
             return None
         return _without_logits(output)
@@ -202,7 +195,7 @@ class TSTLoss:
         self._fuses, self._has_fused = False, True
         labels, options = self._options(**self._given)
         self._loss = self.head.loss(hidden, labels, **options)
-        if not self._trains:
+        if not self._trains:  # NaN without targets, as the model's own loss
             count = options["num_items_in_batch"]  # over all processes, where there are several
             targets = (labels != options["ignore_index"]).sum() if count is None else torch.as_tensor(count)
             self._loss = torch.where(targets.to(self._loss.device) > 0, self._loss, torch.nan)
@@ -224,12 +217,11 @@ class TSTLoss:
         return multi_hot_cross_entropy(logits, labels.to(logits.device), **options)
 
     @torch.compiler.disable
-    def _check_batch(self, labels: Any) -> None:
+    def _check_batch_labels(self, labels: Any) -> None:
         """Raise `TSTError` if the model is given other labels than those of the batch."""
-        assert self._batch is not None
-        if not isinstance(labels, Tensor) or labels.shape != self._batch.values.shape:
-            return
-        if not self._batch.equal(labels):
+        assert self._batch_labels is not None
+        has_shape = isinstance(labels, Tensor) and labels.shape == self._batch_labels.values.shape
+        if has_shape and not self._batch_labels.equal(labels):
             raise TSTError(
                 "The labels of the batch are changed before the model is called: pass them on as they are. In superposition the labels of a "
                 "position are the tokens of the next bag, so a mask made from input_ids hides the wrong targets; mask labels in the data or in "
@@ -241,18 +233,17 @@ class TSTLoss:
         given = self._given.get("labels")
         if torch.compiler.is_compiling() or given is None:
             return
-        if self._bags is not None:
-            same = self._bags.equal(labels)
+        if self._pass_labels is not None:
+            same = self._pass_labels.equal(labels)
         else:  # a change in place shows in the loss of single tokens, as in plain training
             same = labels is given or (
                 labels.shape == given.shape and torch.equal(labels, given.to(labels.device))
             )
         changed = [] if same else ["labels"]
-        for name, default in (("shift_labels", None), ("ignore_index", -100)):
-            if options.get(name, default) is not self._given.get(name, default) and options.get(
-                name, default
-            ) != self._given.get(name, default):
-                changed.append(name)
+        if options.get("shift_labels") is not self._given.get("shift_labels"):
+            changed.append("shift_labels")
+        if options.get("ignore_index", -100) != self._given.get("ignore_index", -100):
+            changed.append("ignore_index")
         if changed:
             raise TSTError(
                 f"The model's forward changes {', '.join(changed)} before loss_function, so its targets are not those of the batch: mask or "

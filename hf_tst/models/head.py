@@ -107,17 +107,17 @@ def check_loss_is_replaceable(model: Any) -> None:
                 f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
             )
             return
-        labels = given.get("labels")
-        if given and (not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS)):
-            raise TSTError(
-                f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss: set tst_phase_ratio=0."
-            )
         if not given:
             raise TSTError(
                 f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
                 "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
                 "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl); a model of Unsloth "
                 "must be loaded with Transformers instead."
+            )
+        labels = given["labels"]
+        if not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS):
+            raise TSTError(
+                f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss: set tst_phase_ratio=0."
             )
 
 

@@ -18,7 +18,7 @@ from .superposition import FIRST_STAND_IN, find_language_model
 
 logger = logging.get_logger(__name__)
 
-# Tokens per document in the check that attention stays inside documents.
+# Tokens per document in a row of two.
 _LENGTH = 4
 # A change of the logits below this share of the change in a row without boundaries counts as rounding: mixtures of experts and
 # low precision are not exact from one batch to another.
@@ -46,10 +46,10 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
         raise TSTError(
             f"{name} takes no position_ids, so it cannot keep documents apart: set tst_document_boundaries='ignore'."
         )
-    token, other, ascending = _probe_rows(core, rows)
+    tokens, other, ascending = _probe_rows(core, rows)
     with _probing(model):
-        across = _change(model, token, other, position_ids=ascending)
-        inside = _change(model, token, other, position_ids=ascending % _LENGTH)
+        across = _change(model, tokens, other, position_ids=ascending)
+        inside = _change(model, tokens, other, position_ids=ascending % _LENGTH)
     if not inside <= _ROUNDING * across:
         implementation = getattr(core.config, "_attn_implementation", None)
         raise TSTError(
@@ -63,10 +63,10 @@ def check_document_attention(model: nn.Module, rows: int = 2) -> None:
 def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
     """Check that a model reads ids through its input embedding alone, since superposition averages what that gives.
 
-    The ids of a row are changed, to others and to those that the model sees in place of bags, while the input embedding gives what it
-    gave before: the logits must not change, but for noise, which is measured. If the embedding follows, they do, which gives the scale.
-    This takes eight forward passes over a row of eight tokens, without gradients. In sharded training every rank must take part. If the
-    model cannot run them, a warning is logged.
+    The ids of a row are replaced, by other ids and by the stand-ins for bags, while the input embedding returns what it returned for
+    the first ids. The logits must then change by noise only. The limit comes from two measured changes: between two equal passes, and
+    when the embedding gets the other ids, too. This takes eight forward passes over a row of eight tokens, without gradients. In
+    sharded training every rank must take part. If the model cannot run them, a warning is logged.
 
     Args:
         model: The model; it may be wrapped.
@@ -76,12 +76,12 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
     """
     _, core = find_language_model(model)
     name = own_class(core).__name__
-    token, other, ascending = _probe_rows(core, rows=1)
+    tokens, other, ascending = _probe_rows(core, rows=1)
     stand_ins = (FIRST_STAND_IN - ascending).int()
     first: list[Tensor] = []
 
-    def ask_for_token(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return ((token, *args[1:]), kwargs) if args else ((), kwargs | {"input": token})
+    def look_up_tokens(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return ((tokens, *args[1:]), kwargs) if args else ((), kwargs | {"input": tokens})
 
     def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         first.append(output.clone())
@@ -89,15 +89,15 @@ def check_ids_reach_the_embedding_alone(model: nn.Module) -> None:
 
     try:
         with _probing(model):
-            scale = _change(model, token, other, begin=0)
+            scale = _change(model, tokens, other, begin=0)
             embedding = core.get_input_embeddings()
             with (
-                embedding.register_forward_pre_hook(ask_for_token, with_kwargs=True, prepend=True),
+                embedding.register_forward_pre_hook(look_up_tokens, with_kwargs=True, prepend=True),
                 embedding.register_forward_hook(hold),
             ):
-                limit = _ROUNDING * scale + 3 * _change(model, token, token, begin=0)
+                limit = _ROUNDING * scale + 3 * _change(model, tokens, tokens, begin=0)
                 # Stand-ins last: a second table has no row for them, which on a GPU would crash the process. They may give NaN.
-                changes = (_change(model, token, ids, begin=0) for ids in (other, stand_ins))
+                changes = (_change(model, tokens, ids, begin=0) for ids in (other, stand_ins))
                 reads_elsewhere = math.isfinite(limit) and any(not change <= limit for change in changes)
     except Exception as error:  # whatever a model may raise: the check is an extra
         logger.warning(f"Cannot check that ids reach {name} by its input embedding alone: {one_line(error)}.")
@@ -114,8 +114,8 @@ def _probe_rows(core: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary = core.config.get_text_config().vocab_size
     ascending = torch.arange(2 * _LENGTH, device=next(core.parameters()).device).expand(rows, -1)
     # From the middle of the vocabulary, since special tokens, such as padding, are at its ends.
-    token = (vocabulary // 2 + ascending) % vocabulary
-    return token, torch.where(ascending < _LENGTH, (token - _LENGTH) % vocabulary, token), ascending
+    tokens = (vocabulary // 2 + ascending) % vocabulary
+    return tokens, torch.where(ascending < _LENGTH, (tokens - _LENGTH) % vocabulary, tokens), ascending
 
 
 @contextmanager

@@ -211,7 +211,6 @@ def _score_width(module: torch.nn.Module, config: Any) -> int:
 
     heads = first(("num_heads", "n_heads", "n_head"), config.num_attention_heads)
     query = first(("qk_head_dim", "head_dim", "head_size"), config.hidden_size // config.num_attention_heads)
-    times = (
-        2 if hasattr(module, "lambda_init") else 1
-    )  # differential attention: once for each half of its values
+    # Differential attention has scores for each half of its values.
+    times = 2 if hasattr(module, "lambda_init") else 1
     return times * heads * (query + first(("v_head_dim",), query))

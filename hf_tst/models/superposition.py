@@ -27,7 +27,7 @@ from .head import check_loss_is_replaceable
 from .sharding import own_class
 from .temporary import replaced
 
-# What the model sees in place of the first bag; further ones are below. Some families give -1, -100 and -200 a meaning.
+# The stand-in for the first bag; those of other bags are below it. Some families give -1, -100 and -200 a meaning.
 FIRST_STAND_IN = -(2**20)
 
 
@@ -230,9 +230,10 @@ def _is_causal(model: nn.Module) -> bool:
 class _BagInput:
     """Hooks that average the embeddings of a bag where a model looks tokens up; the model's forward sees 2-D ids.
 
-    A family applies to the mean what it applies to its embeddings. The model sees the numbers of the bags in place of ids, far below 0:
-    no table has such a row, so a look-up without averaging fails, and no id counts as padding. The embedding may get them in another
-    order, or in parts. They are int32, so that `torch.compile` recompiles: it does not notice new hooks.
+    What a family does to its embeddings, such as scaling, it does to the mean. In place of ids the model sees stand-ins: the numbers
+    of the bags, counted down from `FIRST_STAND_IN`. No table has such a row, so a look-up without averaging fails, and no stand-in
+    counts as padding. The embedding may get them in another order, or in parts. They are int32, so that `torch.compile` recompiles:
+    it does not notice new hooks.
 
     It holds no reference to the model, so a deep copy of a hooked model has its own hooks.
 
@@ -255,7 +256,7 @@ class _BagInput:
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: records `input_ids` of shape `(B, l, s)`, and passes placeholders of shape `(B, l)` to the model."""
+        """Forward pre-hook: records `input_ids` of shape `(B, l, s)`, and passes stand-ins of shape `(B, l)` to the model."""
         self._bags = self._looked_up = None  # of a pass that was interrupted, where no other hook runs
         input_ids = args[0] if args else kwargs.get("input_ids")
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
@@ -310,7 +311,7 @@ class _BagInput:
         return (bags.flatten(-2), *others), {name: value for name, value in kwargs.items() if name != "input"}
 
     def after_embedding(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
-        """Forward hook: their embeddings `(B, l·s, d)` become one vector for each bag, `(B, l, d)`."""
+        """Forward hook: averages the embeddings `(B, l·s, d)` of the tokens to one vector per bag, `(B, l, d)`."""
         if self._looked_up is None:
             return None
         bags, self._looked_up = self._looked_up, None
