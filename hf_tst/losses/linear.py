@@ -85,11 +85,11 @@ def linear_multi_hot_cross_entropy(
         check_shape("bias", bias, (len(weight),))
     if softcap is not None and not softcap > 0:
         raise TSTError(f"softcap must be more than 0, or None for no cap, but is {softcap}.")
-    device_type, labels = hidden.device.type, labels.to(hidden.device)
+    labels = labels.to(hidden.device)
     weights = resolve_weights(weights, labels)
     targets = count_target_bags(labels, weights=weights, ignore_index=ignore_index)
-    if torch.is_autocast_enabled(device_type):
-        matmul_dtype = torch.get_autocast_dtype(device_type)
+    if torch.is_autocast_enabled(hidden.device.type):
+        matmul_dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
         matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     loss, *_ = torch.ops.hf_tst.linear_multi_hot_cross_entropy(
@@ -225,21 +225,21 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     try:
         torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32)
     except torch.OutOfMemoryError:
-        raise  # which says nothing about `addmm`, and the answer is kept
+        raise  # this is no answer, and `lru_cache` would keep it
     except (TypeError, RuntimeError):
         return False
     return True
 
 
 @_operator.register_fake
-def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _empty_outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     """The outputs of the operator without values, for `torch.compile`."""
     *_, matmul_dtype, needs_grad = options
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     return loss, *_allocate_gradients(hidden, weight, bias, matmul_dtype, needs_grad)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the gradients that the forward pass has computed."""
     hidden, weight, bias, _, _, divisor, *_, matmul_dtype, ctx.needs_grad = inputs
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -270,4 +270,4 @@ def _backward(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor |
     return (*gradients, *[None] * 8)  # the other eight inputs have no gradient
 
 
-_operator.register_autograd(_backward, setup_context=_remember)
+_operator.register_autograd(_backward, setup_context=_save_gradients)

@@ -111,15 +111,13 @@ def resolve_divisor(num_items_in_batch: Tensor | float | None, targets: Tensor) 
 
     It is 1 if both are 0, since the sum is 0 then. A given number of 0 with targets makes the loss infinite.
     """
-    divisor = targets if num_items_in_batch is None else as_scalar(num_items_in_batch, targets.device)
+    if num_items_in_batch is None:
+        divisor = targets
+    elif isinstance(num_items_in_batch, Tensor):
+        divisor = num_items_in_batch.to(targets.device, torch.float32)
+    else:  # filled in without the synchronization of a copy
+        divisor = torch.full((), num_items_in_batch, dtype=torch.float32, device=targets.device)
     return torch.where((divisor == 0) & (targets == 0), 1.0, divisor)
-
-
-def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
-    """`number` as a float32 tensor; a Python number is filled in without synchronizing, which a copy would do."""
-    if isinstance(number, Tensor):
-        return number.to(device, torch.float32)
-    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -166,10 +164,12 @@ class _SumOfCrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
-        *saved, weights, cross_entropies = ctx.saved_tensors
+        logits, logsumexp, targets, weights, cross_entropies = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_gradients(gradient, saved[0], saved[2], weights)
-        of_logits = _gradient_of_logits(*saved, gradient * weights) if ctx.needs_input_grad[0] else None
+            return _differentiable_gradients(gradient, logits, targets, weights)
+        of_logits = None
+        if ctx.needs_input_grad[0]:
+            of_logits = _gradient_of_logits(logits, logsumexp, targets, gradient * weights)
         return of_logits, None, gradient * cross_entropies
 
 

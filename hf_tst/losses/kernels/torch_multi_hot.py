@@ -51,7 +51,8 @@ def multi_hot_loss_and_gradient(
         1, len(logits) if in_place else _TILE_ELEMENTS.get(logits.device.type, 2**26) // logits.shape[1]
     )
     for start in range(0, len(logits), rows):
-        tile = logits[start : start + rows]
+        part = slice(start, start + rows)
+        tile = logits[part]
         scaled = tile if in_place else tile.to(torch.float32, copy=changes)
         if logit_scale != 1:
             scaled *= logit_scale
@@ -59,7 +60,6 @@ def multi_hot_loss_and_gradient(
             scaled.div_(softcap).tanh_()
             slope = 1 - scaled.square() if write_gradient else 1.0
             scaled *= softcap
-        part = slice(start, start + rows)
         if not write_gradient:
             losses[part] = _loss(scaled, labels[part], weights, ignore_index)
             continue
@@ -70,7 +70,7 @@ def multi_hot_loss_and_gradient(
         if not in_place:
             tile.copy_(scaled)
     if write_gradient:
-        # 0 times NaN would be NaN.
+        # A row without a target gets a gradient of 0, also where its logits are NaN.
         without = ((labels == ignore_index) | (weights == 0)).all(-1)
         if logits.device.type == "cpu":
             logits.index_fill_(0, without.nonzero().squeeze(1), 0.0)

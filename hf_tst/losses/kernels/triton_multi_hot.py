@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .torch_multi_hot import align
 
-# Logits of a row per block, and threads per program: a larger block needs more registers than a program
-# has.
+# Logits of a row per block: a larger block needs more registers than a program has.
 _MAX_BLOCK = 8192
 
 
