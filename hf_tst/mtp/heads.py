@@ -79,7 +79,7 @@ class MTPHeads(nn.Module):
         if num_heads < 2:
             raise TSTError("With num_heads=1 a model has no extra heads: set it to at least 2.")
         self.kind = kind
-        self.share = 1.0  # of a loss that is noted
+        self.share = 1.0  # the fraction of a loss that `note_loss` adds
         self._noted_loss: Tensor | None = None
         if any(is_sharded(module) for module in model.modules()):
             raise TSTError("The model is sharded already: make its extra heads before fully_shard.")
@@ -142,11 +142,11 @@ class MTPHeads(nn.Module):
             n-1 tensors of shape `(B, l, d)`.
         """
         if self.kind == "parallel":
-            return [call.of(layer, call.hidden) for layer in self.heads]
+            return [call.repeat(layer, call.hidden) for layer in self.heads]
         heads: list[Any] = list(self.heads)
         found = [call.returned]
         for head, embedded in zip(heads, next_embeddings, strict=True):
-            found.append(call.of(head.layer, head.join(found[-1], embedded)))
+            found.append(call.repeat(head.layer, head.join(found[-1], embedded)))
         return found[1:]
 
     def _make_head(self, model: Any, last_layer: nn.Module) -> nn.Module:
@@ -228,7 +228,7 @@ def multi_token_prediction(
 
 @contextmanager
 def attached_heads(model: Any, heads: MTPHeads) -> Iterator[None]:
-    """The first half of [`multi_token_prediction`]: the heads are a module of the model, outside of its state dict.
+    """Context in which heads are a module of a model, outside of its state dict.
 
     An optimizer or a wrapper made now includes them; the loss does not change.
 

@@ -66,7 +66,9 @@ class LayerCall:
     returned: Tensor
 
     @classmethod
-    def noted(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
+    def from_hook(
+        cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> LayerCall:
         """The call of `layer`, from the arguments of a forward hook."""
         bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
         for name in _CACHES:
@@ -75,7 +77,7 @@ class LayerCall:
         _, hidden, *rest = bound.args
         return cls(hidden, tuple(rest), bound.kwargs, _hidden_states(output))
 
-    def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def repeat(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The output of `layer` for `hidden`, called in the same way."""
         return _hidden_states(layer(hidden, *self.args, **self.kwargs))
 
@@ -141,15 +143,15 @@ def find_model_end(model: Any) -> ModelEnd:
         calls = _watch(model, next(last_layer.parameters()).device)
         called = {module: rest for module, *rest in calls}
         if last_layer in called:
-            call = LayerCall.noted(last_layer, *called[last_layer])
+            call = LayerCall.from_hook(last_layer, *called[last_layer])
     bodies = [module for module in called if module is not last_layer and last_layer in module.modules()]
     if call is None or not isinstance(call.returned, Tensor) or not bodies:
         raise unsupported(model, "its last layer is not called with hidden states inside of a body")
-    given, *_ = called.get(head.module, [()])
-    end = given[0] if given else None
+    head_args, *_ = called.get(head.module, [()])
+    head_input = head_args[0] if head_args else None
     after = [(module, output) for module, args, _, output in calls if args and args[0] is call.returned]
-    norms = [module for module, output in after if _is_same(output, end)]
-    if not norms and not _is_same(call.returned, end):
+    norms = [module for module, output in after if _is_same(output, head_input)]
+    if not norms and not _is_same(call.returned, head_input):
         raise unsupported(model, "something other than one norm is between its last layer and its head")
     return ModelEnd(bodies[-1], last_layer, norms[0] if norms else None, head, call)
 
@@ -179,7 +181,7 @@ def _is_same(one: Any, other: Any) -> bool:
 def extra_losses(
     model: Any, heads: Any, loss_weight: float | Callable[[], float] | None = None
 ) -> Iterator[None]:
-    """The second half of [`multi_token_prediction`]: attached heads add to the loss. The model may be sharded before.
+    """Context in which heads that [`attached_heads`] has put on a model add to its loss. The model may be sharded before.
 
     Args:
         model (`PreTrainedModel`), heads (`MTPHeads`), loss_weight (`float`, *optional*): As for [`multi_token_prediction`];
@@ -253,7 +255,7 @@ class _ExtraLosses:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of the last layer: records its call and its output."""
-        self._call = LayerCall.noted(module, args, kwargs, output)
+        self._call = LayerCall.from_hook(module, args, kwargs, output)
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the model's head: runs the extra heads, and computes their losses with its weight.
