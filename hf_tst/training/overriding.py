@@ -30,28 +30,28 @@ def is_patch(method: Any) -> bool:
     return method.__module__.partition(".")[0] not in ("transformers", __package__.partition(".")[0])
 
 
-def other_parent(trainer: Trainer, ours: type, name: str) -> str | None:
-    """The name of the class whose method `name` runs at `super()` in `ours`; `None` if that is Trainer.
+def other_parent(trainer: Trainer, base: type, name: str) -> str | None:
+    """The name of the class whose method `name` runs at `super()` in `base`; `None` if that is Trainer.
 
     In `class Mine(TSTTrainer, OtherTrainer)` it is `OtherTrainer` if that class overrides the method.
     """
     mro = type(trainer).__mro__
-    owner = next(parent for parent in mro[mro.index(ours) + 1 :] if name in vars(parent))
+    owner = next(parent for parent in mro[mro.index(base) + 1 :] if name in vars(parent))
     return None if vars(owner)[name] is vars(Trainer)[name] else owner.__name__
 
 
-def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedLoss]:
+def choose_fused_losses(trainer: Trainer, base: type) -> tuple[FusedLoss, FusedLoss]:
     """The values of `tst_fused_loss` for superposition and for recovery.
 
     `"auto"` becomes `"off"` where the `compute_loss` of a subclass, or of another parent, may read logits.
 
     Args:
-        trainer: The trainer.
-        ours: The class `TSTTrainer`, whose own `compute_loss` reads no logits.
+        trainer (`TSTTrainer`): The trainer.
+        base: The class `TSTTrainer`, whose own `compute_loss` reads no logits.
     """
     args: Any = trainer.args
     chosen: FusedLoss = args.tst_fused_loss
-    name, parent = type(trainer).__name__, other_parent(trainer, ours, "compute_loss")
+    name, parent = type(trainer).__name__, other_parent(trainer, base, "compute_loss")
     if args.tst_enabled and parent:
         logger.warning(
             f"{parent}.compute_loss does not run in superposition, where the loss is the model's own: what it adds to the loss or logs "
@@ -59,7 +59,7 @@ def choose_fused_losses(trainer: Trainer, ours: type) -> tuple[FusedLoss, FusedL
         )
     if not args.tst_replaces_loss or chosen != "auto":
         return chosen, chosen
-    if not overrides(trainer, ours, "compute_loss"):
+    if not overrides(trainer, base, "compute_loss"):
         return "auto", "off" if parent else "auto"
     logger.warning(
         f"{name} has its own compute_loss, which may read logits, so the loss is not fused and needs more memory: set "

@@ -35,17 +35,18 @@ class SubclassMethods:
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
+        self._has_own_step = False  # set when training begins
         self.clear()
 
     def clear(self) -> None:
         """Forget the batches of an earlier run."""
         self._has_trained_bags = False  # with a subclass's compute_loss or training_step
         self._has_checked_loss = False
-        self._counted: tuple[int, Any] = (-1, None)
+        self._counted_step, self._count = -1, None
 
     def note_count(self, count: Any) -> None:
         """Store the number of targets that the trainer has counted for the coming step."""
-        self._counted = self._trainer.state.global_step, count
+        self._counted_step, self._count = self._trainer.state.global_step, count
 
     def check_logged_loss(self, loss: float) -> None:
         """Warn once if a subclass's loss of bags is far above that of a uniform guess: its scale is then probably wrong."""
@@ -105,15 +106,15 @@ class SubclassMethods:
     ) -> Tensor:
         """Check a batch of a run with superposition and run `training_step` on it."""
         trainer = self._trainer
-        check_batch(trainer, inputs, num_items_in_batch, *self._counted)
+        check_batch(trainer, inputs, num_items_in_batch, self._counted_step, self._count)
         if not holds_bags(inputs):
             return step(model, inputs, num_items_in_batch)
-        superposed = trainer._switch.superposed_loss()
+        loss_function = trainer._switch.superposed_loss()  # raises an error if the model has another one
         if not self._has_own_step:
             return step(model, inputs, num_items_in_batch)
-        first, self._has_trained_bags = not self._has_trained_bags, True
-        explained = explained_bags(type(trainer).__name__, model, inputs) if first else nullcontext()
-        with superposed.expecting(inputs["labels"]), explained:
+        is_first, self._has_trained_bags = not self._has_trained_bags, True
+        explained = explained_bags(type(trainer).__name__, model, inputs) if is_first else nullcontext()
+        with loss_function.expecting(inputs["labels"]), explained:
             return step(model, inputs, num_items_in_batch)
 
 

@@ -66,7 +66,7 @@ class TargetBagMeter:
         self.clear()
         if total is None:
             return {}
-        # Then each rank has divided by the bags of all ranks.
+        # If so, each rank has divided by the bags of all ranks, and the quotients add up.
         summed = self._trainer.args.average_tokens_across_devices
         floor = self._trainer.accelerator.reduce(total, "sum" if summed else "mean").item() / steps
         return {"tst_loss_above_floor": round(loss - floor, 6)}

@@ -104,7 +104,7 @@ class TSTTrainer(SavingTrainer):
         self.schedule: PhaseSchedule | None = None
         self._newest_data: RunData | None = None  # by the last call of `get_train_dataloader`
         self._data: RunData | None = None  # of the run
-        self._given_arguments: dict[str, Any] = {}  # arguments that differ during training
+        self._given_arguments: dict[str, Any] = {}  # the user's values of arguments that training changes
         self._subclass_methods = SubclassMethods(self, TSTTrainer)
         self._expert_load, self._target_bags = ExpertLoadMeter(), TargetBagMeter(self)
         self._shape: ModelShape | None = None
@@ -154,17 +154,16 @@ class TSTTrainer(SavingTrainer):
         check_stored_rows(self)
         if not resume_from_checkpoint:
             warn_of_another_run(self)
-        # `set_initial_training_values` changes one of these; checkpoints have them as they were given.
+        # Training changes both; checkpoints have the user's values.
         self._given_arguments = {
             name: getattr(args, name) for name in ("logging_nan_inf_filter", "ignore_data_skip")
         }
         # Trainer's filter of logged losses waits for the device in each step. With "stop" it has nothing to filter.
-        filters = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
-        heads = nullcontext() if self._mtp is None else self._mtp.attached()
+        filters_loss = args.logging_nan_inf_filter and args.tst_nonfinite_loss != "stop"
         try:
             with (
-                replaced(args.__dict__, **self._given_arguments | {"logging_nan_inf_filter": filters}),
-                heads,
+                replaced(args.__dict__, **self._given_arguments | {"logging_nan_inf_filter": filters_loss}),
+                nullcontext() if self._mtp is None else self._mtp.attached(),
                 self._subclass_methods.watched(),
             ):
                 return super().train(resume_from_checkpoint, *positional, **kwargs)
@@ -182,7 +181,7 @@ class TSTTrainer(SavingTrainer):
             self._prepare_losses()
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of both phases; the plain Trainer's if superposition is off. One that is asked for in training does not affect it.
+        """The loader of both phases; the plain Trainer's if superposition is off. A call during training does not affect the run.
 
         Raises:
             TSTError: If the data has no full blocks of equal length, or too few of them.
@@ -192,11 +191,12 @@ class TSTTrainer(SavingTrainer):
             check_plain_resume(self._checkpoint, self.args)
             loader = super().get_train_dataloader()
             return plain_loader(loader, self.args) if self._checkpoint else loader
-        own_sampler = overrides(self, Trainer, "_get_train_sampler")
-        own_loader = other_parent(self, TSTTrainer, "get_train_dataloader") or is_patch(
-            Trainer.get_train_dataloader
-        )
-        if own_sampler or own_loader:
+        # A subclass's own loader is folded by `SubclassMethods`.
+        if (
+            overrides(self, Trainer, "_get_train_sampler")
+            or other_parent(self, TSTTrainer, "get_train_dataloader")
+            or is_patch(Trainer.get_train_dataloader)
+        ):
             return self._loader_of(fold_own_loader(self, super().get_train_dataloader()))
         return self._loader_of(open_run_data(self))
 
@@ -215,9 +215,9 @@ class TSTTrainer(SavingTrainer):
         """The loader of `data`, at the position of the checkpoint that training resumes from."""
         self._newest_data = data
         if self._checkpoint is not None:
-            # The value during training is ours.
-            begins_there = self._given_arguments.get("ignore_data_skip", self.args.ignore_data_skip)
-            data.resume(self._checkpoint, self.args.tst_allow_data_change, bool(begins_there))
+            # During training, the argument has another value than the user's.
+            skips_nothing = self._given_arguments.get("ignore_data_skip", self.args.ignore_data_skip)
+            data.resume(self._checkpoint, self.args.tst_allow_data_change, bool(skips_nothing))
         data.loader = make_loader(self, data)
         return data.loader
 
@@ -278,10 +278,9 @@ class TSTTrainer(SavingTrainer):
     ) -> Tensor:
         """One forward and backward pass."""
         skips_parent = self._trains_on_bags(inputs) and other_parent(self, TSTTrainer, "compute_loss")
-        has_own = overrides(self, TSTTrainer, "compute_loss")
-        # The other parent says this of its own loss, which bags do not get.
-        as_models = replaced(self.__dict__, loss_is_scaled_for_ga=None)
-        with as_models if skips_parent and not has_own else nullcontext():
+        has_models_loss = skips_parent and not overrides(self, TSTTrainer, "compute_loss")
+        # `loss_is_scaled_for_ga` describes the loss of the other parent, and bags get the model's own.
+        with replaced(self.__dict__, loss_is_scaled_for_ga=None) if has_models_loss else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -341,7 +340,7 @@ class TSTTrainer(SavingTrainer):
         if not self.is_in_train:
             super().log(logs, start_time)
             return
-        # Trainer logs these on all ranks; a script may log others on one.
+        # Trainer logs these on all ranks, as `gather_left_out` needs; a script may log others on one.
         if "train_runtime" in logs or "loss" in logs:
             self._meter.gather_left_out()
         entries = {**logs, **self._meter.report(with_speed="loss" in logs)}
@@ -370,8 +369,8 @@ class TSTTrainer(SavingTrainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         # A subclass's `prediction_step` may read logits in any case.
-        reads = not prediction_loss_only or overrides(self, Trainer, "prediction_step")
-        fuses = self.args.tst_replaces_loss and not reads
+        reads_logits = not prediction_loss_only or overrides(self, Trainer, "prediction_step")
+        fuses = self.args.tst_replaces_loss and not reads_logits
         positional = (dataloader, description, prediction_loss_only, *positional)
         with fused_evaluation_loss(self.model, self.fused_recovery) if fuses else nullcontext():
             return super().evaluation_loop(*positional, **kwargs)

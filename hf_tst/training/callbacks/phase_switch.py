@@ -34,7 +34,7 @@ class PhaseSwitchCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._context = ExitStack()
-        self._superposed: Any = None  # the model, in superposition
+        self._superposed_model: Any = None  # `None` outside of superposition
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()  # auto_find_batch_size begins training again after out-of-memory
@@ -73,7 +73,7 @@ class PhaseSwitchCallback(TrainerCallback):
         Raises:
             TSTError: If it has another one.
         """
-        loss = getattr(self._superposed, "loss_function", None)
+        loss = getattr(self._superposed_model, "loss_function", None)
         if not isinstance(loss, TSTLoss):
             raise TSTError(
                 "There is no superposition: the model's loss_function was set during training, or PhaseSwitchCallback was removed from the "
@@ -84,7 +84,7 @@ class PhaseSwitchCallback(TrainerCallback):
     def close(self) -> None:
         """Restore the model's own input and loss."""
         self._context.close()
-        self._superposed = None
+        self._superposed_model = None
 
     def _enter(self, args: TSTArguments, step: int, model: Any) -> None:
         """Leave the current phase and enter that of `step`."""
@@ -99,7 +99,7 @@ class PhaseSwitchCallback(TrainerCallback):
                 fused_loss=self._trainer.fused_loss,
                 document_boundaries=args.tst_document_boundaries,
             )
-            self._superposed = find_language_model(model)[1]
+            self._superposed_model = find_language_model(model)[1]
         elif args.tst_replaces_loss:
             context = fused_next_token_loss(model, self._trainer.fused_recovery)
         else:
