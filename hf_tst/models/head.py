@@ -8,6 +8,7 @@ and the head, on probe values that reveal the transform between head and loss fu
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -86,39 +87,64 @@ def inspect_head(model: Any) -> LinearHead:
     return LinearHead(head, scale, softcap)
 
 
-def check_loss_is_replaceable(model: Any) -> None:
-    """Raise `TSTError` if a model computes its loss without calling its `loss_function`, in training or evaluation.
+def check_loss_is_replaceable(model: Any) -> bool:
+    """Whether a model computes its loss itself, in training or evaluation, without calling its `loss_function`.
 
-    If the probe cannot reach the loss, a warning is logged and nothing is raised.
+    Raises `TSTError` if that is another loss than the mean next-token cross entropy of the logits that it returns. If the probe cannot
+    reach the loss, a warning is logged.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
     """
+    computes_itself = False
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        return
-    name, probe = own_class(model).__name__, _probe_values(weight.shape[0])
+        return False
+    name, probe = own_class(model).__name__, _probe_values(weight.shape[0]).clamp(-3, 3)
     for training in (False, True):
         try:
-            given, *_ = _run_to_loss(model, head, probe, training)
+            given, inputs, _, outputs = _run_to_loss(model, head, probe, training)
+            if not given:  # what the body returns may be part of the loss
+                _, inputs, _, outputs = _run_to_loss(model, head, probe, training, runs_body=True)
         except UnfusableHeadError as error:
             logger.warning(
                 f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
             )
-            return
+            return False
         if not given:
-            raise TSTError(
-                f"{name} computes its loss itself, without `loss_function`, so superposition cannot replace it. If a fused loss "
-                "is patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
-                "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl); a model of Unsloth "
-                "must be loaded with Transformers instead."
-            )
+            if not _is_next_token_loss(outputs, inputs["labels"]):
+                raise TSTError(
+                    f"{name} computes its loss itself, and it is not the mean next-token cross entropy of the logits that it returns, so "
+                    "superposition cannot replace it: let its forward call self.loss_function(logits, labels, vocab_size). If a fused loss is "
+                    "patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
+                    "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl); a model of Unsloth must be "
+                    "loaded with Transformers instead."
+                )
+            computes_itself = True
+            continue
         labels = given["labels"]
         if not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS):
             raise TSTError(
                 f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss: set tst_phase_ratio=0."
             )
+    return computes_itself
+
+
+def loss_and_logits(outputs: Any) -> tuple[Any, Any]:
+    """The loss and the logits of a forward pass with labels, which may return a tuple or any mapping."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss"), outputs.get("logits")
+    return (*outputs, None)[:2] if isinstance(outputs, tuple) else (None, None)
+
+
+def _is_next_token_loss(outputs: Any, labels: Tensor) -> bool:
+    """Whether the loss of `outputs` is the mean next-token cross entropy of its logits, to a precision that shows other terms."""
+    loss, logits = loss_and_logits(outputs)
+    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
+        return False
+    expected = nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
+    return torch.allclose(loss.float(), expected, rtol=1e-5)
 
 
 def _probe_values(vocabulary: int) -> Tensor:
@@ -169,11 +195,12 @@ class _AnyOutput(ModelOutput):
 
 
 def _run_to_loss(
-    model: Any, head: Any, returned: Tensor, training: bool = True
+    model: Any, head: Any, returned: Tensor, training: bool = True, runs_body: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], list[Any], Any]:
     """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
 
-    Only the mode of the model itself changes. Its modules, and so their dropout, keep their mode.
+    Only the mode of the model itself changes, unless its body runs: with `runs_body`, or if the forward needs more of it than a hidden
+    state.
 
     Returns:
         The arguments of the loss function, empty if it was not called; the arguments of forward besides ids; the first
@@ -192,7 +219,7 @@ def _run_to_loss(
         inputs["num_items_in_batch"] = 3  # as Trainer hands it to models that take such arguments
     stand_in = _StandIn(head, returned.to(weight.device))
     body = _StandIn(model.base_model, _AnyOutput(last_hidden_state=hidden))
-    stand_ins = {head: stand_in, model.base_model: body}
+    stand_ins = {head: stand_in} | ({} if runs_body else {model.base_model: body})
     given: dict[str, Any] = {}
 
     def loss_function(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,7 +230,9 @@ def _run_to_loss(
         stack.enter_context(trial_pass(weight.device))
         stack.enter_context(torch.enable_grad())  # so that what has a learned factor shows
         stack.enter_context(torch.autocast(weight.device.type, enabled=False))
-        stack.enter_context(replaced(vars(model), _loss_function=loss_function, training=training))
+        stack.enter_context(replaced(vars(model), _loss_function=loss_function))
+        for part in model.modules() if runs_body else [model]:
+            stack.enter_context(replaced(vars(part), training=training))
         for modules in [parent._modules for parent in model.modules()]:
             for name, child in modules.items():
                 if child in stand_ins:
@@ -211,10 +240,14 @@ def _run_to_loss(
         try:
             outputs = model.forward(input_ids=ids, **inputs)
         except Exception as error:  # a family may access anything that the stand-ins lack
-            raise UnfusableHeadError(
-                f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
-            ) from error
-    return given, inputs, stand_in.calls, outputs
+            failure = error
+        else:
+            return given, inputs, stand_in.calls, outputs
+    if not runs_body:
+        return _run_to_loss(model, head, returned, training, runs_body=True)
+    raise UnfusableHeadError(
+        f"its forward cannot be followed from head to loss ({type(failure).__name__}: {failure})"
+    ) from failure
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
@@ -229,7 +262,7 @@ def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:
     shapes = [getattr(call, "shape", None) for call in calls]
     has_labels = isinstance(given["labels"], Tensor) and torch.equal(given["labels"], inputs["labels"])
     keeps_inputs = has_labels and given["num_items_in_batch"] == inputs.get("num_items_in_batch")
-    total = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    total, _ = loss_and_logits(outputs)
     is_total = isinstance(total, Tensor) and total.flatten().tolist() == [_PROBE_LOSS]
     reasons = {
         "something with parameters is between its head and its loss": given["logits"].requires_grad,

@@ -23,7 +23,6 @@ from ..bags.weighting import InputWeighting, OffsetWeighting, input_weights, off
 from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape
 from .fused import FusedLoss, TSTLoss, replaced_loss
-from .head import check_loss_is_replaceable
 from .sharding import own_class
 from .temporary import replaced
 
@@ -83,14 +82,14 @@ def token_superposition(
     check_choice("document_boundaries", document_boundaries, DocumentBoundaries)
     weighting = resolve_weighting(mode, offset_weighting, input_weighting)
     called, core = find_language_model(model)
-    check_loss_is_replaceable(core)
     device = next(core.parameters()).device
     averaged = None if input_weighting == "uniform" else input_weights(input_weighting, bag_size).to(device)
     bags = _BagInput(bag_size, mode, averaged, document_boundaries == "respect")
     embedding = core.get_input_embeddings()
     with (
-        replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss),
+        replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss) as loss,
         called.register_forward_pre_hook(bags.before_forward, with_kwargs=True),
+        called.register_forward_pre_hook(loss.before_own_loss, with_kwargs=True),
         called.register_forward_hook(bags.after_forward, always_call=True),
         core.base_model.register_forward_pre_hook(bags.before_body, with_kwargs=True),
         # Around other hooks on the embedding, which see its ordinary input and output.
@@ -189,12 +188,19 @@ def _check_model(model: Any) -> None:
         raise TSTError(
             f"Token superposition needs a decoder-only model, but {name} is an encoder-decoder: use another model."
         )
-    if model.get_output_embeddings() is None or not _is_causal(model):
+    if not _is_causal(model):
         raise TSTError(
-            f"{name} is not a text-only causal language model: load it with AutoModelForCausalLM, or with its own ...ForCausalLM class. The name of "
-            "your own class must end in ForCausalLM, and its forward must compute the loss with self.loss_function."
+            f"{name} is not a text-only causal language model: load it with AutoModelForCausalLM, or with its own ...ForCausalLM class."
         )
-    embedding = model.get_input_embeddings()
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        embedding = head = None
+    if embedding is None or head is None:
+        raise TSTError(
+            f"{name} does not say which module is its embedding or its head: give its class the methods get_input_embeddings and "
+            "get_output_embeddings, which return them."
+        )
     inside = set(embedding.modules())
     for part in model.modules():
         # A body passes ids to the input embedding inside it; any other module that takes ids looks them up itself,
@@ -217,7 +223,9 @@ def _is_causal(model: nn.Module) -> bool:
     # A user's subclass of a causal language model is one, whatever its name.
     known = next((parent for parent in own.__mro__ if parent.__name__ in listed), own)
     name = known.__name__
-    if name not in listed and getattr(model, "loss_type", None) != "ForCausalLM":
+    # A class of the user's own may have any name that does not tell of another task: its loss is checked.
+    own_names = ("ForCausalLM", None) if not own.__module__.startswith("transformers.") else ("ForCausalLM",)
+    if name not in listed and getattr(model, "loss_type", None) not in own_names:
         return False
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
