@@ -178,8 +178,8 @@ def explained_bags(name: str, model: nn.Module, batch: Mapping[str, Any]) -> Ite
             raise
         raise TSTError(
             f"{name}'s own loss fails on a batch of bags ({shapes}; the last dimension is the bag's): "
-            f"{whole_message(error)}. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size). "
-            "Where labels have three dimensions, the batch holds bags: skip code that needs single tokens."
+            f"{whole_message(error)}. Take the loss that the model returns, model(**inputs).loss, and skip code that needs single tokens where labels "
+            "have three dimensions. If it calls another model, such as a teacher, do so inside token_superposition(teacher, bag_size)."
         ) from error
     if (expected := len(ids_shape)) not in dimensions:
         raise TSTError(
