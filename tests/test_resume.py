@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLOCK_LENGTH, VOCAB_SIZE, make_blocks, set_dropout
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from versions import fails_before
 
-from hf_tst import TSTTrainer
+from hf_tst import TSTError, TSTTrainer
 from hf_tst.batches.read_order import Permutation
 from hf_tst.batches.resume_position import DataPosition
 from hf_tst.data.streams import BlockStream
@@ -238,6 +238,28 @@ def test_another_number_of_stream_workers_is_refused(llama, make_args):
     checkpoint = str(Path(first.args.output_dir) / "checkpoint-2")
     with pytest.raises(ValueError, match="dataloader_num_workers was 2 and is 0"):
         TSTTrainer(llama, make_args(**args), train_dataset=block_stream()).train(checkpoint)
+
+
+class OwnLoader(TSTTrainer):
+    """Its batches have a size of their own."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=2, collate_fn=default_data_collator)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "workers"), [(TSTTrainer, 2), (OwnLoader, 0)], ids=["stream", "own loader"]
+)
+def test_micro_batches_of_a_stream_or_own_loader_keep_their_size(llama, make_args, trainer_class, workers):
+    """Which reader of a stream makes micro-batch i, and which batch of a loader it is, depends on i alone."""
+    args = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
+    blocks = [{**block, "labels": block["input_ids"]} for block in make_blocks(200)]
+    data = datasets.Dataset.from_list(blocks).to_iterable_dataset(num_shards=2) if workers else blocks
+    first = trainer_class(llama, make_args(**args), train_dataset=data, callbacks=[StopAt(1)])
+    first.train()
+    again = make_args(**args, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    with pytest.raises(TSTError, match="per_device_train_batch_size was 2 and is 1"):
+        trainer_class(llama, again, train_dataset=data).train("last")
 
 
 def test_workers_resume_like_the_main_process(llama, make_args, tmp_path):

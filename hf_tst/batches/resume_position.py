@@ -109,13 +109,22 @@ class DataPosition(PhaseSchedule, BlockFacts):
                 )
             return cls(**{name: value for name, value in values.items() if name not in _DERIVED})
 
-    def check_resumable(self, now: DataPosition) -> None:
+    def check_resumable(self, now: DataPosition, counts_batches: bool = False) -> None:
         """Check that a run with the position `now` at its start can continue from this one.
+
+        Args:
+            now (`DataPosition`): The position at the start of that run.
+            counts_batches (`bool`, *optional*, defaults to `False`): Whether the data is counted in micro-batches, not in rows, so
+                that these must keep their size.
 
         Raises:
             TSTError: If a field differs. The message has both values.
         """
-        free = _MAY_CHANGE if self.split_by_rank else {*_MAY_CHANGE, "world_size"}
+        free = set(_MAY_CHANGE)
+        if not self.split_by_rank:
+            free.add("world_size")
+        if not counts_batches:
+            free.add("per_device_batch_size")
         differences = [
             f"{_SHOWN_NAMES.get(name, name)} was {before} and is {after}"
             for (name, before), after in zip(self.to_dict().items(), now.to_dict().values(), strict=True)
@@ -136,10 +145,8 @@ class DataPosition(PhaseSchedule, BlockFacts):
 
 # Values in the file that are no fields.
 _DERIVED = ("rows_per_step", "consumed")
-# Fields that may change between save and resume. The number of processes may, too, unless each reads its own shards.
-_MAY_CHANGE = {
-    "step", "tokens_left_out", "consumed", "per_device_batch_size", "accumulation_steps", "version",
-}  # fmt: skip
+# Fields that may change between save and resume in any run.
+_MAY_CHANGE = {"step", "tokens_left_out", "consumed", "accumulation_steps", "version"}
 # The names of fields in messages, if they differ.
 _ARGUMENTS = (
     "phase_ratio", "bag_size", "mode", "superposition_rows", "offset_weighting", "input_weighting", "document_boundaries",
@@ -147,4 +154,5 @@ _ARGUMENTS = (
 _SHOWN_NAMES = {name: f"tst_{name}" for name in _ARGUMENTS} | {
     "data": "the data's fingerprint",
     "stream_workers": "dataloader_num_workers",
+    "per_device_batch_size": "per_device_train_batch_size",
 }

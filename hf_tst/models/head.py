@@ -209,6 +209,7 @@ def _run_to_loss(
     Raises:
         UnfusableHeadError: If forward fails.
     """
+    runs_body = runs_body or model.base_model is model
     weight = head.weight
     hidden = torch.zeros(1, _PROBE_ROWS, weight.shape[1], device=weight.device, dtype=weight.dtype)
     ids = torch.arange(_PROBE_ROWS, device=weight.device).unsqueeze(0)
@@ -237,8 +238,10 @@ def _run_to_loss(
             for name, child in modules.items():
                 if child in stand_ins:
                     stack.enter_context(replaced(modules, **{name: stand_ins[child]}))
+        # FSDP gathers the weights of layers only if the whole model is called.
+        run = model if runs_body and is_sharded(model) else model.forward
         try:
-            outputs = model.forward(input_ids=ids, **inputs)
+            outputs = run(input_ids=ids, **inputs)
         except Exception as error:  # a family may access anything that the stand-ins lack
             failure = error
         else:

@@ -159,7 +159,8 @@ class RunData:
             return
         length = self.start.block_length or saved.block_length
         try:
-            saved.check_resumable(replace(self.start, block_length=length))
+            counts_batches = isinstance(self.rows, FoldedBatches) or self.start.stream_workers > 1
+            saved.check_resumable(replace(self.start, block_length=length), counts_batches)
             if isinstance(self.rows, StreamedRows):
                 # The block length of a stream may not be known yet; the blocks are then checked when they are read.
                 self.rows.rules = replace(self.rows.rules, length=length or None)

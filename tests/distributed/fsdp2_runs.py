@@ -15,7 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import VOCAB_SIZE, make_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_tst import fused_next_token_loss, token_superposition
 from hf_tst.bags.folding import fold_into_bags, next_bag_labels
@@ -192,11 +194,56 @@ def ratio_of_divisors(fused: str) -> float:
     return many * 257 / one
 
 
+class OwnBody(nn.Module):
+    """Returns a tuple, so that no stand-in can take its place in the checks before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mix = nn.Embedding(VOCAB_SIZE, 8), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.mix(self.tokens(input_ids))[0], None
+
+
+class OwnForCausalLM(PreTrainedModel):
+    """A user's own small model, which computes its loss itself."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model, self.lm_head = OwnBody(), nn.Linear(8, VOCAB_SIZE, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.tokens
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden, _ = self.model(input_ids)
+        logits = self.lm_head(hidden)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def losses_of_own_model() -> list[float]:
+    """The loss of a user's own model in superposition, whole and sharded."""
+    torch.manual_seed(0)
+    model, rows = OwnForCausalLM(PreTrainedConfig(vocab_size=VOCAB_SIZE)).train(), batch(0, slice(None))
+    losses = []
+    for shards in (False, True):
+        if shards:
+            fully_shard(model.model.mix)
+            fully_shard(model)
+        with token_superposition(model, BAG_SIZE):
+            losses.append(model(**rows)["loss"].item())
+    return losses
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     results: dict[str, Any] = {name: run_case(name, out, rank) for name in CASES}
+    results["own_model"] = losses_of_own_model()
     results["divisors"] = [ratio_of_divisors(fused) for fused in ("on", "off")]
     results["resumed"] = resume(out, rank)
     (out / f"rank{rank}.json").write_text(json.dumps(results))

@@ -67,5 +67,11 @@ def test_a_run_resumes_from_shards_on_one_process(two):
     torch.testing.assert_close(model.state_dict(), weights, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_of_ones_own_has_the_same_loss_in_shards(two):
+    for results in two[1]:
+        whole, sharded = results["own_model"]
+        assert sharded == pytest.approx(whole, rel=1e-6)
+
+
 def test_a_cast_of_inputs_to_bfloat16_leaves_the_divisor_alone(two):
     assert two[1][0]["divisors"] == pytest.approx([1, 1], abs=1e-5)  # 257 is no bfloat16 number
