@@ -15,7 +15,7 @@ import torch
 from processes import Script
 from transformers import LlamaConfig
 
-from hf_tst import TSTError
+from hf_tst import TSTError, TSTTrainer
 from hf_tst.data.files import load_text_file
 from hf_tst.data.packing import pack_blocks, tokenize_documents
 from hf_tst.data.quickstart import standard_library_documents, standard_library_files, train_tokenizer
@@ -57,6 +57,19 @@ def test_every_pass_over_a_stream_begins_with_its_first_token():
     assert passes == [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]] * 2
     assert next(iter(stream))["input_ids"].tolist() == [0, 1, 2, 3, 4]
     assert next(iter(stream))["input_ids"].tolist() == [0, 1, 2, 3, 4]  # after a pass that was left early
+
+
+def test_a_collator_of_ones_own_makes_labels_of_streamed_blocks(llama, make_args):
+    """A model's loss takes labels of one type only; bags are converted to it, single tokens are the collator's."""
+
+    def collate(rows):
+        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    documents = [{"input_ids": [*range(40)]}] * 50
+    blocks, args = BlockStream(documents, 12), make_args(tst_fused_loss="off")
+    trainer = TSTTrainer(llama, args, train_dataset=blocks, data_collator=collate)
+    assert trainer.train().global_step == trainer.args.max_steps
 
 
 @pytest.mark.parametrize("pieces", [[23], [1, 0, 8, 11, 3], [1] * 23])

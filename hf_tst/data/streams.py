@@ -26,7 +26,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         fingerprint (`str`, *optional*): Identifies the data. A run that resumes with another one is refused.
 
     Yields:
-        `{"input_ids": array}` with int32 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.
+        `{"input_ids": array}` with int64 arrays of shape `(L,)`. Tokens after the last full block of a pass are dropped.
 
     Raises:
         TSTError: While it is read, if a document cannot be read, is padded, or has labels that differ from its ids.
@@ -54,7 +54,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
             self._rest = np.concatenate([self._rest, tokens])
             while len(self._rest) >= self.block_size:
                 block, self._rest = self._rest[: self.block_size], self._rest[self.block_size :]
-                yield {"input_ids": block}
+                yield {"input_ids": block.astype(np.int64)}  # as a loss takes labels
 
     def state_dict(self) -> dict[str, Any] | None:
         """The state of the documents, and the tokens that were read but are not in a block yet.
