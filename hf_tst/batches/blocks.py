@@ -120,7 +120,7 @@ class BlockRules:
             self._check_labels(block["labels"], tokens, index)
         self.check_context(len(tokens), index)
         self.check_ids(tokens, index)
-        self.check_padding(block, index)
+        self.check_padding({**block, "input_ids": tokens}, index)
         return tokens
 
     def _check_labels(self, labels: Any, tokens: NDArray[np.int64], index: int) -> None:

@@ -289,7 +289,7 @@ class StreamedRows(Dataset[Row]):
                 if self.rules.length is None:
                     self.rules = replace(self.rules, length=len(tokens))
                 self._blocks_in_pass += 1
-                yield block
+                yield {**as_block(block), "input_ids": tokens} if self.joins else block
             if not self._blocks_in_pass:
                 raise TSTError(
                     "The stream of training data is empty: check the data set's name, split and files."
