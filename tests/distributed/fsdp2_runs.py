@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import VOCAB_SIZE, make_model
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
