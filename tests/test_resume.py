@@ -288,6 +288,20 @@ def test_epochs_resume_within_an_epoch(llama, make_args, tmp_path):
     assert history(resumed) == history(whole)
 
 
+def test_evaluation_by_processes_that_stay_draws_no_random_numbers_of_training(llama, make_args, tmp_path):
+    """With dropout: an uninterrupted run starts them once, a resumed run once more."""
+    other = copy.deepcopy(set_dropout(llama))
+    common = {
+        "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 1,
+        "dataloader_num_workers": 1, "dataloader_persistent_workers": True,
+    }  # fmt: skip
+    data = {"train_dataset": make_blocks(200), "eval_dataset": make_blocks(2)}
+    TSTTrainer(llama, make_args(**common), **data).train()
+    args = make_args(**common, output_dir=str(tmp_path / "resumed"))
+    TSTTrainer(other, args, **data).train(str(tmp_path / "run" / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(("ratio", "stop"), [(0, 30), (0, 20), (0.3, 16)])
 def test_epochs_resume_with_loader_processes_that_stay(llama, make_args, tmp_path, ratio, stop):
     """At an epoch's end and within one, with dropout: a new loader draws a seed for its processes, one that stays does not."""

@@ -187,10 +187,7 @@ def make_loader(trainer: Any, data: RunData) -> DataLoader | FoldedBatches:
             sampler_fn=lambda rows: sampler,
             is_training=True,
         )
-    # A loader draws a seed for its workers when it starts. With its own generator it does not change the random numbers of
-    # training, which must be the same after a resume.
-    loader.base_dataloader.generator = torch.Generator().manual_seed(trainer.args.seed)
-    return loader
+    return with_own_generator(loader, trainer.args)
 
 
 def _sampler(trainer: Any, schedule: PhaseSchedule, per_step: int, epoch_steps: int) -> EpochSampler:
@@ -221,13 +218,21 @@ def check_plain_resume(checkpoint: str | None, args: TSTArguments) -> None:
     )
 
 
+def with_own_generator(loader: Any, args: TSTArguments) -> Any:
+    """A loader that draws the seed of its workers from random numbers of its own when it starts.
+
+    Those of training must be the same after a resume, when persistent workers start once more.
+    """
+    base: Any = getattr(loader, "base_dataloader", loader)
+    base.generator = torch.Generator().manual_seed(args.seed)
+    return loader
+
+
 def plain_loader(loader: Any, args: TSTArguments) -> Any:
     """The loader of resumed plain training.
 
     With persistent workers, an uninterrupted run draws their seed only in its first epoch. A resumed run must not draw it from
     the random numbers of training, so the loader gets its own generator.
     """
-    if args.dataloader_persistent_workers and args.dataloader_num_workers:
-        base: Any = getattr(loader, "base_dataloader", loader)
-        base.generator = torch.Generator().manual_seed(args.seed)
-    return loader
+    persists = args.dataloader_persistent_workers and args.dataloader_num_workers
+    return with_own_generator(loader, args) if persists else loader

@@ -48,7 +48,14 @@ from .run_collators import make_collator, without_added_labels
 from .run_data import RunData
 from .subclass_methods import SubclassMethods
 from .target_bags import TargetBagMeter
-from .train_dataloader import check_plain_resume, fold_own_loader, make_loader, open_run_data, plain_loader
+from .train_dataloader import (
+    check_plain_resume,
+    fold_own_loader,
+    make_loader,
+    open_run_data,
+    plain_loader,
+    with_own_generator,
+)
 
 
 class TSTTrainer(SavingTrainer):
@@ -205,7 +212,10 @@ class TSTTrainer(SavingTrainer):
         """Trainer's loader, with a collator that also checks the ids."""
         checking = CheckingCollator(make_collator(self), batch_rules(self.model))
         with replaced(self.__dict__, data_collator=checking):
-            return super()._get_dataloader(*positional, **kwargs)
+            loader = super()._get_dataloader(*positional, **kwargs)
+        # A user's own order of training data is seeded by `FoldedBatches`.
+        evaluates = self.args.tst_enabled and not kwargs.get("is_training")
+        return with_own_generator(loader, self.args) if evaluates else loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch_rules(self.model).check_batch(inputs)  # the loader may be a user's own
