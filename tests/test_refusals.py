@@ -463,6 +463,18 @@ def test_a_model_of_unsloth_is_refused(llama, make_args, ratio):
         TSTTrainer(llama, args, train_dataset=make_blocks(4))
 
 
+def test_arguments_that_cannot_be_saved_are_refused_before_the_first_step(llama, make_args):
+    class LocalArguments(type(make_args())):
+        """A class inside a function cannot be pickled."""
+
+    args = make_args()
+    args.__class__ = LocalArguments
+    trainer = TSTTrainer(llama, args, train_dataset=make_blocks(100))
+    with pytest.raises(TSTError, match=r"training arguments cannot be saved.*LocalArguments"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back_when_the_forward_pass_fails(llama, training):
     original, modes = llama.forward, []

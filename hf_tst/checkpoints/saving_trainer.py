@@ -12,9 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import TSTError, whole_message
@@ -83,7 +84,7 @@ class SavingTrainer(Trainer):
         """The steps and epochs of a run."""
         # By now `train` has given the model the special tokens of the tokenizer, which a checkpoint holds.
         if args.should_save:
-            check_saving(self.model, self.processing_class)
+            check_saving(self.model, self.processing_class, args)
         return super().set_initial_training_values(args, dataloader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -209,19 +210,21 @@ class SavingTrainer(Trainer):
             return super().push_to_hub(*positional, **kwargs)
 
 
-def check_saving(model: Any, tokenizer: Any) -> None:
-    """Raise `TSTError` if a checkpoint could not hold the model's configurations or the tokenizer: they are saved once, and removed."""
+def check_saving(model: Any, tokenizer: Any, args: Any) -> None:
+    """Raise `TSTError` if a checkpoint could not hold the configurations, tokenizer or arguments: they are saved once, and removed."""
     parts = {"the tokenizer": tokenizer}
     if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
         parts["the model's configuration"] = model.config
         if model.can_generate():
             parts["the model's generation configuration"] = model.generation_config
-    for name, part in parts.items():
-        if not hasattr(part, "save_pretrained"):
-            continue
+    saves = {name: part.save_pretrained for name, part in parts.items() if hasattr(part, "save_pretrained")}
+    saves["the class of the training arguments"] = lambda folder: torch.save(
+        args, Path(folder) / TRAINING_ARGS_NAME
+    )
+    for name, save in saves.items():
         try:
             with TemporaryDirectory() as folder:
-                part.save_pretrained(folder)
+                save(folder)
         except OSError:  # there is no place for temporary files
             continue
         except Exception as error:
