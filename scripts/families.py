@@ -14,7 +14,7 @@ import torch
 from tables import ROOT, parse, write_table
 from torch import Tensor, nn
 
-from hf_tst.models.head import UnfusableHeadError, check_loss_is_replaceable, inspect_head
+from hf_tst.models.head import UnfusableHeadError, computes_own_loss, inspect_head
 from hf_tst.models.superposition import find_language_model
 from hf_tst.mtp.losses import decoder_layers
 from hf_tst.records.text_tables import markdown_table
@@ -33,7 +33,7 @@ def describe(family: Family) -> tuple[str, ...]:
     """The family's row of the table, one text a column, measured on its tiny model."""
     model = make_family(family).eval()
     try:
-        check_loss_is_replaceable(find_language_model(model)[1])
+        computes_own_loss(find_language_model(model)[1])
     except ValueError as error:
         reason = str(error).split(", so ")[0].removeprefix(f"{type(model).__name__} ")
         return family.name, f"`{family.model_type}`", "refused", "-", f"it {reason}"

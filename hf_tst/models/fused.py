@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError, check_choice
 from ..losses.multi_hot import check_shape, multi_hot_cross_entropy
-from .head import LinearHead, UnfusableHeadError, check_loss_is_replaceable, inspect_head, loss_and_logits
+from .head import LinearHead, UnfusableHeadError, computes_own_loss, inspect_head, loss_and_logits
 from .sharding import own_class
 from .temporary import replaced
 
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 @contextmanager
 def replaced_loss(
     called: nn.Module, model: Any, weights: Tensor | None, choice: FusedLoss = "auto"
-) -> Iterator[TSTLoss]:
+) -> Iterator[None]:
     """Context in which a model computes the multi-hot loss, or its own next-token loss, fused with its head if possible.
 
     Args:
@@ -56,19 +56,20 @@ def replaced_loss(
             "The model is inside token_superposition or fused_next_token_loss already: leave that context first. If it is a copy that was made "
             "in such a context, as in training, load its state_dict into a new model."
         )
-    outside = weights is not None and check_loss_is_replaceable(model)
+    own = weights is not None and computes_own_loss(model)
     head = _choose_head(model, choice, next_token=weights is None)
     names, takes_cache = _argument_names(called), "use_cache" in _argument_names(model)
-    loss = TSTLoss(model.loss_function, weights, head, names, takes_cache, outside)
+    loss = TSTLoss(model.loss_function, weights, head, names, takes_cache, own)
     with (
         # In front of FSDP's hook, which casts every float to the mixed-precision dtype, divisors included.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
+        called.register_forward_pre_hook(loss.before_own_loss, with_kwargs=True) if own else nullcontext(),
         nullcontext() if head is None else replaced(vars(head.module), forward=loss.head_forward),
         # It also runs if forward raises, so the head gets its logits back. Before a user's hooks, which may read logits.
         called.register_forward_hook(loss.after_forward, always_call=True, prepend=True),
         replaced(vars(model), _loss_function=loss),
     ):
-        yield loss
+        yield
 
 
 def is_next_token_loss(loss: Any) -> bool:
@@ -122,8 +123,8 @@ class TSTLoss:
         head (`LinearHead`, *optional*): The head to fuse the loss with.
         argument_names (`tuple[str, ...]`): Argument names of the called module, by position.
         takes_cache (`bool`): Whether the model has an argument `use_cache`.
-        outside (`bool`, *optional*, defaults to `False`): The model computes its loss itself: for labels of bags, this loss takes its
-            place in the output.
+        model_computes_loss (`bool`, *optional*, defaults to `False`): The model does not call its loss function but computes its loss
+            itself. For labels of bags, this loss takes its place in the output.
         fuses_evaluation (`bool`, *optional*, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
@@ -132,7 +133,7 @@ class TSTLoss:
     head: LinearHead | None
     argument_names: tuple[str, ...] = ()
     takes_cache: bool = False
-    outside: bool = False
+    model_computes_loss: bool = False
     fuses_evaluation: bool = False
     _given: dict[str, Any] = field(default_factory=dict)
     _fuses: bool = False
@@ -185,9 +186,9 @@ class TSTLoss:
     def before_own_loss(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: gives a model that computes its loss itself labels that it can take. `after_forward` replaces that loss."""
+        """Forward pre-hook of a model that computes its loss itself: gives it labels that it can take. `after_forward` replaces that loss."""
         labels = kwargs.get("labels")
-        if self.outside and isinstance(labels, Tensor) and labels.dim() == 3:
+        if isinstance(labels, Tensor) and labels.dim() == 3:
             self._given = {"labels": labels}  # its loss is a mean, whatever the divisor
             kwargs = {**kwargs, "labels": labels[..., 0].clamp(min=0)}
         return args, kwargs
@@ -195,7 +196,8 @@ class TSTLoss:
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: ends the pass, also after an exception, and replaces a loss or logits that the model did not compute."""
         labels = self._given.get("labels")
-        if self.outside and output is not None and isinstance(labels, Tensor) and labels.dim() == 3:
+        has_output = output is not None  # not after an exception
+        if self.model_computes_loss and has_output and isinstance(labels, Tensor) and labels.dim() == 3:
             loss = self(loss_and_logits(output)[1], labels)
             if isinstance(output, tuple):
                 output = (loss, *output[1:])

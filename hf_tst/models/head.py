@@ -87,7 +87,7 @@ def inspect_head(model: Any) -> LinearHead:
     return LinearHead(head, scale, softcap)
 
 
-def check_loss_is_replaceable(model: Any) -> bool:
+def computes_own_loss(model: Any) -> bool:
     """Whether a model computes its loss itself, in training or evaluation, without calling its `loss_function`.
 
     Raises `TSTError` if that is another loss than the mean next-token cross entropy of the logits that it returns. If the probe cannot

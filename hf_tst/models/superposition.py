@@ -87,9 +87,8 @@ def token_superposition(
     bags = _BagInput(bag_size, mode, averaged, document_boundaries == "respect")
     embedding = core.get_input_embeddings()
     with (
-        replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss) as loss,
         called.register_forward_pre_hook(bags.before_forward, with_kwargs=True),
-        called.register_forward_pre_hook(loss.before_own_loss, with_kwargs=True),
+        replaced_loss(called, core, offset_weights(weighting, bag_size).to(device), fused_loss),
         called.register_forward_hook(bags.after_forward, always_call=True),
         core.base_model.register_forward_pre_hook(bags.before_body, with_kwargs=True),
         # Around other hooks on the embedding, which see its ordinary input and output.

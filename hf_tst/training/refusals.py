@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..errors import TSTError, bad_input, whole_message
 from ..models.fused import TSTLoss, check_fusable, is_next_token_loss
-from ..models.head import check_loss_is_replaceable
+from ..models.head import computes_own_loss
 from ..models.shape import embedding_size
 from ..models.superposition import find_language_model
 from .arguments import TSTArguments
@@ -55,7 +55,7 @@ def check_model(args: TSTArguments, model: Any) -> None:
                     f"{getattr(own, '__name__', type(own).__name__)} or replaced in part, which superposition would drop: leave that out, or "
                     "set tst_phase_ratio=0."
                 )
-            check_loss_is_replaceable(core)
+            computes_own_loss(core)  # or its refusal
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
