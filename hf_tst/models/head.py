@@ -115,7 +115,7 @@ def computes_own_loss(model: Any) -> bool:
         if not given:
             if not _is_next_token_loss(outputs, inputs["labels"]):
                 raise TSTError(
-                    f"{name} computes its loss itself, and it is not the mean next-token cross entropy of the logits that it returns, so "
+                    f"{name} computes its loss itself, and not as the mean next-token cross entropy of the logits that it returns, so "
                     "superposition cannot replace it: let its forward call self.loss_function(logits, labels, vocab_size). If a fused loss is "
                     "patched into its forward, turn it off: fused_linear_cross_entropy=False (Liger), enable_liger_kernel: false "
                     "(LLaMA-Factory), liger_fused_linear_cross_entropy: false or cut_cross_entropy: false (Axolotl); a model of Unsloth must be "
