@@ -212,7 +212,10 @@ def _run_to_loss(
     runs_body = runs_body or model.base_model is model
     weight = head.weight
     hidden = torch.zeros(1, _PROBE_ROWS, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    ids = torch.arange(_PROBE_ROWS, device=weight.device).unsqueeze(0)
+    padding = getattr(model.config, "pad_token_id", None)
+    # Ids that a loss might leave out are targets: the first one, and the padding token.
+    has_padding = padding is not None and 0 <= padding < len(weight)
+    ids = torch.tensor([[1, 0, padding if has_padding else 2]], device=weight.device)
     inputs: dict[str, Any] = {"labels": ids}
     if hasattr(model.config, "output_router_logits"):
         inputs["output_router_logits"] = False

@@ -72,6 +72,13 @@ class UnshiftedForCausalLM(OwnForCausalLM):
         return cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class PaddedForCausalLM(OwnForCausalLM):
+    """Leaves out a token that packed text holds."""
+
+    def own_loss(self, logits, labels, extra):
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
+
+
 class NamelessForCausalLM(SmallForCausalLM):
     """Does not say which module is its embedding."""
 
@@ -124,7 +131,7 @@ def test_the_loss_of_any_form_of_output_is_fused(form, make_args):
 
 
 @pytest.mark.parametrize("prefix", ["", "model"])
-@pytest.mark.parametrize("kind", [PenalizedForCausalLM, UnshiftedForCausalLM])
+@pytest.mark.parametrize("kind", [PenalizedForCausalLM, UnshiftedForCausalLM, PaddedForCausalLM])
 def test_another_loss_of_its_own_is_refused(prefix, kind, make_args):
     with pytest.raises(TSTError, match="computes its loss itself"):
         train(make_args, kind, prefix=prefix)
