@@ -90,11 +90,14 @@ def inspect_head(model: Any) -> LinearHead:
 def computes_own_loss(model: Any) -> bool:
     """Whether a model computes its loss itself, in training or evaluation, without calling its `loss_function`.
 
-    Raises `TSTError` if that is another loss than the mean next-token cross entropy of the logits that it returns. If the probe cannot
-    reach the loss, a warning is logged.
+    If the probe cannot reach the loss, a warning is logged.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not wrapped.
+
+    Raises:
+        TSTError: If superposition cannot replace the loss: it is another one than the mean next-token cross entropy of the logits that
+            the model returns, or the model changes its labels.
     """
     computes_itself = False
     head = model.get_output_embeddings()
