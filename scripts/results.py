@@ -110,10 +110,15 @@ LENGTHS = {
     ("1,000", "mixed", "16k"): by_weighting("one-pass-1000"),
     ("4,000", "mixed", "16k"): by_weighting("one-pass-4000"),
     ("16,000", "mixed", "16k"): by_weighting("one-pass-16000"),
+    ("16,000, rate 2e-3", "mixed", "16k"): by_weighting("one-pass-16000-2e-3"),
     ("64,000", "mixed", "16k"): by_weighting("one-pass-64000", "one-pass-64000-more", "one-pass-64000-linear"),
 }  # fmt: skip
-# What README shows: the runs by steps, on the text that is read at most once.
-CURVE = {int(steps.replace(",", "")): runs for (steps, text, _), runs in LENGTHS.items() if text == "mixed"}
+# What README shows: the runs by steps, on the text that is read at most once, at a learning rate of 1e-3.
+CURVE = {
+    int(steps.replace(",", "")): runs
+    for (steps, text, _), runs in LENGTHS.items()
+    if text == "mixed" and "rate" not in steps
+}
 
 
 # By question: the columns that tell rows apart, and the rows.
