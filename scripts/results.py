@@ -98,6 +98,13 @@ def by_weighting(record: str, *also: str) -> dict[str, Row]:
     return {name: row for name, row in rows.items() if row.differences}
 
 
+# What README shows: the runs by steps, on the text that is read at most once.
+CURVE = {
+    1000: by_weighting("one-pass-1000"),
+    4000: by_weighting("one-pass-4000"),
+    16000: by_weighting("one-pass-16000"),
+    64000: by_weighting("one-pass-64000", "one-pass-64000-more", "one-pass-64000-linear"),
+}
 # By steps, text and vocabulary: the runs of each length.
 LENGTHS = {
     ("1,000", "prose", "16k"): by_weighting("bag-weighting-1000"),
@@ -107,18 +114,9 @@ LENGTHS = {
     ("16,000, rate 5e-4", "prose", "16k"): by_weighting("prose-16k-5e-4"),
     ("4,000", "prose", "32k"): by_weighting("prose-32k-4000"),
     ("8,000", "prose", "32k"): by_weighting("prose-32k-8000"),
-    ("1,000", "mixed", "16k"): by_weighting("one-pass-1000"),
-    ("4,000", "mixed", "16k"): by_weighting("one-pass-4000"),
-    ("16,000", "mixed", "16k"): by_weighting("one-pass-16000"),
+    **{(f"{steps:,}", "mixed", "16k"): runs for steps, runs in CURVE.items()},
     ("16,000, rate 2e-3", "mixed", "16k"): by_weighting("one-pass-16000-2e-3"),
-    ("64,000", "mixed", "16k"): by_weighting("one-pass-64000", "one-pass-64000-more", "one-pass-64000-linear"),
 }  # fmt: skip
-# What README shows: the runs by steps, on the text that is read at most once, at a learning rate of 1e-3.
-CURVE = {
-    int(steps.replace(",", "")): runs
-    for (steps, text, _), runs in LENGTHS.items()
-    if text == "mixed" and "rate" not in steps
-}
 
 
 # By question: the columns that tell rows apart, and the rows.

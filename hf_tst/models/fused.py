@@ -59,7 +59,7 @@ def replaced_loss(
     own = weights is not None and computes_own_loss(model)
     head = _choose_head(model, choice, next_token=weights is None)
     names, takes_cache = _argument_names(called), "use_cache" in _argument_names(model)
-    loss = TSTLoss(model.loss_function, weights, head, names, takes_cache, own)
+    loss = TSTLoss(model.loss_function, weights, head, names, takes_cache)
     with (
         # In front of FSDP's hook, which casts every float to the mixed-precision dtype, divisors included.
         called.register_forward_pre_hook(loss.before_forward, with_kwargs=True, prepend=True),
@@ -67,6 +67,7 @@ def replaced_loss(
         nullcontext() if head is None else replaced(vars(head.module), forward=loss.head_forward),
         # It also runs if forward raises, so the head gets its logits back. Before a user's hooks, which may read logits.
         called.register_forward_hook(loss.after_forward, always_call=True, prepend=True),
+        called.register_forward_hook(loss.after_own_loss, prepend=True) if own else nullcontext(),
         replaced(vars(model), _loss_function=loss),
     ):
         yield
@@ -123,8 +124,6 @@ class TSTLoss:
         head (`LinearHead`, *optional*): The head to fuse the loss with.
         argument_names (`tuple[str, ...]`): Argument names of the called module, by position.
         takes_cache (`bool`): Whether the model has an argument `use_cache`.
-        model_computes_loss (`bool`, *optional*, defaults to `False`): The model does not call its loss function but computes its loss
-            itself. For labels of bags, this loss takes its place in the output.
         fuses_evaluation (`bool`, *optional*, defaults to `False`): Fuse the loss in evaluation, too.
     """
 
@@ -133,7 +132,6 @@ class TSTLoss:
     head: LinearHead | None
     argument_names: tuple[str, ...] = ()
     takes_cache: bool = False
-    model_computes_loss: bool = False
     fuses_evaluation: bool = False
     _given: dict[str, Any] = field(default_factory=dict)
     _fuses: bool = False
@@ -186,26 +184,29 @@ class TSTLoss:
     def before_own_loss(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook of a model that computes its loss itself: gives it labels that it can take. `after_forward` replaces that loss."""
+        """Forward pre-hook of a model that computes its loss itself: gives it labels that it can take, in place of those of bags."""
         labels = kwargs.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 3:
             self._given = {"labels": labels}  # its loss is a mean, whatever the divisor
             kwargs = {**kwargs, "labels": labels[..., 0].clamp(min=0)}
         return args, kwargs
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: ends the pass, also after an exception, and replaces a loss or logits that the model did not compute."""
+    def after_own_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of such a model: the loss of bags takes the place of its loss."""
         labels = self._given.get("labels")
-        has_output = output is not None  # not after an exception
-        if self.model_computes_loss and has_output and isinstance(labels, Tensor) and labels.dim() == 3:
-            loss = self(loss_and_logits(output)[1], labels)
-            if isinstance(output, tuple):
-                output = (loss, *output[1:])
-            else:
-                output["loss"] = loss
+        if not isinstance(labels, Tensor) or labels.dim() != 3:
+            return output
+        loss = self(loss_and_logits(output)[1], labels)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: ends the pass, also after an exception, and replaces logits that were not computed."""
         self._fuses, self._given, self._loss, self._pass_labels = False, {}, None, None
         if not self._has_fused or torch.compiler.is_compiling():
-            return output
+            return None
         return _without_logits(output)
 
     def head_forward(self, hidden: Tensor) -> Tensor:

@@ -108,8 +108,6 @@ def computes_own_loss(model: Any) -> bool:
     for training in (False, True):
         try:
             given, inputs, _, outputs = _run_to_loss(model, head, probe, training)
-            if not given:  # what the body returns may be part of the loss
-                _, inputs, _, outputs = _run_to_loss(model, head, probe, training, runs_body=True)
         except UnfusableHeadError as error:
             logger.warning(
                 f"Cannot check that {name} calls `loss_function`: {error}. Compare its first loss with log(vocab_size)."
@@ -125,9 +123,7 @@ def computes_own_loss(model: Any) -> bool:
                     "loaded with Transformers instead."
                 )
             computes_itself = True
-            continue
-        labels = given["labels"]
-        if not isinstance(labels, Tensor) or labels.shape != (1, _PROBE_ROWS):
+        elif not isinstance(given["labels"], Tensor) or given["labels"].shape != (1, _PROBE_ROWS):
             raise TSTError(
                 f"{name} changes its labels before `loss_function`, so superposition cannot replace its loss: set tst_phase_ratio=0."
             )
@@ -202,8 +198,8 @@ def _run_to_loss(
 ) -> tuple[dict[str, Any], dict[str, Any], list[Any], Any]:
     """Run the model's forward, in training or evaluation mode, with a head that returns `returned`.
 
-    Only the mode of the model itself changes, unless its body runs: with `runs_body`, or if the forward needs more of it than a hidden
-    state.
+    A stand-in takes the place of the body. The body itself runs with `runs_body`, and if the forward fails with the stand-in or does
+    not call the loss function: what the body returns may be part of the loss. Only then do its modules change their mode, too.
 
     Returns:
         The arguments of the loss function, empty if it was not called; the arguments of forward besides ids; the first
@@ -249,14 +245,14 @@ def _run_to_loss(
         try:
             outputs = run(input_ids=ids, **inputs)
         except Exception as error:  # a family may access anything that the stand-ins lack
-            failure = error
-        else:
-            return given, inputs, stand_in.calls, outputs
-    if not runs_body:
-        return _run_to_loss(model, head, returned, training, runs_body=True)
-    raise UnfusableHeadError(
-        f"its forward cannot be followed from head to loss ({type(failure).__name__}: {failure})"
-    ) from failure
+            if runs_body:
+                raise UnfusableHeadError(
+                    f"its forward cannot be followed from head to loss ({type(error).__name__}: {error})"
+                ) from error
+            given.clear()
+    if given or runs_body:
+        return given, inputs, stand_in.calls, outputs
+    return _run_to_loss(model, head, returned, training, runs_body=True)
 
 
 def _logits_at_loss(model: Any, head: nn.Linear, returned: Tensor) -> Tensor:

@@ -223,8 +223,8 @@ def _is_causal(model: nn.Module) -> bool:
     known = next((parent for parent in own.__mro__ if parent.__name__ in listed), own)
     name = known.__name__
     # A class of the user's own may have any name that does not tell of another task: its loss is checked.
-    own_names = ("ForCausalLM", None) if not own.__module__.startswith("transformers.") else ("ForCausalLM",)
-    if name not in listed and getattr(model, "loss_type", None) not in own_names:
+    loss_types = ("ForCausalLM",) if own.__module__.startswith("transformers.") else ("ForCausalLM", None)
+    if name not in listed and getattr(model, "loss_type", None) not in loss_types:
         return False
     # BERT-like models share a class between both directions and are causal only as decoders. Families that
     # are always causal leave `is_decoder` at its default and have no masked-LM sibling.
